@@ -1,0 +1,195 @@
+"""What may be asked for: attention configs, prewarm requests and the settings of a runtime.
+
+This module imports nothing else of the package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import platformdirs
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+EngineName = Literal["auto", "flex", "blocked", "dense", "eager"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+SLIDING = "sliding_attention"
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not a bool")
+    return value
+
+
+def _finite_positive(value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError("expected a finite number above 0")
+    return value
+
+
+@contextmanager
+def _one_line_errors(model: str) -> Iterator[None]:
+    """Turn pydantic's report into one line: the field, its value, what was expected."""
+    try:
+        yield
+    except ValidationError as error:
+        parts = []
+        for item in error.errors(include_url=False):
+            field = ".".join(map(str, item["loc"])) or model
+            given = "" if item["type"] == "missing" else f" (got {item['input']!r})"
+            parts.append(f"{field}: {item['msg'].removeprefix('Value error, ')}{given}")
+        raise ValueError(f"{model}: " + "; ".join(parts)) from None
+
+
+PositiveNumber = Annotated[float, BeforeValidator(_no_bool), AfterValidator(_finite_positive)]
+PositiveInt = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+
+
+class AttentionConfig(BaseModel):
+    """One kind of attention layer; frozen and hashable.
+
+    ``softcap``: bound of the logits, ``softcap * tanh(logits / softcap)``; None for no cap.
+    ``scale``: factor on ``q @ k.T`` before the cap (Gemma-2: ``query_pre_attn_scalar ** -0.5``).
+    ``window``: visible keys counting the query's own, ``0 <= i - j < window`` (``|i - j| < window``
+    when not causal); None for no window. FlashAttention's ``window_size=(left, 0)`` is ``window=left + 1``.
+    ``causal``: whether a query sees only keys up to its own position.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    softcap: PositiveNumber | None = None
+    scale: PositiveNumber
+    window: PositiveInt | None = None
+    causal: bool = True
+
+    def __init__(self, **fields: Any) -> None:
+        with _one_line_errors(type(self).__name__):
+            super().__init__(**fields)
+
+    def __hash__(self) -> int:
+        # Looked up on every attention call: half the time of the hash that pydantic generates.
+        return hash(tuple(self.__dict__.values()))
+
+    @classmethod
+    def from_hf(cls, config: Any, layer_idx: int | None = None) -> AttentionConfig:
+        """Read a Hugging Face model config (or any object with its field names).
+
+        ``attn_logit_softcapping`` gives the softcap, ``query_pre_attn_scalar ** -0.5`` the scale (without it
+        ``head_dim ** -0.5``, as Hugging Face does), ``sliding_window`` the window. With ``layer_idx`` the
+        window is kept only where ``layer_types[layer_idx]`` is ``"sliding_attention"``; without it the
+        config describes a global layer if ``layer_types`` mixes kinds.
+
+        Raises ValueError when a field is missing or ``layer_idx`` is out of range.
+        """
+        get_text = getattr(config, "get_text_config", None)
+        config = get_text() if callable(get_text) else config
+        return cls(
+            softcap=getattr(config, "attn_logit_softcapping", None),
+            scale=_hf_scale(config),
+            window=_hf_window(config, layer_idx),
+        )
+
+
+def _hf_scale(config: Any) -> float:
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    if scalar is None:
+        scalar = hf_head_dim(config)
+    return float(scalar) ** -0.5
+
+
+def hf_head_dim(config: Any) -> int:
+    """``head_dim`` of a Hugging Face config, or ``hidden_size // num_attention_heads`` where it has none."""
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is not None:
+        return int(head_dim)
+    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    if hidden is None or heads is None:
+        raise ValueError(
+            f"config: {type(config).__name__} has none of query_pre_attn_scalar, head_dim, or hidden_size with "
+            "num_attention_heads; pass a Hugging Face attention config or build AttentionConfig(scale=...)"
+        )
+    return int(hidden) // int(heads)
+
+
+def _hf_window(config: Any, layer_idx: int | None) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return None
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return int(window)
+    if layer_idx is None:
+        return int(window) if all(kind == SLIDING for kind in layer_types) else None
+    if not 0 <= layer_idx < len(layer_types):
+        raise ValueError(f"layer_idx: {layer_idx} is outside the model's {len(layer_types)} layers")
+    return int(window) if layer_types[layer_idx] == SLIDING else None
+
+
+class PrewarmRequest(BaseModel):
+    """Kernels to have ready: what the calls to come will look like.
+
+    ``config``: the attention of the layer. ``num_heads``, ``num_kv_heads``, ``head_dim``: of the layer.
+    ``seq_lens``: lengths that will be used; kernels take any length, these get their masks too.
+    ``dtype``, ``device``: of q, k and v. ``train``: whether gradients will be asked for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: AttentionConfig
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    seq_lens: tuple[PositiveInt, ...] = ()
+    dtype: DtypeName = "bfloat16"
+    device: str = "cpu"
+    train: bool = False
+
+    def __init__(self, **fields: Any) -> None:
+        with _one_line_errors(type(self).__name__):
+            super().__init__(**fields)
+
+
+def default_cache_dir() -> Path:
+    """``cache/`` of a checkout; the user's cache folder when the package is installed elsewhere."""
+    root = Path(__file__).resolve().parent.parent
+    if (root / "pyproject.toml").is_file() and (root / "cache" / ".gitignore").is_file():
+        return root / "cache"
+    return Path(platformdirs.user_cache_dir("softcap_runtime", appauthor=False))
+
+
+class RuntimeSettings(BaseSettings):
+    """Settings of a runtime; each is read from ``SOFTCAP_<NAME>`` where it is not given.
+
+    ``cache_dir``: folder of the kernel cache. ``cache_size_limit``: its size in bytes (``"4GB"`` works); the
+    least recently used entries leave first. ``cache_key_file``: a file whose bytes authenticate entries
+    (HMAC-SHA256). ``jit``: what to do when a kernel is missing: build it (``allow``), build it and log a
+    warning (``warn``), raise KernelNotPrewarmed (``forbid``). ``build``: whether a call waits for a missing
+    kernel (``block``) or is served by another engine meanwhile (``background``). ``engine``: which engine
+    serves calls; ``auto`` picks per key.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="SOFTCAP_", frozen=True, extra="forbid")
+
+    cache_dir: Path = Field(default_factory=default_cache_dir)
+    cache_size_limit: ByteSize = Field(default=ByteSize(2 * 1024**3), gt=0)
+    cache_key_file: Path | None = None
+    jit: Literal["allow", "warn", "forbid"] = "allow"
+    build: Literal["block", "background"] = "block"
+    engine: EngineName = "auto"
+
+    def __init__(self, **fields: Any) -> None:
+        with _one_line_errors(type(self).__name__):
+            super().__init__(**fields)
