@@ -1,0 +1,129 @@
+"""The blocked engine's pointwise kernels as graphs to export: what stands between its matrix products.
+
+All work in place on a block of logits ``[N, R, C]`` (heads, query rows, keys). Row r sees the columns with
+``lo[r] <= cols[c] < hi[r]``; ``lo``, ``hi`` ``[R]`` and ``cols`` ``[C]`` are int32, scalars are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Graph
+from softcap_runtime.kernels.softcap import capped, tanh
+
+
+def _visible(lo: Tensor, hi: Tensor, cols: Tensor) -> Tensor:
+    return (cols >= lo[:, None]) & (cols < hi[:, None])
+
+
+class BlockForward(nn.Module):
+    """``(s, lo, hi, cols, total, scale, cap, inv_cap)``: s becomes exp(logit), total gains its row sums.
+
+    The softcap bounds the logits, so exp needs no running maximum: sums of e^64 stay far inside float32.
+    """
+
+    def forward(
+        self, s: Tensor, lo: Tensor, hi: Tensor, cols: Tensor, total: Tensor, *scalars: Tensor
+    ) -> None:
+        """One block of keys; blocks of one row add up in ``total`` ``[N, R]`` in any order."""
+        scale, cap, inv_cap = scalars
+        weight = torch.exp(capped(s.float() * scale, cap, inv_cap))
+        weight = torch.where(_visible(lo, hi, cols), weight, 0.0)
+        total.add_(weight.sum(-1))
+        s.copy_(weight)
+
+
+class BlockSoftmax(nn.Module):
+    """``(s, lo, hi, cols, total, peak, scale[, cap, inv_cap])``: the safe form, for unbounded logits.
+
+    s becomes exp(logit - peak) with ``peak`` ``[N, R]`` the row maxima, so it takes all keys of a row at once.
+    """
+
+    def __init__(self, spec: KernelSpec) -> None:
+        super().__init__()
+        self.capped = spec.capped
+
+    def forward(
+        self, s: Tensor, lo: Tensor, hi: Tensor, cols: Tensor, total: Tensor, peak: Tensor, *scalars: Tensor
+    ) -> None:
+        """All keys of R rows; a row that sees nothing has total 0 and peak 0."""
+        logit = s.float() * scalars[0]
+        if self.capped:
+            logit = capped(logit, scalars[1], scalars[2])
+        visible = _visible(lo, hi, cols)
+        top = torch.where(visible, logit, -torch.inf).amax(-1)
+        top = torch.where(top == -torch.inf, 0.0, top)
+        weight = torch.where(visible, torch.exp(logit - top[..., None]), 0.0)
+        total.copy_(weight.sum(-1))
+        peak.copy_(top)
+        s.copy_(weight)
+
+
+class BlockBackward(nn.Module):
+    """``(s, grad_p, lo, hi, cols, lse, delta, scale[, cap, inv_cap])``: s becomes p, grad_p becomes ds.
+
+    With logit = cap * tanh(scale * s / cap): ``p = exp(logit - lse)`` and
+    ``ds = scale * p * (grad_p - delta) * (1 - (logit / cap)^2)``, delta the row sums of grad_out * out.
+    """
+
+    def __init__(self, spec: KernelSpec) -> None:
+        super().__init__()
+        self.capped = spec.capped
+
+    def forward(
+        self,
+        s: Tensor,
+        grad_p: Tensor,
+        lo: Tensor,
+        hi: Tensor,
+        cols: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        *scalars: Tensor,
+    ) -> None:
+        """One block; ``lse`` and ``delta`` are ``[N, R]`` float32, lse finite even where a row sees nothing."""
+        scale = scalars[0]
+        logit = s.float() * scale
+        slope = scale
+        if self.capped:
+            bounded = tanh(logit * scalars[2])
+            logit = scalars[1] * bounded
+            slope = scale * (1 - bounded * bounded)
+        # Masked before exp: a hidden logit may lie far above the row's logsumexp, and inf * 0 is NaN.
+        logit = torch.where(_visible(lo, hi, cols), logit - lse[..., None], -torch.inf)
+        p = torch.exp(logit)
+        ds = p * (grad_p.float() - delta[..., None]) * slope
+        s.copy_(p)
+        grad_p.copy_(ds)
+
+
+def _block(spec: KernelSpec, count: int, vectors: int, module: nn.Module) -> Graph:
+    """``count`` logit blocks, the interval vectors, ``vectors`` [N, R] tensors, the scalars."""
+    dim = torch.export.Dim.DYNAMIC
+    heads, rows, cols = 6, 20, 48
+    blocks = [torch.zeros(heads, rows, cols, dtype=spec.torch_dtype) for _ in range(count)]
+    edges = [torch.zeros(rows, dtype=torch.int32) for _ in range(2)]
+    columns = torch.zeros(cols, dtype=torch.int32)
+    per_row = [torch.zeros(heads, rows) for _ in range(vectors)]
+    scalars = [torch.ones(()) for _ in range(3 if spec.capped else 1)]
+    example = (*blocks, *edges, columns, *per_row, *scalars)
+    dynamic = [{place: dim for place in range(tensor.dim())} for tensor in example]
+    named = count + 3 + vectors
+    return Graph(module, example, (*dynamic[:named], tuple(dynamic[named:])))
+
+
+def block_forward(spec: KernelSpec) -> Graph:
+    """The graph of op ``block_forward``."""
+    return _block(spec, 1, 1, BlockForward())
+
+
+def block_softmax(spec: KernelSpec) -> Graph:
+    """The graph of op ``block_softmax``."""
+    return _block(spec, 1, 2, BlockSoftmax(spec))
+
+
+def block_backward(spec: KernelSpec) -> Graph:
+    """The graph of op ``block_backward``."""
+    return _block(spec, 2, 2, BlockBackward(spec))

@@ -1,0 +1,40 @@
+"""The child process that compiles one kernel: ``python -m softcap_runtime.kernels.builder SPEC_JSON FILE``."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from softcap_runtime.kernels.graphs import graph
+from softcap_runtime.kernels.key import KernelSpec
+
+
+def compile_package(spec: KernelSpec, target: str) -> None:
+    """Export the graph of ``spec`` and write its AOTInductor package to ``target``."""
+    import torch._dynamo.config
+    import torch._inductor.config
+    from torch._inductor import aoti_compile_and_package
+
+    # The fake-tensor cache of an export with symbolic strides refers to symbols of another trace (torch 2.13).
+    torch._dynamo.config.fake_tensor_cache_enabled = False
+    made = graph(spec)
+    with torch.no_grad():
+        program = torch.export.export(
+            made.module, made.example, dynamic_shapes=made.dynamic, strict=False
+        )
+        aoti_compile_and_package(program, package_path=target, inductor_configs=inductor_options(spec))
+
+
+def inductor_options(spec: KernelSpec) -> dict[str, object]:
+    """Inductor's settings for one kernel."""
+    # One translation unit is compiled per build: a precompiled header costs more than it saves.
+    options: dict[str, object] = {"aot_inductor.precompile_headers": False, "cpp.dynamic_threads": True}
+    if spec.device == "cuda":
+        options["aot_inductor.embed_kernel_binary"] = True
+    return options
+
+
+if __name__ == "__main__":
+    compile_package(KernelSpec(**json.loads(sys.argv[1])), sys.argv[2])

@@ -1,0 +1,90 @@
+"""The flex kernel as a graph to export: every size, stride, cap and scale is a run-time argument.
+
+Two variants, by how a row finds its keys. ``band``: two scalars, row i sees ``i + left <= j < i + right``.
+``intervals``: two flat int32 vectors, row i of batch b sees ``lo[b * row_stride + i] <= j < hi[...]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Graph, distinct
+from softcap_runtime.kernels.softcap import capped
+from softcap_runtime.masks.blocks import BLOCK
+
+# Rows that the interval vectors may hold (batch x padded rows). Exported as a static size: with a symbolic
+# one the generated C++ refers to a size it does not declare (torch 2.13). The kernel never reads beyond
+# what the rows of the call need, so shorter vectors are fine.
+MAX_ROWS = 2**24
+
+
+class FlexForward(nn.Module):
+    """``(q, k, v, partial_num, partial_idx, full_num, full_idx, *row arguments, scale[, cap, inv_cap])``."""
+
+    def __init__(self, spec: KernelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        """Attention ``[B, Hq, Sq, D]``, laid out ``[B, Sq, Hq, D]`` in memory as the example q is."""
+        from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+        partial_num, partial_idx, full_num, full_idx, *rest_ = rest
+        rows = rest_[:2] if self.spec.mask == "band" else rest_[:3]
+        scalars = rest_[len(rows) :]
+
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            logit = score * scalars[0]
+            return capped(logit, scalars[1], scalars[2]) if self.spec.capped else logit
+
+        def band(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (j >= i + rows[0]) & (j < i + rows[1])
+
+        def intervals(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            row = b * rows[2] + i
+            return (j >= rows[0][row]) & (j < rows[1][row])
+
+        block_mask = BlockMask(
+            seq_lengths=(q.shape[2], k.shape[2]),
+            kv_num_blocks=partial_num,
+            kv_indices=partial_idx,
+            full_kv_num_blocks=full_num,
+            full_kv_indices=full_idx,
+            q_num_blocks=None,
+            q_indices=None,
+            full_q_num_blocks=None,
+            full_q_indices=None,
+            BLOCK_SIZE=(BLOCK, BLOCK),
+            mask_mod=band if self.spec.mask == "band" else intervals,
+        )
+        return flex_attention(
+            q, k, v, score_mod=score_mod, block_mask=block_mask, scale=1.0, enable_gqa=True
+        )  # type: ignore[return-value]
+
+
+def flex_forward(spec: KernelSpec) -> Graph:
+    """The graph of op ``flex_forward``."""
+    dim = torch.export.Dim.DYNAMIC
+    dtype, head_dim = spec.torch_dtype, spec.head_dim
+
+    def heads(batch: int, count: int, length: int, salt: int) -> Tensor:
+        # Memory order B, S, H, D, as projections produce it: the output takes q's order.
+        return distinct((batch, length, count), salt, dtype, inner=head_dim).transpose(1, 2)
+
+    q, k, v = heads(2, 8, 640, 1), heads(2, 4, 896, 2), heads(2, 4, 896, 3)
+    tables: list[Tensor] = []
+    for salt in (4, 5):
+        tables += [distinct((2, 1, 5), salt, torch.int32), distinct((2, 1, 5, 7), salt + 2, torch.int32)]
+    scalar = torch.zeros((), dtype=torch.int32)
+    if spec.mask == "band":
+        rows, row_shapes = [scalar, scalar.clone()], [{}, {}]
+    else:
+        vector = torch.empty(MAX_ROWS, dtype=torch.int32)
+        rows, row_shapes = [vector, torch.empty_like(vector), scalar], [{}, {}, {}]
+    scalars = [torch.ones(()) for _ in range(3 if spec.capped else 1)]
+    sizes = {0: dim, 1: dim, 2: dim}
+    table_shapes = [{0: dim, 2: dim}, {0: dim, 2: dim, 3: dim}] * 2
+    rest = (*table_shapes, *row_shapes, *({} for _ in scalars))
+    return Graph(FlexForward(spec), (q, k, v, *tables, *rows, *scalars), (sizes, sizes, sizes, rest))

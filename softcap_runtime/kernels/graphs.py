@@ -1,0 +1,21 @@
+"""From a kernel's key to the graph that is exported for it. A new compiled kernel is added here."""
+
+from __future__ import annotations
+
+from softcap_runtime.kernels import block_graphs, flex_graph
+from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Graph
+
+_MAKERS = {
+    "flex_forward": flex_graph.flex_forward,
+    "block_forward": block_graphs.block_forward,
+    "block_softmax": block_graphs.block_softmax,
+    "block_backward": block_graphs.block_backward,
+}
+
+
+def graph(spec: KernelSpec) -> Graph:
+    """The module, example inputs and dynamic sizes of ``spec``; imported only where something is built."""
+    if spec.op not in _MAKERS:
+        raise ValueError(f"spec.op: {spec.op!r}, expected one of {sorted(_MAKERS)}")
+    return _MAKERS[spec.op](spec)

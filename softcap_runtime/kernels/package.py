@@ -1,0 +1,110 @@
+"""Kernels compiled ahead of time: a graph goes in, the bytes of an AOTInductor package come out.
+
+The compiler runs in a child process: the process that serves imports neither dynamo nor Inductor, a crash or
+a kill of the compiler harms nobody, and the process-wide switches that an export needs are set where no
+user code runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from softcap_runtime.errors import BuildFailed
+from softcap_runtime.kernels.key import KernelSpec
+
+log = logging.getLogger(__name__)
+
+BUILD_TIMEOUT_S = 900
+
+
+class Graph(NamedTuple):
+    """What is exported: a module, example inputs, and torch.export's ``dynamic_shapes`` for them."""
+
+    module: nn.Module
+    example: tuple[Tensor, ...]
+    dynamic: tuple[Any, ...]
+
+
+def distinct(sizes: tuple[int, ...], salt: int, dtype: torch.dtype, inner: int = 0) -> Tensor:
+    """An example tensor whose strides are tied to no size and to no other tensor's strides.
+
+    torch.export gives equal numbers one symbol; with every stride its own number each becomes an argument
+    of the kernel. ``inner`` adds a last dimension of that size with stride 1. ``salt`` must differ between
+    the tensors of one graph.
+    """
+    padded = [size + 3 * salt + 5 * place for place, size in enumerate(sizes)]
+    if inner:
+        buffer = torch.zeros(*padded, inner + 8 * salt, dtype=dtype)
+        return buffer[tuple(slice(size) for size in (*sizes, inner))]
+    return torch.zeros(padded, dtype=dtype)[tuple(slice(size) for size in sizes)]
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that a build would run (``CXX``, else g++ or clang++); None when there is none."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        path = shutil.which(name) if name else None
+        if path:
+            return path
+    return None
+
+
+def build(spec: KernelSpec) -> bytes:
+    """Compile the kernel of ``spec`` in a child process; the bytes of its package.
+
+    Raises BuildFailed with the end of the compiler's output, or naming the compiler that is missing.
+    """
+    if find_compiler() is None:
+        raise BuildFailed(
+            f"cannot build {spec.op}: no C++ compiler found (looked for $CXX, g++, clang++); install g++, "
+            "import a bundle of prewarmed kernels, or use engine='eager'"
+        )
+    with tempfile.TemporaryDirectory(prefix="softcap_build_") as folder:
+        target = Path(folder) / "kernel.pt2"
+        command = [sys.executable, "-m", "softcap_runtime.kernels.builder", json.dumps(spec.fields()), str(target)]
+        try:
+            done = subprocess.run(
+                command,
+                env=_child_environment(folder),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=BUILD_TIMEOUT_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise BuildFailed(f"cannot build {spec.op}: {error}") from error
+        if done.returncode != 0 or not target.is_file():
+            log.debug("build of %s failed:\n%s", spec, done.stderr)
+            raise BuildFailed(f"cannot build {spec.op} (exit {done.returncode}): {_last_words(done.stderr)}")
+        return target.read_bytes()
+
+
+def _child_environment(folder: str) -> dict[str, str]:
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        # A cache of its own, gone with the build: Inductor's has no checksums and is not ours to trust.
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor"),
+        # torch knows what this CPU can do; without this Inductor compiles a program to find out (6 s).
+        "TORCHINDUCTOR_VEC_ISA_OK": "1",
+    }
+
+
+def _last_words(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or ["no output"])[-1][:500]

@@ -1,0 +1,104 @@
+"""Every private torch API that the package uses, one function each.
+
+Each function says what is private, why it is used, and what serves when it is gone: a public path, slower.
+``SOFTCAP_PUBLIC_TORCH_ONLY=1`` takes the public path everywhere, so that tests can run both.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Runner = Callable[[list[Tensor]], list[Tensor]]
+
+
+def public_only() -> bool:
+    """Whether the private paths are switched off."""
+    return os.environ.get("SOFTCAP_PUBLIC_TORCH_ONLY", "") == "1"
+
+
+def load_package(data: bytes, device: torch.device) -> Runner:
+    """Load an AOTInductor package (the bytes of a .pt2 file) and return its ``run(inputs) -> outputs``.
+
+    Private: ``torch._C._aoti.AOTIModelContainerRunner{Cpu,Cuda}``, which loads the shared library alone in
+    about 2 ms and imports no compiler. The bytes go to an anonymous file in memory, so what was verified is
+    what is loaded. Gone or switched off: ``torch._inductor.aoti_load_package``, about 1 s of imports.
+    """
+    runner_class = _runner_class(device)
+    if runner_class is None or public_only():
+        return _load_public(data, device)
+    with _MemoryFile(_shared_library(data)) as path:
+        if device.type == "cpu":
+            return runner_class(path, 1).run
+        return runner_class(path, 1, f"cuda:{device.index or 0}", "").run
+
+
+def _runner_class(device: torch.device) -> Callable[..., object] | None:
+    name = "AOTIModelContainerRunnerCpu" if device.type == "cpu" else "AOTIModelContainerRunnerCuda"
+    return getattr(getattr(torch._C, "_aoti", None), name, None)
+
+
+def _load_public(data: bytes, device: torch.device) -> Runner:
+    from torch._inductor import aoti_load_package
+
+    with _MemoryFile(data) as path:
+        compiled = aoti_load_package(path, device_index=device.index or 0 if device.type == "cuda" else -1)
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        outputs = compiled(*inputs)
+        return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+    return run
+
+
+def _shared_library(package: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(package)) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".so")]
+        if len(names) != 1:
+            raise ValueError(f"package: expected one shared library inside, found {len(names)}; rebuild it")
+        return archive.read(names[0])
+
+
+class _MemoryFile:
+    """A file in memory with a path, gone when closed (what has been loaded from it stays mapped)."""
+
+    def __init__(self, data: bytes) -> None:
+        self._fd = os.memfd_create("softcap_kernel", os.MFD_CLOEXEC)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def __enter__(self) -> str:
+        return f"/proc/self/fd/{self._fd}"
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._fd)
+
+
+def interpreters_active() -> bool:
+    """Whether a dispatch mode, a functorch transform or autocast stands between a call and its kernel.
+
+    Private: the depth of the dispatch-mode stack, functorch's stack and the any-device autocast flag; no
+    public name tells them. Gone: True, and every call goes through the torch operator, some microseconds slower.
+    """
+    return _probe()
+
+
+def _make_probe() -> Callable[[], bool]:
+    try:
+        modes = torch._C._len_torch_dispatch_stack
+        functorch = torch._C._functorch.peek_interpreter_stack
+        autocast = torch._C._is_any_autocast_enabled
+        modes(), functorch(), autocast()
+    except (AttributeError, TypeError):
+        return lambda: True
+    return lambda: modes() > 0 or autocast() or functorch() is not None
+
+
+_probe: Callable[[], bool] = (lambda: True) if public_only() else _make_probe()
+interpreters_active.__wrapped__ = _probe  # type: ignore[attr-defined]
