@@ -1,0 +1,214 @@
+"""Which blocks of 128 x 128 a mask computes, from row intervals alone.
+
+The tables are the int32 tensors of torch's ``BlockMask``: per row of blocks how many columns are partly
+visible and which, and the same for those wholly visible (every element of the block: rows past ``q_len`` and
+keys past ``kv_len`` count as hidden, as in ``create_block_mask``). The columns of a row come in no promised
+order, and what stands behind the first ``num`` entries is any valid column.
+
+Tables are exact for every mask of ``band`` and ``row_intervals``: the intervals of neighbouring rows leave no
+gap. For intervals of one's own with gaps inside one block of rows, columns in the gap are listed as partial.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, edges
+
+BLOCK = 128
+
+
+class BlockTables(NamedTuple):
+    """``num``: int32 ``[B or 1, 1, rows]``; ``idx``: int32 ``[B or 1, 1, rows, cols]``, with last stride 1.
+
+    The ``idx`` of band masks are views whose rows overlap in a small storage: read them, do not write.
+    """
+
+    partial_num: Tensor
+    partial_idx: Tensor
+    full_num: Tensor
+    full_idx: Tensor
+
+
+class KeyRanges(NamedTuple):
+    """Per block of query rows, int32 ``[B, blocks]``: ``lo_min, hi_max`` bound the keys that any row sees (an
+    empty block has ``lo_min >= hi_max``), ``lo_max, hi_min`` the keys that all rows see.
+    """
+
+    lo_min: Tensor
+    hi_max: Tensor
+    lo_max: Tensor
+    hi_min: Tensor
+
+
+def block_tables(intervals: RowIntervals, device: torch.device | str) -> BlockTables:
+    """The tables over the keys, per block of queries; no host-device synchronisation.
+
+    Band forms cost O(rows of blocks), times ``window / 128`` for a sliding window; interval forms
+    O(q_len + rows x columns of blocks).
+    """
+    q_len, kv_len, left, right = intervals[:4]
+    if left is not None and right is not None:
+        return _band_tables(q_len, kv_len, left, right, device)
+    return _interval_tables(intervals, device)
+
+
+def query_tables(intervals: RowIntervals, device: torch.device | str) -> BlockTables:
+    """The transposed tables that flex's backward reads: per block of keys, the query blocks that see it."""
+    q_len, kv_len, left, right = intervals[:4]
+    if left is not None and right is not None:
+        # Key j is seen by the rows ``j - right < i <= j - left``: a band again.
+        first = -UNBOUNDED if right >= UNBOUNDED else 1 - right
+        past = UNBOUNDED if left <= -UNBOUNDED else 1 - left
+        return _band_tables(kv_len, q_len, first, past, device)
+    start, full_start, full_num, any_num = _interval_edges(intervals, device)
+    columns = torch.arange(_blocks(kv_len), dtype=torch.int32, device=device)
+    full = _inside(columns, full_start, full_num)
+    partial = _inside(columns, start, any_num) & ~full
+    return BlockTables(*_ordered(partial.mT), *_ordered(full.mT))
+
+
+def count_blocks(tables: BlockTables) -> tuple[int, int, int]:
+    """How many blocks are (skipped, partial, full), over all batch rows; waits for the device."""
+    partial, full = int(tables.partial_num.sum()), int(tables.full_num.sum())
+    return tables.partial_idx.numel() - partial - full, partial, full
+
+
+def key_ranges(intervals: RowIntervals, block: int) -> list[tuple[int, int]] | KeyRanges:
+    """The keys that each block of ``block`` query rows sees: ``[(lo, hi), ...]`` for a band, else KeyRanges.
+
+    Rows past ``q_len`` do not count. An empty block of a band is ``(0, 0)``.
+    """
+    q_len, kv_len, left, right, lo, hi = intervals
+    if lo is not None and hi is not None:
+        lo, hi = _by_block(lo, block), _by_block(hi, block)
+        return KeyRanges(lo.amin(-1), hi.amax(-1), lo.amax(-1), hi.amin(-1))
+    ranges = []
+    for row in range(0, q_len, block):
+        first = max(0, row + (left or 0))
+        past = min(kv_len, min(row + block, q_len) - 1 + (right or 0))
+        ranges.append((first, past) if first < past else (0, 0))
+    return ranges
+
+
+def _blocks(length: int) -> int:
+    return -(-length // BLOCK)
+
+
+# --- bands: a row of blocks is one step of arithmetic away from the next
+
+
+def _ramp(start: int, top: int, count: int, device: torch.device | str) -> Tensor:
+    """``start, start + 1, ...`` kept within ``[0, top]``: int32 ``[count]``."""
+    return torch.arange(start, start + count, dtype=torch.int32, device=device).clamp_(0, top)
+
+
+def _band_tables(q_len: int, kv_len: int, left: int, right: int, device: torch.device | str) -> BlockTables:
+    rows, cols = _blocks(q_len), _blocks(kv_len)
+    # Block row r holds query rows 128 r to 128 r + 127. Its columns are [start, end), the full ones among
+    # them [full_start, full_end): all four climb by one a row, clipped to the sequence.
+    start_at, full_start_at = left // BLOCK, _blocks(left + BLOCK - 1)
+    full_end_at, end_at = right // BLOCK, _blocks(right + BLOCK - 1)
+    start = _ramp(start_at, cols, rows, device)
+    full_start = _ramp(full_start_at, cols, rows, device)
+    full_num = (_ramp(full_end_at, kv_len // BLOCK, rows, device) - full_start).clamp_(min=0)
+    any_num = (_ramp(end_at, cols, rows, device) - start).clamp_(min=0)
+
+    # Clipping never widens the two partial margins, but a cut last column is partial in every row.
+    width = min(full_start_at - start_at + end_at - full_end_at + (kv_len % BLOCK > 0), cols)
+    columns = torch.arange(width, dtype=torch.int32, device=device)
+    past_left = columns >= (full_start - start)[:, None]
+    partial = columns + start[:, None] + past_left * full_num[:, None]
+    if q_len % BLOCK:
+        # The last row of blocks is cut: none of its blocks is full, all that it sees are partial.
+        first = min(max(rows - 1 + start_at, 0), cols)
+        full_num[-1:].fill_(0)
+        any_num[-1:].fill_(max(min(_blocks(q_len - 1 + right), cols) - first, 0))
+        partial = torch.cat([partial[:-1].flatten(), _ramp(first, cols - 1, cols, device)])
+        partial.clamp_(max=cols - 1)
+        partial_idx = partial.as_strided((1, 1, rows, cols), (0, 0, width, 1))
+    else:
+        partial_idx = _overlapping(partial, cols)
+    full_idx = _band_full_columns(full_start, cols, kv_len // BLOCK, full_start_at, full_end_at)
+    return BlockTables((any_num - full_num)[None, None], partial_idx, full_num[None, None], full_idx)
+
+
+def _band_full_columns(full_start: Tensor, cols: int, top: int, start_at: int, end_at: int) -> Tensor:
+    """``[1, 1, rows, cols]``: the full columns of each row, ``top`` of them whole, in little storage."""
+    rows, device = full_start.shape[0], full_start.device
+    shape = (1, 1, rows, cols)
+    if start_at + rows - 1 <= 0:  # every row starts at column 0
+        return _ramp(0, cols - 1, cols, device).as_strided(shape, (0, 0, 0, 1))
+    if start_at >= 0:  # every row starts one column after the row before
+        return _ramp(start_at, cols - 1, rows + cols, device).as_strided(shape, (0, 0, 1, 1))
+    if end_at >= top:  # every row ends at the last whole column: list them from there
+        return _ramp(top - cols, cols - 1, cols, device).flip(0).as_strided(shape, (0, 0, 0, 1))
+    # Rows start at 0 and later begin to climb: a table as wide as the longest of them.
+    turns = (min(max(row, 0), rows - 1) for row in (-start_at, top - end_at))
+    width = max(min(row + end_at, top) - max(row + start_at, 0) for row in turns)
+    width = min(max(width, 1), cols)
+    columns = torch.arange(width, dtype=torch.int32, device=device)
+    return _overlapping(full_start[:, None] + columns, cols)
+
+
+def _overlapping(table: Tensor, cols: int) -> Tensor:
+    """``[rows, width]`` seen as ``[1, 1, rows, cols]``: a row reaches into the next ones, or the padding."""
+    rows, width = table.shape
+    storage = torch.cat([table.flatten(), table.new_zeros(cols - width)]).clamp_(max=cols - 1)
+    return storage.as_strided((1, 1, rows, cols), (0, 0, width, 1))
+
+
+# --- intervals: minima and maxima of 128 rows
+
+
+def _by_block(rows: Tensor, block: int) -> Tensor:
+    """``[B, q_len]`` as ``[B, blocks, block]``; a short last block repeats its last row."""
+    missing = -rows.shape[1] % block
+    if missing:
+        rows = torch.cat([rows, rows[:, -1:].expand(-1, missing)], 1)
+    return rows.view(rows.shape[0], -1, block)
+
+
+def _interval_edges(
+    intervals: RowIntervals, device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per row of blocks, int32 ``[B, rows]``: first column, first full column, counts of full and of any."""
+    lo, hi = (_by_block(rows, BLOCK) for rows in edges(intervals, device))
+    start = lo.amin(-1) // BLOCK
+    any_num = ((hi.amax(-1) + (BLOCK - 1)) // BLOCK - start).clamp_(min=0)
+    full_start = (lo.amax(-1) + (BLOCK - 1)) // BLOCK
+    full_num = (hi.amin(-1) // BLOCK - full_start).clamp_(min=0)
+    if intervals.q_len % BLOCK:
+        full_num[:, -1:].fill_(0)
+    return start, full_start, full_num, any_num
+
+
+def _interval_tables(intervals: RowIntervals, device: torch.device | str) -> BlockTables:
+    cols = _blocks(intervals.kv_len)
+    start, full_start, full_num, any_num = _interval_edges(intervals, device)
+    columns = torch.arange(cols, dtype=torch.int32, device=device)
+    past_left = columns >= (full_start - start)[..., None]
+    partial_idx = (columns + start[..., None] + past_left * full_num[..., None]).clamp_(max=cols - 1)
+    full_idx = (columns + full_start[..., None]).clamp_(max=cols - 1)
+    return BlockTables(
+        (any_num - full_num)[:, None], partial_idx[:, None], full_num[:, None], full_idx[:, None]
+    )
+
+
+def _inside(columns: Tensor, start: Tensor, count: Tensor) -> Tensor:
+    """bool ``[B, rows, cols]``: ``start <= column < start + count``."""
+    return (columns >= start[..., None]) & (columns < (start + count)[..., None])
+
+
+def _ordered(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """bool ``[B, rows, cols]`` as (num ``[B, 1, rows]``, idx ``[B, 1, rows, cols]``), without a sort."""
+    place = wanted.cumsum(-1, dtype=torch.int32)
+    cols = wanted.shape[-1]
+    # Wanted columns go to their rank, the others to an extra slot that is cut off.
+    slot = torch.where(wanted, place - 1, cols).to(torch.int64)
+    values = torch.arange(cols, dtype=torch.int32, device=wanted.device).expand_as(slot)
+    idx = values.new_zeros(*slot.shape[:-1], cols + 1).scatter(-1, slot, values)[..., :cols]
+    return place[..., -1][:, None].contiguous(), idx[:, None].contiguous()

@@ -1,0 +1,192 @@
+"""Masks as row intervals: query row i of batch row b sees the keys ``lo <= j < hi``.
+
+Causal, sliding window, padding, packed documents, prefixes, bidirectional spans and per-row caches are all
+of that form and combine by intersection, in O(rows) and without looking at an S x S mask. Plain causal and
+window masks need no tensors at all: their rows are a band, two integers.
+
+Query row i stands at key position ``kv_len - q_len + i`` (bottom-right), or, with a cache of ``n`` valid
+keys, at ``n - q_len + i``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from softcap_runtime.reference import visible
+
+# Stands for "no bound": far above any length, and adding a row to it still fits int32.
+UNBOUNDED = 2**30
+
+
+class RowIntervals(NamedTuple):
+    """Which keys each query row sees, as a band or as two vectors.
+
+    ``left``, ``right``: the band form; row i sees ``max(0, i + left) <= j < min(kv_len, i + right)``, where
+    ``-UNBOUNDED`` and ``UNBOUNDED`` stand for no bound. None in the interval form.
+    ``lo``, ``hi``: the interval form; int32 ``[B, q_len]``, contiguous, within ``[0, kv_len]``, B may be 1. A
+    row that sees nothing has ``lo == kv_len, hi == 0``, so it drops out of every minimum of ``lo`` and
+    maximum of ``hi``. None in the band form.
+    """
+
+    q_len: int
+    kv_len: int
+    left: int | None
+    right: int | None
+    lo: Tensor | None
+    hi: Tensor | None
+
+
+def band(q_len: int, kv_len: int, *, causal: bool, window: int | None) -> RowIntervals:
+    """The mask that causal and window make alone; no tensors.
+
+    A row at position p sees ``0 <= p - j < window`` when causal, ``|p - j| < window`` when not.
+    """
+    offset = kv_len - q_len
+    reach = UNBOUNDED if window is None else min(window, UNBOUNDED)
+    left = -UNBOUNDED if window is None else max(offset + 1 - reach, -UNBOUNDED)
+    right = offset + 1 if causal else min(offset + reach, UNBOUNDED)
+    return RowIntervals(q_len, kv_len, left, right, None, None)
+
+
+def row_intervals(
+    q_len: int,
+    kv_len: int,
+    *,
+    causal: bool,
+    window: int | None,
+    attention_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    spans: Tensor | None = None,
+    cache_lengths: Tensor | None = None,
+) -> RowIntervals:
+    """The intersection of everything given; the band form when no tensor is given.
+
+    ``attention_mask``: ``[B, kv_len]``, bool or 0/1, the visible keys of a row one contiguous run (padding
+    left, right or both); a row of zeros sees nothing.
+    ``document_ids``: ``[B, kv_len]``, non-decreasing integers; a position sees only keys with its own id.
+    ``prefix_lengths``: ``[B]`` integers; the span ``[0, prefix)``.
+    ``spans``: ``[B, N, 2]`` integers, half-open, disjoint, ``start == end`` for an unused slot; positions of
+    one span see each other, both ways, and the window then bounds ``|p - j|``. Without causal everything is
+    visible both ways already: neither prefixes nor spans change anything.
+    ``cache_lengths``: ``[B]`` integers; the valid keys of each batch row, the new ones included.
+
+    O(B * kv_len), no host-device synchronisation, traceable by torch.compile. B may be 1 in any tensor.
+    Nothing is checked here: see ``validate.check_mask_arguments``.
+    """
+    given = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths)
+    devices = [tensor.device for tensor in given if tensor is not None]
+    if not devices:
+        return band(q_len, kv_len, causal=causal, window=window)
+
+    # positions, lo, hi: [1, q_len] until a tensor with more batch rows meets them.
+    positions = torch.arange(kv_len - q_len, kv_len, dtype=torch.int32, device=devices[0])[None]
+    if cache_lengths is not None:
+        positions = positions + (cache_lengths.to(torch.int32)[:, None] - kv_len)
+    two_way = prefix_lengths is not None or spans is not None
+    # Positions before the first key exist with q_len > kv_len, and in a cache shorter than q_len.
+    at_keys = _Lookup(positions, kv_len, aligned=cache_lengths is None and q_len <= kv_len)
+
+    hi = positions + 1 if causal else torch.full_like(positions, kv_len)
+    if causal and two_way:
+        hi = torch.maximum(hi, at_keys(_span_ends(kv_len, prefix_lengths, spans), before_first=0))
+    lo = torch.zeros_like(positions)
+    if window is not None:
+        reach = min(window, UNBOUNDED)
+        lo = positions + (1 - reach)
+        if two_way or not causal:
+            hi = torch.minimum(hi, positions + reach)
+    if document_ids is not None:
+        starts, ends = _document_edges(document_ids, ends=two_way or not causal)
+        lo = torch.maximum(lo, at_keys(starts, before_first=kv_len))
+        if ends is not None:
+            hi = torch.minimum(hi, at_keys(ends, before_first=0))
+    if attention_mask is not None:
+        first, last = _padding_edges(attention_mask)
+        lo, hi = torch.maximum(lo, first), torch.minimum(hi, last)
+    if cache_lengths is not None:
+        hi = torch.minimum(hi, cache_lengths.to(torch.int32)[:, None])
+    lo, hi = _clipped(kv_len, lo, hi)
+    return RowIntervals(q_len, kv_len, None, None, lo.contiguous(), hi.contiguous())
+
+
+def edges(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """``lo`` and ``hi`` of either form: int32 ``[B or 1, q_len]``."""
+    q_len, kv_len, left, right, lo, hi = intervals
+    if lo is not None and hi is not None:
+        return lo.to(device), hi.to(device)
+    rows = torch.arange(q_len, dtype=torch.int32, device=device)[None]
+    return _clipped(kv_len, rows + (left or 0), rows + (right or 0))
+
+
+def dense(intervals: RowIntervals, device: torch.device | str) -> Tensor:
+    """The mask element by element: bool ``[B or 1, q_len, kv_len]``, True where row i sees key j."""
+    return visible(*edges(intervals, device), intervals.kv_len)
+
+
+def _clipped(kv_len: int, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    lo, hi = torch.broadcast_tensors(lo.clamp(min=0), hi.clamp(max=kv_len))
+    empty = lo >= hi
+    return lo.masked_fill(empty, kv_len), hi.masked_fill(empty, 0)
+
+
+class _Lookup(NamedTuple):
+    """Reads vectors ``[B, kv_len]`` at the query positions: by a slice where these are the last keys."""
+
+    positions: Tensor
+    kv_len: int
+    aligned: bool
+
+    def __call__(self, values: Tensor, before_first: int) -> Tensor:
+        if self.aligned:
+            return values[:, self.kv_len - self.positions.shape[1] :]
+        index = self.positions.clamp(0, self.kv_len - 1).to(torch.int64)
+        batch = max(values.shape[0], index.shape[0])
+        found = values.expand(batch, -1).gather(1, index.expand(batch, -1))
+        return found.masked_fill(self.positions < 0, before_first)
+
+
+def _padding_edges(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """First visible key and one past the last, int32 ``[B, 1]``; (kv_len, 0) where there is none."""
+    kv_len = attention_mask.shape[1]
+    keys = torch.arange(kv_len, dtype=torch.int32, device=attention_mask.device)
+    hidden = attention_mask == 0
+    first = keys.masked_fill(hidden, kv_len).amin(1, keepdim=True)
+    last = keys.masked_fill(hidden, -1).amax(1, keepdim=True) + 1
+    return first, last
+
+
+def _document_edges(document_ids: Tensor, *, ends: bool) -> tuple[Tensor, Tensor | None]:
+    """Where each key's document starts and (if asked for) ends: int32 ``[B, kv_len]``."""
+    kv_len = document_ids.shape[1]
+    keys = torch.arange(kv_len, dtype=torch.int32, device=document_ids.device)
+    same = document_ids[:, 1:] == document_ids[:, :-1]
+    starts = keys.masked_fill(pad(same, (1, 0)), 0).cummax(1).values
+    if not ends:
+        return starts, None
+    after = (keys + 1).masked_fill(pad(same, (0, 1)), kv_len)
+    return starts, after.flip(1).cummin(1).values.flip(1)
+
+
+def _span_ends(kv_len: int, prefix_lengths: Tensor | None, spans: Tensor | None) -> Tensor:
+    """Per key the largest end of the spans that start at it or before: int32 ``[B, kv_len]``.
+
+    Spans are disjoint, so a key lies inside one exactly when that end is past it.
+    """
+    ends = None
+    if spans is not None:
+        batch = spans.shape[0]
+        start, end = spans.to(torch.int64).clamp(0, kv_len).unbind(-1)
+        # Unused slots write to the extra column, which is cut off.
+        start = torch.where(start < end, start, kv_len)
+        ends = torch.zeros(batch, kv_len + 1, dtype=torch.int32, device=spans.device)
+        ends = ends.scatter(1, start, end.to(torch.int32))[:, :kv_len].cummax(1).values
+    if prefix_lengths is not None:
+        prefix = prefix_lengths.to(torch.int32)[:, None].expand(-1, kv_len)
+        ends = prefix if ends is None else torch.maximum(ends, prefix)
+    assert ends is not None
+    return ends
