@@ -9,19 +9,30 @@ from softcap_runtime.masks.blocks import (
     key_ranges,
     query_tables,
 )
+from softcap_runtime.masks.documents import document_ids_from_cu_seqlens, document_ids_from_position_ids
+from softcap_runtime.masks.flex import block_mask, form_of, intervals_of
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, dense, edges, row_intervals
+from softcap_runtime.masks.memo import MaskMemo
+from softcap_runtime.masks.validate import check_mask_arguments
 
 __all__ = [
     "BLOCK",
     "UNBOUNDED",
     "BlockTables",
     "KeyRanges",
+    "MaskMemo",
     "RowIntervals",
     "band",
+    "block_mask",
     "block_tables",
+    "check_mask_arguments",
     "count_blocks",
     "dense",
+    "document_ids_from_cu_seqlens",
+    "document_ids_from_position_ids",
     "edges",
+    "form_of",
+    "intervals_of",
     "key_ranges",
     "query_tables",
     "row_intervals",

@@ -1,0 +1,67 @@
+"""``document_ids`` from what users have: FlashAttention's ``cu_seqlens``, Hugging Face's ``position_ids``.
+
+What can only be seen in the data is checked for CPU tensors alone: reading a GPU's would wait for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.masks.validate import check_integers, data_is_readable
+
+
+def document_ids_from_cu_seqlens(cu_seqlens: Tensor, seq_len: int) -> Tensor:
+    """Document ids ``[1, seq_len]``, int32, from the offsets where documents start, as FlashAttention wants.
+
+    ``cu_seqlens``: integers ``[documents + 1]``: 0, the end of the first document, ..., ``seq_len``; equal
+    neighbours are empty documents.
+
+    Raises ValueError when it does not start at 0, does not end at ``seq_len`` or decreases (CPU tensors), or
+    is no vector of two entries at least; TypeError when it holds no integers.
+    """
+    check_integers("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens: shape {tuple(cu_seqlens.shape)}, expected [documents + 1], at least 2 offsets; "
+            "pass the offsets of one packed row"
+        )
+    if data_is_readable(cu_seqlens):
+        _check_offsets(cu_seqlens, seq_len)
+    ends = cu_seqlens[1:].to(torch.int64).clamp(0, seq_len)
+    marks = torch.zeros(seq_len + 1, dtype=torch.int32, device=ends.device)
+    marks.scatter_add_(0, ends, torch.ones_like(ends, dtype=torch.int32))
+    return marks[:seq_len].cumsum(0, dtype=torch.int32)[None]
+
+
+def document_ids_from_position_ids(position_ids: Tensor) -> Tensor:
+    """Document ids ``[B, S]``, int32: a new document wherever a position is not the one before plus 1.
+
+    ``position_ids``: integers ``[B, S]``, as Hugging Face packs them: each document counts from 0. Raises
+    ValueError for another rank or an empty row, TypeError when it holds no integers.
+    """
+    check_integers("position_ids", position_ids)
+    if position_ids.dim() != 2 or position_ids.shape[1] < 1:
+        raise ValueError(
+            f"position_ids: shape {tuple(position_ids.shape)}, expected [batch, seq_len] with seq_len >= 1; "
+            "add the batch dimension"
+        )
+    restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return torch.nn.functional.pad(restarts, (1, 0)).cumsum(1, dtype=torch.int32)
+
+
+def _check_offsets(cu_seqlens: Tensor, seq_len: int) -> None:
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"cu_seqlens: starts at {offsets[0]}, expected 0; put the first offset in front")
+    if offsets[-1] != seq_len:
+        raise ValueError(
+            f"cu_seqlens: ends at {offsets[-1]}, expected seq_len {seq_len}; "
+            "make padding a document of its own"
+        )
+    for index in range(1, len(offsets)):
+        if offsets[index] < offsets[index - 1]:
+            raise ValueError(
+                f"cu_seqlens: {offsets[index]} after {offsets[index - 1]} at index {index}, expected offsets "
+                "that never decrease; pass cumulative lengths, not lengths"
+            )

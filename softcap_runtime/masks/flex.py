@@ -1,0 +1,99 @@
+"""Row intervals as torch's ``BlockMask``, for callers of ``flex_attention`` itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.masks.blocks import BLOCK, block_tables, query_tables
+from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, edges
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def block_mask(intervals: RowIntervals, device: torch.device | str) -> BlockMask:
+    """A ``BlockMask`` of ``[B or 1, 1, q_len, kv_len]``, with the lists that the backward on a GPU reads.
+
+    Equal to what ``create_block_mask`` makes of the same mask, block for block and element for element, but
+    that the columns of a row may come in another order. It stands for these lengths only; a mask for other
+    lengths is another call, which costs microseconds.
+    """
+    # Imported here: it takes a tenth of a second, and the engines need the tables alone.
+    from torch.nn.attention.flex_attention import BlockMask
+
+    keys, queries = block_tables(intervals, device), query_tables(intervals, device)
+    mask_mod: Any = _mask_mod(intervals, device)
+    # On the function, since BlockMask hands it on wherever it copies itself (``.to``, pytrees).
+    mask_mod.row_intervals = intervals
+    return BlockMask(
+        seq_lengths=(intervals.q_len, intervals.kv_len),
+        kv_num_blocks=keys.partial_num,
+        kv_indices=keys.partial_idx,
+        full_kv_num_blocks=keys.full_num,
+        full_kv_indices=keys.full_idx,
+        q_num_blocks=queries.partial_num,
+        q_indices=queries.partial_idx,
+        full_q_num_blocks=queries.full_num,
+        full_q_indices=queries.full_idx,
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=mask_mod,
+    )
+
+
+def intervals_of(mask: BlockMask) -> RowIntervals | None:
+    """The row intervals that ``block_mask`` made this from; None for anyone else's BlockMask."""
+    return getattr(mask.mask_mod, "row_intervals", None)
+
+
+def form_of(mask: BlockMask) -> tuple[bool, int | None] | None:
+    """``(causal, window)`` of a mask that ``block_mask`` made from a band, to make it for other lengths."""
+    intervals = intervals_of(mask)
+    if intervals is None or intervals.left is None or intervals.right is None:
+        return None
+    own = intervals.kv_len - intervals.q_len + 1  # one past the key at a row's own position, for row 0
+    window = None if intervals.left <= -UNBOUNDED else own - intervals.left
+    return intervals.right == own, window
+
+
+def _mask_mod(intervals: RowIntervals, device: torch.device | str) -> MaskMod:
+    """The elements: a function of its own per kind, so that a kernel compiled from it computes no more."""
+    left, right = intervals.left, intervals.right
+    if left is None or right is None:
+        return _interval_mod(*edges(intervals, device))
+    bounded_left, bounded_right = left > -UNBOUNDED, right < UNBOUNDED
+
+    def both(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (kv_idx >= q_idx + left) & (kv_idx < q_idx + right)
+
+    def up_to(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return kv_idx < q_idx + right
+
+    def everything(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return kv_idx >= 0
+
+    if bounded_left:
+        return both
+    return up_to if bounded_right else everything
+
+
+def _interval_mod(lo: Tensor, hi: Tensor) -> MaskMod:
+    if lo.shape[0] > 1:
+
+        def per_batch(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            return (kv_idx >= lo[b, q_idx]) & (kv_idx < hi[b, q_idx])
+
+        return per_batch
+
+    # One row of intervals for any batch: it may not be indexed by b.
+    row_lo, row_hi = lo[0], hi[0]
+
+    def shared(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return (kv_idx >= row_lo[q_idx]) & (kv_idx < row_hi[q_idx])
+
+    return shared

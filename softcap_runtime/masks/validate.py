@@ -1,0 +1,165 @@
+"""Checks of mask arguments, before any kernel runs: one line that names the argument and its value.
+
+Shapes, dtypes and devices are always checked. What can only be seen in the data is checked for CPU tensors
+alone: reading a GPU's would wait for it. There, bad data gives a wrong mask, never a read out of bounds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_mask_arguments(
+    q_len: int,
+    kv_len: int,
+    batch: int,
+    device: torch.device,
+    *,
+    causal: bool,
+    attention_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    spans: Tensor | None = None,
+    cache_lengths: Tensor | None = None,
+) -> None:
+    """Check the arguments of ``intervals.row_intervals``, which says what each of them means.
+
+    Raises TypeError for what is no tensor or has the wrong dtype, ValueError for all else: a shape other than
+    the one named there (with one batch row or ``batch``), another device than ``device``, more queries than
+    keys where every query needs a position among the keys, and data that no mask can have.
+    """
+    if causal and q_len > kv_len:
+        raise ValueError(
+            f"q: {q_len} rows over {kv_len} keys with causal=True, expected at most as many rows as keys; "
+            "pass the keys of the earlier tokens too, or causal=False"
+        )
+    if attention_mask is not None:
+        _check_tensor("attention_mask", attention_mask, batch, (kv_len,), device, (torch.bool, *_INTEGERS))
+        if data_is_readable(attention_mask):
+            _check_padding(attention_mask)
+    if document_ids is not None:
+        _check_tensor("document_ids", document_ids, batch, (kv_len,), device, _INTEGERS)
+        if q_len > kv_len:
+            raise ValueError(
+                f"document_ids: {kv_len} ids for {q_len} query rows, expected one for every row; "
+                "packed sequences need the keys of all their queries"
+            )
+        if data_is_readable(document_ids):
+            _check_documents(document_ids)
+    if prefix_lengths is not None:
+        _check_tensor("prefix_lengths", prefix_lengths, batch, (), device, _INTEGERS)
+        _check_range("prefix_lengths", prefix_lengths, 0, kv_len, "between 0 and the number of keys")
+    if spans is not None:
+        slots = spans.shape[1] if isinstance(spans, Tensor) and spans.dim() == 3 else -1
+        _check_tensor("spans", spans, batch, (slots, 2), device, _INTEGERS)
+        if data_is_readable(spans):
+            _check_spans(spans, kv_len)
+    if cache_lengths is not None:
+        _check_tensor("cache_lengths", cache_lengths, batch, (), device, _INTEGERS)
+        _check_range(
+            "cache_lengths",
+            cache_lengths,
+            q_len,
+            kv_len,
+            "from the number of query rows to the number of keys",
+        )
+
+
+def check_integers(name: str, tensor: Any) -> None:
+    """Raise TypeError unless ``tensor`` is a tensor of integers."""
+    _check_dtype(name, tensor, _INTEGERS)
+
+
+def data_is_readable(tensor: Tensor) -> bool:
+    """Whether looking at the data costs no wait: a CPU tensor, and nobody is tracing."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_dtype(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    expected = "bool or integers 0 and 1" if torch.bool in dtypes else "integers"
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{name}: {type(tensor).__name__}, expected a tensor of {expected}; use torch.tensor(...)"
+        )
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: {tensor.dtype}, expected {expected}; convert it")
+
+
+def _check_tensor(
+    name: str,
+    tensor: Any,
+    batch: int,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    _check_dtype(name, tensor, dtypes)
+    if tuple(tensor.shape[1:]) != shape or tensor.dim() == 0 or tensor.shape[0] not in (1, batch):
+        wanted = ", ".join("slots" if size < 0 else str(size) for size in (batch, *shape))
+        raise ValueError(
+            f"{name}: shape {tuple(tensor.shape)}, expected ({wanted}); give each batch row its own"
+        )
+    if tensor.device != device:
+        raise ValueError(
+            f"{name}: on {tensor.device}, expected {device} as q; move it with .to({str(device)!r})"
+        )
+
+
+def _check_range(name: str, lengths: Tensor, low: int, high: int, words: str) -> None:
+    if not data_is_readable(lengths):
+        return
+    for row, length in enumerate(lengths.tolist()):
+        if not low <= length <= high:
+            raise ValueError(f"{name}: {length} in batch row {row}, expected {low} to {high}, {words}")
+
+
+def _check_padding(attention_mask: Tensor) -> None:
+    seen = attention_mask
+    if seen.dtype != torch.bool:
+        seen = attention_mask != 0
+        if not torch.equal(seen.to(attention_mask.dtype), attention_mask):
+            bad = attention_mask[(attention_mask != 0) & (attention_mask != 1)][0].item()
+            raise ValueError(
+                f"attention_mask: {bad}, expected 0 (padding) or 1; pass mask != 0 if that is meant"
+            )
+    # Runs of visible keys: those that begin behind a hidden key, and one at the very start.
+    begins = (seen[:, 1:] & ~seen[:, :-1]).sum(1, dtype=torch.int32) + seen[:, 0]
+    if bool((begins > 1).any()):
+        row = int(begins.argmax())
+        raise ValueError(
+            f"attention_mask: {int(begins[row])} separate runs of 1 in batch row {row}, expected one run with "
+            "padding before or after it; a mask with holes needs a BlockMask of your own"
+        )
+
+
+def _check_documents(document_ids: Tensor) -> None:
+    drops = document_ids[:, 1:] < document_ids[:, :-1]
+    if bool(drops.any()):
+        row, key = (int(index) for index in drops.nonzero()[0])
+        before, after = document_ids[row, key : key + 2].tolist()
+        raise ValueError(
+            f"document_ids: {after} after {before} at position {key + 1} of batch row {row}, expected ids "
+            "that never decrease; number the documents in the order of the row"
+        )
+
+
+def _check_spans(spans: Tensor, kv_len: int) -> None:
+    for row, slots in enumerate(spans.tolist()):
+        past = 0
+        for start, end in sorted(slot for slot in slots if slot[0] != slot[1]):
+            if not 0 <= start < end <= kv_len:
+                raise ValueError(
+                    f"spans: [{start}, {end}) in batch row {row}, expected 0 <= start < end <= {kv_len}, or "
+                    "start == end for an unused slot"
+                )
+            if start < past:
+                raise ValueError(
+                    f"spans: [{start}, {end}) in batch row {row} overlaps one that ends at {past}, expected "
+                    "disjoint spans; join them"
+                )
+            past = end
