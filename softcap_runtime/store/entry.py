@@ -1,0 +1,133 @@
+"""One entry: a document that says what it is, a payload, and seals over both.
+
+The document is one line of canonical JSON (key, fingerprint, size, creation, provenance). Two lines follow
+it: the SHA-256 over document and payload, and the HMAC-SHA256 over the same bytes (empty without an
+authentication key). Document and seals lie in the ``tag`` column, so that listing a cache reads no payload.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from softcap_runtime.store.key import Key, canonical, digest_of
+
+FORMAT = 1
+MAX_DOCUMENT = 64 * 1024  # characters; ours have about 1,000
+
+
+class BadEntry(Exception):
+    """An entry that must not be used; ``kind``: ``corrupt`` (damaged) or ``rejected`` (not ours)."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+class Sealed(NamedTuple):
+    """An entry as it lies on disk: the three lines of text, and the payload."""
+
+    text: str
+    payload: bytes
+
+
+def seal(
+    key: Key,
+    payload: bytes,
+    *,
+    created: float,
+    build_seconds: float,
+    provenance: Mapping[str, str],
+    auth_key: bytes | None,
+) -> Sealed:
+    """The entry of ``payload`` under ``key``; ``created`` in seconds since the epoch."""
+    document = canonical(
+        {
+            "format": FORMAT,
+            "fields": dict(key.fields),
+            "fingerprint": dict(key.fingerprint),
+            "bytes": len(payload),
+            "created": round(created, 3),
+            "build_seconds": round(build_seconds, 3),
+            "provenance": dict(provenance),
+        }
+    )
+    return Sealed(_text(document, payload, auth_key), payload)
+
+
+def reseal(entry: Sealed, auth_key: bytes | None) -> Sealed:
+    """The same entry, authenticated with ``auth_key``."""
+    return Sealed(_text(entry.text.split("\n")[0], entry.payload, auth_key), entry.payload)
+
+
+def verify(text: object, payload: object, digest: str, auth_key: bytes | None) -> dict[str, Any]:
+    """The document of an entry whose seals hold and whose key is ``digest``.
+
+    Raises BadEntry: nothing of the entry may be used. A missing or wrong HMAC counts only with ``auth_key``.
+    """
+    if not isinstance(payload, bytes):
+        raise BadEntry("rejected", f"its value is {type(payload).__name__}, expected bytes")
+    line, checksum, mac = split(text)
+    framed = _framed(line, payload)
+    if not hmac.compare_digest(hashlib.sha256(framed).hexdigest(), checksum):
+        raise BadEntry("corrupt", "its checksum does not match its bytes")
+    if auth_key is not None and not hmac.compare_digest(_mac(framed, auth_key), mac):
+        raise BadEntry("rejected", "its HMAC is missing or made with another key")
+    document = parse(line)
+    if document_digest(document) != digest:
+        raise BadEntry("rejected", "it belongs to another key")
+    return document
+
+
+def split(text: object) -> tuple[str, str, str]:
+    """Document, checksum and HMAC of an entry's text; BadEntry when it has another form."""
+    if not isinstance(text, str):
+        raise BadEntry("rejected", f"its document is {type(text).__name__}, expected text")
+    if len(text) > MAX_DOCUMENT:
+        raise BadEntry(
+            "rejected", f"its document has {len(text)} characters, expected at most {MAX_DOCUMENT}"
+        )
+    lines = text.split("\n")
+    if len(lines) != 3 or not text.isascii():
+        raise BadEntry("corrupt", "its document is not three lines of ASCII")
+    return lines[0], lines[1], lines[2]
+
+
+def parse(line: str) -> dict[str, Any]:
+    """The document as a dict with the right format number; BadEntry otherwise."""
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError):
+        raise BadEntry("corrupt", "its document is not JSON") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise BadEntry("rejected", f"its document is not of format {FORMAT}")
+    return document
+
+
+def document_digest(document: dict[str, Any]) -> str:
+    """The digest that a document claims; empty when it has no key."""
+    fields, fingerprint = document.get("fields"), document.get("fingerprint")
+    if not isinstance(fields, dict) or not isinstance(fingerprint, dict):
+        return ""
+    try:
+        return digest_of(fields, fingerprint)
+    except (ValueError, TypeError, RecursionError):
+        return ""
+
+
+def _framed(line: str, payload: bytes) -> bytes:
+    document = line.encode("ascii")
+    return b"softcap-entry %d %d\n" % (len(document), len(payload)) + document + payload
+
+
+def _mac(framed: bytes, auth_key: bytes) -> str:
+    return hmac.new(auth_key, framed, hashlib.sha256).hexdigest()
+
+
+def _text(line: str, payload: bytes, auth_key: bytes | None) -> str:
+    framed = _framed(line, payload)
+    mac = "" if auth_key is None else _mac(framed, auth_key)
+    return f"{line}\n{hashlib.sha256(framed).hexdigest()}\n{mac}"

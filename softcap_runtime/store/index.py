@@ -1,0 +1,275 @@
+"""The index of a cache: a diskcache.Cache that trusts nothing it reads and never touches another file.
+
+diskcache unpickles rows, opens and removes files that rows name, obeys settings that it finds in the
+database, writes 25 transactions on every open and waits 60 s for a lock. Here a database is inspected before
+it is used, opened without a write (read-only where it must be), on one connection; keys are str and values
+bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diskcache
+
+from softcap_runtime.store import schema
+from softcap_runtime.store.entry import MAX_DOCUMENT, BadEntry, Sealed
+from softcap_runtime.store.key import is_digest
+
+COUNTERS_KEY = "counters"
+MODE_RAW = 1
+_NO_FILES = "entries name no files"
+
+
+class Moved(sqlite3.OperationalError):
+    """The database at the path is no longer the one that is open."""
+
+
+class BytesDisk(diskcache.Disk):
+    """Keys are str and values bytes, kept in the row; whatever else a row says is refused, never followed."""
+
+    def put(self, key: Any) -> tuple[str, bool]:
+        """The key as it is; TypeError unless it is a str."""
+        if type(key) is not str:
+            raise TypeError(f"key: {type(key).__name__}, expected str")
+        return key, True
+
+    def get(self, key: Any, raw: Any) -> str:
+        """The key of a row; BadEntry unless it is text stored raw."""
+        if type(key) is not str or raw != 1:
+            raise BadEntry("rejected", "its key is not plain text")
+        return key
+
+    def store(self, value: Any, read: bool, key: Any = None) -> tuple[int, int, None, bytes]:
+        """The columns of a value; TypeError unless it is bytes."""
+        if type(value) is not bytes:
+            raise TypeError(f"value: {type(value).__name__}, expected bytes")
+        return len(value), MODE_RAW, None, value
+
+    def fetch(self, mode: Any, filename: Any, value: Any, read: bool) -> bytes:
+        """The value of a row; BadEntry unless it is bytes within the row."""
+        if mode != MODE_RAW or filename is not None or type(value) is not bytes:
+            raise BadEntry(
+                "rejected", f"its value is not plain bytes (mode {mode!r}, file {filename is not None})"
+            )
+        return value
+
+    def filename(self, key: Any = None, value: Any = None) -> tuple[str, str]:
+        """Never: BadEntry."""
+        raise BadEntry("rejected", _NO_FILES)
+
+    def remove(self, file_path: Any) -> None:
+        """Remove nothing: no file that a row names is ours."""
+
+
+class Row(NamedTuple):
+    """What listing reads of a row: everything but the value."""
+
+    rowid: int
+    key: Any
+    raw: Any
+    text: Any
+    mode: Any
+    filename: Any
+    value_type: str
+    value_bytes: int
+    last_used: float
+    hits: int
+
+    @property
+    def reserved(self) -> bool:
+        """Whether it is the row of the counters, not an entry."""
+        return bool(self.key == COUNTERS_KEY)
+
+    def check(self) -> str:
+        """The digest of a row that has the form of an entry; BadEntry otherwise."""
+        plain = (
+            self.raw == 1 and self.mode == MODE_RAW and self.filename is None and self.value_type == "blob"
+        )
+        if not plain or not is_digest(self.key):
+            raise BadEntry("rejected", "it has not the form of an entry")
+        return str(self.key)
+
+
+class Index(diskcache.Cache):
+    """An open, inspected database. One connection: callers hold one lock around every use.
+
+    Raises schema.Foreign, schema.OtherVersion, FileNotFoundError (no database), sqlite3.DatabaseError
+    (damaged), sqlite3.OperationalError or OSError (cannot be opened or read now).
+    """
+
+    def __init__(self, folder: Path, *, writable: bool, busy_seconds: float, max_bytes: int) -> None:
+        # Not super().__init__: see the module's docstring.
+        self._directory = str(folder)
+        self._path = folder / schema.DBNAME
+        self._max_bytes = max_bytes
+        self._txn_id: int | None = None
+        self._disk = BytesDisk(self._directory)
+        for name, value in schema.SETTINGS.items():
+            setattr(self, name, value)
+        schema.check_journal(folder)
+        self._inode = self._current_inode()
+        mode = "rw" if writable else "ro"
+        self._connection = sqlite3.connect(
+            f"{self._path.resolve().as_uri()}?mode={mode}",
+            uri=True,
+            timeout=busy_seconds,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        try:
+            self._connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+            for pragma in _pragmas():
+                self._connection.execute(pragma)
+            schema.check_schema(self._connection)
+            self.check_place()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        return self._connection
+
+    def close(self) -> None:
+        """Close the connection; the index cannot be used afterwards."""
+        self._connection.close()
+
+    @contextlib.contextmanager
+    def _transact(
+        self, retry: bool = False, filename: Any = None
+    ) -> Iterator[tuple[Any, Callable[[Any], None]]]:
+        """diskcache's transaction, with the real error; rolled back when COMMIT itself fails (disk full)."""
+        execute = self._connection.execute
+        if self._txn_id == threading.get_ident():
+            yield execute, self._disk.remove
+            return
+        execute("BEGIN IMMEDIATE")
+        self._txn_id = threading.get_ident()
+        try:
+            # After BEGIN, so that who moves a database aside (holding its lock) cannot come between.
+            self.check_place()
+            yield execute, self._disk.remove
+            execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                with contextlib.suppress(sqlite3.Error):
+                    execute("ROLLBACK")
+            raise
+        finally:
+            self._txn_id = None
+
+    def check_place(self) -> None:
+        """Raise Moved when another process moved the database aside, or the folder is gone."""
+        if self._current_inode() != self._inode:
+            raise Moved(f"{self._path} was replaced")
+
+    def _current_inode(self) -> tuple[int, int]:
+        status = os.stat(self._path)
+        return status.st_dev, status.st_ino
+
+    def read(self, digest: str) -> Sealed | None:
+        """The entry stored under ``digest``, its seals not yet verified. Raises BadEntry for an odd row."""
+        self.check_place()
+        sizes = "SELECT length(value), length(tag) FROM Cache WHERE key = ? AND raw = 1"
+        for value_bytes, text_length in self._connection.execute(sizes, (digest,)).fetchall():
+            _check_sizes(value_bytes, text_length, self._max_bytes)
+        payload, text = self.get(digest, tag=True)
+        return None if payload is None else Sealed(text, payload)
+
+    def publish(self, digest: str, entry: Sealed, size_limit: int) -> int:
+        """Store an entry, evict the least recently used others down to ``size_limit`` bytes; how many."""
+        with self._transact() as (execute, _):
+            self.set(digest, entry.payload, tag=entry.text)
+            return self._evict(execute, digest, size_limit)
+
+    def _evict(self, execute: Any, keep: str, size_limit: int) -> int:
+        ((total,),) = execute("SELECT total(length(value)) FROM Cache").fetchall()
+        if total <= size_limit:
+            return 0
+        oldest_first = (
+            "SELECT rowid, length(value) FROM Cache WHERE key NOT IN (?, ?) ORDER BY access_time, rowid"
+        )
+        evicted = 0
+        for rowid, size in execute(oldest_first, (keep, COUNTERS_KEY)).fetchall():
+            execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
+            evicted, total = evicted + 1, total - (size or 0)
+            if total <= size_limit:
+                break
+        return evicted
+
+    def merge(self, uses: Mapping[str, int], counters: Callable[[bytes | None], bytes]) -> None:
+        """Add ``uses`` to the entries' counts, and rewrite the counters row, in one transaction."""
+        with self._transact() as (execute, _):
+            now = time.time()
+            execute_use = (
+                "UPDATE Cache SET access_count = access_count + ?, access_time = max(access_time, ?)"
+                " WHERE key = ? AND raw = 1"
+            )
+            for digest, count in uses.items():
+                execute(execute_use, (count, now, digest))
+            self.set(COUNTERS_KEY, counters(self.counters()))
+
+    def counters(self) -> bytes | None:
+        """The stored counters; None when there are none in a usable form."""
+        try:
+            data = self.get(COUNTERS_KEY)
+        except BadEntry:
+            return None
+        return data if isinstance(data, bytes) else None
+
+    def rows(self) -> Iterator[Row]:
+        """Every row but its value, in batches: other processes may write meanwhile."""
+        columns = (
+            "rowid, key, raw, tag, mode, filename, typeof(value), length(value), access_time, access_count"
+        )
+        bounded = "rowid > ? AND ifnull(length(tag), 0) <= ?"
+        select = f"SELECT {columns} FROM Cache WHERE {bounded} ORDER BY rowid LIMIT 500"
+        last = -(2**63)
+        while batch := self._connection.execute(select, (last, MAX_DOCUMENT)).fetchall():
+            yield from map(Row._make, batch)
+            last = batch[-1][0]
+
+    def remove_row(self, rowid: int) -> None:
+        """Delete one row; nothing that it names is followed."""
+        with self._transact() as (execute, _):
+            execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
+
+    def remove_entries(self) -> int:
+        """Delete every row but the counters; how many."""
+        with self._transact() as (execute, _):
+            return int(execute("DELETE FROM Cache WHERE key <> ? OR raw <> 1", (COUNTERS_KEY,)).rowcount)
+
+    def totals(self) -> tuple[int, int]:
+        """Entries and their bytes."""
+        select = "SELECT count(*), total(length(value)) FROM Cache WHERE key <> ?"
+        ((entries, size),) = self._connection.execute(select, (COUNTERS_KEY,)).fetchall()
+        return int(entries), int(size)
+
+    def damage(self) -> list[str]:
+        """What SQLite's own check finds wrong with the file; reads all of it."""
+        found = [str(line) for (line,) in self._connection.execute("PRAGMA integrity_check(20)")]
+        return [] if found == ["ok"] else found
+
+
+def _pragmas() -> Iterator[str]:
+    yield "PRAGMA trusted_schema = OFF"
+    yield "PRAGMA cell_size_check = ON"
+    for name in ("mmap_size", "cache_size", "synchronous"):
+        yield f"PRAGMA {name} = {schema.SETTINGS[f'sqlite_{name}']}"
+
+
+def _check_sizes(value_bytes: Any, text_length: Any, max_bytes: int) -> None:
+    if (value_bytes or 0) > max_bytes:
+        raise BadEntry("rejected", f"its value has {value_bytes} bytes, expected at most {max_bytes}")
+    if (text_length or 0) > MAX_DOCUMENT:
+        raise BadEntry(
+            "rejected", f"its document has {text_length} characters, expected at most {MAX_DOCUMENT}"
+        )

@@ -1,0 +1,179 @@
+"""What people see of a store: entries, status, and why a key would miss."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from softcap_runtime.store import entry as entries_
+from softcap_runtime.store import schema, trust
+from softcap_runtime.store.entry import BadEntry
+from softcap_runtime.store.fingerprint import fingerprint
+from softcap_runtime.store.key import Key
+from softcap_runtime.store.report import (
+    Counter,
+    Difference,
+    Document,
+    EntryInfo,
+    Explanation,
+    StoreStatus,
+)
+
+if TYPE_CHECKING:
+    from softcap_runtime.store.index import Index, Row
+    from softcap_runtime.store.store import Store
+
+NETWORK_FILESYSTEMS = (
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "lustre",
+    "ceph",
+    "glusterfs",
+    "beegfs",
+    "gpfs",
+    "9p",
+)
+
+
+def entries(store: Store) -> list[EntryInfo]:
+    """See ``Store.entries``."""
+
+    def collect(index: Index) -> list[EntryInfo]:
+        found = []
+        for row in list(index.rows()):
+            if row.reserved:
+                continue
+            try:
+                found.append(_info(row))
+            except BadEntry as bad:
+                store.reject_row(index, row.rowid, bad)
+        return found
+
+    nothing: list[EntryInfo] = []
+    return sorted(store.use("read", collect, nothing), key=lambda info: (info.last_used, info.digest))
+
+
+def _info(row: Row) -> EntryInfo:
+    digest = row.check()
+    document = document_of(row.text)
+    if entries_.document_digest(document.model_dump()) != digest:
+        raise BadEntry("rejected", "it belongs to another key")
+    differs = differing(document.fingerprint, _environment_of(document.fingerprint))
+    return EntryInfo(
+        digest=digest,
+        fields=document.fields,
+        fingerprint=document.fingerprint,
+        bytes=row.value_bytes,
+        created=document.created,
+        last_used=row.last_used,
+        hits=row.hits,
+        build_seconds=document.build_seconds,
+        provenance=document.provenance,
+        fits=not differs,
+        differs=differs,
+    )
+
+
+def document_of(text: Any) -> Document:
+    """The validated document of an entry's text; BadEntry when it is not one. Its seals are not checked."""
+    try:
+        return Document.model_validate(entries_.parse(entries_.split(text)[0]))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BadEntry("rejected", f"its document is not valid: {where}: {first['msg']}") from None
+
+
+def differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The fields whose values differ, sorted."""
+    return sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+
+
+def _environment_of(stored: Mapping[str, str]) -> dict[str, str]:
+    """This environment's fingerprint for the kind of device that an entry was built for."""
+    return fingerprint("cpu" if "cpu" in stored else "cuda")
+
+
+def status(store: Store) -> StoreStatus:
+    """See ``Store.status``."""
+    entry_count, size = store.use("read", lambda index: index.totals(), (0, 0))
+    stored = store.use("read", lambda index: index.counters(), None)
+    verdict = trust.check(store.folder)
+    kind = filesystem_type(store.folder)
+    return StoreStatus(
+        folder=str(store.folder),
+        exists=store.folder.is_dir(),
+        writable=verdict.writable,
+        trusted=verdict.problem is None,
+        verdict=verdict.problem or "trusted",
+        owner="" if verdict.owner is None else trust.owner_name(verdict.owner),
+        mode="" if verdict.mode is None else f"{verdict.mode:04o}",
+        filesystem=kind,
+        network_filesystem=kind in NETWORK_FILESYSTEMS or kind.startswith("fuse."),
+        schema_version=schema.USER_VERSION,
+        fault=store.fault,
+        authenticated=store.auth_key is not None,
+        entries=entry_count,
+        bytes=size,
+        size_limit=store.size_limit,
+        held_in_memory=store.held_in_memory,
+        counters={
+            name: Counter(value=count.value, since=count.since)
+            for name, count in store.counters.merged(stored).items()
+        },
+    )
+
+
+def filesystem_type(folder: Path) -> str:
+    """The kernel's name for the type of filesystem that ``folder`` lies on; ``unknown`` if it has none."""
+    real = os.path.realpath(folder)
+    best, kind = -1, "unknown"
+    try:
+        with open("/proc/self/mounts", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                _, place, name, *_ = line.split(" ")
+                place = place.replace("\\040", " ")
+                inside = real == place or real.startswith(place.rstrip("/") + "/")
+                if inside and len(place) >= best:
+                    best, kind = len(place), name
+    except (OSError, ValueError):
+        return "unknown"
+    return kind
+
+
+def explain(store: Store, key: Key) -> Explanation:
+    """See ``Store.explain``."""
+    known = entries(store)
+    same = next((info for info in known if info.digest == key.digest), None)
+    if same is not None:
+        return Explanation(digest=key.digest, present=True, reason="present", nearest=same, differences=[])
+    if not known:
+        reason = store.fault or "the cache is empty"
+        return Explanation(digest=key.digest, present=False, reason=reason, nearest=None, differences=[])
+    nearest = min(known, key=lambda info: len(_differences(key, info)))
+    differences = _differences(key, nearest)
+    told = "; ".join(f"{d.field}: wanted {d.wanted!r}, stored {d.stored!r}" for d in differences)
+    return Explanation(
+        digest=key.digest,
+        present=False,
+        reason=f"no such entry; the nearest differs in {told}",
+        nearest=nearest,
+        differences=differences,
+    )
+
+
+def _differences(key: Key, info: EntryInfo) -> list[Difference]:
+    # Fields and fingerprint are shown in one namespace: a fingerprint's field is told by its prefix.
+    wanted = {**key.fields, **{f"fingerprint.{name}": value for name, value in key.fingerprint.items()}}
+    stored = {**info.fields, **{f"fingerprint.{name}": value for name, value in info.fingerprint.items()}}
+    return [
+        Difference(field=name, wanted=wanted.get(name), stored=stored.get(name))
+        for name in differing(stored, wanted)
+    ]

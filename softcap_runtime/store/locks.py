@@ -1,0 +1,104 @@
+"""One builder per key: threads of this process by a lock in memory, processes by a kernel lock on a file.
+
+The kernel releases the file lock when its holder ends, however it ends. On a network filesystem the lock
+holds between hosts only where the server keeps flock (NFS does by default); where flock is missing
+altogether, each process builds for itself, which costs time and harms nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+FOLDER = "locks"
+LONGEST_WAIT_S = 1800.0  # a build may take 900 s; a builder that was stopped must not stop the machine
+
+
+class KeyLocks:
+    """The locks of one cache folder. Make a new one after fork."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / FOLDER
+        self._guard = threading.Lock()
+        self._threads: dict[str, tuple[threading.Lock, int]] = {}
+
+    @contextlib.contextmanager
+    def thread(self, name: str) -> Iterator[float]:
+        """Hold ``name`` against the other threads; gives the seconds waited."""
+        with self._guard:
+            lock, users = self._threads.get(name, (threading.Lock(), 0))
+            self._threads[name] = lock, users + 1
+        try:
+            started = time.monotonic()
+            held = lock.acquire(timeout=LONGEST_WAIT_S)
+            try:
+                yield time.monotonic() - started
+            finally:
+                if held:
+                    lock.release()
+        finally:
+            with self._guard:
+                lock, users = self._threads[name]
+                if users == 1:
+                    del self._threads[name]
+                else:
+                    self._threads[name] = lock, users - 1
+
+    @contextlib.contextmanager
+    def process(self, name: str, longest: float = LONGEST_WAIT_S) -> Iterator[float]:
+        """Hold ``name`` against other processes; gives the seconds waited.
+
+        Goes on without the lock after ``longest`` seconds, or where no lock can be taken: that is logged, and
+        costs at most a second build.
+        """
+        # Not at the top: only who builds needs it, and it takes as long to import as the rest of the store.
+        from filelock import FileLock, Timeout
+
+        started = time.monotonic()
+        lock = None
+        try:
+            _make_folder(self.folder)
+            if _has_flock(self.folder):
+                lock = FileLock(self.folder / f"{name}.lock", mode=0o600)
+                lock.acquire(timeout=longest)
+        except Timeout:
+            log.warning("lock of %s: still held after %.0f s; going on without it", name[:12], longest)
+            lock = None
+        except OSError as error:
+            log.warning("lock of %s: %s; going on without it", name[:12], error)
+            lock = None
+        try:
+            yield time.monotonic() - started
+        finally:
+            if lock is not None:
+                with contextlib.suppress(OSError):
+                    lock.release()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700)
+        folder.chmod(0o700)
+    except FileExistsError:
+        return
+
+
+def _has_flock(folder: Path) -> bool:
+    """Whether the filesystem has flock: without it filelock takes a lock that outlives a killed holder."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK)
+    finally:
+        os.close(descriptor)
+    return True

@@ -1,0 +1,117 @@
+"""What the store tells people and ``inspect --json``: pydantic models. Not imported on the start-up path."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+Name = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
+Text = Annotated[str, Field(strict=True, max_length=4000)]
+Seconds = Annotated[float, Field(ge=0, le=2**40, allow_inf_nan=False)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Document(_Frozen):
+    """The document of an entry, as read from disk or from a bundle."""
+
+    format: Literal[1]
+    fields: dict[Name, StrictBool | StrictInt | StrictStr]
+    fingerprint: dict[Name, Text]
+    bytes: Annotated[int, Field(strict=True, ge=0)]
+    created: Seconds
+    build_seconds: Seconds
+    provenance: dict[Name, Text]
+
+
+class EntryInfo(_Frozen):
+    """One entry. Times in seconds since the epoch, ``build_seconds`` in seconds, ``bytes`` of its payload.
+
+    ``fits``: whether this environment can use it; ``differs``: the fingerprint fields that say no.
+    """
+
+    digest: str
+    fields: dict[str, StrictBool | StrictInt | StrictStr]
+    fingerprint: dict[str, str]
+    bytes: int
+    created: float
+    last_used: float
+    hits: int
+    build_seconds: float
+    provenance: dict[str, str]
+    fits: bool
+    differs: list[str]
+
+
+class Counter(_Frozen):
+    """A count and since when it runs, in seconds since the epoch."""
+
+    value: float
+    since: float
+
+
+class StoreStatus(_Frozen):
+    """The state of a cache folder. ``fault``: why the disk is not used, or what last went wrong with it.
+
+    ``owner`` and ``mode`` are the folder's, ``verdict`` what the check of owners and modes says (``trusted``
+    or the problem with its remedy), ``filesystem`` its type, ``schema_version`` that of the database.
+    ``bytes`` counts payloads, ``held_in_memory`` entries that could not be written.
+    """
+
+    folder: str
+    exists: bool
+    writable: bool
+    trusted: bool
+    verdict: str
+    owner: str
+    mode: str
+    filesystem: str
+    network_filesystem: bool
+    schema_version: int
+    fault: str | None
+    authenticated: bool
+    entries: int
+    bytes: int
+    size_limit: int
+    held_in_memory: int
+    counters: dict[str, Counter]
+
+
+class Problem(_Frozen):
+    """Something that ``verify`` found: ``where`` (an entry's digest, a row or a file) and ``what``.
+
+    ``repaired``: whether it was put into quarantine.
+    """
+
+    where: str
+    what: str
+    repaired: bool
+
+
+class Difference(_Frozen):
+    """A field whose value is not the one asked for; None where a side has no such field."""
+
+    field: str
+    wanted: bool | int | str | None
+    stored: bool | int | str | None
+
+
+class Explanation(_Frozen):
+    """Whether a key would hit, and if not how the nearest entry differs (None: the cache is empty)."""
+
+    digest: str
+    present: bool
+    reason: str
+    nearest: EntryInfo | None
+    differences: list[Difference]
+
+
+class ImportReport(_Frozen):
+    """What an import did: entries ``imported``, already ``present``, and ``refused`` with the reason."""
+
+    imported: int
+    present: int
+    refused: list[Problem]

@@ -1,0 +1,136 @@
+"""The one shape that a ``cache.db`` may have, and the look at a database before anything else touches it.
+
+The tables are diskcache's (5.6); a test holds this text to what diskcache itself creates.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+
+DBNAME = "cache.db"
+USER_VERSION = 1
+
+_TABLES = {
+    "Settings": "CREATE TABLE Settings ( key TEXT NOT NULL UNIQUE, value)",
+    "Cache": (
+        "CREATE TABLE Cache ( rowid INTEGER PRIMARY KEY, key BLOB, raw INTEGER, store_time REAL,"
+        " expire_time REAL, access_time REAL, access_count INTEGER DEFAULT 0, tag BLOB,"
+        " size INTEGER DEFAULT 0, mode INTEGER DEFAULT 0, filename TEXT, value BLOB)"
+    ),
+    "Cache_key_raw": "CREATE UNIQUE INDEX Cache_key_raw ON Cache(key, raw)",
+    "Cache_expire_time": "CREATE INDEX Cache_expire_time ON Cache (expire_time)",
+}
+_TRIGGERS = {
+    "Settings_count_insert": ("INSERT", 'value + 1 WHERE key = "count"'),
+    "Settings_count_delete": ("DELETE", 'value - 1 WHERE key = "count"'),
+    "Settings_size_insert": ("INSERT", 'value + NEW.size WHERE key = "size"'),
+    "Settings_size_update": ("UPDATE", 'value + NEW.size - OLD.size WHERE key = "size"'),
+    "Settings_size_delete": ("DELETE", 'value - OLD.size WHERE key = "size"'),
+}
+STATEMENTS = _TABLES | {
+    name: (
+        f"CREATE TRIGGER {name} AFTER {event} ON Cache FOR EACH ROW BEGIN"
+        f" UPDATE Settings SET value = {change}; END"
+    )
+    for name, (event, change) in _TRIGGERS.items()
+}
+
+# Eviction is ours (by last use, within the transaction that publishes): diskcache's own would write on every
+# read, and removes files by names that it finds in the database.
+SETTINGS: dict[str, int | str] = {
+    "statistics": 0,
+    "tag_index": 0,
+    "eviction_policy": "none",
+    "size_limit": 2**40,
+    "cull_limit": 0,
+    "sqlite_auto_vacuum": 1,
+    "sqlite_cache_size": 2**11,
+    # A rollback journal, not WAL: WAL's shared memory is a mapped file, so a folder that is truncated or full
+    # under a running process would kill it with SIGBUS, as would a mapped database; WAL does not work on
+    # network filesystems and needs write access to be read.
+    "sqlite_journal_mode": "delete",
+    "sqlite_mmap_size": 0,
+    "sqlite_synchronous": 1,
+    "disk_min_file_size": 2**62,  # values stay inside the database: no entry ever names a file
+    "disk_pickle_protocol": 0,
+}
+METADATA = ("count", "size", "hits", "misses")
+
+_SUPER_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
+
+
+class Foreign(Exception):
+    """A database that is not ours in the way it must be; it is moved aside, never used."""
+
+
+class OtherVersion(Exception):
+    """A database of another version of this package; it is left alone."""
+
+
+def check_journal(folder: Path) -> None:
+    """Refuse a rollback journal that names another file: SQLite would remove that file.
+
+    Raises Foreign, OSError.
+    """
+    try:
+        with open(folder / f"{DBNAME}-journal", "rb") as journal:
+            journal.seek(0, os.SEEK_END)
+            journal.seek(max(0, journal.tell() - 8))
+            if journal.read(8) == _SUPER_JOURNAL_MAGIC:
+                raise Foreign("its journal names another file")
+    except FileNotFoundError:
+        return
+
+
+def check_schema(connection: sqlite3.Connection) -> None:
+    """Compare tables, indexes, triggers and Settings with the expected ones.
+
+    Raises Foreign or OtherVersion; sqlite3.DatabaseError for a damaged file.
+    """
+    ((version,),) = connection.execute("PRAGMA user_version")
+    found = {
+        name: sql
+        for name, sql in connection.execute("SELECT name, sql FROM sqlite_master LIMIT 100")
+        if name != "sqlite_autoindex_Settings_1"
+    }
+    if isinstance(version, int) and version > USER_VERSION and "Cache" in found:
+        raise OtherVersion(
+            f"made by a newer version of this package (schema {version}, ours is {USER_VERSION})"
+        )
+    if version != USER_VERSION or found != STATEMENTS:
+        odd = sorted(name for name in found.keys() | STATEMENTS if found.get(name) != STATEMENTS.get(name))
+        raise Foreign(f"its schema is not ours ({', '.join(map(str, odd))[:100] or f'version {version}'})")
+    settings = dict(connection.execute("SELECT key, value FROM Settings LIMIT 100"))
+    for name in METADATA:
+        if type(settings.pop(name, None)) is not int:
+            raise Foreign(f"its Settings row {name!r} is not a number")
+    if settings != SETTINGS or any(type(settings[name]) is not type(SETTINGS[name]) for name in SETTINGS):
+        raise Foreign("its Settings rows are not ours")
+
+
+def create(folder: Path) -> None:
+    """Put an empty database into ``folder``; complete when it becomes visible.
+
+    Raises OSError, sqlite3.Error.
+    """
+    temporary = folder / f"{DBNAME}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    try:
+        connection = sqlite3.connect(temporary, isolation_level=None)
+        try:
+            connection.execute("PRAGMA auto_vacuum = 1")
+            connection.execute("BEGIN")
+            for statement in STATEMENTS.values():
+                connection.execute(statement)
+            rows = [*SETTINGS.items(), *((name, 0) for name in METADATA)]
+            connection.executemany("INSERT INTO Settings VALUES (?, ?)", rows)
+            connection.execute(f"PRAGMA user_version = {USER_VERSION}")
+            connection.execute("COMMIT")
+        finally:
+            connection.close()
+        os.rename(temporary, folder / DBNAME)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

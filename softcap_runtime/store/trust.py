@@ -1,0 +1,136 @@
+"""Whether a cache folder may be used: who owns it, and who else could write to it.
+
+The folder, every folder above it, and what lies in it must belong to the user or to root, and nobody else may
+be able to write there (a sticky folder such as /tmp may stand above it). Symbolic links inside are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+LStat = Callable[[str], os.stat_result]
+SUBFOLDERS = ("locks", "quarantine")
+
+
+class Verdict(NamedTuple):
+    """``problem``: why the folder must not be used, in one line with the remedy; None when it may.
+
+    ``owner`` (a uid) and ``mode`` are the folder's; None when it is not there.
+    """
+
+    problem: str | None
+    writable: bool
+    owner: int | None = None
+    mode: int | None = None
+
+
+def check(folder: Path, lstat: LStat = os.lstat) -> Verdict:
+    """The verdict on ``folder``, an absolute path; reads only names, owners and modes. Never raises."""
+    user = os.geteuid()
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        return Verdict(f"cache folder {folder}: {error.strerror or error}", False)
+    owner, mode = status.st_uid, stat.S_IMODE(status.st_mode)
+    if not stat.S_ISDIR(status.st_mode):
+        return Verdict(
+            f"cache folder {folder} is a file, expected a folder; remove it or set another one", False
+        )
+    try:
+        problem = _chain_problem(folder, user, lstat) or _content_problem(folder, user, lstat)
+    except OSError as error:
+        problem = f"cache folder {folder}: {error}"
+    return Verdict(problem, os.access(folder, os.W_OK | os.X_OK, effective_ids=True), owner, mode)
+
+
+def make_private(folder: Path) -> None:
+    """Create ``folder`` and what is missing above it with mode 0700 whatever the umask. Raises OSError."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    for path in reversed(missing):
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            continue  # another process was faster
+        path.chmod(0o700)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, expected a folder")
+
+
+def _chain_problem(folder: Path, user: int, lstat: LStat) -> str | None:
+    real = Path(os.path.realpath(folder))
+    seen: dict[Path, None] = {}
+    for path in (folder, real):
+        seen.update(dict.fromkeys([*reversed(path.parents), path]))
+    for path in seen:
+        status = lstat(str(path))
+        problem = _problem(path, status, user, above=path != real)
+        if problem:
+            return problem
+    return None
+
+
+def _content_problem(folder: Path, user: int, lstat: LStat) -> str | None:
+    for path in _contents(folder):
+        try:
+            status = lstat(str(path))
+        except FileNotFoundError:
+            continue  # another process removed it
+        if stat.S_ISLNK(status.st_mode):
+            return f"cache folder not used: {path} is a symbolic link; remove it: rm {path}"
+        if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
+            return f"cache folder not used: {path} is neither file nor folder; remove it: rm {path}"
+        problem = _problem(path, status, user, above=False)
+        if problem:
+            return problem
+    return None
+
+
+def _contents(folder: Path) -> Iterator[Path]:
+    for place in (folder, *(folder / name for name in SUBFOLDERS)):
+        if place is not folder and (place.is_symlink() or not place.is_dir()):
+            continue
+        with os.scandir(place) as entries:
+            yield from (Path(entry.path) for entry in entries)
+
+
+def _problem(path: Path, status: os.stat_result, user: int, *, above: bool) -> str | None:
+    mode = stat.S_IMODE(status.st_mode)
+    shown = f"cache folder not used: {path} (owner {owner_name(status.st_uid)}, mode {mode:04o})"
+    if status.st_uid not in (user, 0):
+        chown = f"chown {owner_name(user)} {path}"
+        return f"{shown} belongs to another user; choose a folder of your own or run: {chown}"
+    if stat.S_ISLNK(status.st_mode) or not mode & 0o022:
+        return None
+    if above and mode & stat.S_ISVTX:
+        return None
+    if not mode & 0o002 and _private_group(status, user):
+        return None
+    return f"{shown} is writable by others; run: chmod go-w {path}"
+
+
+def _private_group(status: os.stat_result, user: int) -> bool:
+    """Whether the group is the user's own: the same number, and no other member."""
+    if user == 0 or status.st_gid != user:
+        return False
+    import grp
+    import pwd
+
+    try:
+        members = set(grp.getgrgid(status.st_gid).gr_mem)
+        return members <= {pwd.getpwuid(user).pw_name}
+    except KeyError:
+        return False
+
+
+def owner_name(uid: int) -> str:
+    """The user's name, or the number where it has none."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

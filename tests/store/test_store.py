@@ -1,0 +1,157 @@
+"""The life cycle of an entry: look up, build once, publish, list, evict, clear."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from softcap_runtime.store import Key, Store, fingerprint
+
+FINGERPRINT = fingerprint("cpu")
+MB = 1024 * 1024
+
+
+def key(name: str, **fields: str | int | bool) -> Key:
+    return Key({"name": name, **fields}, FINGERPRINT)
+
+
+def never() -> bytes:
+    raise AssertionError("built although it is in the cache")
+
+
+@pytest.fixture()
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "cache", 10 * MB)
+
+
+def test_built_then_loaded_by_the_next_process(store: Store, tmp_path: Path) -> None:
+    built = store.load_or_build(key("a"), lambda: b"payload")
+    assert (built.data, built.source) == (b"payload", "built")
+    again = Store(tmp_path / "cache", 10 * MB)
+    loaded = again.load_or_build(key("a"), never)
+    assert (loaded.data, loaded.source) == (b"payload", "disk")
+    assert again.load(key("a")) == b"payload"
+    assert again.load(key("b")) is None
+
+
+def test_key_identity() -> None:
+    assert key("a", n=1) == key("a", n=1)
+    assert hash(key("a", n=1)) == hash(key("a", n=1))
+    digests = {key("a", n=n).digest for n in (1, True, "1")} | {
+        Key({"name": "a"}, {}).digest,
+        key("a").digest,
+    }
+    assert len(digests) == 5
+    with pytest.raises(TypeError, match=r"fields: 'n'=1\.5, expected"):
+        Key({"n": 1.5}, {})  # type: ignore[dict-item]
+
+
+def test_an_error_of_the_build_passes_through_and_frees_the_lock(store: Store) -> None:
+    def fail() -> bytes:
+        raise LookupError("no compiler")
+
+    with pytest.raises(LookupError, match="no compiler"):
+        store.load_or_build(key("a"), fail)
+    assert store.load_or_build(key("a"), lambda: b"x").source == "built"
+
+
+def test_threads_build_once(store: Store) -> None:
+    builds: list[int] = []
+    barrier = threading.Barrier(8)
+    results: list[bytes] = []
+
+    def build() -> bytes:
+        builds.append(1)
+        return b"payload"
+
+    def work() -> None:
+        barrier.wait()
+        results.append(store.load_or_build(key("a"), build).data)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(builds) == 1
+    assert results == [b"payload"] * 8
+
+
+def test_uses_are_counted_without_a_write_and_survive_the_process(store: Store, tmp_path: Path) -> None:
+    store.load_or_build(key("a"), lambda: b"x")
+    database = tmp_path / "cache" / "cache.db"
+    before = database.stat().st_mtime_ns
+    for _ in range(100):
+        store.count_use(key("a").digest)
+    assert database.stat().st_mtime_ns == before
+    store.close()
+    (info,) = Store(tmp_path / "cache", MB).entries()
+    assert info.hits == 100
+
+
+def test_counters_of_several_stores_add_up(tmp_path: Path) -> None:
+    for _ in range(3):
+        store = Store(tmp_path / "cache", MB)
+        store.load(key("nothing"))
+        store.close()
+    assert Store(tmp_path / "cache", MB).status().counters["misses"].value == 3
+
+
+def test_least_recently_used_leave_first(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache", 3 * MB)
+    for name in "abc":
+        store.load_or_build(key(name), lambda: bytes(MB))
+    store.count_use(key("a").digest)
+    store.flush()
+    store.load_or_build(key("d"), lambda: bytes(MB))
+    assert [store.load(key(name)) is not None for name in "abcd"] == [True, False, True, True]
+    assert store.status().counters["evictions"].value == 1
+    assert store.status().bytes <= 3 * MB
+
+
+def test_an_entry_above_the_limit_works_from_memory(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache", 10)
+    assert store.load_or_build(key("a"), lambda: bytes(11)).source == "built"
+    assert store.load_or_build(key("a"), never).source == "memory"
+    assert store.fault is not None
+    assert "above the size limit of 10" in store.fault
+    assert store.status().counters["write_failures"].value == 1
+
+
+def test_clear(store: Store) -> None:
+    for name in "abc":
+        store.load_or_build(key(name), lambda: b"x")
+    assert store.clear() == 3
+    assert store.entries() == []
+    assert store.load(key("a")) is None
+
+
+def test_entries_tell_what_does_not_fit(store: Store) -> None:
+    other = Key({"name": "other"}, {**FINGERPRINT, "torch": "1.0", "libc": "musl"})
+    store.load_or_build(other, lambda: b"xyz", lambda: {"compiler": "g++ 1"})
+    (info,) = store.entries()
+    assert (info.fits, info.differs, info.bytes) == (False, ["libc", "torch"], 3)
+    assert info.provenance == {"compiler": "g++ 1"}
+    store.load_or_build(key("a"), lambda: b"x")
+    assert [info.fits for info in store.entries()] == [False, True]
+
+
+def test_explain_names_the_fields_of_the_nearest(store: Store) -> None:
+    assert store.explain(key("a")).reason == "the cache is empty"
+    store.load_or_build(key("a", n=1), lambda: b"x")
+    store.load_or_build(key("b", n=7), lambda: b"x")
+    explained = store.explain(key("a", n=2))
+    assert not explained.present
+    assert explained.nearest is not None
+    assert explained.nearest.fields == {"name": "a", "n": 1}
+    assert [(d.field, d.wanted, d.stored) for d in explained.differences] == [("n", 2, 1)]
+    assert "n: wanted 2, stored 1" in explained.reason
+    assert store.explain(key("a", n=1)).present
+
+
+@pytest.mark.parametrize("size_limit", [0, -1])
+def test_bad_size_limit(tmp_path: Path, size_limit: int) -> None:
+    with pytest.raises(ValueError, match=f"size_limit: {size_limit}, expected at least 1 byte"):
+        Store(tmp_path, size_limit)
