@@ -18,6 +18,11 @@ def _visible(lo: Tensor, hi: Tensor, cols: Tensor) -> Tensor:
     return (cols >= lo[:, None]) & (cols < hi[:, None])
 
 
+def _float(x: Tensor) -> Tensor:
+    # Not a plain .float(): traced on a float32 input it becomes a copy, and writing to x is lost (torch 2.13).
+    return x if x.dtype == torch.float32 else x.float()
+
+
 class BlockForward(nn.Module):
     """``(s, lo, hi, cols, total, scale, cap, inv_cap)``: s becomes exp(logit), total gains its row sums.
 
@@ -29,7 +34,7 @@ class BlockForward(nn.Module):
     ) -> None:
         """One block of keys; blocks of one row add up in ``total`` ``[N, R]`` in any order."""
         scale, cap, inv_cap = scalars
-        weight = torch.exp(capped(s.float() * scale, cap, inv_cap))
+        weight = torch.exp(capped(_float(s) * scale, cap, inv_cap))
         weight = torch.where(_visible(lo, hi, cols), weight, 0.0)
         total.add_(weight.sum(-1))
         s.copy_(weight)
@@ -49,7 +54,7 @@ class BlockSoftmax(nn.Module):
         self, s: Tensor, lo: Tensor, hi: Tensor, cols: Tensor, total: Tensor, peak: Tensor, *scalars: Tensor
     ) -> None:
         """All keys of R rows; a row that sees nothing has total 0 and peak 0."""
-        logit = s.float() * scalars[0]
+        logit = _float(s) * scalars[0]
         if self.capped:
             logit = capped(logit, scalars[1], scalars[2])
         visible = _visible(lo, hi, cols)
@@ -85,7 +90,7 @@ class BlockBackward(nn.Module):
     ) -> None:
         """One block; ``lse`` and ``delta`` are ``[N, R]`` float32, lse finite even where a row sees nothing."""
         scale = scalars[0]
-        logit = s.float() * scale
+        logit = _float(s) * scale
         slope = scale
         if self.capped:
             bounded = tanh(logit * scalars[2])
@@ -94,7 +99,7 @@ class BlockBackward(nn.Module):
         # Masked before exp: a hidden logit may lie far above the row's logsumexp, and inf * 0 is NaN.
         logit = torch.where(_visible(lo, hi, cols), logit - lse[..., None], -torch.inf)
         p = torch.exp(logit)
-        ds = p * (grad_p.float() - delta[..., None]) * slope
+        ds = p * (_float(grad_p) - delta[..., None]) * slope
         s.copy_(p)
         grad_p.copy_(ds)
 

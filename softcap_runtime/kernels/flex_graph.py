@@ -9,16 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from softcap_runtime.kernels.flex import MAX_ROWS
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.kernels.package import Graph, distinct
 from softcap_runtime.kernels.softcap import capped
 from softcap_runtime.masks.blocks import BLOCK
-
-# Rows that the interval vectors may hold (batch x padded rows). Exported as a static size: with a symbolic
-# one the generated C++ refers to a size it does not declare (torch 2.13). The kernel never reads beyond
-# what the rows of the call need, so shorter vectors are fine.
-MAX_ROWS = 2**24
-
 
 class FlexForward(nn.Module):
     """``(q, k, v, partial_num, partial_idx, full_num, full_idx, *row arguments, scale[, cap, inv_cap])``."""
@@ -81,6 +76,8 @@ def flex_forward(spec: KernelSpec) -> Graph:
     if spec.mask == "band":
         rows, row_shapes = [scalar, scalar.clone()], [{}, {}]
     else:
+        # A static size: with a symbolic one the generated C++ refers to a size that it does not declare (torch
+        # 2.13). The kernel reads what the rows of the call need and no more, so shorter vectors serve.
         vector = torch.empty(MAX_ROWS, dtype=torch.int32)
         rows, row_shapes = [vector, torch.empty_like(vector), scalar], [{}, {}, {}]
     scalars = [torch.ones(()) for _ in range(3 if spec.capped else 1)]

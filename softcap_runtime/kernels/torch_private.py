@@ -6,7 +6,9 @@ Each function says what is private, why it is used, and what serves when it is g
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import os
 import zipfile
 from collections.abc import Callable
@@ -67,6 +69,8 @@ def _shared_library(package: bytes) -> bytes:
 class _MemoryFile:
     """A file in memory with a path, gone when closed (what has been loaded from it stays mapped)."""
 
+    _counter = itertools.count(1)
+
     def __init__(self, data: bytes) -> None:
         self._fd = os.memfd_create("softcap_kernel", os.MFD_CLOEXEC)
         view = memoryview(data)
@@ -74,7 +78,10 @@ class _MemoryFile:
             view = view[os.write(self._fd, view) :]
 
     def __enter__(self) -> str:
-        return f"/proc/self/fd/{self._fd}"
+        # The loader takes a library whose path it has seen for the one it has, and descriptors are reused: spell
+        # each path in its own way, a "./" for every 1 in the binary digits of a counter.
+        digits = f"{next(self._counter):b}"
+        return f"/proc/self/{''.join('./' if digit == '1' else '/' for digit in digits)}fd/{self._fd}"
 
     def __exit__(self, *exception: object) -> None:
         os.close(self._fd)
@@ -102,3 +109,19 @@ def _make_probe() -> Callable[[], bool]:
 
 _probe: Callable[[], bool] = (lambda: True) if public_only() else _make_probe()
 interpreters_active.__wrapped__ = _probe  # type: ignore[attr-defined]
+
+
+@functools.cache
+def cpu_has_amx() -> bool:
+    """Whether this CPU multiplies bf16 in tiles (AMX).
+
+    Private: ``torch.cpu._is_amx_tile_supported``; no public name tells. Gone: the kernel's list of CPU flags.
+    """
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    if probe is not None and not public_only():
+        return bool(probe())
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as info:
+            return "amx_bf16" in info.read(16384)
+    except OSError:
+        return False

@@ -1,0 +1,140 @@
+"""The dense engines: the whole S x S matrix in plain torch, as it stands (eager) or through ``torch.compile``.
+
+``eager`` never compiles and serves every dtype up to float64. ``dense`` is what serves a torch without flex.
+Both compute half-precision inputs in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softcap_runtime import reference
+from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, empty_output
+from softcap_runtime.kernels.key import KernelSpec, dtype_name
+from softcap_runtime.masks.intervals import edges
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: Tensor, cap: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The reference in float32 at least; lo, hi int32 ``[B or 1, Sq]``, scale and cap 0-d tensors.
+
+    Returns out ``[B, Hq, Sq, D]`` in q's dtype and the logsumexp ``[B, Hq, Sq]``.
+    """
+    mask = reference.visible(lo, hi, k.shape[2])
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out, lse = reference.attention(q.to(wide), k.to(wide), v.to(wide), mask, scale=scale, softcap=cap)
+    return out.to(q.dtype), lse
+
+
+def attend_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    scale: Tensor,
+    cap: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``attend`` from its results: ``ds = scale * p * (grad_p - delta) * (1 - (logit / cap)^2)``."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    batch, heads, q_len, head_dim = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+
+    def grouped(x: Tensor) -> Tensor:
+        return x.to(wide).reshape(batch, kv_heads, -1, head_dim)
+
+    rows_q, rows_grad, keys, values = grouped(q), grouped(grad_out), k.to(wide), v.to(wide)
+    logit = (rows_q @ keys.mT) * scale
+    slope = scale
+    if cap is not None:
+        bounded = torch.tanh(logit / cap)
+        logit, slope = cap * bounded, scale * (1 - bounded * bounded)
+    visible = reference.visible(lo, hi, kv_len)[:, None, None]
+    logit = logit.view(batch, kv_heads, -1, q_len, kv_len)
+    lse = torch.where(lse == -torch.inf, 0.0, lse).view(batch, kv_heads, -1, q_len, 1)
+    p = torch.where(visible, logit - lse, -torch.inf).exp().view(batch, kv_heads, -1, kv_len)
+    delta = (rows_grad * grouped(out)).sum(-1, keepdim=True)
+    ds = p * (rows_grad @ values.mT - delta) * slope
+    grad_q = (ds @ keys).view(batch, heads, q_len, head_dim)
+    return grad_q.to(q.dtype), (ds.mT @ rows_q).to(k.dtype), (p.mT @ rows_grad).to(v.dtype)
+
+
+def _arguments(problem: Problem) -> list[Tensor | None]:
+    wide = torch.promote_types(problem.dtype, torch.float32)
+
+    def number(value: float) -> Tensor:
+        return torch.tensor(value, dtype=wide, device=problem.device)
+
+    cap = None if problem.softcap is None else number(problem.softcap)
+    return [*edges(problem.mask, problem.device), number(problem.scale), cap]
+
+
+def _lay_out(x: Tensor, q: Tensor) -> Tensor:
+    return empty_output(q).copy_(x)
+
+
+def _eager_refuses(problem: Problem) -> str | None:
+    return None if problem.dtype.is_floating_point else f"q.dtype: {problem.dtype}, expected a float dtype"
+
+
+def _eager_forward(problem: Problem, kernels: Kernels) -> Forward:
+    fixed = _arguments(problem)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        out, lse = attend(q, k, v, *fixed)  # type: ignore[arg-type]
+        return _lay_out(out, q), lse
+
+    return run
+
+
+def _eager_backward(problem: Problem, kernels: Kernels) -> Backward:
+    fixed = _arguments(problem)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return attend_backward(*tensors, *fixed)  # type: ignore[arg-type]
+
+    return run
+
+
+def _dense_spec(problem: Problem, op: str) -> KernelSpec:
+    return KernelSpec(op, problem.device.type, dtype_name(problem.dtype), 0, problem.softcap is not None, "")
+
+
+def _dense_specs(problem: Problem) -> list[KernelSpec]:
+    ops = ["dense_forward", "dense_backward"] if problem.train else ["dense_forward"]
+    return [_dense_spec(problem, op) for op in ops]
+
+
+def _dense_refuses(problem: Problem) -> str | None:
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"q.dtype: {problem.dtype}, the dense engine serves float32, bfloat16 and float16"
+    return None
+
+
+def _dense_forward(problem: Problem, kernels: Kernels) -> Forward:
+    fixed, compiled = _arguments(problem), kernels.runner(_dense_spec(problem, "dense_forward"))
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        out, lse = compiled([q, k, v, *fixed])  # type: ignore[list-item]
+        return _lay_out(out, q), lse
+
+    return run
+
+
+def _dense_backward(problem: Problem, kernels: Kernels) -> Backward:
+    fixed, compiled = _arguments(problem), kernels.runner(_dense_spec(problem, "dense_backward"))
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad_q, grad_k, grad_v = compiled([*tensors, *fixed])  # type: ignore[list-item]
+        return grad_q, grad_k, grad_v
+
+    return run
+
+
+EAGER = Engine("eager", _eager_refuses, lambda problem: [], _eager_forward, _eager_backward)
+DENSE = Engine("dense", _dense_refuses, _dense_specs, _dense_forward, _dense_backward)

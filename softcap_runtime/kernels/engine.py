@@ -1,0 +1,74 @@
+"""What an engine is: one type for all of them, and the problem that it is asked to solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.masks.intervals import RowIntervals
+
+Runner = Callable[[list[Tensor]], list[Tensor]]
+Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+Backward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
+]  # grad_out, q, k, v, out, lse -> grad_q, grad_k, grad_v
+
+
+class Problem(NamedTuple):
+    """One attention call, all but the contents of q, k and v.
+
+    ``mask`` holds the lengths; ``train`` whether the logsumexp is wanted for a backward to come.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float | None
+    mask: RowIntervals
+    train: bool
+
+
+class Kernels(Protocol):
+    """Where an engine finds its compiled kernels; a missing one is loaded or built, or raises."""
+
+    def runner(self, spec: KernelSpec) -> Runner:
+        """The kernel of ``spec``, ready to run."""
+
+
+class Engine(NamedTuple):
+    """One way to compute attention.
+
+    ``refuses``: why it cannot serve a problem, or None when it can. ``specs``: the compiled kernels that it
+    needs for one, by its dtype, heads and ``train`` alone, never its lengths. ``forward`` and ``backward``:
+    bind a problem to its kernels and return what computes it; ``q``, ``k``, ``v`` have last stride 1.
+    """
+
+    name: str
+    refuses: Callable[[Problem], str | None]
+    specs: Callable[[Problem], list[KernelSpec]]
+    forward: Callable[[Problem, Kernels], Forward]
+    backward: Callable[[Problem, Kernels], Backward]
+
+
+def scalars(problem: Problem) -> list[Tensor]:
+    """The run-time scalars of a compiled kernel, float32: scale, and with a softcap its value and inverse."""
+    cap = problem.softcap
+    values = [problem.scale] if cap is None else [problem.scale, cap, 1.0 / cap]
+    return [torch.tensor(value, dtype=torch.float32) for value in values]
+
+
+def empty_output(q: Tensor) -> Tensor:
+    """An uninitialised ``[B, H, S, D]`` in q's shape, laid out ``[B, S, H, D]`` in memory.
+
+    That order makes the model's next ``transpose(1, 2).reshape(B, S, H * D)`` free.
+    """
+    batch, heads, length, head_dim = q.shape
+    return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)

@@ -1,0 +1,78 @@
+"""The flex engine: PyTorch's ``flex_attention``, compiled once for every length, window, cap and scale.
+
+On the CPU it has no backward and no logsumexp (torch 2.13), so it serves inference only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, scalars
+from softcap_runtime.kernels.key import KernelSpec, dtype_name
+from softcap_runtime.masks.blocks import block_tables
+
+# The kernel's interval vectors have room for this many rows (batch x length); see flex_graph.py.
+MAX_ROWS = 2**24
+
+
+def has_flex_attention() -> bool:
+    """Whether this torch has ``torch.nn.attention.flex_attention`` (2.5 and newer); imports nothing."""
+    version = torch.__version__.split("+")[0].split(".")
+    return (int(version[0]), int(version[1])) >= (2, 5)
+
+
+def _spec(problem: Problem) -> KernelSpec:
+    mask = "band" if problem.mask.lo is None else "intervals"
+    return KernelSpec(
+        "flex_forward",
+        problem.device.type,
+        dtype_name(problem.dtype),
+        problem.head_dim,
+        problem.softcap is not None,
+        mask,
+    )
+
+
+def _specs(problem: Problem) -> list[KernelSpec]:
+    return [_spec(problem)]
+
+
+def _refuses(problem: Problem) -> str | None:
+    if not has_flex_attention():
+        return f"torch {torch.__version__} has no flex_attention (2.5 and newer have)"
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"q.dtype: {problem.dtype}, the flex engine serves float32, bfloat16 and float16"
+    if problem.train:
+        return "flex_attention has no backward on the CPU"
+    if problem.device.type != "cpu":
+        return f"the flex engine runs on the CPU, q is on {problem.device}"
+    if problem.mask.lo is not None and problem.mask.lo.numel() > MAX_ROWS:
+        return f"the mask has {problem.mask.lo.numel()} rows, the flex engine takes {MAX_ROWS}"
+    return None
+
+
+def forward(problem: Problem, kernels: Kernels) -> Forward:
+    """Bind the kernel to the mask's block tables; it returns out ``[B, Hq, Sq, D]`` and no logsumexp."""
+    run_kernel = kernels.runner(_spec(problem))
+    fixed = [*block_tables(problem.mask, problem.device), *_rows(problem), *scalars(problem)]
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        return run_kernel([q, k, v, *fixed])[0], None
+
+    return run
+
+
+def _rows(problem: Problem) -> list[Tensor]:
+    mask = problem.mask
+    if mask.lo is None or mask.hi is None:
+        return [torch.tensor(edge, dtype=torch.int32) for edge in (mask.left, mask.right)]
+    row_stride = 0 if mask.lo.shape[0] == 1 else mask.q_len
+    return [mask.lo.flatten(), mask.hi.flatten(), torch.tensor(row_stride, dtype=torch.int32)]
+
+
+def _backward(problem: Problem, kernels: Kernels) -> Backward:
+    raise AssertionError("unreachable: the engine refuses training")
+
+
+ENGINE = Engine("flex", _refuses, _specs, forward, _backward)
