@@ -98,6 +98,13 @@ def _blocks(length: int) -> int:
     return -(-length // BLOCK)
 
 
+def _partial_columns(start: Tensor, full_start: Tensor, full_num: Tensor, width: int) -> Tensor:
+    """``[..., rows, width]``: the columns from start on, less the full ones; may run past the last column."""
+    columns = torch.arange(width, dtype=torch.int32, device=start.device)
+    past_left = columns >= (full_start - start)[..., None]
+    return (columns + start[..., None]).add_(past_left * full_num[..., None])
+
+
 # --- bands: a row of blocks is one step of arithmetic away from the next
 
 
@@ -107,58 +114,69 @@ def _ramp(start: int, top: int, count: int, device: torch.device | str) -> Tenso
 
 
 def _band_tables(q_len: int, kv_len: int, left: int, right: int, device: torch.device | str) -> BlockTables:
-    rows, cols = _blocks(q_len), _blocks(kv_len)
+    rows, cols, whole_cols = _blocks(q_len), _blocks(kv_len), kv_len // BLOCK
+    cut = q_len % BLOCK > 0
     # Block row r holds query rows 128 r to 128 r + 127. Its columns are [start, end), the full ones among
     # them [full_start, full_end): all four climb by one a row, clipped to the sequence.
     start_at, full_start_at = left // BLOCK, _blocks(left + BLOCK - 1)
     full_end_at, end_at = right // BLOCK, _blocks(right + BLOCK - 1)
     start = _ramp(start_at, cols, rows, device)
     full_start = _ramp(full_start_at, cols, rows, device)
-    full_num = (_ramp(full_end_at, kv_len // BLOCK, rows, device) - full_start).clamp_(min=0)
+    full_num = (_ramp(full_end_at, whole_cols, rows, device) - full_start).clamp_(min=0)
     any_num = (_ramp(end_at, cols, rows, device) - start).clamp_(min=0)
-
-    # Clipping never widens the two partial margins, but a cut last column is partial in every row.
-    width = min(full_start_at - start_at + end_at - full_end_at + (kv_len % BLOCK > 0), cols)
-    columns = torch.arange(width, dtype=torch.int32, device=device)
-    past_left = columns >= (full_start - start)[:, None]
-    partial = columns + start[:, None] + past_left * full_num[:, None]
-    if q_len % BLOCK:
-        # The last row of blocks is cut: none of its blocks is full, all that it sees are partial.
-        first = min(max(rows - 1 + start_at, 0), cols)
+    last_start = min(max(rows - 1 + start_at, 0), cols)
+    if cut:  # none of the last row's blocks is full, all that it sees are partial
         full_num[-1:].fill_(0)
-        any_num[-1:].fill_(max(min(_blocks(q_len - 1 + right), cols) - first, 0))
-        partial = torch.cat([partial[:-1].flatten(), _ramp(first, cols - 1, cols, device)])
-        partial.clamp_(max=cols - 1)
-        partial_idx = partial.as_strided((1, 1, rows, cols), (0, 0, width, 1))
+        any_num[-1:].fill_(max(min(_blocks(q_len - 1 + right), cols) - last_start, 0))
+
+    if not cut and full_start_at + rows <= 1 and full_end_at >= 0:  # partial on the right alone
+        partial_idx = _climbing(full_end_at, rows, cols, device)
+    elif not cut and start_at >= 0 and full_end_at >= whole_cols == cols:  # partial on the left alone
+        partial_idx = _climbing(start_at, rows, cols, device)
     else:
-        partial_idx = _overlapping(partial, cols)
-    full_idx = _band_full_columns(full_start, cols, kv_len // BLOCK, full_start_at, full_end_at)
+        # Clipping never widens the two margins, but a column that kv_len cuts is partial in every row.
+        width = min(full_start_at - start_at + end_at - full_end_at + (whole_cols < cols), cols)
+        table = _partial_columns(start, full_start, full_num, width)
+        if cut:  # the last row is partial all along: it gets the full width
+            partial_idx = _overlapping(table[:-1], _ramp(last_start, cols - 1, cols, device), cols)
+        else:
+            partial_idx = _overlapping(table, table.new_zeros(cols - width), cols)
+    full_idx = _band_full_columns(full_start, cols, whole_cols, full_start_at, full_end_at)
     return BlockTables((any_num - full_num)[None, None], partial_idx, full_num[None, None], full_idx)
 
 
 def _band_full_columns(full_start: Tensor, cols: int, top: int, start_at: int, end_at: int) -> Tensor:
     """``[1, 1, rows, cols]``: the full columns of each row, ``top`` of them whole, in little storage."""
     rows, device = full_start.shape[0], full_start.device
-    shape = (1, 1, rows, cols)
-    if start_at + rows - 1 <= 0:  # every row starts at column 0
-        return _ramp(0, cols - 1, cols, device).as_strided(shape, (0, 0, 0, 1))
+    if start_at + rows <= 1:  # every row starts at column 0
+        return _ramp(0, cols - 1, cols, device).as_strided((1, 1, rows, cols), (0, 0, 0, 1))
     if start_at >= 0:  # every row starts one column after the row before
-        return _ramp(start_at, cols - 1, rows + cols, device).as_strided(shape, (0, 0, 1, 1))
+        return _climbing(start_at, rows, cols, device)
     if end_at >= top:  # every row ends at the last whole column: list them from there
-        return _ramp(top - cols, cols - 1, cols, device).flip(0).as_strided(shape, (0, 0, 0, 1))
+        falling = _ramp(top - cols, cols - 1, cols, device).flip(0)
+        return falling.as_strided((1, 1, rows, cols), (0, 0, 0, 1))
     # Rows start at 0 and later begin to climb: a table as wide as the longest of them.
     turns = (min(max(row, 0), rows - 1) for row in (-start_at, top - end_at))
     width = max(min(row + end_at, top) - max(row + start_at, 0) for row in turns)
     width = min(max(width, 1), cols)
+    # Written in place: at a million tokens this is a megabyte, and copying it costs more than computing it.
+    storage = torch.empty(rows * width + cols - width, dtype=torch.int32, device=device)
     columns = torch.arange(width, dtype=torch.int32, device=device)
-    return _overlapping(full_start[:, None] + columns, cols)
+    torch.add(full_start[:, None], columns, out=storage[: rows * width].view(rows, width))
+    storage[rows * width :].zero_()
+    return storage.clamp_(max=cols - 1).as_strided((1, 1, rows, cols), (0, 0, width, 1))
 
 
-def _overlapping(table: Tensor, cols: int) -> Tensor:
-    """``[rows, width]`` seen as ``[1, 1, rows, cols]``: a row reaches into the next ones, or the padding."""
-    rows, width = table.shape
-    storage = torch.cat([table.flatten(), table.new_zeros(cols - width)]).clamp_(max=cols - 1)
-    return storage.as_strided((1, 1, rows, cols), (0, 0, width, 1))
+def _climbing(start: int, rows: int, cols: int, device: torch.device | str) -> Tensor:
+    """``[1, 1, rows, cols]``: row r is ``start + r, start + r + 1, ...``, all rows in one ramp."""
+    return _ramp(start, cols - 1, rows + cols, device).as_strided((1, 1, rows, cols), (0, 0, 1, 1))
+
+
+def _overlapping(table: Tensor, rest: Tensor, cols: int) -> Tensor:
+    """``[1, 1, rows, cols]``: the rows of a narrow table, each reaching into the next ones and the rest."""
+    storage = torch.cat([table.flatten(), rest.flatten()]).clamp_(max=cols - 1)
+    rows = (storage.shape[0] - cols) // table.shape[1] + 1
+    return storage.as_strided((1, 1, rows, cols), (0, 0, table.shape[1], 1))
 
 
 # --- intervals: minima and maxima of 128 rows
@@ -190,8 +208,7 @@ def _interval_tables(intervals: RowIntervals, device: torch.device | str) -> Blo
     cols = _blocks(intervals.kv_len)
     start, full_start, full_num, any_num = _interval_edges(intervals, device)
     columns = torch.arange(cols, dtype=torch.int32, device=device)
-    past_left = columns >= (full_start - start)[..., None]
-    partial_idx = (columns + start[..., None] + past_left * full_num[..., None]).clamp_(max=cols - 1)
+    partial_idx = _partial_columns(start, full_start, full_num, cols).clamp_(max=cols - 1)
     full_idx = (columns + full_start[..., None]).clamp_(max=cols - 1)
     return BlockTables(
         (any_num - full_num)[:, None], partial_idx[:, None], full_num[:, None], full_idx[:, None]

@@ -132,7 +132,7 @@ def _check_padding(attention_mask: Tensor) -> None:
     if bool((begins > 1).any()):
         row = int(begins.argmax())
         raise ValueError(
-            f"attention_mask: {int(begins[row])} separate runs of 1 in batch row {row}, expected one run with "
+            f"attention_mask: {int(begins[row])} separate runs of 1 in batch row {row}, expected one, with "
             "padding before or after it; a mask with holes needs a BlockMask of your own"
         )
 

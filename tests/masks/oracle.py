@@ -112,8 +112,6 @@ def mask_cases(draw: st.DrawFn, max_len: int = 24) -> MaskCase:
     attention_mask = rows(padding())
     if attention_mask is not None and draw(st.booleans()):
         attention_mask = attention_mask.bool()
-    # A prefix is the first span: with both given they may overlap, which the checks refuse.
-    bidirectional = draw(st.sampled_from(["neither", "prefix", "spans"]))
     return {
         "q_len": q_len,
         "kv_len": kv_len,
@@ -121,7 +119,7 @@ def mask_cases(draw: st.DrawFn, max_len: int = 24) -> MaskCase:
         "window": draw(st.one_of(st.none(), st.integers(1, max_len + 2), st.just(2**40))),
         "attention_mask": attention_mask,
         "document_ids": rows(ids()),
-        "prefix_lengths": rows(st.integers(0, kv_len)) if bidirectional == "prefix" else None,
-        "spans": rows(disjoint_spans()) if bidirectional == "spans" else None,
+        "prefix_lengths": rows(st.integers(0, kv_len)),
+        "spans": rows(disjoint_spans()),
         "cache_lengths": rows(st.integers(min(q_len, kv_len), kv_len)),
     }
