@@ -54,6 +54,13 @@ class Counters:
         with self._lock:
             self._uses[digest] += amount
 
+    def add_stored(self, stored: bytes) -> None:
+        """Add the counters of a database that was moved aside."""
+        with self._lock:
+            for name, count in _parsed(stored).items():
+                self._counts[name] = _combined(name, self._counts.get(name, 0), count.value)
+                self._started = min(self._started, count.since)
+
     def take(self) -> tuple[dict[str, float], dict[str, int]]:
         """Everything counted so far, which is then no longer here: merge it, or ``give_back``."""
         with self._lock:
@@ -71,11 +78,11 @@ class Counters:
     def merged(self, stored: bytes | None) -> dict[str, Count]:
         """The stored counters plus what this process holds."""
         with self._lock:
-            return _merged(_parsed(stored, self._started), self._counts, self._started)
+            return _merged(_parsed(stored), self._counts, self._started)
 
     def merge_into(self, stored: bytes | None, counts: dict[str, float]) -> bytes:
         """The bytes to store: the stored counters plus ``counts``."""
-        merged = _merged(_parsed(stored, self._started), counts, self._started)
+        merged = _merged(_parsed(stored), counts, self._started)
         return json.dumps({name: [count.value, count.since] for name, count in merged.items()}).encode()
 
 
@@ -91,7 +98,7 @@ def _merged(stored: dict[str, Count], counts: dict[str, float], now: float) -> d
     return merged
 
 
-def _parsed(stored: bytes | None, now: float) -> dict[str, Count]:
+def _parsed(stored: bytes | None) -> dict[str, Count]:
     """The counters of a row; what is missing or malformed starts anew."""
     try:
         document = json.loads(stored) if stored else {}

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
-CODE_FOLDERS = ("kernels", "masks")
+CODE_FOLDERS = ("kernels/graphs",)
 CPUINFO_BYTES = 16384  # one processor's block is 1-3 KB; the file of a 256-core machine is 400 KB
 
 

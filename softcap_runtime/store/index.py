@@ -191,12 +191,13 @@ class Index(diskcache.Cache):
             return self._evict(execute, digest, size_limit)
 
     def _evict(self, execute: Any, keep: str, size_limit: int) -> int:
-        ((total,),) = execute("SELECT total(length(value)) FROM Cache").fetchall()
+        ((total,),) = execute(
+            "SELECT total(length(value)) FROM Cache WHERE key IS NOT ?", (COUNTERS_KEY,)
+        ).fetchall()
         if total <= size_limit:
             return 0
-        oldest_first = (
-            "SELECT rowid, length(value) FROM Cache WHERE key NOT IN (?, ?) ORDER BY access_time, rowid"
-        )
+        others = "key IS NOT ? AND key IS NOT ?"
+        oldest_first = f"SELECT rowid, length(value) FROM Cache WHERE {others} ORDER BY access_time, rowid"
         evicted = 0
         for rowid, size in execute(oldest_first, (keep, COUNTERS_KEY)).fetchall():
             execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
@@ -227,15 +228,20 @@ class Index(diskcache.Cache):
 
     def rows(self) -> Iterator[Row]:
         """Every row but its value, in batches: other processes may write meanwhile."""
-        columns = (
-            "rowid, key, raw, tag, mode, filename, typeof(value), length(value), access_time, access_count"
+        bounded_text = f"CASE WHEN length(tag) <= {MAX_DOCUMENT} THEN tag END"
+        columns = f"rowid, key, raw, {bounded_text}, mode, filename, typeof(value), length(value)"
+        select = (
+            f"SELECT {columns}, access_time, access_count FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT 500"
         )
-        bounded = "rowid > ? AND ifnull(length(tag), 0) <= ?"
-        select = f"SELECT {columns} FROM Cache WHERE {bounded} ORDER BY rowid LIMIT 500"
         last = -(2**63)
-        while batch := self._connection.execute(select, (last, MAX_DOCUMENT)).fetchall():
+        while batch := self._connection.execute(select, (last,)).fetchall():
             yield from map(Row._make, batch)
             last = batch[-1][0]
+
+    def raw_row(self, rowid: int) -> tuple[Any, Any]:
+        """Text and value of a row as they are, for the quarantine; None where there is no such row."""
+        found = self._connection.execute("SELECT tag, value FROM Cache WHERE rowid = ?", (rowid,)).fetchall()
+        return found[0] if found else (None, None)
 
     def remove_row(self, rowid: int) -> None:
         """Delete one row; nothing that it names is followed."""
@@ -245,11 +251,13 @@ class Index(diskcache.Cache):
     def remove_entries(self) -> int:
         """Delete every row but the counters; how many."""
         with self._transact() as (execute, _):
-            return int(execute("DELETE FROM Cache WHERE key <> ? OR raw <> 1", (COUNTERS_KEY,)).rowcount)
+            return int(
+                execute("DELETE FROM Cache WHERE key IS NOT ? OR raw IS NOT 1", (COUNTERS_KEY,)).rowcount
+            )
 
     def totals(self) -> tuple[int, int]:
         """Entries and their bytes."""
-        select = "SELECT count(*), total(length(value)) FROM Cache WHERE key <> ?"
+        select = "SELECT count(*), total(length(value)) FROM Cache WHERE key IS NOT ?"
         ((entries, size),) = self._connection.execute(select, (COUNTERS_KEY,)).fetchall()
         return int(entries), int(size)
 

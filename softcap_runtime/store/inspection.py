@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from softcap_runtime.store import entry as entries_
-from softcap_runtime.store import schema, trust
+from softcap_runtime.store import repair, schema, trust
 from softcap_runtime.store.entry import BadEntry
 from softcap_runtime.store.fingerprint import fingerprint
 from softcap_runtime.store.key import Key
@@ -57,7 +57,9 @@ def entries(store: Store) -> list[EntryInfo]:
         return found
 
     nothing: list[EntryInfo] = []
-    return sorted(store.use("read", collect, nothing), key=lambda info: (info.last_used, info.digest))
+    return sorted(
+        store.database.use("read", collect, nothing), key=lambda info: (info.last_used, info.digest)
+    )
 
 
 def _info(row: Row) -> EntryInfo:
@@ -103,8 +105,8 @@ def _environment_of(stored: Mapping[str, str]) -> dict[str, str]:
 
 def status(store: Store) -> StoreStatus:
     """See ``Store.status``."""
-    entry_count, size = store.use("read", lambda index: index.totals(), (0, 0))
-    stored = store.use("read", lambda index: index.counters(), None)
+    entry_count, size = store.database.use("read", lambda index: index.totals(), (0, 0))
+    stored = store.database.use("read", lambda index: index.counters(), None)
     verdict = trust.check(store.folder)
     kind = filesystem_type(store.folder)
     return StoreStatus(
@@ -124,11 +126,19 @@ def status(store: Store) -> StoreStatus:
         bytes=size,
         size_limit=store.size_limit,
         held_in_memory=store.held_in_memory,
+        quarantine=_names(store.folder / repair.QUARANTINE),
         counters={
             name: Counter(value=count.value, since=count.since)
             for name, count in store.counters.merged(stored).items()
         },
     )
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def filesystem_type(folder: Path) -> str:

@@ -60,21 +60,18 @@ class KeyLocks:
         Goes on without the lock after ``longest`` seconds, or where no lock can be taken: that is logged, and
         costs at most a second build.
         """
-        # Not at the top: only who builds needs it, and it takes as long to import as the rest of the store.
-        from filelock import FileLock, Timeout
-
         started = time.monotonic()
         lock = None
         try:
+            # Not at the top: only who builds needs it, and its import takes as long as opening a cache.
+            from filelock import FileLock
+
             _make_folder(self.folder)
             if _has_flock(self.folder):
                 lock = FileLock(self.folder / f"{name}.lock", mode=0o600)
                 lock.acquire(timeout=longest)
-        except Timeout:
-            log.warning("lock of %s: still held after %.0f s; going on without it", name[:12], longest)
-            lock = None
-        except OSError as error:
-            log.warning("lock of %s: %s; going on without it", name[:12], error)
+        except (OSError, ImportError) as error:  # among them filelock.Timeout
+            log.warning("lock %s: %s; going on without it", name[:12], error)
             lock = None
         try:
             yield time.monotonic() - started
@@ -99,6 +96,19 @@ def _has_flock(folder: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK)
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def remove_unused(path: Path) -> bool:
+    """Remove a lock file that nobody holds; whether it was removed. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    except BlockingIOError:
+        return False
     finally:
         os.close(descriptor)
     return True

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import sqlite3
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from softcap_runtime.store import entry as entries_
-from softcap_runtime.store import schema
+from softcap_runtime.store import locks as locks_
+from softcap_runtime.store import schema, trust
 from softcap_runtime.store.entry import BadEntry
 from softcap_runtime.store.locks import KeyLocks
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from softcap_runtime.store.store import Store
 
 QUARANTINE = "quarantine"
+TEMPORARY_S, LOCK_S, QUARANTINE_S = 3600.0, 86400.0, 7 * 86400.0  # how old each may get
 _MAINTENANCE = "maintenance"
 _LONGEST_WAIT_S = 10.0
 _SQLITE_LOCK_BYTES = (512, 0x40000000)  # length and start of the range that SQLite's file locks use
@@ -44,21 +48,21 @@ def create(folder: Path, locks: KeyLocks) -> None:
             schema.create(folder)
 
 
-def set_aside(folder: Path, bad: tuple[int, int] | None, locks: KeyLocks) -> str:
+def set_aside(folder: Path, bad: tuple[int, int] | None, locks: KeyLocks) -> Path | None:
     """Move the database, if it is still the ``bad`` file, with its journal into quarantine; where to.
 
-    Raises OSError.
+    None when another process did so before. Raises OSError.
     """
     with locks.process(_MAINTENANCE, _LONGEST_WAIT_S):
         path = folder / schema.DBNAME
         if not os.path.lexists(path) or inode(folder) != bad:
-            return "quarantine by another process"
+            return None
         target = quarantine_path(folder, "db")
-        with _locked_for_sqlite(path):
-            os.rename(path, target)
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(folder / f"{schema.DBNAME}-journal", f"{target}-journal")
-        return str(target)
+        _keep_sqlite_out(path)
+        os.rename(path, target)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder / f"{schema.DBNAME}-journal", f"{target}-journal")
+        return target
 
 
 def quarantine_path(folder: Path, suffix: str) -> Path:
@@ -70,21 +74,44 @@ def quarantine_path(folder: Path, suffix: str) -> Path:
     return place / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}.{suffix}"
 
 
-@contextlib.contextmanager
-def _locked_for_sqlite(path: Path) -> Iterator[None]:
-    """Keep other processes' SQLite out of the file, for good: their next transaction finds it moved."""
+def _keep_sqlite_out(path: Path) -> None:
+    """Lock the file against other processes' SQLite, for good: their next access finds that it moved."""
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     _MOVED_ASIDE.append(descriptor)
     deadline = time.monotonic() + _LONGEST_WAIT_S
     while True:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, *_SQLITE_LOCK_BYTES)
-            break
-        except BlockingIOError:
+            return
+        except (BlockingIOError, PermissionError):
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
-    yield
+
+
+def sweep(folder: Path) -> int:
+    """Remove temporary files, unused locks and old quarantine by age; how many. Never raises."""
+    if trust.check(folder).problem is not None:
+        return 0  # a link among its folders would lead the removal elsewhere
+    now = time.time()
+    removed = 0
+    for pattern, oldest in (
+        (f"{schema.DBNAME}.*.tmp", TEMPORARY_S),
+        (f"{QUARANTINE}/*", QUARANTINE_S),
+        (f"{locks_.FOLDER}/*.lock", LOCK_S),
+    ):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):
+                status = path.lstat()
+                if not stat.S_ISREG(status.st_mode) or abs(now - status.st_mtime) < oldest:
+                    continue
+                removed += locks_.remove_unused(path) if path.suffix == ".lock" else _removed(path)
+    return removed
+
+
+def _removed(path: Path) -> bool:
+    path.unlink()
+    return True
 
 
 def verify(store: Store, *, repair: bool) -> list[Problem]:
@@ -92,38 +119,48 @@ def verify(store: Store, *, repair: bool) -> list[Problem]:
     from softcap_runtime.store.report import Problem
 
     store.flush()
-    problems: list[Problem] = []
-
-    def check(index: Index) -> None:
-        problems.extend(Problem(where=schema.DBNAME, what=line, repaired=False) for line in index.damage())
-        for row in list(index.rows()):
-            if row.reserved:
-                continue
-            try:
-                digest = row.check()
-                found = index.read(digest)
-                if found is not None:
-                    entries_.verify(found.text, found.payload, digest, store.auth_key)
-                    _validate(found.text)
-            except BadEntry as bad:
-                store.counters.add(bad.kind)
-                if repair:
-                    index.remove_row(row.rowid)
-                problems.append(Problem(where=str(row.key)[:100], what=str(bad), repaired=repair))
-
-    before = store.fault
-    store.use("verify", check, None)
-    if store.fault is not None and store.fault != before:
+    known = len(store.database.set_aside)
+    nothing: list[Problem] = []
+    problems = store.database.use("verify", lambda index: list(_problems(store, index, repair)), nothing)
+    moved = [
+        Problem(where=schema.DBNAME, what=line, repaired=True) for line in store.database.set_aside[known:]
+    ]
+    if store.fault is not None:
         problems.append(Problem(where=str(store.folder), what=store.fault, repaired=False))
-    return problems
+    return moved + problems
 
 
-def _validate(text: str) -> None:
-    from pydantic import ValidationError
+def _problems(store: Store, index: Index, repair: bool) -> Iterator[Problem]:
+    from softcap_runtime.store.inspection import document_of
+    from softcap_runtime.store.report import Problem
 
-    from softcap_runtime.store.report import Document
+    repair = repair and store.database.can_write()
+    damage = index.damage()
+    if damage and repair:
+        raise sqlite3.DatabaseError(damage[0])  # moved aside; the good entries go into a fresh database
+    for line in damage:
+        yield Problem(where=schema.DBNAME, what=line, repaired=False)
+    for row in list(index.rows()):
+        if row.reserved:
+            continue
+        try:
+            digest = row.check()
+            found = index.read(digest)
+            if found is not None:
+                entries_.verify(found.text, found.payload, digest, store.auth_key)
+                document_of(found.text)
+        except BadEntry as bad:
+            store.counters.add(bad.kind)
+            if repair:
+                _quarantine_row(store.folder, index, row.rowid)
+            yield Problem(where=str(row.key)[:100], what=str(bad), repaired=repair)
 
-    try:
-        Document.model_validate(entries_.parse(entries_.split(text)[0]))
-    except ValidationError as error:
-        raise BadEntry("rejected", f"its document is not valid: {error.errors()[0]['msg']}") from None
+
+def _quarantine_row(folder: Path, index: Index, rowid: int) -> None:
+    text, value = index.raw_row(rowid)
+    path = quarantine_path(folder, "entry")
+    with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+        for part in (text, value):
+            file.write(part if isinstance(part, bytes) else str(part).encode("utf-8", "replace"))
+            file.write(b"\n")
+    index.remove_row(rowid)

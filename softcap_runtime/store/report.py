@@ -58,7 +58,8 @@ class StoreStatus(_Frozen):
 
     ``owner`` and ``mode`` are the folder's, ``verdict`` what the check of owners and modes says (``trusted``
     or the problem with its remedy), ``filesystem`` its type, ``schema_version`` that of the database.
-    ``bytes`` counts payloads, ``held_in_memory`` entries that could not be written.
+    ``bytes`` counts payloads, ``held_in_memory`` entries that could not be written, ``quarantine`` names the
+    files that were moved aside.
     """
 
     folder: str
@@ -77,6 +78,7 @@ class StoreStatus(_Frozen):
     bytes: int
     size_limit: int
     held_in_memory: int
+    quarantine: list[str]
     counters: dict[str, Counter]
 
 

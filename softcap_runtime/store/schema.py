@@ -118,6 +118,7 @@ def create(folder: Path) -> None:
     temporary = folder / f"{DBNAME}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     try:
+        temporary.chmod(0o600)  # the umask may have taken from it; SQLite gives its journal the same mode
         connection = sqlite3.connect(temporary, isolation_level=None)
         try:
             connection.execute("PRAGMA auto_vacuum = 1")

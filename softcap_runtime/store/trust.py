@@ -93,8 +93,11 @@ def _contents(folder: Path) -> Iterator[Path]:
     for place in (folder, *(folder / name for name in SUBFOLDERS)):
         if place is not folder and (place.is_symlink() or not place.is_dir()):
             continue
-        with os.scandir(place) as entries:
-            yield from (Path(entry.path) for entry in entries)
+        try:
+            with os.scandir(place) as entries:
+                yield from [Path(entry.path) for entry in entries]
+        except PermissionError:
+            continue  # private to its owner, who was checked: nothing in it can be used from here
 
 
 def _problem(path: Path, status: os.stat_result, user: int, *, above: bool) -> str | None:

@@ -21,7 +21,7 @@ def never() -> bytes:
     raise AssertionError("built although it is in the cache")
 
 
-@pytest.fixture()
+@pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "cache", 10 * MB)
 

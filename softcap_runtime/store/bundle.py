@@ -1,0 +1,141 @@
+"""Bundles: entries in one file, to be built once and carried to other machines of the same fingerprint.
+
+A magic line, then the entries (length of text, length of payload, text, payload), then the SHA-256 of
+everything before, then the HMAC-SHA256 of the same (empty without an authentication key). Lengths are 8-byte
+big-endian; a pair of zeros ends the entries. Every entry carries its own seals as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import io
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from softcap_runtime.store import entry as entries_
+from softcap_runtime.store.entry import MAX_DOCUMENT, BadEntry, Sealed
+from softcap_runtime.store.inspection import differing, document_of
+from softcap_runtime.store.report import ImportReport, Problem
+
+if TYPE_CHECKING:
+    from softcap_runtime.store.store import Store
+
+MAGIC = b"softcap-runtime bundle 1\n"
+LENGTHS = struct.Struct(">QQ")
+MAX_BUNDLE = 2**34
+
+
+def export(store: Store, path: Path, fingerprint: Mapping[str, str] | None) -> int:
+    """See ``Store.export_bundle``."""
+    chosen = [
+        info.digest
+        for info in store.entries()
+        if fingerprint is None or info.fingerprint == dict(fingerprint)
+    ]
+    body = io.BytesIO()
+    body.write(MAGIC)
+    count = 0
+    for digest in chosen:
+        found = store.sealed(digest)
+        if found is None:
+            continue
+        carried = entries_.reseal(found, store.auth_key)
+        text = carried.text.encode("ascii")
+        body.write(LENGTHS.pack(len(text), len(carried.payload)) + text + carried.payload)
+        count += 1
+    body.write(LENGTHS.pack(0, 0))
+    _write(path, body.getvalue(), store.auth_key)
+    return count
+
+
+def _write(path: Path, body: bytes, auth_key: bytes | None) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(body)
+            file.write(hashlib.sha256(body).digest())
+            if auth_key is not None:
+                file.write(hmac.digest(auth_key, body, "sha256"))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def import_(store: Store, path: Path, expected: Mapping[str, str]) -> ImportReport:
+    """See ``Store.import_bundle``."""
+    carried = read(path, store.auth_key)
+    imported = present = 0
+    refused: list[Problem] = []
+    for entry in carried:
+        try:
+            document = document_of(entry.text)
+            digest = entries_.document_digest(document.model_dump())
+            entries_.verify(entry.text, entry.payload, digest, store.auth_key)
+        except BadEntry as bad:
+            raise ValueError(f"bundle {path}: refused, one of its entries is bad: {bad}") from None
+        differs = differing(document.fingerprint, expected)
+        if differs:
+            told = "; ".join(
+                f"{name}: bundle has {document.fingerprint.get(name)!r}, here {expected.get(name)!r}"
+                for name in differs
+            )
+            refused.append(Problem(where=digest, what=f"does not fit: {told}", repaired=False))
+        elif store.has(digest):
+            present += 1
+        elif store.put(digest, entry):
+            imported += 1
+        else:
+            what = f"could not be written: {store.fault}"
+            refused.append(Problem(where=digest, what=what, repaired=False))
+    return ImportReport(imported=imported, present=present, refused=refused)
+
+
+def read(path: Path, auth_key: bytes | None) -> list[Sealed]:
+    """The entries of a bundle whose file seals hold; their own seals are not checked here.
+
+    Raises OSError when it cannot be read, ValueError when it is not a bundle or was changed.
+    """
+    size = os.stat(path).st_size
+    if size > MAX_BUNDLE:
+        raise ValueError(f"bundle {path}: {size} bytes, expected at most {MAX_BUNDLE}")
+    with open(path, "rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise ValueError(f"bundle {path}: not a bundle of this version; export it again")
+        data = MAGIC + file.read()
+    try:
+        entries, end = _entries(io.BytesIO(data), len(data))
+    except BadEntry as bad:
+        raise ValueError(f"bundle {path}: refused, {bad}") from None
+    body, seals = data[:end], data[end:]
+    if not hmac.compare_digest(hashlib.sha256(body).digest(), seals[:32]) or len(seals) not in (32, 64):
+        raise ValueError(f"bundle {path}: refused, its checksum does not match its bytes; copy it again")
+    if auth_key is not None and not hmac.compare_digest(hmac.digest(auth_key, body, "sha256"), seals[32:]):
+        raise ValueError(f"bundle {path}: refused, its HMAC is missing or made with another key")
+    return entries
+
+
+def _entries(file: BinaryIO, size: int) -> tuple[list[Sealed], int]:
+    file.seek(len(MAGIC))
+    entries = list(_each(file, size))
+    return entries, file.tell()
+
+
+def _each(file: BinaryIO, size: int) -> Iterator[Sealed]:
+    while True:
+        lengths = file.read(LENGTHS.size)
+        if len(lengths) != LENGTHS.size:
+            raise BadEntry("corrupt", "it ends in the middle of an entry")
+        text_length, payload_length = LENGTHS.unpack(lengths)
+        if text_length == payload_length == 0:
+            return
+        if text_length > MAX_DOCUMENT or payload_length > size:
+            raise BadEntry("corrupt", "an entry claims more bytes than the file has")
+        text, payload = file.read(text_length), file.read(payload_length)
+        if len(text) != text_length or len(payload) != payload_length:
+            raise BadEntry("corrupt", "it ends in the middle of an entry")
+        yield Sealed(text.decode("ascii", "replace"), payload)

@@ -1,0 +1,65 @@
+"""Fork, exit and threads: one lock for a process's database work, and who is told of forks and exits."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from typing import Protocol
+
+# SQLite's file locks belong to the process, and a fork must never happen in the middle of a transaction.
+DATABASE_LOCK = threading.RLock()
+
+
+class Watched(Protocol):
+    """What is told about forks and exits."""
+
+    def flush(self) -> None:
+        """At the end of the process: write what is held in memory."""
+
+    def forget_parent(self) -> None:
+        """In a forked child: nothing of the parent's connection, locks and counts is ours."""
+
+
+_WATCHED: weakref.WeakSet[Watched] = weakref.WeakSet()
+
+
+def watch(watched: Watched) -> None:
+    """Tell ``watched`` about forks and exits for as long as it lives."""
+    with DATABASE_LOCK:
+        _WATCHED.add(watched)
+
+
+def _in_forked_child() -> None:
+    for watched in list(_WATCHED):
+        watched.forget_parent()
+    DATABASE_LOCK.release()
+
+
+def _flush_all() -> None:
+    for watched in list(_WATCHED):
+        watched.flush()
+
+
+def _flush_at_end_of_child(_: object = None) -> None:
+    # A multiprocessing child ends without running atexit handlers; its finalizers do run.
+    from multiprocessing.util import Finalize
+
+    Finalize(None, _flush_all, exitpriority=0)
+
+
+def _install() -> None:
+    from multiprocessing import parent_process
+    from multiprocessing.util import register_after_fork
+
+    os.register_at_fork(
+        before=DATABASE_LOCK.acquire, after_in_parent=DATABASE_LOCK.release, after_in_child=_in_forked_child
+    )
+    atexit.register(_flush_all)
+    register_after_fork(_flush_at_end_of_child, _flush_at_end_of_child)
+    if parent_process() is not None:
+        _flush_at_end_of_child()
+
+
+_install()
