@@ -12,7 +12,7 @@ from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, P
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
 from softcap_runtime.masks.blocks import block_tables
 
-# The kernel's interval vectors have room for this many rows (batch x length); see flex_graph.py.
+# The kernel's interval vectors have room for this many rows (batch x length); see graphs/flex.py.
 MAX_ROWS = 2**24
 
 

@@ -14,7 +14,7 @@ MaskKind = Literal["band", "intervals", ""]
 
 
 class KernelSpec(NamedTuple):
-    """``op`` names the graph (see ``graphs.py``); ``head_dim`` 0 and ``mask`` "" where it depends on neither."""
+    """``op`` names the graph (see ``graphs/``); ``head_dim`` 0 and ``mask`` "" where it depends on neither."""
 
     op: str
     device: str

@@ -59,6 +59,15 @@ def find_compiler() -> str | None:
     return None
 
 
+def compiler_version() -> str:
+    """The first line of the compiler's own description; it runs the compiler."""
+    compiler = find_compiler()
+    if compiler is None:
+        return "none"
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=30)
+    return (done.stdout.splitlines() or ["unknown"])[0][:200]
+
+
 def build(spec: KernelSpec) -> bytes:
     """Compile the kernel of ``spec`` in a child process; the bytes of its package.
 
@@ -71,7 +80,13 @@ def build(spec: KernelSpec) -> bytes:
         )
     with tempfile.TemporaryDirectory(prefix="softcap_build_") as folder:
         target = Path(folder) / "kernel.pt2"
-        command = [sys.executable, "-m", "softcap_runtime.kernels.builder", json.dumps(spec.fields()), str(target)]
+        command = [
+            sys.executable,
+            "-m",
+            "softcap_runtime.kernels.graphs.builder",
+            json.dumps(spec.fields()),
+            str(target),
+        ]
         try:
             done = subprocess.run(
                 command,

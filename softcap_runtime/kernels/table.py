@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from softcap_runtime.errors import SoftcapRuntimeError
 from softcap_runtime.kernels.engine import Runner
 from softcap_runtime.kernels.jit import compile_runner, compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec
@@ -16,44 +17,47 @@ from softcap_runtime.kernels.torch_private import load_package
 class KernelTable:
     """Loads each kernel once per process, whatever the number of threads that ask.
 
-    ``fetch`` gives the bytes of a kernel's package, from wherever it is kept or by building it; ``allow`` is asked
-    before a kernel is compiled in this process and may raise.
+    ``fetch`` gives the bytes of a kernel's package, from wherever it is kept or by building it.
     """
 
-    def __init__(
-        self, fetch: Callable[[KernelSpec], bytes], allow: Callable[[KernelSpec], None] = lambda spec: None
-    ) -> None:
-        self._fetch, self._allow = fetch, allow
+    def __init__(self, fetch: Callable[[KernelSpec], bytes]) -> None:
+        self._fetch = fetch
         self._runners: dict[KernelSpec, Runner] = {}
-        self._locks: dict[KernelSpec, threading.Lock] = {}
-        self._guard = threading.Lock()
+        self.renew_locks()
 
     def runner(self, spec: KernelSpec) -> Runner:
-        """The kernel of ``spec``; what ``fetch``, ``allow`` and the loader raise passes through."""
-        return self._runners.get(spec) or self._load(spec)
+        """The kernel of ``spec``, fetched and loaded if need be; what ``fetch`` raises passes through."""
+        return self._runners.get(spec) or self._make(spec, self._fetch)
+
+    def install(self, spec: KernelSpec, data: bytes) -> None:
+        """Load a kernel from the bytes of its package, unless it is loaded already."""
+        self._make(spec, lambda _: data)
 
     def ready(self, spec: KernelSpec) -> bool:
         """Whether the kernel is loaded."""
         return spec in self._runners
 
-    def loaded(self) -> list[KernelSpec]:
-        """The kernels that this process has."""
-        return list(self._runners)
-
     def renew_locks(self) -> None:
         """After a fork: locks that another thread held in the parent would never be released here."""
-        self._locks, self._guard = {}, threading.Lock()
+        self._locks: dict[KernelSpec, threading.Lock] = {}
+        self._guard = threading.Lock()
 
-    def _load(self, spec: KernelSpec) -> Runner:
+    def _make(self, spec: KernelSpec, fetch: Callable[[KernelSpec], bytes]) -> Runner:
         with self._guard:
             lock = self._locks.setdefault(spec, threading.Lock())
         with lock:
             found = self._runners.get(spec)
             if found is None:
-                if compiles_in_process(spec):
-                    self._allow(spec)
-                    found = compile_runner(spec)
-                else:
-                    found = load_package(self._fetch(spec), torch.device(spec.device))
+                found = compile_runner(spec) if compiles_in_process(spec) else _loaded(spec, fetch(spec))
                 self._runners[spec] = found
             return found
+
+
+def _loaded(spec: KernelSpec, data: bytes) -> Runner:
+    try:
+        return load_package(data, torch.device(spec.device))
+    except Exception as error:
+        raise SoftcapRuntimeError(
+            f"the package of kernel {spec.op} does not load ({str(error).splitlines()[0]}); "
+            "run: softcap-runtime clear"
+        ) from error

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from softcap_runtime.kernels.graphs.softcap import capped, tanh
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.kernels.package import Graph
-from softcap_runtime.kernels.softcap import capped, tanh
 
 
 def _visible(lo: Tensor, hi: Tensor, cols: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from softcap_runtime.kernels.flex import MAX_ROWS
+from softcap_runtime.kernels.graphs.softcap import capped
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.kernels.package import Graph, distinct
-from softcap_runtime.kernels.softcap import capped
 from softcap_runtime.masks.blocks import BLOCK
+
 
 class FlexForward(nn.Module):
     """``(q, k, v, partial_num, partial_idx, full_num, full_idx, *row arguments, scale[, cap, inv_cap])``."""
@@ -54,9 +55,7 @@ class FlexForward(nn.Module):
             BLOCK_SIZE=(BLOCK, BLOCK),
             mask_mod=band if self.spec.mask == "band" else intervals,
         )
-        return flex_attention(
-            q, k, v, score_mod=score_mod, block_mask=block_mask, scale=1.0, enable_gqa=True
-        )  # type: ignore[return-value]
+        return flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=1.0, enable_gqa=True)  # type: ignore[return-value]
 
 
 def flex_forward(spec: KernelSpec) -> Graph:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from softcap_runtime.kernels import block_graphs, flex_graph
+from softcap_runtime.kernels.graphs import block, flex
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.kernels.package import Graph
 
 _MAKERS = {
-    "flex_forward": flex_graph.flex_forward,
-    "block_forward": block_graphs.block_forward,
-    "block_softmax": block_graphs.block_softmax,
-    "block_backward": block_graphs.block_backward,
+    "flex_forward": flex.flex_forward,
+    "block_forward": block.block_forward,
+    "block_softmax": block.block_softmax,
+    "block_backward": block.block_backward,
 }
 
 

@@ -1,11 +1,9 @@
-"""The child process that compiles one kernel: ``python -m softcap_runtime.kernels.builder SPEC_JSON FILE``."""
+"""The child process that compiles one kernel: ``python -m softcap_runtime.kernels.graphs.builder SPEC_JSON FILE``."""
 
 from __future__ import annotations
 
 import json
 import sys
-
-import torch
 
 from softcap_runtime.kernels.graphs import graph
 from softcap_runtime.kernels.key import KernelSpec
@@ -21,9 +19,7 @@ def compile_package(spec: KernelSpec, target: str) -> None:
     torch._dynamo.config.fake_tensor_cache_enabled = False
     made = graph(spec)
     with torch.no_grad():
-        program = torch.export.export(
-            made.module, made.example, dynamic_shapes=made.dynamic, strict=False
-        )
+        program = torch.export.export(made.module, made.example, dynamic_shapes=made.dynamic, strict=False)
         aoti_compile_and_package(program, package_path=target, inductor_configs=inductor_options(spec))
 
 

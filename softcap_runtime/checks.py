@@ -1,0 +1,36 @@
+"""Checks of q, k and v before anything runs: one line that names the argument, its value and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise TypeError for what is no float tensor, ValueError for shapes, dtypes or devices that do not fit.
+
+    ``q`` ``[B, Hq, Sq, D]``, ``k`` and ``v`` ``[B, Hkv, Skv, D]``, Hq a multiple of Hkv, nothing empty.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {type(tensor).__name__}, expected a tensor [B, H, S, D]")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected 4 dimensions [B, H, S, D]")
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name}: {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+        if 0 in tensor.shape:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)} is empty, expected at least one of each")
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name}.dtype: {tensor.dtype}, expected q's {q.dtype}; cast one of them")
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: on {tensor.device}, expected q's {q.device}; move one of them")
+        if tensor.shape[0] != q.shape[0]:
+            raise ValueError(f"{name}: batch {tensor.shape[0]}, expected q's {q.shape[0]}")
+        if tensor.shape[3] != q.shape[3]:
+            raise ValueError(f"{name}: head_dim {tensor.shape[3]}, expected q's {q.shape[3]}")
+    if v.shape != k.shape:
+        raise ValueError(f"v: shape {tuple(v.shape)}, expected k's {tuple(k.shape)}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"q: {q.shape[1]} heads, expected a multiple of the {k.shape[1]} key heads")

@@ -1,0 +1,167 @@
+"""Where kernels come from: this process, the store, the compiler, and what the settings allow of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import NamedTuple
+
+from softcap_runtime.config import RuntimeSettings
+from softcap_runtime.errors import KernelNotPrewarmed
+from softcap_runtime.kernels import package
+from softcap_runtime.kernels.choose import ENGINES, choose
+from softcap_runtime.kernels.engine import Engine, Problem
+from softcap_runtime.kernels.jit import compiles_in_process
+from softcap_runtime.kernels.key import KernelSpec, dtype_name
+from softcap_runtime.kernels.table import KernelTable
+from softcap_runtime.store import Key, Store, fingerprint
+
+log = logging.getLogger(__name__)
+
+
+class Supplied(NamedTuple):
+    """How this process came by a kernel: ``source`` is built, disk, memory or compiled (in this process)."""
+
+    source: str
+    seconds: float
+    bytes: int
+
+
+class Chosen(NamedTuple):
+    """An engine for a problem, why, and whether the choice lasts (or a kernel is still being built)."""
+
+    engine: Engine
+    reason: str
+    lasting: bool
+
+
+class Supply:
+    """The kernels of one runtime. ``supplied`` says how each came here, ``failed`` which background builds did."""
+
+    def __init__(self, settings: RuntimeSettings) -> None:
+        self.settings = settings
+        self.store = Store(settings.cache_dir, settings.cache_size_limit, auth_key=_auth_key(settings))
+        self.table = KernelTable(self._fetch)
+        self.supplied: dict[KernelSpec, Supplied] = {}
+        self.failed: dict[KernelSpec, str] = {}
+        self._building: set[KernelSpec] = set()
+        self._guard = threading.Lock()
+
+    def engine(self, problem: Problem, asked: str) -> Chosen:
+        """The engine that serves ``problem`` now, its kernels loaded.
+
+        Raises EngineUnavailable, KernelNotPrewarmed (``jit="forbid"``) or BuildFailed.
+        """
+        choice = choose(problem, asked)
+        missing = [spec for spec in choice.engine.specs(problem) if not self.table.ready(spec)]
+        missing = [spec for spec in missing if not self._load(spec)]
+        if not missing:
+            return Chosen(choice.engine, choice.reason, True)
+        if self.settings.jit == "forbid":
+            raise KernelNotPrewarmed(
+                f"{_words(missing[0])} is not in the cache; run: {self.command(problem)}"
+            )
+        if self.settings.jit == "warn":
+            log.warning(
+                "building %s in a serving process; run: %s", _words(missing[0]), self.command(problem)
+            )
+        if self.settings.build == "background":
+            self._build_in_background(missing)
+            return Chosen(ENGINES["eager"], "until its kernel is built", False)
+        for spec in missing:
+            self.table.runner(spec)
+        return Chosen(choice.engine, choice.reason, True)
+
+    def obtain(self, spec: KernelSpec) -> Supplied:
+        """Have a kernel loaded, building it whatever ``jit`` says: prewarming is asking for it.
+
+        Raises BuildFailed.
+        """
+        self.table.runner(spec)
+        return self.supplied[spec]
+
+    def key(self, spec: KernelSpec) -> Key:
+        """The store's key of a kernel in this environment."""
+        return Key(spec.fields(), fingerprint(spec.device))
+
+    def command(self, problem: Problem) -> str:
+        """The shell command that prewarms the kernels of ``problem``."""
+        words = ["softcap-runtime prewarm"]
+        if "cache_dir" in self.settings.model_fields_set:
+            words.insert(0, f"SOFTCAP_CACHE_DIR={self.settings.cache_dir}")
+        options: dict[str, object] = {
+            "num-heads": problem.num_heads,
+            "num-kv-heads": problem.num_kv_heads,
+            "head-dim": problem.head_dim,
+            "scale": problem.scale,
+            "softcap": problem.softcap,
+            "dtype": dtype_name(problem.dtype),
+            "device": problem.device.type,
+        }
+        if self.settings.engine != "auto":
+            options["engine"] = self.settings.engine
+        words += [f"--{name} {value}" for name, value in options.items() if value is not None]
+        return " ".join(words + (["--train"] if problem.train else []))
+
+    def after_fork(self) -> None:
+        """In a forked child: no lock is held, no background build runs here."""
+        self._guard, self._building = threading.Lock(), set()
+        self.table.renew_locks()
+
+    def _load(self, spec: KernelSpec) -> bool:
+        """Load a kernel that is on disk; False when it is not."""
+        if compiles_in_process(spec):
+            return False
+        started = time.perf_counter()
+        data = self.store.load(self.key(spec))
+        if data is None:
+            return False
+        self.table.install(spec, data)
+        self.supplied.setdefault(spec, Supplied("disk", time.perf_counter() - started, len(data)))
+        return True
+
+    def _fetch(self, spec: KernelSpec) -> bytes:
+        key = self.key(spec)
+        loaded = self.store.load_or_build(
+            key, lambda: package.build(spec), lambda: {"compiler": package.compiler_version()}
+        )
+        self.supplied[spec] = Supplied(loaded.source, loaded.seconds, len(loaded.data))
+        return loaded.data
+
+    def _build_in_background(self, missing: list[KernelSpec]) -> None:
+        with self._guard:
+            new = [spec for spec in missing if spec not in self._building and spec not in self.failed]
+            self._building.update(new)
+        if new:
+            threading.Thread(target=self._build_all, args=(new,), name="softcap-build", daemon=True).start()
+
+    def _build_all(self, specs: list[KernelSpec]) -> None:
+        for spec in specs:
+            try:
+                self.table.runner(spec)
+            except Exception as error:  # the thread's caller is gone: what went wrong is kept and logged
+                self.failed[spec] = str(error)
+                log.error("background build of %s failed, eager serves it: %s", _words(spec), error)
+            finally:
+                self._building.discard(spec)
+
+
+def _auth_key(settings: RuntimeSettings) -> bytes | None:
+    path = settings.cache_key_file
+    if path is None:
+        return None
+    try:
+        key = path.read_bytes().strip()
+    except OSError as error:
+        raise ValueError(
+            f"cache_key_file: {path} cannot be read ({error.strerror}); fix or unset it"
+        ) from None
+    if not key:
+        raise ValueError(f"cache_key_file: {path} is empty, expected a secret of some 32 random bytes")
+    return key
+
+
+def _words(spec: KernelSpec) -> str:
+    detail = [spec.dtype, spec.device, f"head_dim {spec.head_dim}" if spec.head_dim else "", spec.mask]
+    return f"kernel {spec.op} ({', '.join(word for word in detail if word)})"
