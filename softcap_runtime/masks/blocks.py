@@ -134,8 +134,8 @@ def _band_tables(q_len: int, kv_len: int, left: int, right: int, device: torch.d
     elif not cut and start_at >= 0 and full_end_at >= whole_cols == cols:  # partial on the left alone
         partial_idx = _climbing(start_at, rows, cols, device)
     else:
-        # Clipping never widens the two margins, but a column that kv_len cuts is partial in every row.
-        width = min(full_start_at - start_at + end_at - full_end_at + (whole_cols < cols), cols)
+        # Both margins are a column wide at least, and clipping them to the sequence never makes them wider.
+        width = min(full_start_at - start_at + end_at - full_end_at, cols)
         table = _partial_columns(start, full_start, full_num, width)
         if cut:  # the last row is partial all along: it gets the full width
             partial_idx = _overlapping(table[:-1], _ramp(last_start, cols - 1, cols, device), cols)

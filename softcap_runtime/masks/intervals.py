@@ -88,12 +88,11 @@ def row_intervals(
     if cache_lengths is not None:
         positions = positions + (cache_lengths.to(torch.int32)[:, None] - kv_len)
     two_way = prefix_lengths is not None or spans is not None
-    # Positions before the first key exist with q_len > kv_len, and in a cache shorter than q_len.
     at_keys = _Lookup(positions, kv_len, aligned=cache_lengths is None and q_len <= kv_len)
 
     hi = positions + 1 if causal else torch.full_like(positions, kv_len)
     if causal and two_way:
-        hi = torch.maximum(hi, at_keys(_span_ends(kv_len, prefix_lengths, spans), before_first=0))
+        hi = torch.maximum(hi, at_keys(_span_ends(kv_len, prefix_lengths, spans)))
     lo = torch.zeros_like(positions)
     if window is not None:
         reach = min(window, UNBOUNDED)
@@ -102,9 +101,9 @@ def row_intervals(
             hi = torch.minimum(hi, positions + reach)
     if document_ids is not None:
         starts, ends = _document_edges(document_ids, ends=two_way or not causal)
-        lo = torch.maximum(lo, at_keys(starts, before_first=kv_len))
+        lo = torch.maximum(lo, at_keys(starts))
         if ends is not None:
-            hi = torch.minimum(hi, at_keys(ends, before_first=0))
+            hi = torch.minimum(hi, at_keys(ends))
     if attention_mask is not None:
         first, last = _padding_edges(attention_mask)
         lo, hi = torch.maximum(lo, first), torch.minimum(hi, last)
@@ -135,19 +134,22 @@ def _clipped(kv_len: int, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Lookup(NamedTuple):
-    """Reads vectors ``[B, kv_len]`` at the query positions: by a slice where these are the last keys."""
+    """Reads vectors ``[B, kv_len]`` at the query positions: by a slice where these are the last keys.
+
+    Positions before the first key (more queries than keys, or than the cache holds) read 0.
+    """
 
     positions: Tensor
     kv_len: int
     aligned: bool
 
-    def __call__(self, values: Tensor, before_first: int) -> Tensor:
+    def __call__(self, values: Tensor) -> Tensor:
         if self.aligned:
             return values[:, self.kv_len - self.positions.shape[1] :]
         index = self.positions.clamp(0, self.kv_len - 1).to(torch.int64)
         batch = max(values.shape[0], index.shape[0])
         found = values.expand(batch, -1).gather(1, index.expand(batch, -1))
-        return found.masked_fill(self.positions < 0, before_first)
+        return found.masked_fill(self.positions < 0, 0)
 
 
 def _padding_edges(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
