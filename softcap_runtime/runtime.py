@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import threading
 import weakref
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +20,9 @@ from softcap_runtime.masks.intervals import RowIntervals, band, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
 from softcap_runtime.supply import Supply
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from softcap_runtime.prewarm import PrewarmResult
+    from softcap_runtime.stats import RuntimeStats
 
 # Calls of one shape each are remembered up to this number; a forgotten one costs some 100 us once more.
 MAX_PLANS = 4096
@@ -188,6 +189,21 @@ class Runtime:
         else:
             call = None
         return self.forward(q, k, v, mask, config.scale, config.softcap, self._engine, False, call)[0]
+
+    def prewarm(self, requests: Iterable[PrewarmRequest], progress: bool = True) -> list[PrewarmResult]:
+        """Have the kernels of ``requests`` built and loaded, in parallel; a row per kernel says how it went.
+
+        ``progress`` shows a bar. A kernel that fails is reported in its row and stops no other.
+        """
+        from softcap_runtime.prewarm import prewarm
+
+        return prewarm(self, requests, progress=progress)
+
+    def stats(self) -> RuntimeStats:
+        """Hits, misses, builds, loads, seconds and bytes of this process."""
+        from softcap_runtime.stats import collect
+
+        return collect(self)
 
     # What the operator calls
 

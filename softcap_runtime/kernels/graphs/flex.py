@@ -73,14 +73,14 @@ def flex_forward(spec: KernelSpec) -> Graph:
         tables += [distinct((2, 1, 5), salt, torch.int32), distinct((2, 1, 5, 7), salt + 2, torch.int32)]
     scalar = torch.zeros((), dtype=torch.int32)
     if spec.mask == "band":
-        rows, row_shapes = [scalar, scalar.clone()], [{}, {}]
+        rows = [scalar, scalar.clone()]
     else:
         # A static size: with a symbolic one the generated C++ refers to a size that it does not declare (torch
         # 2.13). The kernel reads what the rows of the call need and no more, so shorter vectors serve.
         vector = torch.empty(MAX_ROWS, dtype=torch.int32)
-        rows, row_shapes = [vector, torch.empty_like(vector), scalar], [{}, {}, {}]
+        rows = [vector, torch.empty_like(vector), scalar]
     scalars = [torch.ones(()) for _ in range(3 if spec.capped else 1)]
     sizes = {0: dim, 1: dim, 2: dim}
     table_shapes = [{0: dim, 2: dim}, {0: dim, 2: dim, 3: dim}] * 2
-    rest = (*table_shapes, *row_shapes, *({} for _ in scalars))
+    rest = (*table_shapes, *({} for _ in (*rows, *scalars)))
     return Graph(FlexForward(spec), (q, k, v, *tables, *rows, *scalars), (sizes, sizes, sizes, rest))
