@@ -26,7 +26,7 @@ _INHERITED: list[object] = []  # connections of the parent process: closing one 
 
 
 class Database:
-    """``fault``: why the disk is not used now, in one line; None while it works. Each is logged once.
+    """``fault``: why the disk is not used now, in one line; None once what failed works again.
 
     ``set_aside``: databases that this process found bad and moved, with the reason. ``bad``: called with
     ``corrupt`` or ``rejected`` for each; ``save``: called with the path of one that was moved.
@@ -36,17 +36,22 @@ class Database:
         self, folder: Path, max_bytes: int, bad: Callable[[str], None], save: Callable[[Path], None]
     ) -> None:
         self.folder = folder
-        self.fault: str | None = None
         self.set_aside: list[str] = []
         self.writable = False
         self.locks = KeyLocks(folder)
         self._max_bytes = max_bytes
         self._bad = bad
         self._save = save
+        self._faults: dict[str, str] = {}
         self._logged: set[str] = set()
         self._index: Index | None = None
         self._inode: tuple[int, int] | None = None
         self._retry_at = 0.0
+
+    @property
+    def fault(self) -> str | None:
+        """The oldest fault that lasts."""
+        return next(iter(self._faults.values()), None)
 
     def use(self, what: str, action: Callable[[Index], T], default: T) -> T:
         """Run ``action`` on the open index; after a disk fault note it and give ``default``.
@@ -66,8 +71,12 @@ class Database:
             for _ in range(3):
                 try:
                     index = self._opened()
-                    return default if index is None else action(index)
-                except (Moved, FileNotFoundError):
+                    if index is None:
+                        return default
+                    result = action(index)
+                    self._faults.pop(what, None)
+                    return result
+                except (Moved, FileNotFoundError, NotADirectoryError):
                     self.close()
                 except (sqlite3.OperationalError, OSError, OtherVersion) as error:
                     self._unavailable(what, error)
@@ -75,7 +84,9 @@ class Database:
                 except (sqlite3.DatabaseError, Foreign) as error:
                     if not self._move_aside(error):
                         return default
-            self.note(f"cache folder {self.folder}: its database is replaced again and again; not used now")
+            self.note(
+                what, f"cache folder {self.folder}: its database is replaced again and again; not used now"
+            )
             return default
 
     def can_write(self) -> bool:
@@ -89,9 +100,9 @@ class Database:
             if index is not None:
                 index.close()
 
-    def note(self, line: str) -> None:
-        """Keep a fault for people to see, and log it the first time."""
-        self.fault = line
+    def note(self, what: str, line: str) -> None:
+        """Keep a fault for people to see until ``what`` works again, and log it the first time."""
+        self._faults[what] = line
         if line not in self._logged:
             self._logged.add(line)
             log.warning("%s", line)
@@ -113,28 +124,30 @@ class Database:
         verdict = trust.check(self.folder)
         self.writable = verdict.writable
         if verdict.problem is not None:
-            self.note(verdict.problem)
+            self.note("open", verdict.problem)
             return None
         from softcap_runtime.store import repair, schema
         from softcap_runtime.store.index import Index
 
         if not os.path.lexists(self.folder / schema.DBNAME):
             if not verdict.writable:
-                self.note(f"cache folder {self.folder} is read-only and empty; prewarm it as its owner")
+                self.note(
+                    "open", f"cache folder {self.folder} is read-only and empty; prewarm it as its owner"
+                )
                 return None
             repair.create(self.folder, self.locks)
         self._inode = repair.inode(self.folder)
         self._index = Index(
             self.folder, writable=verdict.writable, busy_seconds=BUSY_SECONDS, max_bytes=self._max_bytes
         )
-        self.fault = None
+        self._faults.pop("open", None)
         return self._index
 
     def _unavailable(self, what: str, error: Exception) -> None:
         self.close()
         if "locked" in str(error):
             self._retry_at = time.monotonic() + RETRY_SECONDS
-        self.note(f"cache folder {self.folder}: cannot {what}: {error}; working from memory meanwhile")
+        self.note(what, f"cache folder {self.folder}: cannot {what}: {error}; working from memory meanwhile")
 
     def _move_aside(self, error: Exception) -> bool:
         """Move a bad database into quarantine and save its good entries; whether to try again."""
@@ -144,12 +157,12 @@ class Database:
         self._bad("rejected" if isinstance(error, schema.Foreign) else "corrupt")
         line = f"cache folder {self.folder}: its database is not usable: {error}"
         if not self.writable:
-            self.note(f"{line}; it is read-only, ask its owner to remove it")
+            self.note("open", f"{line}; it is read-only, ask its owner to remove it")
             return False
         try:
             moved = repair.set_aside(self.folder, self._inode, self.locks)
         except OSError as failure:
-            self.note(f"{line}; it cannot be moved aside: {failure}")
+            self.note("open", f"{line}; it cannot be moved aside: {failure}")
             return False
         if moved is not None:
             log.warning("%s; moved to %s", line, moved)

@@ -86,7 +86,7 @@ class Row(NamedTuple):
     @property
     def reserved(self) -> bool:
         """Whether it is the row of the counters, not an entry."""
-        return bool(self.key == COUNTERS_KEY)
+        return bool(self.key == COUNTERS_KEY and self.raw == 1)
 
     def check(self) -> str:
         """The digest of a row that has the form of an entry; BadEntry otherwise."""
@@ -128,6 +128,9 @@ class Index(diskcache.Cache):
             self._connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
             for pragma in _pragmas():
                 self._connection.execute(pragma)
+            if writable:
+                # Another tool may have left it in WAL mode; a file in the right mode is not written.
+                self._connection.execute("PRAGMA journal_mode = delete").fetchall()
             schema.check_schema(self._connection)
             self.check_place()
         except BaseException:

@@ -77,7 +77,7 @@ class Store:
 
     @property
     def fault(self) -> str | None:
-        """Why the disk is not used now, in one line; None while it works or was not needed yet."""
+        """Why the disk is not used, in one line; None before it was needed and once all works again."""
         return self.database.fault
 
     # Looking up
@@ -197,8 +197,9 @@ class Store:
             size = len(sealed.payload)
             if size > self.size_limit:
                 self.database.note(
+                    "keep",
                     f"cache folder {self.folder}: an entry of {size} bytes is above the size limit of "
-                    f"{self.size_limit}; raise SOFTCAP_CACHE_SIZE_LIMIT"
+                    f"{self.size_limit}; raise SOFTCAP_CACHE_SIZE_LIMIT",
                 )
                 return False
             if not self.database.can_write():
@@ -210,7 +211,6 @@ class Store:
                 return False
             self.counters.add("evictions", evicted)
             self._memory.pop(digest, None)
-            self.database.fault = None
             return True
 
     # Counting
@@ -232,7 +232,7 @@ class Store:
             if not counts and not uses:
                 return
             merged = self.database.can_write() and self.database.use(
-                "write", lambda index: self._merge(index, counts, uses), False
+                "count", lambda index: self._merge(index, counts, uses), False
             )
             if not merged:
                 self.counters.give_back(counts, uses)

@@ -11,7 +11,7 @@ import diskcache
 import pytest
 
 from softcap_runtime.store import Key, Store, schema
-from softcap_runtime.store.entry import Sealed
+from softcap_runtime.store.entry import BadEntry, Sealed
 from softcap_runtime.store.index import BytesDisk, Index
 
 KEY = Key({"name": "a"}, {"cpu": "x"})
@@ -70,6 +70,15 @@ def test_a_transaction_is_rolled_back_on_any_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         delete_and_fail(index)
     assert index.totals() == (1, 7)
+    index.close()
+
+
+def test_a_value_above_the_bound_is_not_read(tmp_path: Path) -> None:
+    schema.create(tmp_path)
+    index = Index(tmp_path, writable=True, busy_seconds=0.1, max_bytes=10)
+    index.publish(KEY.digest, Sealed("text", bytes(11)), 2**20)
+    with pytest.raises(BadEntry, match="has 11 bytes, expected at most 10"):
+        index.read(KEY.digest)
     index.close()
 
 

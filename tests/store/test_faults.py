@@ -1,0 +1,365 @@
+"""Faults of the disk, really made: the right bytes come back, the fault is counted and shown, the cache heals."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from softcap_runtime.store import Key, Store, database, fingerprint
+from softcap_runtime.store.index import Index
+
+FINGERPRINT = fingerprint("cpu")
+MB = 2**20
+FLIPS = int(os.environ.get("SOFTCAP_TEST_FLIPS", "60"))  # 1,000 in the long run
+
+
+def key(name: str) -> Key:
+    return Key({"name": name}, FINGERPRINT)
+
+
+def payload(name: str, size: int = 20_000) -> bytes:
+    return random.Random(name).randbytes(size)
+
+
+def fill(folder: Path, names: str) -> None:
+    store = Store(folder, 100 * MB)
+    for name in names:
+        store.load_or_build(key(name), lambda name=name: payload(name))
+    store.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts small filesystems; skips where that is not allowed."""
+    mounted: list[Path] = []
+
+    def mount(options: str) -> Path:
+        place = tmp_path / f"mount{len(mounted)}"
+        place.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"mode=0700,{options}", "tmpfs", str(place)],
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            pytest.skip("mounting a tmpfs is not allowed here")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def assert_works_from_memory(store: Store, name: str, *words: str) -> None:
+    before = store.status().counters["write_failures"].value
+    assert store.load_or_build(key(name), lambda: payload(name)).data == payload(name)
+    assert store.load_or_build(key(name), lambda: b"built twice").data == payload(name)
+    status = store.status()
+    assert status.fault is not None
+    assert "\n" not in status.fault
+    assert any(word in status.fault for word in words), status.fault
+    assert status.counters["write_failures"].value > before
+    assert status.held_in_memory >= 1
+
+
+def assert_healed(store: Store, folder: Path, names: str) -> None:
+    store.flush()
+    status = store.status()
+    assert (status.fault, status.held_in_memory) == (None, 0)
+    store.close()
+    fresh = Store(folder, 100 * MB)
+    assert {name: fresh.load(key(name)) for name in names} == {name: payload(name) for name in names}
+    assert fresh.verify() == []
+
+
+def test_disk_full(tmpfs: Callable[[str], Path]) -> None:
+    place = tmpfs("size=1m")
+    folder = place / "cache"
+    fill(folder, "ab")
+    (place / "ballast").write_bytes(bytes(os.statvfs(place).f_bavail * os.statvfs(place).f_bsize))
+    store = Store(folder, 100 * MB)
+    assert store.load(key("a")) == payload("a")
+    assert_works_from_memory(store, "c", "full", "disk I/O error")
+    assert store.load(key("b")) == payload("b")
+    (place / "ballast").unlink()
+    assert_healed(store, folder, "abc")
+
+
+def test_disk_full_from_the_start(tmpfs: Callable[[str], Path]) -> None:
+    place = tmpfs("size=256k")
+    (place / "ballast").write_bytes(bytes(248 * 1024))
+    store = Store(place / "cache", 100 * MB)
+    assert_works_from_memory(store, "a", "full", "No space", "I/O")
+    (place / "ballast").unlink()
+    assert_healed(store, place / "cache", "a")
+
+
+def test_no_inodes(tmpfs: Callable[[str], Path]) -> None:
+    place = tmpfs("size=4m,nr_inodes=20")
+    folder = place / "cache"
+    fill(folder, "a")
+    ballast = place / "ballast"
+    ballast.mkdir()
+    count = 0
+    while os.statvfs(place).f_favail:
+        (ballast / str(count)).touch()
+        count += 1
+    store = Store(folder, 100 * MB)
+    assert store.load(key("a")) == payload("a")
+    assert_works_from_memory(store, "b", "unable to open database file", "full", "No space")
+    shutil.rmtree(ballast)
+    assert_healed(store, folder, "ab")
+
+
+def test_read_only_filesystem(tmpfs: Callable[[str], Path]) -> None:
+    place = tmpfs("size=4m")
+    folder = place / "cache"
+    fill(folder, "a")
+    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    store = Store(folder, 100 * MB)
+    assert store.load(key("a")) == payload("a")
+    assert store.load_or_build(key("b"), lambda: b"b").source == "built"
+    assert store.load_or_build(key("b"), lambda: b"no").source == "memory"
+    status = store.status()
+    assert (status.writable, status.held_in_memory, status.counters["write_failures"].value) == (False, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        sqlite3.OperationalError("database or disk is full"),
+        sqlite3.OperationalError("disk I/O error"),
+        OSError(5, "Input/output error"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["publish", "read", "merge"])
+def test_injected_errors(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, error: Exception
+) -> None:
+    fill(folder, "a")
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    store = Store(folder, 100 * MB)
+    monkeypatch.setattr(Index, method, fail)
+    for name in "ab":
+        assert store.load_or_build(key(name), lambda name=name: payload(name)).data == payload(name)
+    assert store.fault is not None
+    assert str(error) in store.fault
+    monkeypatch.undo()
+    assert_healed(store, folder, "ab")
+
+
+def test_folder_removed_under_a_running_process(folder: Path) -> None:
+    fill(folder, "a")
+    store = Store(folder, 100 * MB)
+    assert store.load(key("a")) == payload("a")
+    shutil.rmtree(folder)
+    assert store.load(key("a")) is None
+    assert store.load_or_build(key("a"), lambda: payload("a")).source == "built"
+    shutil.rmtree(folder)
+    assert store.load_or_build(key("b"), lambda: payload("b")).source == "built"
+    store.count_use(key("b").digest)
+    assert_healed(store, folder, "b")
+
+
+def test_folder_replaced_by_a_file(folder: Path) -> None:
+    fill(folder, "a")
+    store = Store(folder, 100 * MB)
+    assert store.load(key("a")) == payload("a")
+    shutil.rmtree(folder)
+    folder.write_text("a file")
+    assert_works_from_memory(store, "a", "is a file")
+    folder.unlink()
+    assert_healed(store, folder, "a")
+
+
+def test_locked_by_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.2)
+    monkeypatch.setattr(database, "RETRY_SECONDS", 0.1)
+    fill(folder, "a")
+    other = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None);"
+            "c.execute('BEGIN EXCLUSIVE'); print('locked', flush=True); sys.stdin.read()",
+            str(folder / "cache.db"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout is not None
+    assert other.stdin is not None
+    assert other.stdout.readline() == "locked\n"
+    store = Store(folder, 100 * MB)
+    assert_works_from_memory(store, "b", "database is locked")
+    assert store.load_or_build(key("a"), lambda: payload("a")).source == "built"
+    other.stdin.close()
+    other.wait(30)
+    time.sleep(0.2)
+    assert_healed(store, folder, "ab")
+
+
+def truncated(share: float) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path, int(path.stat().st_size * share))
+
+
+def overwritten(make: Callable[[int], bytes]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        with open(path, "r+b") as file:
+            file.write(make(path.stat().st_size))
+
+    return damage
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "empty": truncated(0),
+    "one byte": lambda path: os.truncate(path, 1),
+    "a third": truncated(0.33),
+    "half": truncated(0.5),
+    "most": truncated(0.9),
+    "odd size": lambda path: os.truncate(path, path.stat().st_size - 777),
+    "zeros": overwritten(bytes),
+    "random": overwritten(random.Random(1).randbytes),
+    "zero header": overwritten(lambda _: bytes(100)),
+    "zero first page": overwritten(lambda _: bytes(4096)),
+    "text": overwritten(lambda size: b"not a database\n" * (size // 15)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("running", [False, True], ids=["at start", "while open"])
+def test_damaged_database(folder: Path, damage: str, running: bool) -> None:
+    fill(folder, "abcdef")
+    store = Store(folder, 100 * MB)
+    if running:
+        assert store.load(key("a")) == payload("a")
+    DAMAGE[damage](folder / "cache.db")
+    found = {name: store.load(key(name)) for name in "abcdef"}
+    assert all(data in (None, payload(name)) for name, data in found.items())
+    if damage in ("half", "most", "odd size"):
+        assert any(found.values()), "what was still readable was lost"
+    for name in "abcdef":
+        assert store.load_or_build(key(name), lambda name=name: payload(name)).data == payload(name)
+    assert store.verify(repair=True) is not None
+    counters = store.status().counters
+    assert counters["corrupt"].value + counters["rejected"].value >= 1
+    assert len(store.status().quarantine) >= 1 or damage == "odd size"
+    assert_healed(store, folder, "abcdef")
+
+
+def test_flipped_bits(folder: Path, tmp_path: Path, seed: int) -> None:
+    """At random places: never a wrong byte, and no entry is lost but the one that was hit."""
+    fill(folder, "abcd")
+    draw = random.Random(seed)
+    good = (folder / "cache.db").read_bytes()
+    lost = 0
+    for _ in range(FLIPS):
+        place, bit = draw.randrange(len(good)), 1 << draw.randrange(8)
+        copy = tmp_path / "copy"
+        copy.mkdir(mode=0o700)
+        damaged = bytearray(good)
+        damaged[place] ^= bit
+        (copy / "cache.db").write_bytes(damaged)
+        (copy / "cache.db").chmod(0o600)
+        store = Store(copy, 100 * MB)
+        found = {name: store.load(key(name)) for name in "abcd"}
+        assert all(data in (None, payload(name)) for name, data in found.items()), (place, bit)
+        lost += sum(data is None for data in found.values())
+        for name in "abcd":
+            data = store.load_or_build(key(name), lambda name=name: payload(name)).data
+            assert data == payload(name), (place, bit)
+        store.verify(repair=True)
+        assert store.verify() == [], (place, bit)
+        store.close()
+        shutil.rmtree(copy)
+    assert lost <= FLIPS * 1.2, f"{lost} entries were lost by {FLIPS} flipped bits"
+
+
+@pytest.mark.parametrize("step", [-10 * 365 * 86400.0, -3600.0, 10 * 365 * 86400.0])
+def test_clock_that_jumps(folder: Path, monkeypatch: pytest.MonkeyPatch, step: float) -> None:
+    fill(folder, "ab")
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + step)
+    store = Store(folder, 100 * MB)
+    assert store.load(key("a")) == payload("a")
+    assert store.load_or_build(key("c"), lambda: payload("c")).source == "built"
+    store.count_use(key("a").digest)
+    store.sweep()
+    assert_healed(store, folder, "abc")
+    assert [info.hits for info in store.entries() if info.fields == {"name": "a"}] == [1]
+
+
+NO_DESCRIPTORS = """
+import os, resource, sys
+from softcap_runtime.store import Key, Store
+key = Key({{"name": "a"}}, {fingerprint!r})
+store = Store({folder!r}, 2**20)
+if {opened}:
+    assert store.load(key) is not None
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+taken = []
+while True:
+    try:
+        taken.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        break
+for name in "ab":
+    key = Key({{"name": name}}, {fingerprint!r})
+    assert len(store.load_or_build(key, lambda: bytes(20_000)).data) == 20_000
+for descriptor in taken:
+    os.close(descriptor)
+assert store.fault is not None
+store.flush()
+assert store.load(Key({{"name": "b"}}, {fingerprint!r})) == bytes(20_000)
+assert store.fault is None, store.fault
+assert store.status().quarantine == []
+"""
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_out_of_file_descriptors(folder: Path, opened: bool) -> None:
+    fill(folder, "a")
+    code = NO_DESCRIPTORS.format(folder=str(folder), fingerprint=FINGERPRINT, opened=opened)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert Store(folder, MB).load(key("b")) == bytes(20_000)
+
+
+def test_a_database_left_in_wal_mode_keeps_its_entries(folder: Path) -> None:
+    fill(folder, "a")
+    connection = sqlite3.connect(folder / "cache.db")
+    assert connection.execute("PRAGMA journal_mode = wal").fetchall() == [("wal",)]
+    connection.close()
+    assert_healed(Store(folder, 100 * MB), folder, "a")
+
+
+def test_a_fault_is_logged_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder.touch()
+    store = Store(folder, MB)
+    threads = [threading.Thread(target=store.load, args=(key("a"),)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([record for record in caplog.records if "is a file" in record.getMessage()]) == 1
