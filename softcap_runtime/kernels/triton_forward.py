@@ -1,0 +1,117 @@
+"""The forward kernel: one program a block of query rows of one head.
+
+With a softcap up to 64 (``ONLINE=False``) the logits are bounded, so the weights are ``exp`` against a fixed
+reference: no running maximum, no rescaling of the accumulator, and blocks may come in any order. Otherwise, and
+for float16, whose weights would underflow against a fixed reference, the online softmax (Milakov and Gimelshein
+2018; FlashAttention-2, Dao 2023, algorithm 1).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_common import (
+    LN2,
+    block_ranges,
+    capped,
+    exp2,
+    fixed_weights,
+    load_tile,
+    row_intervals,
+    store_tile,
+)
+
+
+@triton.jit
+def softmax_step(
+    x, visible, m, l, inner, coef, bias,
+    MASKED: tl.constexpr, ONLINE: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Weights of a block of raw products ``x`` and the statistics after it: ``(p, alpha, m, l)``.
+
+    ``alpha`` rescales what was accumulated before (1 without ONLINE). All in log2 units; without ONLINE ``bias`` holds the
+    fixed reference.
+    """
+    if ONLINE:
+        z, _ = capped(x, inner, coef, bias, FORM, ASM)
+        if MASKED:
+            z = tl.where(visible, z, float("-inf"))
+        m_new = tl.maximum(m, tl.max(z, 1))
+        # A row that has seen nothing yet has m = -inf; 0 in its place keeps -inf - m from being NaN.
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = exp2(z - shift[:, None], ASM)
+        alpha = exp2(m - shift, ASM)
+        return p, alpha, m_new, l * alpha + tl.sum(p, 1)
+    else:
+        p = fixed_weights(x, inner, coef, bias, FORM, ASM)
+        if MASKED:
+            p = tl.where(visible, p, 0.0)
+        return p, 1.0, m, l + tl.sum(p, 1)
+
+
+@triton.jit
+def _step(
+    q, acc, m, l, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, n, Skv, inner, coef, bias,
+    MASKED: tl.constexpr, ONLINE: tl.constexpr, FORM: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+    DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    k = load_tile(K, sk_b, sk_h, sk_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA)
+    x = tl.dot(q, k.T, input_precision=PRECISION)
+    keys = n + tl.arange(0, BLOCK_N)
+    visible = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
+    p, alpha, m, l = softmax_step(x, visible, m, l, inner, coef, bias, MASKED, ONLINE, FORM, ASM)
+    if ONLINE:
+        acc = acc * alpha[:, None]
+    v = load_tile(V, sv_b, sv_h, sv_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA)
+    return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION), m, l
+
+
+@triton.jit(do_not_specialize=["left", "right", "Sq", "Skv", "slo_b", "Hq", "G"])
+def forward_kernel(
+    Q, K, V, Out, Lse, Lo, Hi,
+    sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, so_b, so_h, so_s, slo_b,
+    Hq, G, Sq, Skv, left, right, inner, coef, bias, reference,
+    BAND: tl.constexpr, ONLINE: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Out ``[B, Hq, Sq, D]`` (any strides) and Lse ``[B, Hq, Sq]`` float32 for one block of query rows.
+
+    Programs of one head follow each other with the longest rows first: the head's keys stay in L2, and the
+    short blocks fill the gaps at the end.
+    """
+    blocks = tl.cdiv(Sq, BLOCK_M)
+    pid = tl.program_id(0)
+    start = (blocks - 1 - pid % blocks) * BLOCK_M
+    head = pid // blocks
+    b = head // Hq
+    h = head % Hq
+    hk = h // G
+    rows = start + tl.arange(0, BLOCK_M)
+    lo, hi = row_intervals(rows, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND)
+    first, full_first, full_end, end = block_ranges(lo, hi, BLOCK_N)
+
+    q = load_tile(Q, sq_b, sq_h, sq_s, b, h, start, Sq, BLOCK_M, D, DPAD, TMA)
+    acc = tl.zeros([BLOCK_M, DPAD], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    for block in tl.range(full_first, full_end, num_stages=STAGES):
+        acc, m, l = _step(
+            q, acc, m, l, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, block * BLOCK_N, Skv,
+            inner, coef, bias, False, ONLINE, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ASM,
+        )  # fmt: skip
+    before = tl.minimum(full_first, end) - first
+    for edge in tl.range(0, before + end - full_end, num_stages=STAGES):
+        block = tl.where(edge < before, first + edge, full_end + edge - before)
+        acc, m, l = _step(
+            q, acc, m, l, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, block * BLOCK_N, Skv,
+            inner, coef, bias, True, ONLINE, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ASM,
+        )  # fmt: skip
+
+    seen = l > 0
+    acc = acc * tl.where(seen, 1.0 / l, 0.0)[:, None]
+    store_tile(Out, so_b, so_h, so_s, b, h, start, Sq, acc, BLOCK_M, D, DPAD)
+    top = m if ONLINE else reference
+    lse = tl.where(seen, (tl.log2(l) + top) * LN2, float("-inf"))
+    tl.store(Lse + head.to(tl.int64) * Sq + rows, lse, mask=rows < Sq)
