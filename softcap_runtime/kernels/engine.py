@@ -36,6 +36,22 @@ class Problem(NamedTuple):
     train: bool
 
 
+class Call(NamedTuple):
+    """One request to the operator; q and k give the rest of its ``Problem``."""
+
+    mask: RowIntervals
+    scale: float
+    softcap: float | None
+    engine: str
+    train: bool
+
+    def problem(self, q: Tensor, k: Tensor) -> Problem:
+        """The call as an engine sees it."""
+        batch, heads, _, head_dim = q.shape
+        sizes = (batch, heads, k.shape[1], head_dim)
+        return Problem(q.device, q.dtype, *sizes, self.scale, self.softcap, self.mask, self.train)
+
+
 class Kernels(Protocol):
     """Where an engine finds its compiled kernels; a missing one is loaded or built, or raises."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, scalars
-from softcap_runtime.kernels.key import KernelSpec, dtype_name
+from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_name
 from softcap_runtime.masks.blocks import block_tables
 
 # The kernel's interval vectors have room for this many rows (batch x length); see graphs/flex.py.
@@ -23,7 +23,7 @@ def has_flex_attention() -> bool:
 
 
 def _spec(problem: Problem) -> KernelSpec:
-    mask = "band" if problem.mask.lo is None else "intervals"
+    mask: MaskKind = "band" if problem.mask.lo is None else "intervals"
     return KernelSpec(
         "flex_forward",
         problem.device.type,

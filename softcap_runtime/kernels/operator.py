@@ -6,13 +6,17 @@ defined through ``torch.library.Library``, since a ``custom_op`` imports the com
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from softcap_runtime.kernels.engine import Call
+from softcap_runtime.kernels.torch_private import apply_function, below_autograd
 from softcap_runtime.masks.intervals import RowIntervals
 
 LIBRARY = torch.library.Library("softcap_runtime", "DEF")
@@ -28,50 +32,27 @@ LIBRARY.define(
 )
 
 
-class Server(Protocol):
-    """What a runtime offers the operator."""
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: RowIntervals,
-        scale: float,
-        softcap: float | None,
-        engine: str,
-        train: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute out and, for training, the logsumexp."""
-
-    def backward(
-        self,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
-        mask: RowIntervals,
-        scale: float,
-        softcap: float | None,
-        engine: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the gradients from (grad_out, q, k, v, out, lse)."""
-
-
 # Runtimes by number, since an operator takes numbers. 0 is the process's own, made when first needed.
 _servers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_default: Callable[[], Server] | None = None
+_default: Callable[[], Any] | None = None
 
 
-def register(server: Server, number: int) -> None:
-    """Let the operator find ``server`` under ``number``, for as long as it lives."""
+def register(server: Any, number: int) -> None:
+    """Let the operator find ``server`` under ``number``, for as long as it lives.
+
+    It calls ``server.forward(q, k, v, call)`` for (out, lse or None), ``server.backward(grad_out, q, k, v, out, lse,
+    call)`` for the three gradients.
+    """
     _servers[number] = server
 
 
-def register_default(make: Callable[[], Server]) -> None:
+def register_default(make: Callable[[], Any]) -> None:
     """``make()`` gives the server of number 0, and of a program exported in another process."""
     global _default
     _default = make
 
 
-def _server(number: int) -> Server:
+def _server(number: int) -> Any:
     server = _servers.get(number)
     if server is None:
         assert _default is not None
@@ -79,16 +60,9 @@ def _server(number: int) -> Server:
     return server
 
 
-def _mask(q: Tensor, k: Tensor, lo: Tensor | None, hi: Tensor | None, left: int, right: int) -> RowIntervals:
-    if lo is None:
-        return RowIntervals(q.shape[2], k.shape[2], left, right, None, None)
-    return RowIntervals(q.shape[2], k.shape[2], None, None, lo, hi)
-
-
-def _forward(
+def _call(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     lo: Tensor | None,
     hi: Tensor | None,
     left: int,
@@ -97,32 +71,29 @@ def _forward(
     softcap: float | None,
     engine: str,
     train: bool,
-    runtime: int,
-) -> tuple[Tensor, Tensor]:
-    mask = _mask(q, k, lo, hi, left, right)
-    out, lse = _server(runtime).forward(q, k, v, mask, scale, softcap, engine, train)
-    return out, q.new_empty(0, dtype=torch.float32) if lse is None or not train else lse
+) -> Call:
+    lengths = (q.shape[2], k.shape[2])
+    if lo is None:
+        mask = RowIntervals(*lengths, left, right, None, None)
+    else:
+        mask = RowIntervals(*lengths, None, None, lo, hi)
+    return Call(mask, scale, softcap, engine, train)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *how, runtime = rest
+    out, lse = _server(runtime).forward(q, k, v, _call(q, k, *how))
+    return out, q.new_empty(0, dtype=torch.float32) if lse is None or not how[-1] else lse
 
 
 def _backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lo: Tensor | None,
-    hi: Tensor | None,
-    left: int,
-    right: int,
-    scale: float,
-    softcap: float | None,
-    engine: str,
-    runtime: int,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _mask(q, k, lo, hi, left, right)
-    tensors = (grad_out, q, k, v, out, lse)
-    return _server(runtime).backward(tensors, mask, scale, softcap, engine)
+    *how, runtime = rest
+    result: tuple[Tensor, Tensor, Tensor] = _server(runtime).backward(
+        grad_out, q, k, v, out, lse, _call(q, k, *how, train=True)
+    )
+    return result
 
 
 def _like_output(q: Tensor) -> Tensor:
@@ -144,42 +115,98 @@ def _fake_backward(
     return _like_output(q), _like_output(k), _like_output(v)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, lo, hi, *how, train, runtime = inputs
-    if not train:
+class _Attention(torch.autograd.Function):
+    """The operator's derivative."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        with below_autograd():
+            return torch.ops.softcap_runtime.attention(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, lo, hi, *how, _, runtime = inputs
+        ctx.save_for_backward(q, k, v, *output, lo, hi)
+        ctx.how, ctx.runtime = how, runtime
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        nothing = (None,) * 9
+        if grad_out is None:
+            return (None, None, None, *nothing)
+        q, k, v, out, lse, lo, hi = ctx.saved_tensors
+        operator = torch.ops.softcap_runtime.attention_backward
+        return (*operator(grad_out, q, k, v, out, lse, lo, hi, *ctx.how, ctx.runtime), *nothing)
+
+
+class _Backward(torch.autograd.Function):
+    """The end of the line: no second derivative."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with below_autograd():
+            return torch.ops.softcap_runtime.attention_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        raise RuntimeError(
+            "softcap_runtime::attention has no second derivative; use softcap_runtime.reference.attention for "
+            "double backward"
+        )
+
+
+def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3])
+    if needs_grad and not inputs[-2]:
         raise RuntimeError(
             "softcap_runtime::attention was called with train=False on inputs that require gradients; "
             "pass train=True, or call it under torch.no_grad()"
         )
-    ctx.save_for_backward(q, k, v, *output, lo, hi)
-    ctx.how, ctx.runtime = how, runtime
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+    return apply_function(_Attention, *inputs)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * 9
-    if grad_out is None:
-        return (None, None, None, *nothing)
-    q, k, v, out, lse, lo, hi = ctx.saved_tensors
-    operator = torch.ops.softcap_runtime.attention_backward
-    return (*operator(grad_out, q, k, v, out, lse, lo, hi, *ctx.how, ctx.runtime), *nothing)
+def _autocast(device: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    q, k, v = autocast_inputs(q, k, v)
+    with torch.autocast(device, enabled=False):
+        return torch.ops.softcap_runtime.attention(q, k, v, *rest)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    raise RuntimeError(
-        "softcap_runtime::attention has no second derivative; use softcap_runtime.reference.attention for "
-        "double backward"
-    )
+def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, floats in its dtype, as scaled_dot_product_attention takes them; float64 stays."""
+    device = q.device.type
+    if not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    cast = [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v)]
+    return cast[0], cast[1], cast[2]
 
 
 LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention", _differentiable, "Autograd")
+LIBRARY.impl("attention_backward", functools.partial(apply_function, _Backward), "Autograd")
+LIBRARY.impl("attention", functools.partial(_autocast, "cpu"), "AutocastCPU")
+LIBRARY.impl("attention", functools.partial(_autocast, "cuda"), "AutocastCUDA")
 torch.library.register_fake("softcap_runtime::attention", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("softcap_runtime::attention_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd(
-    "softcap_runtime::attention", _differentiate, setup_context=_save, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "softcap_runtime::attention_backward", _no_double_backward, setup_context=lambda *_: None, lib=LIBRARY
-)
+
+
+# As torch counts its own attention: every query against every key, two products forward and five backward.
+
+
+@register_flop_formula(torch.ops.softcap_runtime.attention)
+def _forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, *rest: Any, **named: Any) -> int:
+    batch, heads, q_len, head_dim = q_shape
+    return 4 * batch * heads * q_len * k_shape[2] * head_dim
+
+
+@register_flop_formula(torch.ops.softcap_runtime.attention_backward)
+def _backward_flops(grad_shape: Any, q_shape: Any, k_shape: Any, *rest: Any, **named: Any) -> int:
+    batch, heads, q_len, head_dim = q_shape
+    return 10 * batch * heads * q_len * k_shape[2] * head_dim

@@ -12,6 +12,8 @@ import itertools
 import os
 import zipfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +87,33 @@ class _MemoryFile:
 
     def __exit__(self, *exception: object) -> None:
         os.close(self._fd)
+
+
+def below_autograd() -> AbstractContextManager[object]:
+    """A context in which an operator's call goes past its own autograd kernel, to the one that computes.
+
+    Private: ``torch._C._AutoDispatchBelowAutograd``, the name that torch's own documentation of autograd kernels
+    in Python uses; there is no public one. Gone: importing the operator fails and says so.
+    """
+    return _below_autograd()
+
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def apply_function(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """Apply an autograd function inside an operator's autograd kernel, also under torch.func transforms.
+
+    Private: ``torch._functorch.utils.enable_single_level_autograd_function``. The dispatcher has dealt with
+    torch.func when the kernel runs; the public ``apply`` would do so again, and fail. Gone: the public ``apply``,
+    without torch.func.
+    """
+    if public_only() or not torch._C._are_functorch_transforms_active():
+        return function.apply(*inputs)  # type: ignore[no-untyped-call]
+    from torch._functorch.utils import enable_single_level_autograd_function
+
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
 
 
 def interpreters_active() -> bool:

@@ -1,0 +1,95 @@
+"""Plans: the memory of how each kind of call is served."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.kernels.engine import Backward, Call, Engine, Forward
+
+# Beyond this number all plans are let go; making one again costs some 100 us.
+MAX_PLANS = 4096
+
+
+class PlanKey(NamedTuple):
+    """Everything that a call can differ in, the contents of its tensors aside.
+
+    Only calls under a band mask are remembered: what is in interval tensors can't be told by looking at them.
+    """
+
+    q_shape: torch.Size
+    k_shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    left: int | None
+    right: int | None
+    scale: float
+    softcap: float | None
+    engine: str
+    train: bool
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, call: Call) -> PlanKey:
+        """The key of a call's plan."""
+        mask = call.mask
+        return cls(q.shape, k.shape, q.dtype, q.device, mask.left, mask.right, *call[1:])
+
+
+class Plan:
+    """A call's way to its kernel, bound to mask and scalars: from then on a call is one dictionary look-up."""
+
+    __slots__ = ("backward", "engine", "forward", "hits", "reason")
+
+    def __init__(self, engine: Engine, reason: str, forward: Forward, backward: Backward | None) -> None:
+        self.engine, self.reason = engine, reason
+        self.forward, self.backward = forward, backward
+        self.hits = 0
+
+
+class Plans:
+    """The plans of one runtime, and shortcuts from a call's arguments straight to them."""
+
+    def __init__(self) -> None:
+        self.shortcuts: dict[Any, Plan] = {}
+        self.misses = 0
+        self._plans: dict[PlanKey, Plan] = {}
+        self._forgotten_hits = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: PlanKey) -> Plan | None:
+        """The plan of ``key``, if it is remembered."""
+        return self._plans.get(key)
+
+    def remember(self, key: PlanKey, plan: Plan) -> None:
+        """Keep a plan; at ``MAX_PLANS`` all others go first."""
+        with self._lock:
+            if len(self._plans) >= MAX_PLANS:
+                self._forget()
+            self._plans[key] = plan
+
+    def forget(self) -> None:
+        """Let go of every plan; the counts stay."""
+        with self._lock:
+            self._forget()
+
+    def items(self) -> Iterator[tuple[PlanKey, Plan]]:
+        """A snapshot of what is remembered."""
+        return iter(list(self._plans.items()))
+
+    @property
+    def hits(self) -> int:
+        """Calls that found their plan."""
+        return self._forgotten_hits + sum(plan.hits for _, plan in self.items())
+
+    def after_fork(self) -> None:
+        """In a forked child: a lock that another thread held would never be released."""
+        self._lock = threading.Lock()
+
+    def _forget(self) -> None:
+        self._forgotten_hits = self.hits
+        self._plans.clear()
+        self.shortcuts.clear()
