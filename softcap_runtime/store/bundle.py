@@ -36,6 +36,8 @@ def export(store: Store, path: Path, fingerprint: Mapping[str, str] | None) -> i
         for info in store.entries()
         if fingerprint is None or info.fingerprint == dict(fingerprint)
     ]
+    if store.fault is not None:
+        raise OSError(store.fault)
     body = io.BytesIO()
     body.write(MAGIC)
     count = 0

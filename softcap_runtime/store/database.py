@@ -81,7 +81,8 @@ class Database:
                 except (sqlite3.OperationalError, OSError, OtherVersion) as error:
                     self._unavailable(what, error)
                     return default
-                except (sqlite3.DatabaseError, Foreign) as error:
+                except (sqlite3.DatabaseError, Foreign, UnicodeDecodeError) as error:
+                    # The last when SQLite's message quotes a damaged name.
                     if not self._move_aside(error):
                         return default
             self.note(

@@ -80,8 +80,8 @@ class Row(NamedTuple):
     filename: Any
     value_type: str
     value_bytes: int
-    last_used: float
-    hits: int
+    last_used: Any
+    hits: Any
 
     @property
     def reserved(self) -> bool:

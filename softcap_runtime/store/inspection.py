@@ -74,13 +74,18 @@ def _info(row: Row) -> EntryInfo:
         fingerprint=document.fingerprint,
         bytes=row.value_bytes,
         created=document.created,
-        last_used=row.last_used,
-        hits=row.hits,
+        last_used=float(_plausible(row.last_used)),
+        hits=int(_plausible(row.hits)),
         build_seconds=document.build_seconds,
         provenance=document.provenance,
         fits=not differs,
         differs=differs,
     )
+
+
+def _plausible(number: Any) -> float:
+    """A count or a time from a column that any process may have written; 0 for what is neither."""
+    return number if type(number) in (int, float) and 0 <= number < 2**53 else 0
 
 
 def document_of(text: Any) -> Document:

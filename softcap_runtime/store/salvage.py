@@ -36,7 +36,7 @@ def salvage(
     saved = 0
     try:
         connection = _open(database)
-    except (sqlite3.Error, OSError):
+    except (sqlite3.Error, OSError, UnicodeDecodeError):
         return 0
     with contextlib.closing(connection):
         for rowid in sorted(_rowids(connection)):
@@ -81,7 +81,7 @@ def _rowids(connection: sqlite3.Connection) -> set[int]:
     """The rows that the table, or where it is damaged its index, still leads to."""
     found: set[int] = set()
     for hint in ("NOT INDEXED", "INDEXED BY Cache_key_raw"):
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
             found.update(_first_column(connection, f"SELECT rowid FROM Cache {hint}"))
     return found
 

@@ -279,7 +279,10 @@ class Store:
     def export_bundle(
         self, path: str | os.PathLike[str], fingerprint: Mapping[str, str] | None = None
     ) -> int:
-        """Write entries (those of ``fingerprint``, or all) into one file; how many. Raises OSError."""
+        """Write entries (those of ``fingerprint``, or all) into one file; how many.
+
+        Raises OSError when the file cannot be written or the cache cannot be read.
+        """
         from softcap_runtime.store import bundle
 
         return bundle.export(self, Path(path), fingerprint)

@@ -46,7 +46,7 @@ class Guard:
             path, _, flags = arguments
             if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
                 self._outside(event, path)
-        elif event in _CHANGES:
+        elif event in _CHANGES and not isinstance(arguments[0], int):
             self._outside(event, arguments[0])
 
     def _outside(self, event: str, path: Any) -> None:

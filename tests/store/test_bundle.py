@@ -1,0 +1,103 @@
+"""Bundles: carried whole, refused when changed, and told apart by fingerprint."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from softcap_runtime.store import Key, Store
+
+HERE = {"cpu": "AVX512 1", "torch": "2.13", "libc": "glibc 2.36"}
+THERE = {**HERE, "torch": "2.14", "cpu": "AVX2 2"}
+MB = 2**20
+
+
+def payload(name: str) -> bytes:
+    return random.Random(name).randbytes(30_000)
+
+
+def filled(folder: Path, auth_key: bytes | None = None) -> Store:
+    store = Store(folder, 100 * MB, auth_key)
+    for name in "ab":
+        store.load_or_build(
+            Key({"name": name}, HERE), lambda name=name: payload(name), lambda: {"compiler": "g++"}
+        )
+    store.load_or_build(Key({"name": "c"}, THERE), lambda: payload("c"))
+    return store
+
+
+def test_entries_arrive_as_they_were(tmp_path: Path) -> None:
+    store = filled(tmp_path / "one")
+    assert store.export_bundle(tmp_path / "bundle", HERE) == 2
+    other = Store(tmp_path / "two", 100 * MB)
+    report = other.import_bundle(tmp_path / "bundle", HERE)
+    assert (report.imported, report.present, report.refused) == (2, 0, [])
+    assert other.load(Key({"name": "a"}, HERE)) == payload("a")
+    assert [info.provenance for info in other.entries()] == [{"compiler": "g++"}] * 2
+    assert other.import_bundle(tmp_path / "bundle", HERE).present == 2
+    assert other.verify() == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "one", "two"]
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    assert filled(tmp_path / "one").export_bundle(tmp_path / "bundle") == 3
+    other = Store(tmp_path / "two", 100 * MB)
+    report = other.import_bundle(tmp_path / "bundle", HERE)
+    assert report.imported == 2
+    (refused,) = report.refused
+    assert "torch: bundle has '2.14', here '2.13'" in refused.what
+    assert "cpu: bundle has 'AVX2 2', here 'AVX512 1'" in refused.what
+    assert "libc" not in refused.what
+    assert len(other.entries()) == 2
+
+
+def test_any_change_is_refused(tmp_path: Path, seed: int) -> None:
+    filled(tmp_path / "one").export_bundle(tmp_path / "bundle")
+    good = (tmp_path / "bundle").read_bytes()
+    draw = random.Random(seed)
+    other = Store(tmp_path / "two", 100 * MB)
+    for _ in range(100):
+        changed = bytearray(good)
+        changed[draw.randrange(len(good))] ^= 1 << draw.randrange(8)
+        (tmp_path / "changed").write_bytes(changed)
+        with pytest.raises(ValueError, match=r"^bundle .*changed: [^\n]+$"):
+            other.import_bundle(tmp_path / "changed", HERE)
+    for size in (0, 1, 24, 25, 41, len(good) // 2, len(good) - 32, len(good) - 1):
+        (tmp_path / "cut").write_bytes(good[:size])
+        with pytest.raises(ValueError, match=r"^bundle .*cut: [^\n]+$"):
+            other.import_bundle(tmp_path / "cut", HERE)
+    (tmp_path / "longer").write_bytes(good + b"x")
+    with pytest.raises(ValueError, match="longer: refused"):
+        other.import_bundle(tmp_path / "longer", HERE)
+    assert other.entries() == []
+
+
+def test_authentication(tmp_path: Path) -> None:
+    filled(tmp_path / "one").export_bundle(tmp_path / "plain")
+    filled(tmp_path / "three", b"secret").export_bundle(tmp_path / "signed")
+    careful = Store(tmp_path / "two", 100 * MB, b"secret")
+    with pytest.raises(ValueError, match="plain: refused, its HMAC is missing"):
+        careful.import_bundle(tmp_path / "plain", HERE)
+    assert careful.import_bundle(tmp_path / "signed", HERE).imported == 2
+    assert careful.load(Key({"name": "a"}, HERE)) == payload("a")
+    with pytest.raises(ValueError, match="signed: refused, its HMAC is missing or made with another key"):
+        Store(tmp_path / "two", MB, b"other").import_bundle(tmp_path / "signed", HERE)
+    assert Store(tmp_path / "four", MB).import_bundle(tmp_path / "signed", HERE).imported == 2
+
+
+def test_an_export_with_a_secret_signs_what_had_no_signature(tmp_path: Path) -> None:
+    filled(tmp_path / "one").close()
+    # Without the secret the entries were accepted; with it they are not its to vouch for.
+    assert Store(tmp_path / "one", 100 * MB, b"secret").export_bundle(tmp_path / "bundle") == 0
+
+
+def test_missing_file_and_unusable_cache(tmp_path: Path) -> None:
+    store = Store(tmp_path / "one", MB)
+    with pytest.raises(FileNotFoundError):
+        store.import_bundle(tmp_path / "none", HERE)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="is a file"):
+        Store(tmp_path / "file", MB).export_bundle(tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()

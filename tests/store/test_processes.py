@@ -1,0 +1,265 @@
+"""Many processes on one folder: one build per key, killed builders, fork and spawn, eviction and clear meanwhile."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softcap_runtime.store import Key, Store, schema
+
+FINGERPRINT = {"cpu": "AVX512", "torch": "2"}
+MB = 2**20
+KILLS = int(os.environ.get("SOFTCAP_TEST_KILLS", "8"))  # 50 in the long run
+
+
+def key(name: str) -> Key:
+    return Key({"name": name}, FINGERPRINT)
+
+
+def payload(name: str, size: int = 50_000) -> bytes:
+    return random.Random(name).randbytes(size)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def slow_build(name: str, seconds: float, record: str) -> Callable[[], bytes]:
+    def build() -> bytes:
+        with open(record, "a") as file:
+            file.write(f"{name}\n")
+        time.sleep(seconds)
+        return payload(name)
+
+    return build
+
+
+def need_three(folder: str, record: str, barrier: Any, results: Any) -> None:
+    barrier.wait(60)
+    store = Store(folder, 100 * MB)
+    started = time.monotonic()
+    right = all(
+        store.load_or_build(key(name), slow_build(name, 0.3, record)).data == payload(name) for name in "abc"
+    )
+    results.put((right, time.monotonic() - started))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_eight_processes_build_three_kernels_once(folder: Path, tmp_path: Path, method: str) -> None:
+    context: BaseContext = multiprocessing.get_context(method)
+    barrier, results = context.Barrier(8), context.Queue()
+    record = tmp_path / "record"
+    workers = [
+        context.Process(target=need_three, args=(str(folder), str(record), barrier, results))  # type: ignore[attr-defined]
+        for _ in range(8)
+    ]
+    for worker in workers:
+        worker.start()
+    outcomes = [results.get(timeout=120) for _ in workers]
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert all(right for right, _ in outcomes)
+    assert sorted(record.read_text().split()) == ["a", "b", "c"]
+    counters = Store(folder, MB).status().counters
+    assert counters["builds"].value == 3
+    assert counters["hits"].value + counters["misses"].value == 24
+    assert counters["lock_waits"].value > 0
+    assert counters["longest_lock_wait_s"].value > 0
+
+
+BUILDER = """
+import random, sys, time
+from softcap_runtime.store import Key, Store
+store = Store(sys.argv[1], 100 * 2**20)
+def build():
+    print("building", flush=True)
+    time.sleep(float(sys.argv[2]))
+    return random.Random("a").randbytes(2_000_000)
+data = store.load_or_build(Key({"name": "a"}, eval(sys.argv[3])), build).data
+print("done", flush=True)
+"""
+
+
+def test_killed_builders_leave_no_lock_and_no_partial_entry(folder: Path, seed: int) -> None:
+    """kill -9 in the build, in the write, in the publishing: the next process takes over at once."""
+    draw = random.Random(seed)
+    whole = payload("a", 2_000_000)
+    for _ in range(KILLS):
+        builder = subprocess.Popen(
+            [sys.executable, "-c", BUILDER, str(folder), str(draw.choice([0.0, 0.02])), repr(FINGERPRINT)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert builder.stdout is not None
+        assert builder.stdout.readline() == "building\n"
+        time.sleep(draw.uniform(0, 0.06))
+        builder.send_signal(signal.SIGKILL)
+        builder.wait(30)
+        store = Store(folder, 100 * MB)
+        assert store.load(key("a")) in (None, whole)
+        loaded = store.load_or_build(key("a"), lambda: whole)
+        assert loaded.data == whole
+        assert loaded.waited < 2
+        assert store.verify() == []
+        store.clear()
+        store.close()
+    assert {path.name.split(".")[0] for path in folder.iterdir()} <= {"cache", "locks"}
+
+
+def test_a_database_killed_while_it_is_created_is_not_seen(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    leftover = folder / f"{schema.DBNAME}.123.abcd.tmp"
+    leftover.write_bytes(b"half")
+    leftover.chmod(0o600)
+    store = Store(folder, MB)
+    assert store.load_or_build(key("a"), lambda: b"x").source == "built"
+    assert leftover.exists(), "a temporary file of a running process was removed"
+    os.utime(leftover, (1, 1))
+    (folder / "locks" / f"{key('a').digest}.lock").touch()
+    os.utime(folder / "locks" / f"{key('a').digest}.lock", (1, 1))
+    assert store.sweep() == 2
+    assert store.load_or_build(key("b"), lambda: b"x").source == "built"
+
+
+def test_sweep_leaves_held_locks(folder: Path) -> None:
+    store = Store(folder, MB)
+    lock = folder / "locks" / f"{key('a').digest}.lock"
+
+    def build() -> bytes:
+        os.utime(lock, (1, 1))
+        assert Store(folder, MB).sweep() == 0
+        assert lock.exists()
+        return b"x"
+
+    assert store.load_or_build(key("a"), build).source == "built"
+
+
+def use_in_child(store: Store, results: Any) -> None:
+    data = store.load(key("a"))
+    built = store.load_or_build(key(str(os.getpid())), lambda: b"child").data
+    store.count_use(key("a").digest)
+    results.put((data == payload("a"), built == b"child"))
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["idle", "while threads use it"])
+def test_fork_shares_no_connection_and_loses_no_count(folder: Path, held: bool) -> None:
+    store = Store(folder, 100 * MB)
+    store.load_or_build(key("a"), lambda: payload("a"))
+    store.count_use(key("a").digest)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    stop = threading.Event()
+
+    def work() -> None:
+        count = 0
+        while not stop.is_set():
+            count += 1
+            store.load_or_build(key(f"thread {count % 5}"), lambda: b"thread")
+            store.clear() if count % 7 == 0 else store.flush()
+            store.load_or_build(key("a"), lambda: payload("a"))
+
+    threads = [threading.Thread(target=work) for _ in range(2 if held else 0)]
+    for thread in threads:
+        thread.start()
+    try:
+        children = [context.Process(target=use_in_child, args=(store, results)) for _ in range(4)]
+        for child in children:
+            child.start()
+        outcomes = [results.get(timeout=60) for _ in children]
+        for child in children:
+            child.join(60)
+            assert child.exitcode == 0
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+    assert all(built for _, built in outcomes)
+    assert store.verify() == []
+    store.close()
+    if not held:
+        assert all(right for right, _ in outcomes)
+        status = Store(folder, MB).status()
+        assert status.counters["builds"].value == 5
+        (info,) = [info for info in Store(folder, MB).entries() if info.fields == {"name": "a"}]
+        assert info.hits == 5
+
+
+def test_raw_fork_counts_once(folder: Path) -> None:
+    store = Store(folder, MB)
+    store.load_or_build(key("a"), lambda: b"x")
+    store.load(key("a"))
+    child = os.fork()
+    if child == 0:
+        store.load(key("a"))
+        store.flush()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    store.close()
+    assert Store(folder, MB).status().counters["hits"].value == 2
+
+
+def hammer(folder: str, number: int, rounds: int, results: Any) -> None:
+    draw = random.Random(number)
+    store = Store(folder, 300_000)  # about six entries: evictions all the time
+    wrong = 0
+    for _ in range(rounds):
+        name = draw.choice("abcdefghij")
+        if draw.random() < 0.05:
+            store.clear()
+        data = store.load_or_build(key(name), lambda name=name: payload(name)).data
+        wrong += data != payload(name)
+        store.count_use(key(name).digest)
+    results.put(wrong)
+
+
+def test_eviction_and_clear_while_others_run(folder: Path, seed: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [context.Process(target=hammer, args=(str(folder), seed + n, 40, results)) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    assert [results.get(timeout=120) for _ in workers] == [0, 0, 0, 0]
+    for worker in workers:
+        worker.join(60)
+    store = Store(folder, 300_000)
+    assert store.verify() == []
+    status = store.status()
+    assert status.bytes <= 300_000
+    assert status.quarantine == []
+    assert status.counters["corrupt"].value == 0
+    assert status.counters["evictions"].value > 0
+    assert status.counters["hits"].value + status.counters["misses"].value == 160
+
+
+def test_two_environments_share_a_folder(folder: Path) -> None:
+    old = Key({"name": "a"}, {**FINGERPRINT, "torch": "1.0"})
+    store = Store(folder, MB)
+    assert store.load_or_build(key("a"), lambda: b"new").data == b"new"
+    assert store.load_or_build(old, lambda: b"old").data == b"old"
+    assert (store.load(key("a")), store.load(old)) == (b"new", b"old")
+
+
+def test_a_database_moved_aside_by_another_process_is_noticed(folder: Path) -> None:
+    first, second = Store(folder, MB), Store(folder, MB)
+    first.load_or_build(key("a"), lambda: payload("a"))
+    assert second.load(key("a")) == payload("a")
+    with open(folder / "cache.db", "r+b") as file:
+        file.write(bytes(4096))
+    first.close()
+    assert first.load_or_build(key("b"), lambda: b"b").source == "built"
+    assert second.load(key("b")) == b"b"
+    assert len(first.status().quarantine) == 1
