@@ -1,0 +1,190 @@
+"""Transformers' mask functions, read as row intervals: what a model's mask says, without evaluating it.
+
+Transformers describes a mask as a function of (batch, head, query, key), composed of a few named parts: causal,
+window, packed documents, image spans, their ands and ors. The parts' parameters are read off the closures, so a
+mask costs O(rows). A part that isn't known raises by name, and ``check_readings`` compares the known ones with
+what they do in the transformers that is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, dense, edges, row_intervals
+from softcap_runtime.masks.validate import data_is_readable
+
+MaskFunction = Callable[..., Any]
+_HOME = "transformers.masking_utils"
+_INSTEAD = "use attn_implementation='eager' for this model"
+
+
+class Place(NamedTuple):
+    """Where rows and keys stand: row i at key ``end - q_len + i`` of the ``kv_len`` keys at hand.
+
+    ``end`` is an int, or an integer tensor ``[1]`` where reading it would wait for a GPU or break a trace.
+    ``offset``: position in the sequence of the first key at hand; a sliding cache has dropped those before.
+    ``padding``: bool, ``[B, kv_len]``, or None. ``device``: where tensors of the mask go.
+    """
+
+    q_len: int
+    kv_len: int
+    end: int | Tensor
+    offset: int
+    padding: Tensor | None
+    device: torch.device
+
+
+def read(function: MaskFunction, place: Place) -> RowIntervals:
+    """The intervals of ``function``, padding aside; a band where no tensor is involved.
+
+    Every part contains its row's own position or sees nothing, so the union of two has no gap.
+    Raises ValueError, naming the part, when ``function`` holds one that is no known row interval.
+    """
+    name = getattr(function, "__qualname__", type(function).__name__)
+    if getattr(function, "__module__", None) != _HOME:
+        raise ValueError(f"mask function {name}: not transformers' own, so no known row interval; {_INSTEAD}")
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    parts = {variable: cell.cell_contents for variable, cell in cells}
+    match name.partition(".")[0]:
+        case "causal_mask_function":
+            return _reach(place, -UNBOUNDED, 1)
+        case "bidirectional_mask_function":
+            return _reach(place, -UNBOUNDED, UNBOUNDED)
+        case "sliding_window_overlay":
+            return _reach(place, 1 - parts["sliding_window"], UNBOUNDED)
+        case "sliding_window_bidirectional_overlay":
+            return _reach(place, -parts["sliding_window"], parts["sliding_window"] + 1)
+        case "packed_sequence_mask_function":
+            return _same_run(parts["packed_sequence_mask"], place)
+        case "remap_positions_for_packed_sequence":
+            return _remapped(read(parts["mask_function"], place), name)
+        case "blockwise_overlay":
+            return _spans(parts["block_sequence_ids"], place)
+        case "and_masks":
+            return reduce(partial(intersect, device=place.device), _read_all(parts["mask_functions"], place))
+        case "or_masks":
+            return reduce(partial(_unite, device=place.device), _read_all(parts["mask_functions"], place))
+        case _:
+            raise ValueError(f"mask function {name}: no known row interval; {_INSTEAD}")
+
+
+def intersect(a: RowIntervals, b: RowIntervals, device: torch.device) -> RowIntervals:
+    """The keys that both masks show; a band if both are bands."""
+    if a.left is not None and a.right is not None and b.left is not None and b.right is not None:
+        return a._replace(left=max(a.left, b.left), right=min(a.right, b.right))
+    (a_lo, a_hi), (b_lo, b_hi) = edges(a, device), edges(b, device)
+    return _intervals(a.q_len, a.kv_len, torch.maximum(a_lo, b_lo), torch.minimum(a_hi, b_hi))
+
+
+def _read_all(functions: Iterable[MaskFunction], place: Place) -> list[RowIntervals]:
+    return [read(function, place) for function in functions]
+
+
+def _unite(a: RowIntervals, b: RowIntervals, device: torch.device) -> RowIntervals:
+    (a_lo, a_hi), (b_lo, b_hi) = edges(a, device), edges(b, device)
+    return _intervals(a.q_len, a.kv_len, torch.minimum(a_lo, b_lo), torch.maximum(a_hi, b_hi))
+
+
+def _intervals(q_len: int, kv_len: int, lo: Tensor, hi: Tensor) -> RowIntervals:
+    lo, hi = torch.broadcast_tensors(lo.clamp(min=0), hi.clamp(max=kv_len))
+    empty = lo >= hi
+    lo, hi = lo.masked_fill(empty, kv_len), hi.masked_fill(empty, 0)
+    return RowIntervals(q_len, kv_len, None, None, lo.contiguous(), hi.contiguous())
+
+
+def _reach(place: Place, left: int, right: int) -> RowIntervals:
+    """Each row sees the keys from ``left`` to before ``right`` of its own position."""
+    q_len, kv_len, end = place.q_len, place.kv_len, place.end
+    if isinstance(end, Tensor):
+        positions = _positions(place)[None]
+        return _intervals(q_len, kv_len, positions + left, positions + right)
+    left, right = max(end - q_len + left, -UNBOUNDED), min(end - q_len + right, UNBOUNDED)
+    return RowIntervals(q_len, kv_len, left, right, None, None)
+
+
+def _positions(place: Place) -> Tensor:
+    rows = torch.arange(place.q_len, dtype=torch.int32, device=place.device)
+    return rows + (place.end - place.q_len)
+
+
+def _same_run(ids: Tensor, place: Place) -> RowIntervals:
+    """Each row sees the keys whose id is its own; equal ids stand side by side."""
+    end = place.end if isinstance(place.end, Tensor) else torch.tensor([place.end], device=place.device)
+    behind = isinstance(place.end, Tensor) or place.end != place.kv_len
+    cache_lengths = end if behind else None
+    return row_intervals(
+        place.q_len, place.kv_len, causal=False, window=None, document_ids=ids, cache_lengths=cache_lengths
+    )
+
+
+def _remapped(mask: RowIntervals, name: str) -> RowIntervals:
+    """A mask over positions that count from 0 in each document, as one over positions in the row.
+
+    The two agree inside a document, and what comes with it hides the other documents.
+    """
+    if mask.lo is not None:
+        raise ValueError(
+            f"mask function {name}: image spans in packed sequences are not supported; {_INSTEAD}"
+        )
+    return mask
+
+
+def _spans(ids: Tensor, place: Place) -> RowIntervals:
+    """Each row sees the keys of its own span both ways; a row outside spans (id -1) sees nothing."""
+    ids = ids.to(place.device)[:, place.offset : place.offset + place.kv_len]
+    if place.padding is not None:
+        ids = ids.masked_fill(~place.padding, -1)
+    if data_is_readable(ids):
+        _check_spans(ids)
+    lo, hi = edges(_same_run(ids, place), place.device)
+    outside = ids[:, _positions(place)] < 0
+    lo, hi = lo.masked_fill(outside, place.kv_len), hi.masked_fill(outside, 0)
+    return _intervals(place.q_len, place.kv_len, lo, hi)
+
+
+def _check_spans(ids: Tensor) -> None:
+    for row, values in enumerate(ids):
+        pieces = torch.unique_consecutive(values)
+        if int((pieces >= 0).sum()) != len(values[values >= 0].unique()):
+            raise ValueError(
+                f"block_sequence_ids: a block of batch row {row} is in two pieces, expected each in one; {_INSTEAD}"
+            )
+
+
+def check_readings(utils: Any) -> None:
+    """Compare the readings with what the parts do in ``utils``, the installed ``transformers.masking_utils``.
+
+    Raises RuntimeError naming a part whose meaning has changed; parts that this version lacks are skipped.
+    """
+    size = 7
+    ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2]])
+    makers: dict[str, Callable[[Callable[..., MaskFunction]], MaskFunction]] = {
+        "causal_mask_function": lambda part: part,
+        "bidirectional_mask_function": lambda part: part,
+        "sliding_window_causal_mask_function": lambda part: part(3),
+        "sliding_window_bidirectional_mask_function": lambda part: part(2),
+        "packed_sequence_mask_function": lambda part: part(ids),
+        "blockwise_overlay": lambda part: part(ids - 1),
+    }
+    place = Place(size, size, size, 0, None, torch.device("cpu"))
+    batch, rows, keys = (
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.arange(size)[:, None],
+        torch.arange(size)[None],
+    )
+    for name, make in makers.items():
+        part = getattr(utils, name, None)
+        if part is None:
+            continue
+        function = make(part)
+        expected = torch.as_tensor(function(batch, batch, rows, keys)).expand(size, size)
+        if not torch.equal(dense(read(function, place), "cpu")[0], expected):
+            raise RuntimeError(
+                f"transformers.masking_utils.{name}: means something else in this version of transformers; "
+                "install a version between 4.56 and the newest that softcap_runtime was released with"
+            )

@@ -1,0 +1,196 @@
+"""``attn_implementation="softcap"`` for Hugging Face models: Gemma-2 and all that call an attention interface.
+
+    from softcap_runtime.integrations.transformers import register
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="softcap")
+
+A forward pass makes one mask of row intervals per kind of layer, which all its layers share; nothing of the size
+S x S is made. Packed sequences (``position_ids`` that restart, without ``attention_mask``) are recognized by
+transformers itself, which looks for them only without a cache: pass ``use_cache=False``.
+
+Rows of padding see nothing and give zeros, where eager attention gives the mean of hidden values.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.checks import check_qkv
+from softcap_runtime.config import AttentionConfig
+from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, intersect, read
+from softcap_runtime.masks.intervals import RowIntervals, row_intervals
+from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
+from softcap_runtime.runtime import Runtime
+
+OLDEST = (4, 56)
+# What other attention functions take and no kernel here computes; False and None mean it isn't asked for.
+_REFUSED = {
+    "output_attentions": "the weights are never computed",
+    "head_mask": "heads can't be masked",
+    "s_aux": "attention sinks have no kernel",
+    "position_bias": "a bias on the logits has no kernel",
+}
+
+
+class HfMask(RowIntervals):
+    """A mask on its way through a model, which hands it from its mask function to its attention function."""
+
+    __slots__ = ()
+
+    def contiguous(self) -> HfMask:
+        """Itself: ``generate`` asks it of the masks that it makes for a static cache."""
+        return self
+
+
+def register(runtime: Runtime | None = None, name: str = "softcap") -> None:
+    """Make ``attn_implementation=name`` run on ``runtime`` (the process's own when None), for every model.
+
+    Raises ImportError when transformers is missing or older than 4.56, RuntimeError when its mask functions
+    mean something else than those that this module reads.
+    """
+    try:
+        import transformers
+        from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+    except ImportError as error:
+        raise ImportError(
+            f"transformers >= 4.56 is needed ({error}); run: pip install 'softcap-runtime[transformers]'"
+        ) from None
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+        raise ImportError(
+            f"transformers {transformers.__version__}: expected 4.56 or newer; run: pip install -U transformers"
+        )
+    check_readings(masking_utils)
+    AttentionInterface.register(name, partial(attention_forward, runtime))
+    AttentionMaskInterface.register(name, interval_mask)
+
+
+def interval_mask(
+    batch_size: int,
+    q_length: int | None = None,
+    kv_length: int | None = None,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: MaskFunction | None = None,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    cache_position: Tensor | None = None,
+    **ignored: Any,
+) -> HfMask:
+    """The mask function: row intervals from what transformers says about a forward pass.
+
+    ``q_length`` rows from position ``q_offset`` on, ``kv_length`` keys from ``kv_offset`` on; ``attention_mask``
+    bool ``[B, seen]``, True where a token is no padding, keys past its end hidden. Older versions give
+    ``cache_position`` ``[q_length]`` in place of ``q_length`` and ``q_offset``.
+
+    Raises ValueError on a mask function or padding that is no row interval.
+    """
+    if cache_position is not None:
+        q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
+    if q_length is None or kv_length is None or mask_function is None:
+        raise RuntimeError(
+            "transformers passes masks in a way that this softcap_runtime doesn't know; update it"
+        )
+    device = torch.device(device)
+    end = q_offset + (q_length - kv_offset)
+    if isinstance(end, Tensor):
+        end = int(end) if data_is_readable(end) else end.reshape(1)
+    padding = None
+    if attention_mask is not None:
+        padding = attention_mask[:, kv_offset : kv_offset + kv_length]
+        padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
+        check_mask_arguments(
+            q_length, kv_length, batch_size, padding.device, causal=False, attention_mask=padding
+        )
+    mask = read(mask_function, Place(q_length, kv_length, end, kv_offset, padding, device))
+    if padding is not None and not _shows_all(padding, mask):
+        shown = row_intervals(q_length, kv_length, causal=False, window=None, attention_mask=padding)
+        mask = intersect(mask, shown, device)
+    return HfMask(*mask)
+
+
+def _shows_all(padding: Tensor, mask: RowIntervals) -> bool:
+    """Whether it can be told that ``padding`` hides no key that ``mask`` shows."""
+    if mask.right is None or not data_is_readable(padding):
+        return False
+    return bool(padding[:, : max(0, mask.right + mask.q_len - 1)].all())
+
+
+def attention_forward(
+    runtime: Runtime | None,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: HfMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function: ``[B, Sq, Hq, D]`` and no weights.
+
+    ``query`` ``[B, Hq, Sq, D]``, ``key`` and ``value`` ``[B, Hkv, Skv, D]``. ``attention_mask`` comes from
+    ``interval_mask`` and holds the window already; without one (encoders, layers on their own) ``is_causal``,
+    else the module's, and ``sliding_window`` count.
+
+    Raises ValueError on what the kernels don't do, naming it and what to do, before anything runs.
+    """
+    _refuse(module, attention_mask, dropout, kwargs)
+    runtime = runtime or Runtime.get()
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    if attention_mask is None:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        config = _config(softcap, scale, sliding_window, causal)
+        return runtime.attention(query, key, value, config).transpose(1, 2), None
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave query and key in float32 where value has autocast's dtype.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    check_qkv(query, key, value)
+    if (query.shape[2], key.shape[2]) != attention_mask[:2]:
+        raise ValueError(
+            f"attention_mask: made for {attention_mask.q_len} rows over {attention_mask.kv_len} keys, but the "
+            f"layer has {query.shape[2]} over {key.shape[2]}; its cache and its mask disagree"
+        )
+    config = _config(softcap, scale, sliding_window, True)
+    return runtime.attend(query, key, value, config, attention_mask).transpose(1, 2), None
+
+
+@lru_cache(maxsize=256)
+def _config(softcap: float | None, scale: float, window: int | None, causal: bool) -> AttentionConfig:
+    return AttentionConfig(softcap=softcap, scale=scale, window=window, causal=causal)
+
+
+def _refuse(module: Any, attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+    instead = "use attn_implementation='eager'"
+    if dropout:
+        raise ValueError(
+            f"dropout: {dropout} on attention weights has no kernel; set attention_dropout=0 in the config"
+        )
+    for name, why in _REFUSED.items():
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise ValueError(f"{name}: {why}; {instead}")
+    if attention_mask is not None and not isinstance(attention_mask, HfMask):
+        shape = tuple(getattr(attention_mask, "shape", ()))
+        raise ValueError(
+            f"attention_mask: {type(attention_mask).__name__} {shape}, expected 2-D [batch, keys] of 0 and 1 where "
+            f"the model is called; {instead} for a mask of your own"
+        )
+    packed = kwargs.get("cu_seq_lens_q")
+    if (
+        packed is not None
+        and packed.shape[0] > 2
+        and attention_mask is not None
+        and attention_mask.lo is None
+    ):
+        raise ValueError(
+            f"cu_seq_lens_q: {packed.shape[0] - 1} packed sequences that the mask doesn't know; pass position_ids "
+            f"that restart at 0, no attention_mask, and use_cache=False"
+        )
