@@ -2,9 +2,18 @@
 
 from softcap_runtime.config import AttentionConfig, PrewarmRequest, RuntimeSettings
 from softcap_runtime.errors import BuildFailed, EngineUnavailable, KernelNotPrewarmed, SoftcapRuntimeError
+from softcap_runtime.flex_attention import (
+    HAS_FLEX_ATTENTION,
+    create_flex_attention_causal_mask,
+    create_flex_attention_sliding_window_mask,
+    slow_attention_softcapping,
+    slow_inference_attention_softcapping,
+)
+from softcap_runtime.masks.documents import document_ids_from_cu_seqlens, document_ids_from_position_ids
 from softcap_runtime.runtime import Runtime
 
 __all__ = [
+    "HAS_FLEX_ATTENTION",
     "AttentionConfig",
     "BuildFailed",
     "EngineUnavailable",
@@ -13,4 +22,10 @@ __all__ = [
     "Runtime",
     "RuntimeSettings",
     "SoftcapRuntimeError",
+    "create_flex_attention_causal_mask",
+    "create_flex_attention_sliding_window_mask",
+    "document_ids_from_cu_seqlens",
+    "document_ids_from_position_ids",
+    "slow_attention_softcapping",
+    "slow_inference_attention_softcapping",
 ]

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count(1)
 _runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
+
+
+class Capped(Protocol):
+    """What ``Runtime.attend`` reads of a config: an ``AttentionConfig`` has it."""
+
+    @property
+    def softcap(self) -> float | None:
+        """Bound of the logits, None for no cap."""
+
+    @property
+    def scale(self) -> float:
+        """Factor on the products before the cap."""
 
 
 class Runtime:
@@ -99,7 +111,7 @@ class Runtime:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        config: AttentionConfig,
+        config: Capped,
         mask: RowIntervals,
         engine: EngineName | None = None,
     ) -> Tensor:

@@ -90,10 +90,9 @@ def _backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *how, runtime = rest
-    result: tuple[Tensor, Tensor, Tensor] = _server(runtime).backward(
-        grad_out, q, k, v, out, lse, _call(q, k, *how, train=True)
-    )
-    return result
+    call = _call(q, k, *(*how, True))
+    grads: tuple[Tensor, Tensor, Tensor] = _server(runtime).backward(grad_out, q, k, v, out, lse, call)
+    return grads
 
 
 def _like_output(q: Tensor) -> Tensor:

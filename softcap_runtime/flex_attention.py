@@ -1,0 +1,188 @@
+"""The documented functions of the Flex Attention system, under the names and signatures that unsloth users know.
+
+Source of the names: the page "Implementation: Flex_Attention" of Unsloth's wiki. They and ``Runtime.attention`` are
+two doors into the same dispatch. One difference from unsloth's kernels file: a sliding window of w shows w keys,
+the query's own among them (``0 <= i - j < w``), as the models were trained; theirs shows w + 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.checks import check_qkv
+from softcap_runtime.config import EngineName
+from softcap_runtime.errors import EngineUnavailable, KernelNotPrewarmed
+from softcap_runtime.kernels.flex import has_flex_attention
+from softcap_runtime.kernels.general import attend_block_mask, attend_elements, elements_of
+from softcap_runtime.masks.elements import as_additive, intervals_of_elements
+from softcap_runtime.masks.flex import block_mask, form_of, intervals_of
+from softcap_runtime.masks.intervals import RowIntervals, band, dense
+from softcap_runtime.runtime import Runtime
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+HAS_FLEX_ATTENTION: bool = has_flex_attention()
+"""Whether this torch has ``flex_attention`` (2.5 and newer). Without it the masks below are dense tensors."""
+
+
+class _Layer(NamedTuple):
+    """What the functions read of a layer."""
+
+    softcap: float | None
+    scale: float
+
+
+def slow_attention_softcapping(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    causal_mask: Any,
+    self: Any,
+    bsz: int,
+    q_len: int,
+) -> Tensor:
+    """Attention with logit softcapping: ``[bsz, q_len, n_heads * head_dim]``, by the warm kernel.
+
+    ``Q`` ``[bsz, n_heads, q_len, head_dim]``, ``K`` and ``V`` ``[bsz, n_kv_heads, kv_len, head_dim]``.
+    ``causal_mask``: a BlockMask of the functions below (for these lengths or any other: it is made anew), any other
+    BlockMask (compiled by flex, for these lengths only), a bool mask (True: visible) or an additive float mask
+    ``[Sq, Skv]`` to ``[B, H, Sq, Skv]``, or None for plain causal.
+    ``self``: any object whose ``config`` has ``attn_logit_softcapping`` (None: no cap) and
+    ``query_pre_attn_scalar`` (without it the scale is ``head_dim ** -0.5``).
+
+    Raises ValueError or TypeError on arguments that do not fit, and what ``Runtime.attention`` raises.
+    """
+    return _attend(Q, K, V, causal_mask, self, bsz, q_len, None)
+
+
+def slow_inference_attention_softcapping(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    causal_mask: Any,
+    self: Any,
+    bsz: int,
+    q_len: int,
+) -> Tensor:
+    """As ``slow_attention_softcapping``, by the eager engine: it never compiles anything and needs no kernel."""
+    return _attend(Q, K, V, causal_mask, self, bsz, q_len, "eager")
+
+
+def create_flex_attention_causal_mask(max_seq_length: int = 8192) -> BlockMask | Tensor:
+    """The causal mask over ``max_seq_length`` tokens: a BlockMask, made in microseconds.
+
+    On a torch without flex a dense bool mask ``[S, S]``. Raises ValueError for a length below 1.
+    """
+    return _create(max_seq_length, None)
+
+
+def create_flex_attention_sliding_window_mask(
+    max_seq_length: int = 8192, sliding_window: int = 4096
+) -> BlockMask | Tensor:
+    """The causal mask with ``sliding_window`` visible keys, the query's own among them: ``0 <= i - j < w``.
+
+    On a torch without flex a dense bool mask ``[S, S]``. Raises ValueError for a length or window below 1.
+    """
+    _check_count("sliding_window", sliding_window)
+    return _create(max_seq_length, sliding_window)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: {value!r}, expected an int of at least 1")
+
+
+def _create(length: int, window: int | None) -> BlockMask | Tensor:
+    _check_count("max_seq_length", length)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mask = band(length, length, causal=True, window=window)
+    return block_mask(mask, device) if HAS_FLEX_ATTENTION else dense(mask, device)[0]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, layer: Any, bsz: int, q_len: int, engine: EngineName | None
+) -> Tensor:
+    check_qkv(q, k, v)
+    if (q.shape[0], q.shape[2]) != (bsz, q_len):
+        raise ValueError(f"Q: shape {tuple(q.shape)}, expected bsz {bsz} and q_len {q_len} as given")
+    config = _layer(layer, q.shape[3])
+    lengths = q_len, k.shape[2]
+    runtime = Runtime.get()
+    found = _intervals(mask, q, *lengths)
+    if isinstance(found, RowIntervals):
+        out = runtime.attend(q, k, v, config, found, engine)
+    elif isinstance(found, Tensor):
+        out = attend_elements(q, k, v, found, scale=config.scale, softcap=config.softcap)
+    elif engine == "eager":
+        out = attend_elements(q, k, v, elements_of(found, q, k), scale=config.scale, softcap=config.softcap)
+    else:
+        _check_foreign(q, k, v, runtime)
+        out = attend_block_mask(q, k, v, found, scale=config.scale, softcap=config.softcap)
+    return out.transpose(1, 2).reshape(bsz, q_len, -1)
+
+
+def _layer(layer: Any, head_dim: int) -> _Layer:
+    config = getattr(layer, "config", None)
+    if config is None:
+        raise ValueError(f"self: {type(layer).__name__} has no config; pass the attention layer")
+    return _checked_layer(
+        getattr(config, "attn_logit_softcapping", None),
+        getattr(config, "query_pre_attn_scalar", None),
+        head_dim,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _checked_layer(softcap: float | None, scalar: float | None, head_dim: int) -> _Layer:
+    for name, value in (("attn_logit_softcapping", softcap), ("query_pre_attn_scalar", scalar)):
+        if value is not None and not value > 0:
+            raise ValueError(f"self.config.{name}: {value}, expected a number above 0")
+    scale = float(head_dim if scalar is None else scalar) ** -0.5
+    return _Layer(None if softcap is None else float(softcap), scale)
+
+
+def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | Tensor | BlockMask:
+    """The mask as row intervals, or as it is: a tensor of elements, a BlockMask of the caller's own."""
+    if mask is None:
+        if q_len > kv_len:
+            raise ValueError(f"Q: {q_len} rows over {kv_len} keys, expected no more rows than keys")
+        return band(q_len, kv_len, causal=True, window=None)
+    if isinstance(mask, Tensor):
+        if mask.device != q.device:
+            raise ValueError(f"causal_mask: on {mask.device}, expected Q's {q.device}; move it")
+        elements = as_additive(mask, q_len, kv_len)
+        found = intervals_of_elements(elements)
+        return elements if found is None else found
+    if not hasattr(mask, "mask_mod"):
+        raise TypeError(
+            f"causal_mask: {type(mask).__name__}, expected a BlockMask, a tensor or None; see "
+            "create_flex_attention_causal_mask"
+        )
+    form = form_of(mask)
+    if form is not None:
+        causal, window = form
+        return band(q_len, kv_len, causal=causal, window=window)
+    ours = intervals_of(mask)
+    if tuple(mask.shape[-2:]) != (q_len, kv_len):
+        raise ValueError(
+            f"causal_mask: a BlockMask for {tuple(mask.shape[-2:])}, expected {(q_len, kv_len)}; make it for these "
+            "lengths, or use create_flex_attention_causal_mask, which fits any"
+        )
+    return mask if ours is None else ours
+
+
+def _check_foreign(q: Tensor, k: Tensor, v: Tensor, runtime: Runtime) -> None:
+    if runtime.settings.jit == "forbid":
+        raise KernelNotPrewarmed(
+            "causal_mask: a BlockMask of your own is compiled in each process and cannot be prewarmed; pass row "
+            "intervals or a dense mask, or set SOFTCAP_JIT=allow"
+        )
+    if q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise EngineUnavailable(
+            "causal_mask: flex has no backward on the CPU for a BlockMask of your own; pass a dense mask to train"
+        )
