@@ -19,6 +19,8 @@ from torch import Tensor
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, edges
 
 BLOCK = 128
+# Before torch 2.13 flex's kernels for GPUs read the full columns with the strides of the partial ones.
+_ONE_STRIDE = torch.__version__ < "2.13"
 
 
 class BlockTables(NamedTuple):
@@ -142,6 +144,8 @@ def _band_tables(q_len: int, kv_len: int, left: int, right: int, device: torch.d
         else:
             partial_idx = _overlapping(table, table.new_zeros(cols - width), cols)
     full_idx = _band_full_columns(full_start, cols, whole_cols, full_start_at, full_end_at)
+    if partial_idx.device.type != "cpu" and _ONE_STRIDE and partial_idx.stride() != full_idx.stride():
+        partial_idx, full_idx = partial_idx.contiguous(), full_idx.contiguous()
     return BlockTables((any_num - full_num)[None, None], partial_idx, full_num[None, None], full_idx)
 
 
