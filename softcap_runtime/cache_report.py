@@ -1,0 +1,93 @@
+"""What ``softcap-runtime inspect`` tells, as data: the cache's state, its entries, and why a key would miss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.store import Key, Store, fingerprint
+from softcap_runtime.store.key import FieldValue
+from softcap_runtime.store.report import EntryInfo, Explanation, StoreStatus
+
+Fields = Mapping[str, FieldValue]
+# Stands in for the fields that are not given while the cache is empty.
+_DEFAULTS = KernelSpec("flex_forward", "cpu", "float32", 256, True, "band")
+
+
+class CacheReport(BaseModel):
+    """The document of ``inspect --json``; its JSON schema is ``store/status.schema.json``.
+
+    ``status``: the folder and the counters of every process. ``fingerprint``: of this environment, for the CPU.
+    ``entries``: least recently used first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    status: StoreStatus
+    fingerprint: dict[str, str]
+    entries: list[EntryInfo]
+
+
+def report(store: Store) -> CacheReport:
+    """The state of ``store`` now. Never raises for what is on disk."""
+    entries = store.entries()
+    return CacheReport(status=store.status(), fingerprint=fingerprint("cpu"), entries=entries)
+
+
+def explain(store: Store, words: Sequence[str]) -> Explanation:
+    """Whether the kernel of some key fields (``["head_dim=256", "dtype=float32"]``) would be found, or why not.
+
+    Fields that are not given are those of the entry that agrees with most of the given ones. Raises ValueError
+    for a word that is no ``field=value`` of a kernel's key.
+    """
+    wanted = _parsed(words)
+    known: list[tuple[Fields, bool]] = [
+        (info.fields, info.fits) for info in store.entries() if set(info.fields) == set(KernelSpec._fields)
+    ]
+    known = known or [(_DEFAULTS.fields(), True)]
+    closest = max(known, key=lambda one: (*_closeness(one[0], wanted), one[1]))[0]
+    if wanted.get("op", closest["op"]) == closest["op"]:
+        wanted = {name: value for name, value in wanted.items() if not _ignored(name, closest)}
+    fields = {**closest, **wanted}
+    return store.explain(Key(fields, fingerprint(str(fields["device"]))))
+
+
+def _closeness(fields: Fields, wanted: Fields) -> tuple[bool, int, int]:
+    """The op agrees, how many fields agree, how few of the given ones the kernel does not depend on."""
+    agreeing = sum(fields.get(name) == value for name, value in wanted.items())
+    return (
+        wanted.get("op", fields.get("op")) == fields.get("op"),
+        agreeing,
+        -sum(_ignored(name, fields) for name in wanted),
+    )
+
+
+def _ignored(name: str, fields: Fields) -> bool:
+    """Whether a kernel does not depend on ``name``: those that work block by block know no head_dim, no mask."""
+    return name in ("head_dim", "mask") and fields.get(name) in (0, "")
+
+
+def _parsed(words: Sequence[str]) -> dict[str, FieldValue]:
+    wanted: dict[str, FieldValue] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in KernelSpec._fields:
+            raise ValueError(
+                f"--explain: {word!r}, expected field=value with {', '.join(KernelSpec._fields)}"
+            )
+        wanted[name] = _value(name, value)
+    return wanted
+
+
+def _value(name: str, text: str) -> FieldValue:
+    if name == "head_dim":
+        if not text.isdecimal():
+            raise ValueError(f"--explain: head_dim={text!r}, expected an integer")
+        return int(text)
+    if name == "capped":
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"--explain: capped={text!r}, expected true or false")
+        return text.lower() == "true"
+    return text

@@ -1,0 +1,239 @@
+"""``softcap-runtime``: prewarm kernels, look into the cache, verify it, carry it to other machines.
+
+Exit codes: 0 for success, 1 when something failed or is wrong with the cache, 2 for bad usage.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from softcap_runtime.config import AttentionConfig, PrewarmRequest, RuntimeSettings
+from softcap_runtime.errors import EngineUnavailable, SoftcapRuntimeError
+from softcap_runtime.presets import PRESETS, requests_for
+from softcap_runtime.runtime import Runtime
+from softcap_runtime.store import Store, fingerprint
+from softcap_runtime.supply import Supply
+
+# typer 0.12 takes click's exceptions, newer ones bring their own; the base of both stands here.
+UsageError: Any = typer.BadParameter.__mro__[1]
+ClickException: Any = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit; errors that are to be expected are one line on standard error."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    try:
+        return app(args=arguments, prog_name="softcap-runtime", standalone_mode=False) or 0
+    except ClickException as error:
+        return _fail(error.format_message(), 2)
+    except (ValueError, EngineUnavailable) as error:
+        return _fail(str(error), 2)
+    except SoftcapRuntimeError as error:
+        return _fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader went away, as in `inspect | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        return _fail(str(error), 1)
+
+
+def _fail(line: str, code: int) -> int:
+    print(f"softcap-runtime: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the cache, in place of SOFTCAP_CACHE_DIR.")
+    ] = None,
+) -> None:
+    """Prewarm and look after the kernel cache of softcap_runtime."""
+    context.obj = {} if cache_dir is None else {"cache_dir": cache_dir}
+
+
+def _store(context: typer.Context) -> Store:
+    return Supply(RuntimeSettings(**context.obj)).store
+
+
+@app.command()
+def prewarm(
+    context: typer.Context,
+    preset: Annotated[str | None, typer.Option(help=f"A known model: {', '.join(PRESETS)}.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A Hugging Face config.json, or the folder that holds one.")
+    ] = None,
+    num_heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
+    num_kv_heads: Annotated[int | None, typer.Option(help="Key and value heads.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Size of a head.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Factor on q @ k.T.")] = None,
+    softcap: Annotated[float | None, typer.Option(help="Bound of the logits; none without it.")] = None,
+    window: Annotated[int | None, typer.Option(help="Visible keys, the query's own counted.")] = None,
+    seq_len: Annotated[
+        list[int] | None, typer.Option(help="A length to check; kernels take any. Repeatable.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16 (the default) or float16. Repeatable.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    engine: Annotated[str | None, typer.Option(help="Only this engine's kernels.")] = None,
+    train: Annotated[bool, typer.Option("--train", help="The kernels of training too.")] = False,
+) -> None:
+    """Build or load the kernels of a model, named by --preset, --model, or its numbers."""
+    numbers = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "scale": scale}
+    given = [value for value in (*numbers.values(), softcap, window) if value is not None]
+    if (preset is not None) + (model is not None) + bool(given) != 1:
+        raise UsageError("pass one of --preset, --model, or --num-heads --num-kv-heads --head-dim --scale")
+    if preset is not None and preset not in PRESETS:
+        raise UsageError(f"--preset: {preset!r}, expected {', '.join(PRESETS)}")
+    common: dict[str, Any] = {"seq_lens": tuple(seq_len or ()), "device": device, "train": train}
+    requests: list[PrewarmRequest] = []
+    for each in dict.fromkeys(dtype or ["bfloat16"]):
+        if given:
+            requests.append(_explicit(numbers, softcap, window, {**common, "dtype": each}))
+        else:
+            requests += requests_for(preset or model or "", **common, dtype=each)  # type: ignore[arg-type]
+    settings = RuntimeSettings(**context.obj, **({} if engine is None else {"engine": engine}))
+    _prewarm(Runtime(settings), requests)
+
+
+def _explicit(
+    numbers: dict[str, Any], softcap: float | None, window: int | None, common: dict[str, Any]
+) -> PrewarmRequest:
+    missing = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is None]
+    if missing:
+        raise UsageError(f"missing {', '.join(missing)}")
+    shape = {name: value for name, value in numbers.items() if name != "scale"}
+    config = AttentionConfig(scale=numbers["scale"], softcap=softcap, window=window)
+    return PrewarmRequest(config=config, **shape, **common)
+
+
+def _prewarm(runtime: Runtime, requests: list[PrewarmRequest]) -> None:
+    from softcap_runtime import cli_tables as tables
+
+    results = runtime.prewarm(requests, progress=True)
+    if not results:
+        print(f"the {runtime.settings.engine} engine compiles nothing: it is always warm")
+        return
+    tables.console().print(tables.prewarm_table(results))
+    store = runtime.supply.store
+    store.flush()
+    if any(result.outcome == "ready" for result in results):
+        print("ready: compiled by torch in each process that uses it; there is nothing to keep on disk")
+    if store.held_in_memory:
+        _fail(f"{store.held_in_memory} kernels could not be written: {store.fault}", 1)
+    if store.held_in_memory or any(result.outcome == "failed" for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    context: typer.Context,
+    fields: Annotated[
+        list[str] | None, typer.Argument(help="With --explain: key fields such as head_dim=256.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="JSON, as store/status.schema.json says.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say whether a kernel would be found, or why not.")
+    ] = False,
+) -> None:
+    """Show where the cache is, its state, and every entry."""
+    from softcap_runtime import cache_report
+    from softcap_runtime import cli_tables as tables
+
+    if fields and not explain:
+        raise UsageError(f"{fields[0]!r}: key fields go with --explain")
+    store = _store(context)
+    if explain:
+        answer = cache_report.explain(store, fields or [])
+        if json:
+            print(answer.model_dump_json(indent=2))
+        else:
+            tables.show_explanation(tables.console(), answer)
+        return
+    report = cache_report.report(store)
+    if json:
+        print(report.model_dump_json(indent=2))
+    else:
+        tables.show_report(tables.console(), report)
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    repair: Annotated[bool, typer.Option("--repair", help="Move what is bad into quarantine.")] = False,
+) -> None:
+    """Read and check every entry; exit code 1 if anything was wrong, repaired or not."""
+    from softcap_runtime import cli_tables as tables
+
+    store = _store(context)
+    problems = store.verify(repair=repair)
+    if problems:
+        tables.console().print(tables.problems_table(problems))
+        raise typer.Exit(1)
+    print(f"{len(store.entries())} entries are good in {store.folder}")
+
+
+@app.command()
+def clear(context: typer.Context) -> None:
+    """Remove every entry; safe while other processes run."""
+    store = _store(context)
+    removed = store.clear()
+    if store.fault is not None:
+        raise SoftcapRuntimeError(f"not cleared: {store.fault}")
+    print(f"removed {removed} entries from {store.folder}")
+
+
+@app.command("export")
+def export_(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="The bundle to write.")],
+    device: Annotated[str, typer.Option(help="Whose kernels: cpu or cuda.")] = "cpu",
+) -> None:
+    """Write the kernels that fit this environment into one file, for machines like this one."""
+    count = _store(context).export_bundle(file, fingerprint(_device_type(device)))
+    print(f"exported {count} entries to {file}")
+
+
+@app.command("import")
+def import_(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A bundle that `export` wrote.")],
+    device: Annotated[str, typer.Option(help="Whose kernels: cpu or cuda.")] = "cpu",
+) -> None:
+    """Take the kernels of a bundle that fit this environment; exit code 1 if any does not."""
+    expected = fingerprint(_device_type(device))
+    try:
+        done = _store(context).import_bundle(file, expected)
+    except ValueError as error:  # a bundle that is none, or was changed, is no bad usage
+        raise SoftcapRuntimeError(str(error)) from None
+    print(f"imported {done.imported} entries, {done.present} were present, {len(done.refused)} refused")
+    for problem in done.refused:
+        _fail(f"entry {problem.where[:12]} {problem.what}", 1)
+    if done.refused:
+        raise typer.Exit(1)
+
+
+def _device_type(device: str) -> str:
+    from softcap_runtime.prewarm import device_of
+
+    return device_of(device).type
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""How the command line shows its answers: rich tables, and plain words for sizes and times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from softcap_runtime.cache_report import CacheReport
+from softcap_runtime.prewarm import PrewarmResult, kernel_name
+from softcap_runtime.store.report import Counter, EntryInfo, Explanation, Problem
+
+# A pipe has no width; 80 columns would cut what a reader or grep looks for.
+PIPE_WIDTH = 160
+_COLOURS = {"built": "green", "loaded": "green", "ready": "green", "failed": "red"}
+
+
+def console() -> Console:
+    """Where answers go: standard output."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+
+
+def prewarm_table(results: Sequence[PrewarmResult]) -> Table:
+    """What was built, loaded or failed."""
+    table = Table("kernel", "device", "outcome", "seconds", "size", "error")
+    for result in results:
+        colour = _COLOURS[result.outcome]
+        table.add_row(
+            kernel_name(result.spec),
+            result.spec.device,
+            f"[{colour}]{result.outcome}[/{colour}]",
+            f"{result.seconds:.2f}",
+            decimal(result.bytes) if result.bytes else "-",
+            result.error or "",
+        )
+    return table
+
+
+def show_report(out: Console, report: CacheReport) -> None:
+    """The folder, its verdict and counters, and every entry."""
+    status = report.status
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("folder", status.folder)
+    facts.add_row("verdict", f"{status.verdict} (owner {status.owner or '-'}, mode {status.mode or '-'})")
+    access = "writable" if status.writable else "read-only"
+    network = ", a network filesystem" if status.network_filesystem else ""
+    facts.add_row("access", f"{access}, {status.filesystem}{network}")
+    facts.add_row(
+        "size", f"{status.entries} entries, {decimal(status.bytes)} of {decimal(status.size_limit)}"
+    )
+    facts.add_row("fault", status.fault or "none")
+    if status.held_in_memory:
+        facts.add_row("not written", f"{status.held_in_memory} entries")
+    facts.add_row("quarantine", ", ".join(status.quarantine) or "empty")
+    facts.add_row(
+        "authenticated", "yes" if status.authenticated else "no (SOFTCAP_CACHE_KEY_FILE is not set)"
+    )
+    facts.add_row("schema", str(status.schema_version))
+    facts.add_row("environment", ", ".join(f"{name} {value}" for name, value in report.fingerprint.items()))
+    out.print(facts)
+    out.print(_counters_table(status.counters))
+    if report.entries:
+        out.print(_entries_table(report.entries))
+        out.print(
+            "A kernel serves every batch, length, number of heads, window, scale, cap and stride; "
+            "block kernels every head_dim and mask too."
+        )
+
+
+def show_explanation(out: Console, answer: Explanation) -> None:
+    """Whether a key would be found, and how the nearest entry differs."""
+    out.print("present: this kernel would be loaded" if answer.present else f"absent: {answer.reason}")
+    if answer.differences:
+        table = Table("field", "wanted", "stored")
+        for one in answer.differences:
+            table.add_row(one.field, str(one.wanted), str(one.stored))
+        out.print(table)
+
+
+def problems_table(problems: Sequence[Problem]) -> Table:
+    """What ``verify`` found."""
+    table = Table("where", "what", "repaired")
+    for problem in problems:
+        table.add_row(problem.where, problem.what, "in quarantine" if problem.repaired else "no")
+    return table
+
+
+def _counters_table(counters: dict[str, Counter]) -> Table:
+    table = Table("counter", "value", "since")
+    for name, counter in counters.items():
+        table.add_row(name, f"{counter.value:.6g}", _date(counter.since))
+    return table
+
+
+def _entries_table(entries: Sequence[EntryInfo]) -> Table:
+    table = Table("kind", "key", "size", "age", "last use", "build s", "hits", "fits here")
+    for info in entries:
+        key = " ".join(f"{name}={value}" for name, value in info.fields.items() if name != "op")
+        fits = "yes" if info.fits else f"no: {', '.join(info.differs)}"
+        table.add_row(
+            str(info.fields.get("op", "")),
+            key,
+            decimal(info.bytes),
+            ago(info.created),
+            ago(info.last_used),
+            f"{info.build_seconds:.1f}",
+            str(info.hits),
+            fits,
+        )
+    return table
+
+
+def ago(moment: float) -> str:
+    """How long ago a time in seconds since the epoch was, in words."""
+    seconds = time.time() - moment
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def _date(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))

@@ -1,0 +1,197 @@
+"""Have kernels ready before they are needed: from requests to the kernels that serve them, built in parallel."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+from softcap_runtime.config import PrewarmRequest
+from softcap_runtime.kernels.choose import candidates, choose
+from softcap_runtime.kernels.engine import Call, Engine, Problem
+from softcap_runtime.kernels.jit import compiles_in_process
+from softcap_runtime.kernels.key import KernelSpec, dtype_of
+from softcap_runtime.masks.intervals import RowIntervals, band
+
+if TYPE_CHECKING:
+    from softcap_runtime.runtime import Runtime
+
+Outcome = Literal["built", "loaded", "ready", "failed"]
+# Called around the work on one kernel: what shows it to people.
+Shown = Callable[[KernelSpec], AbstractContextManager[None]]
+
+
+class PrewarmResult(NamedTuple):
+    """How one kernel was prepared.
+
+    ``outcome``: ``built`` here, ``loaded`` from the cache (another process may have built it meanwhile),
+    ``ready`` in this process before, or ``failed``. ``seconds``: wall time, waiting for another builder
+    included. ``bytes``: of its package; 0 where torch compiles it in each process anew. ``error``: one line when
+    it failed.
+    """
+
+    spec: KernelSpec
+    outcome: Outcome
+    seconds: float
+    bytes: int
+    error: str | None
+
+
+def prewarm(runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool) -> list[PrewarmResult]:
+    """Load or build every kernel that calls like ``requests`` may need, whatever ``jit`` says.
+
+    Each kernel is compiled by a child process (some 15 s of one core), as many at once as this process has
+    cores. With ``progress`` a bar on standard error shows them. A failure is a row of the result and stops no
+    other kernel. For the ``seq_lens`` of a request the masks are prepared as well, for a batch of 1 in this
+    process; nothing is run.
+
+    Under torchrun every rank calls this before its first collective, then all meet in a barrier. One rank
+    builds a kernel while those that need the same one wait for that kernel's file lock, then load it; as
+    every rank is here and none in a collective, nobody waits for a rank that waits for a lock.
+
+    Raises ValueError for heads that do not divide or a device that is not there, EngineUnavailable when the
+    engine of the settings cannot serve a request; both before anything is built.
+    """
+    wanted = {request: _problems(request) for request in requests}
+    specs = {
+        request: list(dict.fromkeys(_specs(problems, runtime.settings.engine)))
+        for request, problems in wanted.items()
+    }
+    distinct = list(dict.fromkeys(spec for each in specs.values() for spec in each))
+    with _shown(len(distinct), progress and bool(distinct)) as shown, ThreadPoolExecutor(_cores()) as pool:
+        try:
+            results = list(pool.map(lambda spec: _obtain(runtime, spec, shown), distinct))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    failed = {result.spec for result in results if result.outcome == "failed"}
+    for request, each in specs.items():
+        if not failed.intersection(each):
+            _bind_lengths(runtime, request)
+    return results
+
+
+def kernel_name(spec: KernelSpec) -> str:
+    """A kernel in words, as progress bars and tables show it."""
+    words = [spec.op, spec.dtype, f"head_dim {spec.head_dim}" if spec.head_dim else "", spec.mask]
+    return " ".join(word for word in words if word) + ("" if spec.capped else " (no softcap)")
+
+
+def device_of(name: str) -> torch.device:
+    """The torch device of a request. Raises ValueError when the name is none, or the device is not there."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, ValueError):
+        raise ValueError(f"device: {name!r}, expected a torch device such as 'cpu' or 'cuda:0'") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: {name!r}, expected cpu or cuda")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"device: {name!r}, but this process sees {count} CUDA devices; use 'cpu' or run there"
+        )
+    return device
+
+
+def _problems(request: PrewarmRequest) -> list[Problem]:
+    """One problem per mask kind, for inference and where asked for training; lengths play no part."""
+    if request.num_heads % request.num_kv_heads:
+        raise ValueError(
+            f"num_heads: {request.num_heads}, expected a multiple of num_kv_heads {request.num_kv_heads}"
+        )
+    device = device_of(request.device)
+    row = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    masks = [band(1, 1, causal=True, window=None), RowIntervals(1, 1, None, None, row, row + 1)]
+    return [
+        Problem(
+            device,
+            dtype_of(request.dtype),
+            1,
+            request.num_heads,
+            request.num_kv_heads,
+            request.head_dim,
+            request.config.scale,
+            request.config.softcap,
+            mask,
+            train,
+        )
+        for train in ((False, True) if request.train else (False,))
+        for mask in masks
+    ]
+
+
+def _specs(problems: list[Problem], asked: str) -> Iterator[KernelSpec]:
+    for problem in problems:
+        engines: list[Engine] = candidates(problem) if asked == "auto" else [choose(problem, asked).engine]
+        for engine in engines:
+            yield from engine.specs(problem)
+
+
+def _obtain(runtime: Runtime, spec: KernelSpec, shown: Shown) -> PrewarmResult:
+    supply = runtime.supply
+    if supply.table.ready(spec):
+        known = supply.supplied.get(spec)
+        return PrewarmResult(spec, "ready", 0.0, known.bytes if known else 0, None)
+    started = time.perf_counter()
+    with shown(spec):
+        try:
+            if compiles_in_process(spec):
+                supply.table.runner(spec)
+                return PrewarmResult(spec, "ready", time.perf_counter() - started, 0, None)
+            supplied = supply.obtain(spec)
+        except Exception as error:  # whatever went wrong with one kernel is that kernel's row
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            return PrewarmResult(spec, "failed", time.perf_counter() - started, 0, line)
+    outcome: Outcome = "built" if supplied.source == "built" else "loaded"
+    return PrewarmResult(spec, outcome, time.perf_counter() - started, supplied.bytes, None)
+
+
+def _bind_lengths(runtime: Runtime, request: PrewarmRequest) -> None:
+    """Bind the plans of the request's lengths, so that their first call finds its mask made."""
+    config = request.config
+    for length in dict.fromkeys(request.seq_lens):
+        # One element seen as a whole tensor: a plan reads shapes, dtypes and devices only.
+        one = torch.empty(1, 1, 1, 1, dtype=dtype_of(request.dtype), device=device_of(request.device))
+        q = one.expand(1, request.num_heads, length, request.head_dim)
+        k = one.expand(1, request.num_kv_heads, length, request.head_dim)
+        mask = band(length, length, causal=config.causal, window=config.window)
+        for train in (False, True) if request.train else (False,):
+            runtime._plan(q, k, Call(mask, config.scale, config.softcap, runtime.settings.engine, train))
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _shown(total: int, progress: bool) -> Iterator[Shown]:
+    """A bar over ``total`` kernels, with a line and the elapsed time for each one in work."""
+    if not progress:
+        yield lambda spec: contextlib.nullcontext()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        overall = bar.add_task("kernels", total=total)
+
+        @contextlib.contextmanager
+        def line(spec: KernelSpec) -> Iterator[None]:
+            task = bar.add_task(f"  {kernel_name(spec)}", total=None)
+            try:
+                yield
+            finally:
+                bar.remove_task(task)
+                bar.advance(overall)
+
+        yield line
