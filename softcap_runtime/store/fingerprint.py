@@ -18,35 +18,40 @@ CODE_FOLDERS = ("kernels/graphs",)
 CPUINFO_BYTES = 16384  # one processor's block is 1-3 KB; the file of a 256-core machine is 400 KB
 
 
-@functools.lru_cache(maxsize=64)
-def _fingerprint(device_type: str, device_index: int | None) -> dict[str, str]:
-    import torch
-
-    fields = {
-        "package": _package(),
-        "torch": f"{torch.__version__} {(torch.version.git_version or '')[:12]}".rstrip(),
-        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "arch": os.uname().machine,
-        "libc": _libc(),
-    }
-    if device_type == "cpu":
-        fields["cpu"] = f"{torch.backends.cpu.get_cpu_capability()} {_cpu_flags_digest()}"
-    else:
-        fields["gpu"] = _gpu(device_type, device_index)
-        fields["triton"] = _version("triton")
-    return fields
-
-
 def fingerprint(device_type: str, device_index: int | None = None) -> dict[str, str]:
     """The fingerprint of this process for a device.
 
     ``device_type``: ``"cpu"``, ``"cuda"`` or another torch device type. ``device_index``: which of several
     (None: the current one). A device that is not there gives a fingerprint that fits no entry; never raises.
     """
-    return dict(_fingerprint(device_type, device_index))
+    if device_type == "cpu":
+        return dict(_host())
+    return {**_host(), "gpu": _gpu(device_type, device_index), "triton": _version("triton")}
+
+
+def fingerprints(device_type: str) -> list[dict[str, str]]:
+    """The fingerprints of every device of a type; one that fits no entry where there is none."""
+    import torch
+
+    count = torch.cuda.device_count() if device_type == "cuda" else 0
+    return [fingerprint(device_type, index) for index in range(count)] or [fingerprint(device_type)]
 
 
 @functools.cache
+def _host() -> dict[str, str]:
+    """The fields of every fingerprint: code for a GPU comes with code that runs on the CPU."""
+    import torch
+
+    return {
+        "package": _package(),
+        "torch": f"{torch.__version__} {(torch.version.git_version or '')[:12]}".rstrip(),
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "arch": os.uname().machine,
+        "libc": _libc(),
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()} {_cpu_flags_digest()}",
+    }
+
+
 def _package() -> str:
     """Our version and a digest of the sources that generated code depends on."""
     digest = hashlib.sha256()
@@ -58,6 +63,7 @@ def _package() -> str:
     return f"{_version('softcap-runtime')} {digest.hexdigest()[:16]}"
 
 
+@functools.cache
 def _version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from softcap_runtime.store import entry as entries_
 from softcap_runtime.store import repair, schema, trust
 from softcap_runtime.store.entry import BadEntry
-from softcap_runtime.store.fingerprint import fingerprint
+from softcap_runtime.store.fingerprint import fingerprints
 from softcap_runtime.store.key import Key
 from softcap_runtime.store.report import (
     Counter,
@@ -104,8 +104,9 @@ def differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
 
 
 def _environment_of(stored: Mapping[str, str]) -> dict[str, str]:
-    """This environment's fingerprint for the kind of device that an entry was built for."""
-    return fingerprint("cpu" if "cpu" in stored else "cuda")
+    """This environment's fingerprint for the device that an entry was built for, or the one most like it."""
+    known = fingerprints("cuda" if "gpu" in stored else "cpu")
+    return min(known, key=lambda here: len(differing(stored, here)))
 
 
 def status(store: Store) -> StoreStatus:
