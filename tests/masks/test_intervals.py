@@ -76,8 +76,8 @@ def test_packed_rows_are_the_documents_one_by_one(seed: int) -> None:
     assert torch.equal(packed[0], torch.block_diag(*alone).bool())
 
 
-def test_traces_without_graph_breaks(seed: int) -> None:
-    """Fake tensors have no data: any data-dependent step would raise."""
+def test_needs_no_data(seed: int) -> None:
+    """Fake tensors have none: any step that depends on data would raise."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():

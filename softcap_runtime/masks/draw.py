@@ -1,0 +1,207 @@
+"""Pictures of masks: in the terminal, and as PNG files.
+
+Both show the elements in the blocks that a kernel works in: full blocks need no mask, partial ones compute all
+their elements and hide some, skipped ones cost nothing. Not imported with the package: it brings rich along,
+and for PNG files matplotlib.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.text import Text
+from torch import Tensor
+
+from softcap_runtime.masks.blocks import BLOCK, KeyRanges, block_tables, count_blocks, key_ranges
+from softcap_runtime.masks.intervals import RowIntervals, band, edges, row_intervals
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# What a cell of a picture shows.
+SKIPPED, HIDDEN, PARTIAL, FULL = range(4)
+_WORDS = {
+    FULL: "full block: no mask needed",
+    PARTIAL: "partial block: visible",
+    HIDDEN: "partial block: computed, then hidden",
+    SKIPPED: "skipped: never computed",
+}
+_COLORS = {FULL: "#1f4e79", PARTIAL: "#e58a1f", HIDDEN: "#fbe3c3", SKIPPED: "#eef1f4"}
+# Told apart by shade too, for terminals and files without colour.
+_SHADES = {
+    FULL: ("██", "dodger_blue3"),
+    PARTIAL: ("▓▓", "orange1"),
+    HIDDEN: ("░░", "grey50"),
+    SKIPPED: ("··", "grey30"),
+}
+_TEXT_SIDE, _PNG_SIDE, _MOST_LINES = 40, 1024, 64
+
+
+def mask_text(intervals: RowIntervals, batch_row: int = 0) -> Text:
+    """One batch row of the mask for ``rich.print``: queries downwards, keys to the right, up to 40 cells a side.
+
+    A cell stands for a power of two of rows and of keys. Raises ValueError for a batch row that is not there.
+    """
+    one = _one_row(intervals, batch_row)
+    cells, scale = _cells(one, _TEXT_SIDE)
+    text = Text(no_wrap=True)
+    for row in cells.tolist():
+        for cell in row:
+            text.append(*_SHADES[cell])
+        text.append("\n")
+    for kind in (FULL, PARTIAL, HIDDEN, SKIPPED):
+        text.append(*_SHADES[kind])
+        text.append(f" {_WORDS[kind]}\n")
+    size = "one element" if scale == 1 else f"{scale} x {scale} elements"
+    text.append(f"{one.q_len} queries x {one.kv_len} keys, a cell is {size}\n{_summary(one)}\n")
+    return text
+
+
+def save_png(path: str | Path, intervals: RowIntervals, batch_row: int = 0, name: str = "Mask") -> None:
+    """Write one batch row of the mask as a PNG file, its blocks outlined and the skipped share in the title.
+
+    Raises ValueError for a batch row that is not there, ImportError without matplotlib.
+    """
+    figure = _figure(7.0, 7.6)
+    axes = figure.add_axes((0.11, 0.16, 0.84, 0.74))
+    _paint(axes, _one_row(intervals, batch_row), name)
+    axes.set_xlabel("key", color="#444444")
+    axes.set_ylabel("query", color="#444444")
+    _legend(figure, columns=2)
+    figure.savefig(path, dpi=150)
+
+
+def save_kinds_png(path: str | Path) -> None:
+    """Write the four main kinds of mask side by side: causal, window, packed documents, prefix and span.
+
+    Raises ImportError without matplotlib.
+    """
+    length = 1024
+    lengths = torch.tensor([310, 90, 404, 220])
+    documents = torch.repeat_interleave(torch.arange(4), lengths)[None]
+    kinds = {
+        "Causal": band(length, length, causal=True, window=None),
+        "Sliding window, 300 keys": band(length, length, causal=True, window=300),
+        "Packed documents, 310 + 90 + 404 + 220": row_intervals(
+            length, length, causal=True, window=None, document_ids=documents
+        ),
+        "Prefix of 280, image at 560 to 800": row_intervals(
+            length,
+            length,
+            causal=True,
+            window=None,
+            prefix_lengths=torch.tensor([280]),
+            spans=torch.tensor([[[560, 800]]]),
+        ),
+    }
+    figure = _figure(11.0, 11.9)
+    for index, (name, intervals) in enumerate(kinds.items()):
+        down, right = divmod(index, 2)
+        axes = figure.add_axes((0.065 + 0.485 * right, 0.552 - 0.472 * down, 0.425, 0.393))
+        _paint(axes, _one_row(intervals, 0), name)
+        if down:
+            axes.set_xlabel("key", color="#444444")
+        if not right:
+            axes.set_ylabel("query", color="#444444")
+    _legend(figure, columns=4)
+    figure.savefig(path, dpi=110)
+
+
+def _one_row(intervals: RowIntervals, batch_row: int) -> RowIntervals:
+    lo, hi = edges(intervals, "cpu")
+    if not 0 <= batch_row < lo.shape[0]:
+        raise ValueError(
+            f"batch_row: {batch_row}, expected 0 to {lo.shape[0] - 1}; the mask has no other rows"
+        )
+    only = slice(batch_row, batch_row + 1)
+    return RowIntervals(intervals.q_len, intervals.kv_len, None, None, lo[only], hi[only])
+
+
+def _summary(intervals: RowIntervals) -> str:
+    skipped, partial, full = count_blocks(block_tables(intervals, "cpu"))
+    total = skipped + partial + full
+    return f"{skipped / total:.0%} of {total:,} blocks skipped ({full:,} full, {partial:,} partial)"
+
+
+def _cells(intervals: RowIntervals, side: int) -> tuple[Tensor, int]:
+    """The kinds of the cells ``[rows, cols]``, at most ``side`` a side, and how many elements a side each spans."""
+    scale = 1
+    while scale * side < max(intervals.q_len, intervals.kv_len):
+        scale *= 2
+    ranges = key_ranges(intervals, scale)
+    assert isinstance(ranges, KeyRanges)  # _one_row makes the interval form
+    rows, cols = -(-intervals.q_len // scale), -(-intervals.kv_len // scale)
+    keys = torch.arange(cols) * scale
+    seen = (keys < ranges.hi_max[0, :, None]) & (keys + scale > ranges.lo_min[0, :, None])
+
+    tables = block_tables(intervals, "cpu")
+    partial = _listed(tables.partial_num, tables.partial_idx)
+    full = _listed(tables.full_num, tables.full_idx)
+    some, every = _at_scale(partial | full, scale, any_of=True), _at_scale(full, scale, any_of=False)
+    some, every = some[:rows, :cols], every[:rows, :cols]
+    cells = torch.full((rows, cols), SKIPPED)
+    return cells.masked_fill(some, HIDDEN).masked_fill(some & seen, PARTIAL).masked_fill(every, FULL), scale
+
+
+def _listed(num: Tensor, idx: Tensor) -> Tensor:
+    """The blocks in a table of one batch row: bool ``[rows, cols]``."""
+    entries = torch.arange(idx.shape[-1]) < num[0, 0, :, None]
+    counts = torch.zeros(idx.shape[-2:], dtype=torch.int32)
+    return counts.scatter_add_(1, idx[0, 0].to(torch.int64), entries.to(torch.int32)) > 0
+
+
+def _at_scale(blocks: Tensor, scale: int, any_of: bool) -> Tensor:
+    """Blocks as cells: repeated where a block is many cells, joined where a cell is many blocks."""
+    if scale <= BLOCK:
+        times = BLOCK // scale
+        return blocks.repeat_interleave(times, 0).repeat_interleave(times, 1)
+    times = scale // BLOCK
+    rows, cols = blocks.shape
+    # What lies beyond the edge is neutral.
+    padded = torch.nn.functional.pad(blocks, (0, -cols % times, 0, -rows % times), value=not any_of)
+    tiles = padded.view(padded.shape[0] // times, times, -1, times)
+    return tiles.any(3).any(1) if any_of else tiles.all(3).all(1)
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError(
+            "matplotlib: not installed, needed for PNG files; run pip install 'softcap-runtime[plot]'"
+        ) from None
+    return Figure(figsize=(width, height), facecolor="white")
+
+
+def _paint(axes: Axes, intervals: RowIntervals, name: str) -> None:
+    from matplotlib.colors import ListedColormap
+
+    cells, _ = _cells(intervals, _PNG_SIDE)
+    q_len, kv_len = intervals[:2]
+    colors = ListedColormap([_COLORS[kind] for kind in range(4)])
+    extent = (0.0, float(kv_len), float(q_len), 0.0)
+    axes.imshow(cells.numpy(), cmap=colors, vmin=0, vmax=3, extent=extent, interpolation="nearest")
+    if max(q_len, kv_len) <= _MOST_LINES * BLOCK:
+        axes.vlines(range(BLOCK, kv_len, BLOCK), 0, q_len, colors="white", linewidth=1.1)
+        axes.hlines(range(BLOCK, q_len, BLOCK), 0, kv_len, colors="white", linewidth=1.1)
+    axes.set_title(name, loc="left", fontsize=13, fontweight="bold", color="#222222", pad=24)
+    axes.text(0, 1.018, _summary(intervals), transform=axes.transAxes, fontsize=10, color="#555555")
+    axes.tick_params(length=0, labelsize=9, labelcolor="#777777")
+    if max(q_len, kv_len) <= 8 * BLOCK:
+        axes.set_xticks(range(0, kv_len + 1, BLOCK))
+        axes.set_yticks(range(0, q_len + 1, BLOCK))
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _legend(figure: Figure, columns: int) -> None:
+    from matplotlib.patches import Patch
+
+    kinds = (FULL, PARTIAL, HIDDEN, SKIPPED)
+    patches: list[Any] = [Patch(facecolor=_COLORS[kind], label=_WORDS[kind]) for kind in kinds]
+    figure.legend(
+        handles=patches, loc="lower center", ncols=columns, frameon=False, fontsize=10, labelcolor="#333333"
+    )
