@@ -6,12 +6,15 @@ Exit codes: 0 for success, 1 when something failed or is wrong with the cache, 2
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from torch import Tensor
 
 from softcap_runtime.config import AttentionConfig, PrewarmRequest, RuntimeSettings
 from softcap_runtime.errors import EngineUnavailable, SoftcapRuntimeError
@@ -64,6 +67,8 @@ def _options(
     ] = None,
 ) -> None:
     """Prewarm and look after the kernel cache of softcap_runtime."""
+    # The commands tell what is wrong with the cache themselves.
+    logging.getLogger("softcap_runtime").setLevel(logging.ERROR)
     context.obj = {} if cache_dir is None else {"cache_dir": cache_dir}
 
 
@@ -126,17 +131,20 @@ def _explicit(
 def _prewarm(runtime: Runtime, requests: list[PrewarmRequest]) -> None:
     from softcap_runtime import cli_tables as tables
 
+    store = runtime.supply.store
+    if not store.database.can_write() and store.fault is not None:
+        raise SoftcapRuntimeError(f"nothing could be kept: {store.fault}")
     results = runtime.prewarm(requests, progress=True)
     if not results:
         print(f"the {runtime.settings.engine} engine compiles nothing: it is always warm")
         return
     tables.console().print(tables.prewarm_table(results))
-    store = runtime.supply.store
     store.flush()
     if any(result.outcome == "ready" for result in results):
         print("ready: compiled by torch in each process that uses it; there is nothing to keep on disk")
     if store.held_in_memory:
-        _fail(f"{store.held_in_memory} kernels could not be written: {store.fault}", 1)
+        why = store.fault or f"{store.folder} is read-only"
+        _fail(f"{store.held_in_memory} kernels could not be written: {why}", 1)
     if store.held_in_memory or any(result.outcome == "failed" for result in results):
         raise typer.Exit(1)
 
@@ -206,7 +214,12 @@ def export_(
     device: Annotated[str, typer.Option(help="Whose kernels: cpu or cuda.")] = "cpu",
 ) -> None:
     """Write the kernels that fit this environment into one file, for machines like this one."""
-    count = _store(context).export_bundle(file, fingerprint(_device_type(device)))
+    store = _store(context)
+    count = store.export_bundle(file, fingerprint(_device_type(device)))
+    if not count:
+        raise SoftcapRuntimeError(
+            store.fault or f"{store.folder} has nothing for this environment and {device}; prewarm first"
+        )
     print(f"exported {count} entries to {file}")
 
 
@@ -227,6 +240,42 @@ def import_(
         _fail(f"entry {problem.where[:12]} {problem.what}", 1)
     if done.refused:
         raise typer.Exit(1)
+
+
+@app.command()
+def mask(
+    seq_len: Annotated[int, typer.Option(min=1, help="Queries and keys.")],
+    window: Annotated[int | None, typer.Option(min=1, help="Visible keys, the query's own counted.")] = None,
+    documents: Annotated[
+        str | None, typer.Option(help="Lengths of packed documents, such as 100,250,162.")
+    ] = None,
+    prefix: Annotated[int | None, typer.Option(min=0, help="First tokens that see each other.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture there.")] = None,
+) -> None:
+    """Draw a causal mask and the blocks that kernels work in: full, partial, skipped."""
+    from softcap_runtime.cli_tables import console
+    from softcap_runtime.masks import check_mask_arguments, draw, row_intervals
+
+    tensors = {
+        "document_ids": None if documents is None else _document_ids(documents, seq_len),
+        "prefix_lengths": None if prefix is None else torch.tensor([prefix]),
+    }
+    check_mask_arguments(seq_len, seq_len, 1, torch.device("cpu"), causal=True, **tensors)
+    intervals = row_intervals(seq_len, seq_len, causal=True, window=window, **tensors)
+    console().print(draw.mask_text(intervals))
+    if png is not None:
+        draw.save_png(png, intervals)
+
+
+def _document_ids(lengths: str, seq_len: int) -> Tensor:
+    """``[1, seq_len]`` from lengths with commas between."""
+    words = lengths.split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise UsageError(f"--documents: {lengths!r}, expected lengths with commas between, such as 100,250")
+    counts = torch.tensor([int(word) for word in words])
+    if int(counts.sum()) != seq_len:
+        raise UsageError(f"--documents: they hold {int(counts.sum())} tokens, expected --seq-len {seq_len}")
+    return torch.repeat_interleave(torch.arange(len(words)), counts)[None]
 
 
 def _device_type(device: str) -> str:

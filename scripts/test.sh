@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Everything that a change must pass: style, types, tests. Sets up .venv first; arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup.sh
+
+# What the tools and libraries write for themselves stays inside one temporary folder, gone at the end.
+scratch="$(mktemp -d)"
+trap 'rm -rf "$scratch"' EXIT
+export TMPDIR="$scratch" XDG_CACHE_HOME="$scratch/cache" XDG_CONFIG_HOME="$scratch/config" HF_HUB_OFFLINE=1
+export TRITON_CACHE_DIR="$scratch/triton"
+# The user's own settings are not under test.
+for name in CACHE_DIR CACHE_SIZE_LIMIT CACHE_KEY_FILE JIT BUILD ENGINE; do
+    unset "SOFTCAP_$name"
+done
+
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/python -m pytest --durations=10 "$@"
