@@ -10,7 +10,7 @@ from typing import NamedTuple
 from softcap_runtime.config import RuntimeSettings
 from softcap_runtime.errors import KernelNotPrewarmed
 from softcap_runtime.kernels import package
-from softcap_runtime.kernels.choose import ENGINES, choose
+from softcap_runtime.kernels.choose import choose, engine_named
 from softcap_runtime.kernels.engine import Engine, Problem
 from softcap_runtime.kernels.jit import compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
@@ -68,7 +68,7 @@ class Supply:
             )
         if self.settings.build == "background":
             self._build_in_background(missing)
-            return Chosen(ENGINES["eager"], "until its kernel is built", False)
+            return Chosen(engine_named("eager", problem.device), "until its kernel is built", False)
         for spec in missing:
             self.table.runner(spec)
         return Chosen(choice.engine, choice.reason, True)

@@ -1,0 +1,45 @@
+"""Measures this package against its peers, side by side in one run: ``python scripts/benchmark.py --help``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from benchmarks import forward, masks, overhead, startup, train
+from benchmarks.report import Report
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+PARTS = {
+    "forward": forward.measure,
+    "masks": masks.measure,
+    "overhead": overhead.measure,
+    "startup": startup.measure,
+    "train": train.measure,
+}
+
+
+@app.command()
+def main(
+    parts: Annotated[list[str], typer.Argument(help=f"Any of: {', '.join(PARTS)}, all.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Plot the forward and train figures.")] = None,
+    quick: Annotated[bool, typer.Option(help="Small shapes and few rounds: does it run at all?")] = False,
+) -> None:
+    """Measure the parts named and print a table of each."""
+    unknown = [part for part in parts if part not in (*PARTS, "all")]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r}, expected one of {', '.join(PARTS)}, all")
+    report = Report(quick)
+    report.environment()
+    for name in PARTS if "all" in parts else parts:
+        PARTS[name](report)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.document(), indent=2) + "\n", encoding="utf-8")
+    if png is not None:
+        report.plot(png)
+
+
+if __name__ == "__main__":
+    app()

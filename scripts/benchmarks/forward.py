@@ -1,0 +1,55 @@
+"""Forward: every engine and every peer, with the error against float64 beside each time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks import peers
+from benchmarks.report import Report, side_by_side
+
+SHAPES = ((1, 8, 4, 512, 256), (1, 8, 4, 2048, 256), (2, 16, 8, 1024, 128))
+
+
+def measure(report: Report) -> None:
+    """Time inference at a few shapes in float32 and bfloat16."""
+    rows: list[dict[str, Any]] = []
+    for shape in SHAPES[:1] if report.quick else SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            rows += _rows(report, shape, dtype)
+    report.table(
+        "forward", rows, "ratio: of its time to softcap_runtime auto's; error: relative, against float64"
+    )
+
+
+def _rows(report: Report, shape: tuple[int, ...], dtype: torch.dtype) -> list[dict[str, Any]]:
+    batch, heads, kv_heads, length, head_dim = shape
+    q, k, v = peers.inputs(batch, heads, kv_heads, length, head_dim, dtype)
+    true, mask = peers.exact(q, k, v), peers.additive(length, dtype)
+    dense = peers.compiled_dense()
+    functions = {
+        "softcap_runtime auto": lambda: peers.ours(q, k, v),
+        "softcap_runtime flex": lambda: peers.ours(q, k, v, "flex"),
+        "softcap_runtime blocked": lambda: peers.ours(q, k, v, "blocked"),
+        "stock compiled flex": lambda: peers.stock_flex(q, k, v),
+        "compiled dense": lambda: dense(q, k, v, mask),
+        "Hugging Face eager": lambda: peers.eager(q, k, v, mask),
+        "SDPA, no softcap": lambda: peers.sdpa(q, k, v),
+    }
+    with torch.no_grad():
+        errors = {name: peers.error(function(), true) for name, function in functions.items()}
+        times = side_by_side(functions, report.rounds(9))
+    name = str(dtype).removeprefix("torch.")
+    visible_flop = 2 * batch * heads * head_dim * length * (length + 1)
+    return [
+        {
+            "what": f"B{batch} Hq{heads} Hkv{kv_heads} S{length} D{head_dim} {name}",
+            "who": who,
+            "ms": seconds * 1e3,
+            "ratio": seconds / times["softcap_runtime auto"],
+            "error": None if "no softcap" in who else errors[who],
+            "GEMM share": visible_flop / seconds / 1e9 / report.about["gemm_gflops"][name],
+        }
+        for who, seconds in times.items()
+    ]

@@ -1,0 +1,123 @@
+"""Timing side by side, and the tables, JSON and pictures of what was measured."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+Timed = Callable[[], Any]
+
+
+def side_by_side(functions: Mapping[str, Timed], rounds: int) -> dict[str, float]:
+    """Median seconds of each function, called in turn so that a noisy machine is noisy for all of them."""
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+class Report:
+    """What is measured in one run. ``quick``: small shapes, to see that everything runs."""
+
+    def __init__(self, quick: bool) -> None:
+        self.quick = quick
+        self.console = Console(width=150 if not Console().is_terminal else None)
+        self.tables: dict[str, list[dict[str, Any]]] = {}
+        self.about: dict[str, Any] = {}
+
+    def rounds(self, wanted: int) -> int:
+        """How often to repeat."""
+        return 2 if self.quick else wanted
+
+    def environment(self) -> None:
+        """Print and keep what the figures depend on."""
+        self.about = {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cpu": _cpu_name(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "load": round(os.getloadavg()[0], 2),
+            "gemm_gflops": {str(dtype).removeprefix("torch."): round(gemm_rate(dtype)) for dtype in _GEMM},
+        }
+        self.console.print({**self.about})
+
+    def table(self, name: str, rows: list[dict[str, Any]], note: str = "") -> None:
+        """Print rows as a table and keep them for the JSON file."""
+        table = Table(title=name, caption=note or None, title_justify="left", caption_justify="left")
+        for column in rows[0]:
+            table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+        for row in rows:
+            table.add_row(*(_shown(value) for value in row.values()))
+        self.console.print(table)
+        self.tables[name] = rows
+
+    def document(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {"environment": self.about, "tables": self.tables}
+
+    def plot(self, path: Path) -> None:
+        """Bars of every table that has milliseconds per implementation, one panel each."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        panels = {
+            name: rows for name, rows in self.tables.items() if rows and "ms" in rows[0] and "what" in rows[0]
+        }
+        figure, axes = pyplot.subplots(
+            len(panels), 1, figsize=(9, 2.2 + 2.6 * len(panels)), squeeze=False, layout="constrained"
+        )
+        for axis, (name, rows) in zip(axes[:, 0], panels.items(), strict=True):
+            labels = [f"{row['what']}  {row['who']}" for row in rows]
+            colours = ["#2a6f97" if row["who"].startswith("softcap") else "#b8c4cc" for row in rows]
+            axis.barh(labels, [row["ms"] for row in rows], color=colours)
+            axis.invert_yaxis()
+            axis.set_xscale("log")
+            axis.set_xlabel("milliseconds, median (log scale; shorter is faster)")
+            axis.set_title(name, loc="left", fontsize=10)
+            axis.tick_params(labelsize=7)
+            axis.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=130)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return "-" if value is None else str(value)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
+            names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{len(names) or os.cpu_count()} x {names[0] if names else platform.processor()}"
+
+
+_GEMM = (torch.float32, torch.bfloat16)
+
+
+def gemm_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """GFLOP/s of one large matrix product, the ceiling of everything here; median of 9."""
+    a, b = (torch.randn(size, size, dtype=dtype) for _ in range(2))
+    seconds = side_by_side({"gemm": lambda: a @ b}, 9)["gemm"]
+    return 2 * size**3 / seconds / 1e9
