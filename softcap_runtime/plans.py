@@ -58,17 +58,22 @@ class Plans:
         self.misses = 0
         self._plans: dict[PlanKey, Plan] = {}
         self._forgotten_hits = 0
+        self._evictions = 0
         self._lock = threading.Lock()
 
     def get(self, key: PlanKey) -> Plan | None:
         """The plan of ``key``, if it is remembered."""
         return self._plans.get(key)
 
-    def remember(self, key: PlanKey, plan: Plan) -> None:
-        """Keep a plan; at ``MAX_PLANS`` all others go first."""
+    def remember(self, key: PlanKey, plan: Plan, evictions: int) -> None:
+        """Keep a plan; all others go first at ``MAX_PLANS``, or when ``evictions`` of masks have grown.
+
+        Plans hold the masks they are bound to, so a mask that was evicted is only freed with them.
+        """
         with self._lock:
-            if len(self._plans) >= MAX_PLANS:
+            if len(self._plans) >= MAX_PLANS or evictions != self._evictions:
                 self._forget()
+                self._evictions = evictions
             self._plans[key] = plan
 
     def forget(self) -> None:

@@ -179,7 +179,7 @@ class Runtime:
             backward = engine.backward(problem, table) if call.train else None
             plan = Plan(engine, reason, engine.forward(problem, table), backward)
             if band and lasting:
-                self.plans.remember(key, plan)
+                self.plans.remember(key, plan, table.masks.evictions)
         return plan
 
     def _shortcut(self, q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Plan | None:

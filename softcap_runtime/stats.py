@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from softcap_runtime.kernels.engine import Problem
 from softcap_runtime.kernels.key import KernelSpec
@@ -56,7 +53,7 @@ class RuntimeStats(_Frozen):
     """``hits`` and ``misses``: calls that found their plan, and look-ups that had to make one (masks with
     tensors of their own are bound anew for each call, and prewarming a length is one look-up).
     ``builds`` and ``loads``: kernels that were compiled, and that came from the cache, with the seconds each
-    took. ``bytes``: ``package_bytes`` of loaded packages and ``mask_bytes`` of masks that plans hold.
+    took. ``bytes``: ``package_bytes`` of loaded packages and ``mask_bytes`` of masks that are kept.
     ``background_pending``, ``background_failed``: builds behind calls that another engine serves meanwhile,
     the latter with the error of each kernel. ``cache_dir`` and ``cache_fault``: the folder, and why it is not
     used.
@@ -87,7 +84,7 @@ def collect(runtime: Runtime) -> RuntimeStats:
     built = [one for one in supplied.values() if one.source == "built"]
     loaded = [one for one in supplied.values() if one.source in ("disk", "memory")]
     package_bytes = sum(one.bytes for one in supplied.values())
-    mask_bytes = _storage_bytes(plan.forward for _, plan in plans)
+    mask_bytes = supply.table.masks.bytes
     return RuntimeStats(
         hits=runtime.plans.hits,
         misses=runtime.plans.misses,
@@ -146,33 +143,3 @@ def _problem(key: PlanKey) -> Problem:
     return Problem(
         key.device, key.dtype, batch, heads, key.k_shape[1], head_dim, key.scale, key.softcap, mask, key.train
     )
-
-
-def _storage_bytes(functions: Iterator[Any]) -> int:
-    """Bytes of the tensors that bound functions hold; a storage that many share counts once."""
-    storages = {}
-    for function in functions:
-        for tensor in _tensors(function, 4):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
-    """The tensors in closures, tuples, lists, dicts and attributes, ``depth`` levels down."""
-    if isinstance(value, Tensor):
-        yield value
-        return
-    if depth == 0 or isinstance(value, type):
-        return
-    inner: list[Any] = []
-    if isinstance(value, FunctionType):
-        inner = [cell.cell_contents for cell in value.__closure__ or ()]
-    elif isinstance(value, dict):
-        inner = list(value.values())
-    elif isinstance(value, (tuple, list)):
-        inner = list(value)
-    elif hasattr(value, "__dict__"):
-        inner = list(vars(value).values())
-    for item in inner:
-        yield from _tensors(item, depth - 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.masks.intervals import RowIntervals
+from softcap_runtime.masks.memo import MaskMemo
 
 Runner = Callable[[list[Tensor]], list[Tensor]]
 Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -53,7 +54,9 @@ class Call(NamedTuple):
 
 
 class Kernels(Protocol):
-    """Where an engine finds its compiled kernels; a missing one is loaded or built, or raises."""
+    """Where an engine finds its compiled kernels (a missing one is loaded or built, or raises) and its masks."""
+
+    masks: MaskMemo
 
     def runner(self, spec: KernelSpec) -> Runner:
         """The kernel of ``spec``, ready to run."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, scalars
 from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_name
-from softcap_runtime.masks.blocks import block_tables
+from softcap_runtime.masks.blocks import BlockTables, block_tables
 
 # The kernel's interval vectors have room for this many rows (batch x length); see graphs/flex.py.
 MAX_ROWS = 2**24
@@ -55,12 +55,19 @@ def _refuses(problem: Problem) -> str | None:
 def forward(problem: Problem, kernels: Kernels) -> Forward:
     """Bind the kernel to the mask's block tables; it returns out ``[B, Hq, Sq, D]`` and no logsumexp."""
     run_kernel = kernels.runner(_spec(problem))
-    fixed = [*block_tables(problem.mask, problem.device), *_rows(problem), *scalars(problem)]
+    fixed = [*_tables(problem, kernels), *_rows(problem), *scalars(problem)]
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         return run_kernel([q, k, v, *fixed])[0], None
 
     return run
+
+
+def _tables(problem: Problem, kernels: Kernels) -> BlockTables:
+    mask, device = problem.mask, problem.device
+    if mask.lo is not None:
+        return block_tables(mask, device)
+    return kernels.masks.get_or_make((mask, device), lambda: block_tables(mask, device))
 
 
 def _rows(problem: Problem) -> list[Tensor]:

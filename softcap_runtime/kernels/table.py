@@ -12,6 +12,10 @@ from softcap_runtime.kernels.engine import Runner
 from softcap_runtime.kernels.jit import compile_runner, compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.kernels.torch_private import load_package
+from softcap_runtime.masks.memo import MaskMemo
+
+# Block tables of band masks that are kept: those of 32 windows over a million tokens, or of any number of usual ones.
+MASK_BYTES = 64 * 2**20
 
 
 class KernelTable:
@@ -21,6 +25,7 @@ class KernelTable:
     """
 
     def __init__(self, fetch: Callable[[KernelSpec], bytes]) -> None:
+        self.masks = MaskMemo(MASK_BYTES)
         self._fetch = fetch
         self._runners: dict[KernelSpec, Runner] = {}
         self.renew_locks()

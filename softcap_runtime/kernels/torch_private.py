@@ -42,7 +42,7 @@ def load_package(data: bytes, device: torch.device) -> Runner:
         return runner_class(path, 1, f"cuda:{device.index or 0}", "").run
 
 
-def _runner_class(device: torch.device) -> Callable[..., object] | None:
+def _runner_class(device: torch.device) -> Callable[..., Any] | None:
     name = "AOTIModelContainerRunnerCpu" if device.type == "cpu" else "AOTIModelContainerRunnerCuda"
     return getattr(getattr(torch._C, "_aoti", None), name, None)
 

@@ -18,13 +18,14 @@ class MaskMemo:
     A storage counts once, however many views and entries share it, and with all its bytes: a view of one row
     keeps the whole storage alive. A value larger than the limit is handed out and not kept.
 
-    ``hits``, ``misses``: since the start. ``bytes``: held now.
+    ``hits``, ``misses``, ``evictions``: since the start. ``bytes``: held now.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.hits = 0
         self.misses = 0
+        self.evictions = 0
         self.bytes = 0
         self._entries: OrderedDict[Hashable, tuple[Any, dict[int, int]]] = OrderedDict()
         self._holders: dict[int, int] = {}
@@ -67,6 +68,7 @@ class MaskMemo:
             self.bytes += 0 if holders else size
         while self.bytes > self.limit_bytes:
             self._drop_oldest()
+            self.evictions += 1
 
     def _drop_oldest(self) -> None:
         _, (_, storages) = self._entries.popitem(last=False)
