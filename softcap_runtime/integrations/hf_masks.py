@@ -26,7 +26,7 @@ _INSTEAD = "use attn_implementation='eager' for this model"
 class Place(NamedTuple):
     """Where rows and keys stand: row i at key ``end - q_len + i`` of the ``kv_len`` keys at hand.
 
-    ``end`` is an int, or an integer tensor ``[1]`` where reading it would wait for a GPU or break a trace.
+    ``end`` is an int, or an int32 tensor ``[1]`` where reading it would wait for a GPU or break a trace.
     ``offset``: position in the sequence of the first key at hand; a sliding cache has dropped those before.
     ``padding``: bool, ``[B, kv_len]``, or None. ``device``: where tensors of the mask go.
     """

@@ -23,6 +23,7 @@ from torch import Tensor
 from softcap_runtime.checks import check_qkv
 from softcap_runtime.config import AttentionConfig
 from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, intersect, read
+from softcap_runtime.kernels.operator import autocast_inputs
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
 from softcap_runtime.runtime import Runtime
@@ -98,7 +99,7 @@ def interval_mask(
     device = torch.device(device)
     end = q_offset + (q_length - kv_offset)
     if isinstance(end, Tensor):
-        end = int(end) if data_is_readable(end) else end.reshape(1)
+        end = int(end) if data_is_readable(end) else end.reshape(1).to(torch.int32)
     padding = None
     if attention_mask is not None:
         padding = attention_mask[:, kv_offset : kv_offset + kv_length]
@@ -149,10 +150,8 @@ def attention_forward(
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         config = _config(softcap, scale, sliding_window, causal)
         return runtime.attention(query, key, value, config).transpose(1, 2), None
-    if torch.is_autocast_enabled(query.device.type):
-        # Rotary embeddings leave query and key in float32 where value has autocast's dtype.
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    # Under autocast rotary embeddings leave query and key in float32 where value has autocast's dtype.
+    query, key, value = autocast_inputs(query, key, value)
     check_qkv(query, key, value)
     if (query.shape[2], key.shape[2]) != attention_mask[:2]:
         raise ValueError(
