@@ -16,6 +16,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +34,7 @@ class KeyLocks:
         self.folder = folder / FOLDER
         self._guard = threading.Lock()
         self._threads: dict[str, tuple[threading.Lock, int]] = {}
+        self._logged: set[str] = set()
 
     @contextlib.contextmanager
     def thread(self, name: str) -> Iterator[float]:
@@ -60,25 +65,38 @@ class KeyLocks:
         Goes on without the lock after ``longest`` seconds, or where no lock can be taken: that is logged, and
         costs at most a second build.
         """
-        started = time.monotonic()
-        lock = None
+        lock, waited = self._acquired(name, longest)
+        try:
+            yield waited
+        finally:
+            if lock is not None:
+                with contextlib.suppress(OSError):
+                    lock.release()
+
+    def _acquired(self, name: str, longest: float) -> tuple[FileLock | None, float]:
         try:
             # Not at the top: only who builds needs it, and its import takes as long as opening a cache.
             from filelock import FileLock
 
             _make_folder(self.folder)
-            if _has_flock(self.folder):
-                lock = FileLock(self.folder / f"{name}.lock", mode=0o600)
-                lock.acquire(timeout=longest)
-        except (OSError, ImportError) as error:  # among them filelock.Timeout
-            log.warning("lock %s: %s; going on without it", name[:12], error)
-            lock = None
-        try:
-            yield time.monotonic() - started
-        finally:
-            if lock is not None:
-                with contextlib.suppress(OSError):
-                    lock.release()
+            if not _has_flock(self.folder):
+                self._go_on_without("its filesystem has no flock")
+                return None, 0.0
+            lock = FileLock(self.folder / f"{name}.lock", mode=0o600)
+            started = time.monotonic()
+            lock.acquire(timeout=longest)
+            return lock, time.monotonic() - started
+        except TimeoutError:  # filelock's own is one
+            self._go_on_without(f"{name[:12]} is held for more than {longest:.0f} s")
+            return None, longest
+        except (OSError, ImportError) as error:
+            self._go_on_without(str(error))
+            return None, 0.0
+
+    def _go_on_without(self, reason: str) -> None:
+        if reason not in self._logged:
+            self._logged.add(reason)
+            log.warning("locks in %s: %s; going on without, others may build the same", self.folder, reason)
 
 
 def _make_folder(folder: Path) -> None:

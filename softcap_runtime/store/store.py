@@ -89,8 +89,18 @@ class Store:
         and gives None. Never raises for what is on disk.
         """
         found = self._find(key)
-        self.counters.add("misses" if found is None else "hits")
-        return None if found is None else found[0]
+        if found is None:
+            self.counters.add("misses")
+            return None
+        return self._hit(key, *found)[0]
+
+    def _hit(
+        self, key: Key, data: bytes, source: Literal["disk", "memory"]
+    ) -> tuple[bytes, Literal["disk", "memory"]]:
+        self.counters.add("hits")
+        if source == "disk":
+            self.count_use(key.digest)
+        return data, source
 
     def _find(self, key: Key) -> tuple[bytes, Literal["disk", "memory"]] | None:
         stored = self.sealed(key.digest)
@@ -135,8 +145,7 @@ class Store:
         started = time.perf_counter()
         found = self._find(key)
         if found is not None:
-            self.counters.add("hits")
-            return Loaded(*found, time.perf_counter() - started, 0.0)
+            return Loaded(*self._hit(key, *found), time.perf_counter() - started, 0.0)
         self.counters.add("misses")
         with self.database.locks.thread(key.digest) as waited:
             found = self._find(key)
@@ -216,7 +225,10 @@ class Store:
     # Counting
 
     def count_use(self, digest: str, n: int = 1) -> None:
-        """Count ``n`` uses of an entry. In memory; written at exit, and by a thread about once a minute."""
+        """Count ``n`` uses of an entry beside its loads, which count themselves.
+
+        In memory; written at exit, and by a thread about once a minute.
+        """
         self.counters.use(digest, n)
         if time.monotonic() > self._flush_at:
             self._flush_at = time.monotonic() + FLUSH_SECONDS

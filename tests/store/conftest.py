@@ -1,10 +1,11 @@
-"""A guard over what the store does to the world: no code from data, nothing written outside the folder."""
+"""What the store does to the world, watched; and fresh interpreters with nothing but the store."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,26 @@ def guard(tmp_path: Path) -> Iterator[Guard]:
     yield _GUARD
     _GUARD.folder = None
     assert _GUARD.events == []
+
+
+# The package without its __init__, which imports torch: these tests start many processes.
+_BARE = """
+import sys, types
+package = types.ModuleType("softcap_runtime")
+package.__path__ = [{path!r}]
+sys.modules["softcap_runtime"] = package
+"""
+
+
+@pytest.fixture
+def run_bare() -> Callable[[str], str]:
+    """Runs code in a fresh interpreter where only the store is at hand; gives what it printed."""
+    path = str(Path(__file__).resolve().parents[2] / "softcap_runtime")
+
+    def run(code: str) -> str:
+        command = [sys.executable, "-c", _BARE.format(path=path) + code]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

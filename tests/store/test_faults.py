@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from softcap_runtime.store import Key, Store, database, fingerprint
+from softcap_runtime.store import Key, Store, database
 from softcap_runtime.store.index import Index
 
-FINGERPRINT = fingerprint("cpu")
+FINGERPRINT = {"cpu": "AVX512", "torch": "2"}
 MB = 2**20
 FLIPS = int(os.environ.get("SOFTCAP_TEST_FLIPS", "60"))  # 1,000 in the long run
 
@@ -307,7 +307,7 @@ def test_clock_that_jumps(folder: Path, monkeypatch: pytest.MonkeyPatch, step: f
     store.count_use(key("a").digest)
     store.sweep()
     assert_healed(store, folder, "abc")
-    assert [info.hits for info in store.entries() if info.fields == {"name": "a"}] == [1]
+    assert [info.hits for info in store.entries() if info.fields == {"name": "a"}] == [3]
 
 
 NO_DESCRIPTORS = """
@@ -333,16 +333,15 @@ assert store.fault is not None
 store.flush()
 assert store.load(Key({{"name": "b"}}, {fingerprint!r})) == bytes(20_000)
 assert store.fault is None, store.fault
-assert store.status().quarantine == []
+assert not os.path.exists({folder!r} + "/quarantine")
 """
 
 
 @pytest.mark.parametrize("opened", [False, True])
-def test_out_of_file_descriptors(folder: Path, opened: bool) -> None:
+def test_out_of_file_descriptors(folder: Path, opened: bool, run_bare: Callable[[str], str]) -> None:
     fill(folder, "a")
     code = NO_DESCRIPTORS.format(folder=str(folder), fingerprint=FINGERPRINT, opened=opened)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_bare(code)
     assert Store(folder, MB).load(key("b")) == bytes(20_000)
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -57,14 +54,16 @@ def need_three(folder: str, record: str, barrier: Any, results: Any) -> None:
     results.put((right, time.monotonic() - started))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_eight_processes_build_three_kernels_once(folder: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "processes"), [("fork", 8), ("spawn", 2)])
+def test_processes_build_three_kernels_once(
+    folder: Path, tmp_path: Path, method: str, processes: int
+) -> None:
     context: BaseContext = multiprocessing.get_context(method)
-    barrier, results = context.Barrier(8), context.Queue()
+    barrier, results = context.Barrier(processes), context.Queue()
     record = tmp_path / "record"
     workers = [
         context.Process(target=need_three, args=(str(folder), str(record), barrier, results))  # type: ignore[attr-defined]
-        for _ in range(8)
+        for _ in range(processes)
     ]
     for worker in workers:
         worker.start()
@@ -76,39 +75,34 @@ def test_eight_processes_build_three_kernels_once(folder: Path, tmp_path: Path, 
     assert sorted(record.read_text().split()) == ["a", "b", "c"]
     counters = Store(folder, MB).status().counters
     assert counters["builds"].value == 3
-    assert counters["hits"].value + counters["misses"].value == 24
+    assert counters["hits"].value + counters["misses"].value == 3 * processes
     assert counters["lock_waits"].value > 0
     assert counters["longest_lock_wait_s"].value > 0
 
 
-BUILDER = """
-import random, sys, time
-from softcap_runtime.store import Key, Store
-store = Store(sys.argv[1], 100 * 2**20)
-def build():
-    print("building", flush=True)
-    time.sleep(float(sys.argv[2]))
-    return random.Random("a").randbytes(2_000_000)
-data = store.load_or_build(Key({"name": "a"}, eval(sys.argv[3])), build).data
-print("done", flush=True)
-"""
+def build_large(folder: str, seconds: float, building: Any) -> None:
+    def build() -> bytes:
+        building.set()
+        time.sleep(seconds)
+        return payload("a", 2_000_000)
+
+    Store(folder, 100 * MB).load_or_build(key("a"), build)
 
 
 def test_killed_builders_leave_no_lock_and_no_partial_entry(folder: Path, seed: int) -> None:
     """kill -9 in the build, in the write, in the publishing: the next process takes over at once."""
     draw = random.Random(seed)
     whole = payload("a", 2_000_000)
+    context = multiprocessing.get_context("fork")
     for _ in range(KILLS):
-        builder = subprocess.Popen(
-            [sys.executable, "-c", BUILDER, str(folder), str(draw.choice([0.0, 0.02])), repr(FINGERPRINT)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert builder.stdout is not None
-        assert builder.stdout.readline() == "building\n"
+        building = context.Event()
+        arguments = (str(folder), draw.choice([0.0, 0.02]), building)
+        builder = context.Process(target=build_large, args=arguments)
+        builder.start()
+        assert building.wait(60)
         time.sleep(draw.uniform(0, 0.06))
-        builder.send_signal(signal.SIGKILL)
-        builder.wait(30)
+        builder.kill()
+        builder.join(30)
         store = Store(folder, 100 * MB)
         assert store.load(key("a")) in (None, whole)
         loaded = store.load_or_build(key("a"), lambda: whole)
@@ -195,7 +189,7 @@ def test_fork_shares_no_connection_and_loses_no_count(folder: Path, held: bool) 
         status = Store(folder, MB).status()
         assert status.counters["builds"].value == 5
         (info,) = [info for info in Store(folder, MB).entries() if info.fields == {"name": "a"}]
-        assert info.hits == 5
+        assert info.hits == 9
 
 
 def test_raw_fork_counts_once(folder: Path) -> None:
@@ -229,7 +223,7 @@ def hammer(folder: str, number: int, rounds: int, results: Any) -> None:
 def test_eviction_and_clear_while_others_run(folder: Path, seed: int) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    workers = [context.Process(target=hammer, args=(str(folder), seed + n, 40, results)) for n in range(4)]
+    workers = [context.Process(target=hammer, args=(str(folder), seed + n, 25, results)) for n in range(4)]
     for worker in workers:
         worker.start()
     assert [results.get(timeout=120) for _ in workers] == [0, 0, 0, 0]
@@ -242,7 +236,7 @@ def test_eviction_and_clear_while_others_run(folder: Path, seed: int) -> None:
     assert status.quarantine == []
     assert status.counters["corrupt"].value == 0
     assert status.counters["evictions"].value > 0
-    assert status.counters["hits"].value + status.counters["misses"].value == 160
+    assert status.counters["hits"].value + status.counters["misses"].value == 100
 
 
 def test_two_environments_share_a_folder(folder: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import diskcache
@@ -82,34 +81,22 @@ def test_a_value_above_the_bound_is_not_read(tmp_path: Path) -> None:
     index.close()
 
 
-def test_import_is_light() -> None:
-    code = (
-        "import softcap_runtime.store, sys; "
-        "heavy = {'torch', 'pydantic', 'sqlite3', 'diskcache', 'filelock'} & set(sys.modules); "
+def test_import_is_light(run_bare: Callable[[str], str]) -> None:
+    run_bare(
+        "import softcap_runtime.store\n"
+        "heavy = {'torch', 'pydantic', 'sqlite3', 'diskcache', 'filelock'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    # The package itself may import torch: only what the store adds is looked at.
-    code = "import types, sys, pathlib; " + _bare_package() + code
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def _bare_package() -> str:
-    root = str(Path(schema.__file__).parent.parent)
-    return (
-        "package = types.ModuleType('softcap_runtime'); "
-        f"package.__path__ = [{root!r}]; sys.modules['softcap_runtime'] = package; "
-    )
-
-
-def test_loading_imports_no_compiler_and_no_models(tmp_path: Path) -> None:
+def test_loading_imports_no_compiler_and_no_models(tmp_path: Path, run_bare: Callable[[str], str]) -> None:
     store = Store(tmp_path / "cache", 2**20)
     store.load_or_build(KEY, lambda: b"payload")
     store.close()
-    code = (
-        f"{'import types, sys; ' + _bare_package()}"
-        "from softcap_runtime.store import Key, Store; "
-        f"store = Store({str(tmp_path / 'cache')!r}, 2**20); "
-        "data = store.load(Key({'name': 'a'}, {'cpu': 'x'})); assert data == b'payload', data; "
-        "heavy = {'torch', 'pydantic', 'filelock'} & set(sys.modules); assert not heavy, heavy"
+    run_bare(
+        "from softcap_runtime.store import Key, Store\n"
+        f"store = Store({str(tmp_path / 'cache')!r}, 2**20)\n"
+        "assert store.load(Key({'name': 'a'}, {'cpu': 'x'})) == b'payload'\n"
+        "heavy = {'torch', 'pydantic', 'filelock'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -155,3 +155,43 @@ def test_explain_names_the_fields_of_the_nearest(store: Store) -> None:
 def test_bad_size_limit(tmp_path: Path, size_limit: int) -> None:
     with pytest.raises(ValueError, match=f"size_limit: {size_limit}, expected at least 1 byte"):
         Store(tmp_path, size_limit)
+
+
+@pytest.mark.parametrize("name", ["a b", "q?mode=ro#x", "100%", "ünï", "quote'\"", "-rf"])
+def test_odd_folder_names(tmp_path: Path, name: str) -> None:
+    store = Store(tmp_path / name, MB)
+    store.load_or_build(key("a"), lambda: b"x")
+    store.close()
+    assert store.fault is None
+    assert Store(tmp_path / name, MB).load(key("a")) == b"x"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_load_is_a_use(store: Store) -> None:
+    for name in "ab":
+        store.load_or_build(key(name), lambda: b"x")
+    first = {info.fields["name"]: info.last_used for info in store.entries()}
+    store.load(key("a"))
+    store.load_or_build(key("a"), never)
+    infos = {info.fields["name"]: info for info in store.entries()}
+    assert (infos["a"].hits, infos["b"].hits) == (2, 0)
+    assert infos["a"].last_used > first["a"]
+    assert [info.fields["name"] for info in store.entries()] == ["b", "a"]
+
+
+def test_no_wait_is_counted_where_nobody_else_builds(store: Store) -> None:
+    store.load_or_build(key("a"), lambda: b"x")
+    assert store.status().counters["lock_waits"].value == 0
+
+
+def test_without_flock_each_builds_for_itself_and_says_so(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    for name in "ab":
+        assert store.load_or_build(key(name), lambda: b"x").source == "built"
+    assert len([record for record in caplog.records if "has no flock" in record.getMessage()]) == 1
+    assert store.load_or_build(key("a"), never).source == "disk"
