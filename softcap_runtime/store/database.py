@@ -78,7 +78,7 @@ class Database:
                     return result
                 except (Moved, FileNotFoundError, NotADirectoryError):
                     self.close()
-                except (sqlite3.OperationalError, OSError, OtherVersion) as error:
+                except (sqlite3.OperationalError, sqlite3.ProgrammingError, OSError, OtherVersion) as error:
                     self._unavailable(what, error)
                     return default
                 except (sqlite3.DatabaseError, Foreign, UnicodeDecodeError) as error:

@@ -1,7 +1,8 @@
 """Whether a cache folder may be used: who owns it, and who else could write to it.
 
 The folder, every folder above it, and what lies in it must belong to the user or to root, and nobody else may
-be able to write there (a sticky folder such as /tmp may stand above it). Symbolic links inside are refused.
+be able to write there (a sticky folder such as /tmp may stand above it, and in a container folders of owners
+outside of it). Symbolic links inside are refused.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def _contents(folder: Path) -> Iterator[Path]:
 def _problem(path: Path, status: os.stat_result, user: int, *, above: bool) -> str | None:
     mode = stat.S_IMODE(status.st_mode)
     shown = f"cache folder not used: {path} (owner {owner_name(status.st_uid)}, mode {mode:04o})"
-    if status.st_uid not in (user, 0):
+    if status.st_uid not in (user, 0) and not (above and _is_host_root(status.st_uid)):
         chown = f"chown {owner_name(user)} {path}"
         return f"{shown} belongs to another user; choose a folder of your own or run: {chown}"
     if stat.S_ISLNK(status.st_mode) or not mode & 0o022:
@@ -127,6 +128,16 @@ def _private_group(status: os.stat_result, user: int) -> bool:
         return members <= {pwd.getpwuid(user).pw_name}
     except KeyError:
         return False
+
+
+def _is_host_root(uid: int) -> bool:
+    """Whether ``uid`` is what a user namespace shows for owners outside of it, as containers do for ``/``."""
+    try:
+        overflow = int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
+        mapped = Path("/proc/self/uid_map").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return False
+    return uid == overflow and mapped != ["0", "0", "4294967295"]
 
 
 def owner_name(uid: int) -> str:

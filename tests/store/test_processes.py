@@ -221,7 +221,7 @@ def hammer(folder: str, number: int, rounds: int, results: Any) -> None:
 
 
 def test_eviction_and_clear_while_others_run(folder: Path, seed: int) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     results = context.Queue()
     workers = [context.Process(target=hammer, args=(str(folder), seed + n, 25, results)) for n in range(4)]
     for worker in workers:

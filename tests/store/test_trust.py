@@ -196,3 +196,27 @@ def test_an_empty_read_only_folder(folder: Path, as_nobody: Callable[[str], str]
         "assert store.load_or_build(key, lambda: b'new').data == b'new'\n"
         "assert 'read-only and empty' in store.fault, store.fault"
     )
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["on the host", "in a container"])
+def test_folders_above_of_owners_outside_of_the_container(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    """A user namespace shows such owners as the overflow user; what lies below must still be the user's own."""
+    overflow = int(Path("/proc/sys/kernel/overflowuid").read_text())
+    real = Path.read_text
+    uid_map = "0 1000 1\n" if inside else "         0          0 4294967295\n"
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, **k: uid_map if str(path) == "/proc/self/uid_map" else real(path, **k)
+    )
+
+    def lstat(path: str) -> os.stat_result:
+        status = list(os.lstat(path))
+        if path in owned:
+            status[4] = overflow
+        return os.stat_result(status)
+
+    owned = {"/"}
+    assert (trust.check(folder, lstat).problem is None) == inside
+    owned = {str(folder)}
+    assert "belongs to another user" in str(trust.check(folder, lstat).problem)
