@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import HEAD_DIM
+
+from softcap_runtime import Runtime, RuntimeSettings
+from softcap_runtime.kernels.key import KernelSpec
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """On a busy machine, threads that wait for each other make small tensor operations 10 times slower."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +45,56 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One kernel cache for the session, so each kernel is compiled once; SOFTCAP_TEST_CACHE keeps it."""
     kept = os.environ.get("SOFTCAP_TEST_CACHE")
     return Path(kept) if kept else tmp_path_factory.mktemp("kernels")
+
+
+# Kernels that many tests share; anything else is compiled by the test that needs it.
+SHARED_KERNELS = [
+    KernelSpec("flex_forward", "cpu", dtype, HEAD_DIM, capped, mask)
+    for dtype, capped, mask in (
+        ("float32", True, "band"),
+        ("float32", True, "intervals"),
+        ("float32", False, "band"),
+        ("float32", False, "intervals"),
+        ("bfloat16", True, "band"),
+        ("bfloat16", True, "intervals"),
+        ("float16", True, "band"),
+    )
+] + [
+    KernelSpec(op, "cpu", "float32", 0, capped, "")
+    for op, capped in (
+        ("block_forward", True),
+        ("block_softmax", True),
+        ("block_softmax", False),
+        ("block_backward", True),
+        ("block_backward", False),
+    )
+]
+
+
+@pytest.fixture(scope="session")
+def warm_cache(cache_dir: Path) -> Path:
+    """The session's cache with the shared kernels in it, built in parallel if need be."""
+    supply = Runtime(RuntimeSettings(cache_dir=cache_dir)).supply
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(supply.obtain, SHARED_KERNELS))
+    return cache_dir
+
+
+@pytest.fixture(scope="session")
+def runtimes(warm_cache: Path) -> dict[str, Runtime]:
+    """One runtime per engine over the session's cache."""
+    names = ("auto", "flex", "blocked", "dense", "eager")
+    return {name: Runtime(RuntimeSettings(cache_dir=warm_cache, engine=name)) for name in names}
+
+
+@pytest.fixture(scope="session")
+def runtime(runtimes: dict[str, Runtime]) -> Runtime:
+    """The runtime that picks its engines itself."""
+    return runtimes["auto"]
+
+
+@pytest.fixture()
+def own_runtime(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    """``Runtime.get()`` gives the session's runtime."""
+    monkeypatch.setattr(Runtime, "_own", runtime)
+    return runtime

@@ -25,7 +25,7 @@ _COUNTERS = {
 }
 _GAUGES = {
     "package_bytes": "Bytes of the loaded packages.",
-    "mask_bytes": "Bytes of the masks that plans hold.",
+    "mask_bytes": "Bytes of the masks that are kept.",
     "background_pending": "Builds that run behind calls.",
 }
 

@@ -59,13 +59,13 @@ def splits_backward(head_dim: int) -> bool:
 
 _HALF: dict[tuple[Direction, int], tuple[BlockOptions, ...]] = {
     ("forward", 64): (BlockOptions(128, 128, 8, 3), BlockOptions(128, 64, 4, 2), BlockOptions(64, 32, 4, 2)),
-    ("forward", 128): (BlockOptions(128, 128, 8, 2), BlockOptions(128, 64, 8, 2), BlockOptions(64, 32, 4, 1)),
+    ("forward", 128): (BlockOptions(64, 64, 4, 3), BlockOptions(128, 64, 8, 2), BlockOptions(64, 32, 4, 1)),
     ("forward", 256): (BlockOptions(128, 64, 8, 2), BlockOptions(64, 32, 4, 2), BlockOptions(32, 16, 4, 1)),
     ("dq", 64): (BlockOptions(128, 128, 8, 2), BlockOptions(64, 64, 4, 2), BlockOptions(32, 32, 4, 1)),
-    ("dq", 128): (BlockOptions(128, 64, 8, 2), BlockOptions(64, 64, 4, 2), BlockOptions(32, 32, 4, 1)),
-    ("dq", 256): (BlockOptions(128, 32, 8, 2), BlockOptions(64, 32, 4, 1), BlockOptions(16, 16, 4, 1)),
+    ("dq", 128): (BlockOptions(64, 64, 4, 2), BlockOptions(64, 64, 4, 2), BlockOptions(32, 32, 4, 1)),
+    ("dq", 256): (BlockOptions(64, 64, 4, 2), BlockOptions(64, 32, 4, 1), BlockOptions(16, 16, 4, 1)),
     ("dkdv", 64): (BlockOptions(64, 128, 8, 2), BlockOptions(64, 64, 4, 2), BlockOptions(32, 32, 4, 1)),
-    ("dkdv", 128): (BlockOptions(64, 128, 8, 2), BlockOptions(32, 64, 4, 2), BlockOptions(32, 32, 4, 1)),
+    ("dkdv", 128): (BlockOptions(64, 64, 4, 2), BlockOptions(32, 64, 4, 2), BlockOptions(32, 32, 4, 1)),
     ("dk", 256): (BlockOptions(32, 128, 8, 2), BlockOptions(32, 64, 4, 1), BlockOptions(16, 16, 4, 1)),
     ("dv", 256): (BlockOptions(64, 128, 8, 2), BlockOptions(32, 64, 4, 1), BlockOptions(16, 16, 4, 1)),
     ("decode", 64): (BlockOptions(16, 64, 4, 3), BlockOptions(16, 32, 4, 2)),
@@ -78,11 +78,14 @@ _HALF: dict[tuple[Direction, int], tuple[BlockOptions, ...]] = {
 def choose(limits: DeviceLimits, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:
     width = padded(head_dim)
     if dtype == torch.float32:
-        return BlockOptions(16 if direction == "decode" else 32, 32, 4, 1)
+        if direction=="decode": return BlockOptions(16,16 if width==256 else 32,4,2)
+        if direction=="forward": return {64:BlockOptions(64,32,4,2),128:BlockOptions(64,32,4,2),256:BlockOptions(16,16,4,2)}[width]
+        if direction=="dq": return {64:BlockOptions(64,32,4,2),128:BlockOptions(16,32,4,2),256:BlockOptions(16,16,4,1)}[width]
+        return {64:BlockOptions(32,64,4,2),128:BlockOptions(16,32,4,1),256:BlockOptions(16,16,4,1)}[width]
     return _HALF[direction, width][0]
 
 
-def split_count(multiprocessors: int, programs: int, keys: int, block_n: int) -> int:
-    """Shares to cut the keys of a decoding call into: about four programs a multiprocessor, whole blocks each."""
-    wanted = -(-4 * multiprocessors // programs)
+def split_count(limits: DeviceLimits, programs: int, keys: int, block_n: int) -> int:
+    """Shares to cut the keys of a decoding call into: about four programs a multiprocessor, four blocks each."""
+    wanted = -(-4 * limits.multiprocessors // programs)
     return max(1, min(wanted, keys // (4 * block_n), 64))

@@ -6,14 +6,15 @@ device, so calls can be captured in a CUDA graph (after one call outside of it, 
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .gpu_options import BlockOptions, Direction, choose, device_limits, padded, split_count, splits_backward
+from .triton_launch import constants, launch, layout, strides, tile, vector
 
 # No bound: far enough for any length, and no sum with a row leaves int32.
 UNBOUNDED = 1 << 29
@@ -25,8 +26,6 @@ REFERENCE_FROM = 50.0
 LOG2E = 1.4426950408889634
 # Query rows times group size up to which the keys are split among programs instead of the queries.
 DECODE_ROWS = 64
-# Triton's interpreter runs the kernels on the CPU, for tests; it knows no inline assembly.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Mask(NamedTuple):
@@ -36,6 +35,10 @@ class Mask(NamedTuple):
     right: int
     lo: Tensor | None
     hi: Tensor | None
+
+    def width(self, rows: int, keys: int) -> int:
+        """Keys a row may see at most, as far as the host knows."""
+        return keys if self.lo is not None else max(1, min(keys, rows + self.right - self.left))
 
     @property
     def batch_stride(self) -> int:
@@ -55,6 +58,7 @@ class Factors(NamedTuple):
     online: bool
 
 
+@lru_cache(maxsize=256)
 def factors(dtype: torch.dtype, scale: float, softcap: float | None, approx: bool) -> Factors:
     """The form of the softcap and its constants; see ``triton_common`` for the identities."""
     if softcap is None:
@@ -124,15 +128,20 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Ma
     from .triton_forward import forward_kernel
 
     batch, heads, rows, dim = q.shape
-    opts = _options(q, "forward")
-    tma = _use_tma(q, k, v)
-    forward_kernel[(batch * heads * -(-rows // opts.block_m),)](
-        _tile(q, opts.block_m, tma), _tile(k, opts.block_n, tma), _tile(v, opts.block_n, tma), out, lse,
-        mask.lo, mask.hi, *_strides(q), *_strides(k), *_strides(v), *_strides(out), mask.batch_stride,
-        heads, heads // k.shape[1], rows, k.shape[2], mask.left, mask.right,
-        call.inner, call.coef, call.bias - call.reference, call.reference,
-        BAND=mask.lo is None, ONLINE=call.online, FORM=call.form, BLOCK_M=opts.block_m, BLOCK_N=opts.block_n,
-        TMA=tma, **_common(q, opts),
+    kv_heads, keys = k.shape[1], k.shape[2]
+    options = _options(q, "forward")
+    where = layout(2 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, out)
+    launch(
+        forward_kernel,
+        (batch * heads * -(-rows // options.block_m), 1, 1),
+        [
+            tile(q, options.block_m, where.tma), tile(k, options.block_n, where.tma),
+            tile(v, options.block_n, where.tma), out, lse, mask.lo, mask.hi,
+            *strides(where.align, q, k, v, out), mask.batch_stride, heads, heads // kv_heads, rows, keys,
+            mask.left, mask.right, call.inner, call.coef, call.bias - call.reference, call.reference,
+        ],
+        {"BAND": mask.lo is None, "ONLINE": call.online, "FORM": call.form, **constants(dim, q.dtype, options, where)},
+        device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, reusable=where.reusable,
     )  # fmt: skip
 
 
@@ -141,23 +150,32 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mas
 
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    opts = _options(q, "decode")
-    width = keys if mask.lo is not None else min(keys, rows + mask.right - mask.left)
-    limits = device_limits(q.device.index)
-    splits = split_count(limits.multiprocessors, batch * kv_heads, max(width, 1), opts.block_n)
-    packed = max(16, padded(heads // kv_heads * rows))
+    options = _options(q, "decode")
+    packed = max(options.block_m, padded(heads // kv_heads * rows))
+    splits = split_count(
+        device_limits(q.device.index), batch * kv_heads, mask.width(rows, keys), options.block_n
+    )
+    where = layout(0, q, k, v, out)
     part_out = torch.empty((splits, batch, heads, rows, padded(dim)), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((splits, batch, heads, rows), dtype=torch.float32, device=q.device)
-    decode_kernel[(splits, batch * kv_heads)](
-        q, k, v, part_out, part_lse, mask.lo, mask.hi, *_strides(q), *_strides(k), *_strides(v),
-        mask.batch_stride, heads, kv_heads, heads // kv_heads, rows, keys, splits, mask.left, mask.right,
-        call.inner, call.coef, call.bias - call.reference, call.reference,
-        BAND=mask.lo is None, ONLINE=call.online, FORM=call.form, BLOCK_M=packed, BLOCK_N=opts.block_n,
-        **_common(q, opts),
+    launch(
+        decode_kernel,
+        (splits, batch * kv_heads, 1),
+        [
+            q, k, v, part_out, part_lse, mask.lo, mask.hi, *strides(where.align, q, k, v), mask.batch_stride,
+            heads, kv_heads, heads // kv_heads, rows, keys, splits, mask.left, mask.right,
+            call.inner, call.coef, call.bias - call.reference, call.reference,
+        ],
+        {"BAND": mask.lo is None, "ONLINE": call.online, "FORM": call.form,
+         **constants(dim, q.dtype, options._replace(block_m=packed), where)},
+        device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, reusable=where.reusable,
     )  # fmt: skip
-    combine_kernel[(batch * heads * rows,)](
-        part_out, part_lse, out, lse, *_strides(out), heads, rows, splits,
-        D=dim, DPAD=padded(dim), SPLITS=padded(splits), num_warps=4,
+    launch(
+        combine_kernel,
+        (batch * heads * rows, 1, 1),
+        [part_out, part_lse, out, lse, *strides(where.align, out), heads, rows, splits],
+        {"D": dim, "DPAD": padded(dim), "SPLITS": padded(splits), "ALIGN": where.align},
+        device=q.device, dtype=q.dtype, warps=4, reusable=where.reusable,
     )  # fmt: skip
 
 
@@ -202,17 +220,23 @@ def _dq(
 ) -> None:  # fmt: skip
     from .triton_backward import dq_kernel
 
-    batch, heads, rows, _ = q.shape
-    opts = _options(q, "dq")
-    tma = _use_tma(q, k, v, grad)
-    dq_kernel[(batch * heads * -(-rows // opts.block_m),)](
-        _tile(q, opts.block_m, tma), _tile(k, opts.block_n, tma), _tile(v, opts.block_n, tma),
-        _tile(grad, opts.block_m, tma), out, lse, stats[0], stats[1], dq, mask.lo, mask.hi,
-        *_strides(q), *_strides(k), *_strides(v), *_strides(grad), *_strides(out), *_strides(dq),
-        mask.batch_stride, heads, heads // k.shape[1], rows, stats.shape[-1], k.shape[2], mask.left, mask.right,
-        call.inner, call.coef, call.bias, call.gain,
-        BAND=mask.lo is None, FORM=call.form, BLOCK_M=opts.block_m, BLOCK_N=opts.block_n, TMA=tma,
-        **_common(q, opts),
+    batch, heads, rows, dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    options = _options(q, "dq")
+    where = layout(3 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, grad, out, dq)
+    launch(
+        dq_kernel,
+        (batch * heads * -(-rows // options.block_m), 1, 1),
+        [
+            tile(q, options.block_m, where.tma), tile(k, options.block_n, where.tma),
+            tile(v, options.block_n, where.tma), tile(grad, options.block_m, where.tma),
+            out, lse, stats[0], stats[1], dq, mask.lo, mask.hi,
+            *strides(where.align, q, k, v, grad, out, dq), mask.batch_stride,
+            heads, heads // kv_heads, rows, stats.shape[-1], keys, mask.left, mask.right,
+            call.inner, call.coef, call.bias, call.gain,
+        ],
+        {"BAND": mask.lo is None, "FORM": call.form, **constants(dim, q.dtype, options, where)},
+        device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, reusable=where.reusable,
     )  # fmt: skip
 
 
@@ -222,21 +246,28 @@ def _dkdv(
 ) -> None:  # fmt: skip
     from .triton_backward import dkdv_kernel
 
-    batch, heads, rows, _ = q.shape
+    batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    opts = _options(q, direction)
-    tma = _use_tma(q, k, v, grad)
-    lo, hi, first, last = _query_hull(mask, rows, stats.shape[-1], keys, opts.block_n)
-    dkdv_kernel[(batch * kv_heads * -(-keys // opts.block_n),)](
-        _tile(q, opts.block_m, tma), _tile(k, opts.block_n, tma), _tile(v, opts.block_n, tma),
-        _tile(grad, opts.block_m, tma), _rows(stats[0], opts.block_m, tma), _rows(stats[1], opts.block_m, tma), dk, dv,
-        _rows(lo, opts.block_m, tma), _rows(hi, opts.block_m, tma), first, last,
-        *_strides(q), *_strides(k), *_strides(v), *_strides(grad), *_strides(dk), *_strides(dv),
-        0 if lo is None or len(lo) == 1 else lo.stride(0), 0 if first is None or len(first) == 1 else first.stride(0),
-        heads, kv_heads, heads // kv_heads, rows, stats.shape[-1], keys, mask.left, mask.right,
-        call.inner, call.coef, call.gain,
-        BAND=mask.lo is None, FORM=call.form, BLOCK_M=opts.block_m, BLOCK_N=opts.block_n, TMA=tma,
-        WANT_DK=direction != "dv", WANT_DV=direction != "dk", **_common(q, opts),
+    options = _options(q, direction)
+    where = layout(4 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, grad, dk, dv)
+    lo, hi, first, last = _query_hull(mask, rows, stats.shape[-1], keys, options.block_n)
+    launch(
+        dkdv_kernel,
+        (batch * kv_heads * -(-keys // options.block_n), 1, 1),
+        [
+            tile(q, options.block_m, where.tma), tile(k, options.block_n, where.tma),
+            tile(v, options.block_n, where.tma), tile(grad, options.block_m, where.tma),
+            vector(stats[0], options.block_m, where.tma), vector(stats[1], options.block_m, where.tma), dk, dv,
+            vector(lo, options.block_m, where.tma), vector(hi, options.block_m, where.tma), first, last,
+            *strides(where.align, q, k, v, grad, dk, dv),
+            0 if lo is None or len(lo) == 1 else lo.stride(0),
+            0 if first is None or len(first) == 1 else first.stride(0),
+            heads, kv_heads, heads // kv_heads, rows, stats.shape[-1], keys, mask.left, mask.right,
+            call.inner, call.coef, call.gain,
+        ],
+        {"BAND": mask.lo is None, "FORM": call.form, "WANT_DK": direction != "dv", "WANT_DV": direction != "dk",
+         **constants(dim, q.dtype, options, where)},
+        device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, reusable=where.reusable,
     )  # fmt: skip
 
 
@@ -253,9 +284,12 @@ def _query_hull(mask: Mask, rows: int, padded_rows: int, keys: int, block_n: int
     batch = mask.lo.shape[0]
     lo, hi = torch.empty((2, batch, padded_rows), dtype=torch.int32, device=mask.lo.device)
     first, last = torch.empty((2, batch, blocks), dtype=torch.int32, device=mask.lo.device)
-    query_hull_kernel[(-(-blocks // 16), batch)](
-        mask.lo, mask.hi, lo, hi, first, last, mask.batch_stride, rows, padded_rows, keys, blocks,
-        BLOCK_N=block_n, ROWS=512, KEYS=16, num_warps=4,
+    launch(
+        query_hull_kernel,
+        (-(-blocks // 16), batch, 1),
+        [mask.lo, mask.hi, lo, hi, first, last, mask.batch_stride, rows, padded_rows, keys, blocks],
+        {"BLOCK_N": block_n, "ROWS": 512, "KEYS": 16},
+        device=lo.device, dtype=lo.dtype, warps=4, reusable=False,
     )  # fmt: skip
     return lo, hi, first, last
 
@@ -266,66 +300,19 @@ def _padded_rows(rows: int) -> int:
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Make ``device`` current for the launches; nothing to do where it is, which is nearly always."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _last_stride_one(tensor: Tensor) -> Tensor:
     """The tensor itself where kernels can read it, else a contiguous copy (an expanded gradient, say)."""
-    if tensor.stride(-1) == 1 and all(s > 0 or n == 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+    steps = tensor.stride()
+    if steps[-1] == 1 and (min(steps) > 0 or tensor.numel() == 0):
         return tensor
     return tensor.contiguous()
 
 
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.stride()[:3]  # type: ignore[return-value]
-
-
-def _use_tma(*tensors: Tensor) -> bool:
-    """Whether the tensor memory accelerator can read all of them: Hopper or newer, all steps in 16 bytes."""
-    if device_limits(tensors[0].device.index).capability < (9, 0):
-        return False
-    for tensor in tensors:
-        if tensor.data_ptr() % 16 or 0 in tensor.shape:
-            return False
-        for stride, size in zip(tensor.stride()[:3], tensor.shape, strict=False):
-            if size > 1 and stride * tensor.element_size() % 16:
-                return False
-    return True
-
-
-def _tile(tensor: Tensor, rows: int, tma: bool) -> Any:
-    """What a kernel loads tiles of ``rows`` rows from: a tensor descriptor, or the tensor (a pointer)."""
-    if not tma:
-        return tensor
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    width = padded(tensor.shape[-1])
-    # A dimension of one element may carry any stride in torch; the descriptor wants whole 16 bytes.
-    strides = [s if n > 1 else width for s, n in zip(tensor.stride()[:3], tensor.shape, strict=False)]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, width])
-
-
-def _rows(vector: Tensor | None, rows: int, tma: bool) -> Any:
-    """As ``_tile`` for a contiguous vector of padded rows."""
-    if not tma or vector is None:
-        return vector
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(vector, [vector.numel()], [1], [rows])
-
-
 def _options(q: Tensor, direction: Direction) -> BlockOptions:
     return choose(device_limits(q.device.index), q.dtype, q.shape[-1], direction)
-
-
-def _common(q: Tensor, opts: BlockOptions) -> dict[str, Any]:
-    """The arguments every kernel takes."""
-    return {
-        "D": q.shape[-1],
-        "DPAD": padded(q.shape[-1]),
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
-        "STAGES": opts.stages,
-        "ASM": not INTERPRETED,
-        "num_warps": opts.warps,
-        "num_stages": opts.stages,
-    }

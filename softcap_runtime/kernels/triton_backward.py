@@ -12,18 +12,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import FAR, LOG2E, block_ranges, capped, exp2, exp2_mixed, load_rows, load_tile, row_intervals, store_tile
+from .triton_common import INTS, FAR, LOG2E, block_ranges, capped, exp2, load_rows, load_tile, row_intervals, store_tile
 
 
 @triton.jit
 def _dq_step(
     q, do, dq, shift, delta, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, n, Skv, inner, coef,
     MASKED: tl.constexpr, FORM: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    k = load_tile(K, sk_b, sk_h, sk_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA)
+    k = load_tile(K, sk_b, sk_h, sk_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA, ALIGN)
     x = tl.dot(q, k.T, input_precision=PRECISION)
-    v = load_tile(V, sv_b, sv_h, sv_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA)
+    v = load_tile(V, sv_b, sv_h, sv_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA, ALIGN)
     dp = tl.dot(do, v.T, input_precision=PRECISION)
     z, slope = capped(x, inner, coef, shift[:, None], FORM, ASM)
     if MASKED:
@@ -31,19 +31,20 @@ def _dq_step(
         z = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), z, float("-inf"))
         p = exp2(z, ASM)
     else:
-        p = exp2_mixed(z, ASM)
+        p = exp2(z, ASM)
     ds = p * (dp - delta[:, None]) * slope
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["left", "right", "Sq", "SqPad", "Skv", "slo_b", "Hq", "G"])
+@triton.jit(do_not_specialize=INTS)
 def dq_kernel(
     Q, K, V, DO, Out, Lse, Shift, Delta, DQ, Lo, Hi,
     sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, sdo_b, sdo_h, sdo_s, so_b, so_h, so_s,
     sdq_b, sdq_h, sdq_s, slo_b,
     Hq, G, Sq, SqPad, Skv, left, right, inner, coef, bias, gain,
-    BAND: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
-    DPAD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr,
+    BAND: tl.constexpr, FORM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """DQ of one block of query rows; and for the kernel that comes after, Shift and Delta.
 
@@ -61,8 +62,8 @@ def dq_kernel(
     lo, hi = row_intervals(rows, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND)
     first, full_first, full_end, end = block_ranges(lo, hi, BLOCK_N)
 
-    do = load_tile(DO, sdo_b, sdo_h, sdo_s, b, h, start, Sq, BLOCK_M, D, DPAD, TMA)
-    out = load_tile(Out, so_b, so_h, so_s, b, h, start, Sq, BLOCK_M, D, DPAD, False)
+    do = load_tile(DO, sdo_b, sdo_h, sdo_s, b, h, start, Sq, BLOCK_M, D, DPAD, TMA, ALIGN)
+    out = load_tile(Out, so_b, so_h, so_s, b, h, start, Sq, BLOCK_M, D, DPAD, False, ALIGN)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     lse = tl.load(Lse + head.to(tl.int64) * Sq + rows, mask=rows < Sq, other=float("-inf"))
     shift = tl.where(lse == float("-inf"), float("-inf"), bias - lse * LOG2E)
@@ -70,21 +71,21 @@ def dq_kernel(
     tl.store(Delta + at, delta, mask=rows < SqPad)
     tl.store(Shift + at, shift, mask=rows < SqPad)
 
-    q = load_tile(Q, sq_b, sq_h, sq_s, b, h, start, Sq, BLOCK_M, D, DPAD, TMA)
+    q = load_tile(Q, sq_b, sq_h, sq_s, b, h, start, Sq, BLOCK_M, D, DPAD, TMA, ALIGN)
     dq = tl.zeros([BLOCK_M, DPAD], tl.float32)
     for block in tl.range(full_first, full_end, num_stages=STAGES):
         dq = _dq_step(
             q, do, dq, shift, delta, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, block * BLOCK_N,
-            Skv, inner, coef, False, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ASM,
+            Skv, inner, coef, False, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ALIGN, ASM,
         )  # fmt: skip
     before = full_first - first
     for edge in tl.range(0, before + end - full_end, num_stages=STAGES):
         block = tl.where(edge < before, first + edge, full_end + edge - before)
         dq = _dq_step(
             q, do, dq, shift, delta, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, block * BLOCK_N,
-            Skv, inner, coef, True, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ASM,
+            Skv, inner, coef, True, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ALIGN, ASM,
         )  # fmt: skip
-    store_tile(DQ, sdq_b, sdq_h, sdq_s, b, h, start, Sq, dq * gain, BLOCK_M, D, DPAD)
+    store_tile(DQ, sdq_b, sdq_h, sdq_s, b, h, start, Sq, dq * gain, BLOCK_M, D, DPAD, ALIGN)
 
 
 @triton.jit
@@ -118,11 +119,11 @@ def _dkdv_step(
     k, v, dk, dv, Q, DO, Shift, Delta, Lo, Hi, sq_b, sq_h, sq_s, sdo_b, sdo_h, sdo_s, slo_b, b, h, Hq, n, m,
     Sq, SqPad, Skv, left, right, inner, coef,
     MASKED: tl.constexpr, BAND: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr,
+    D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
     WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
 ):  # fmt: skip
     at = (b * Hq + h) * SqPad + m
-    q = load_tile(Q, sq_b, sq_h, sq_s, b, h, m, Sq, BLOCK_M, D, DPAD, TMA)
+    q = load_tile(Q, sq_b, sq_h, sq_s, b, h, m, Sq, BLOCK_M, D, DPAD, TMA, ALIGN)
     shift = load_rows(Shift, at, BLOCK_M, TMA)
     if MASKED:
         if BAND:
@@ -132,7 +133,7 @@ def _dkdv_step(
             lo = load_rows(Lo, b * slo_b + m, BLOCK_M, TMA)
             hi = load_rows(Hi, b * slo_b + m, BLOCK_M, TMA)
     x = tl.dot(k, q.T, input_precision=PRECISION)
-    do = load_tile(DO, sdo_b, sdo_h, sdo_s, b, h, m, Sq, BLOCK_M, D, DPAD, TMA)
+    do = load_tile(DO, sdo_b, sdo_h, sdo_s, b, h, m, Sq, BLOCK_M, D, DPAD, TMA, ALIGN)
     if WANT_DK:
         delta = load_rows(Delta, at, BLOCK_M, TMA)
         dp = tl.dot(v, do.T, input_precision=PRECISION)
@@ -143,7 +144,7 @@ def _dkdv_step(
         z = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), z, float("-inf"))
         p = exp2(z, ASM)
     else:
-        p = exp2_mixed(z, ASM)
+        p = exp2(z, ASM)
     # Both operands before both products: registers written while a product is in flight make ptxas serialise it.
     if WANT_DK:
         ds = (p * (dp - delta[None, :]) * slope).to(q.dtype)
@@ -154,15 +155,15 @@ def _dkdv_step(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["left", "right", "Sq", "SqPad", "Skv", "slo_b", "shull_b", "Hq", "Hkv", "G"])
+@triton.jit(do_not_specialize=INTS)
 def dkdv_kernel(
     Q, K, V, DO, Shift, Delta, DK, DV, Lo, Hi, First, Last,
     sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, sdo_b, sdo_h, sdo_s,
     sdk_b, sdk_h, sdk_s, sdv_b, sdv_h, sdv_s, slo_b, shull_b,
     Hq, Hkv, G, Sq, SqPad, Skv, left, right, inner, coef, gain,
-    BAND: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
-    DPAD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr,
-    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
+    BAND: tl.constexpr, FORM: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """DK and DV (or one of them) of one block of keys, summed over the query heads of its group.
 
@@ -177,8 +178,8 @@ def dkdv_kernel(
     first, full_first, full_end, end = _query_ranges(
         n, First, Last, b, shull_b, left, right, Sq, BAND, BLOCK_M, BLOCK_N
     )
-    k = load_tile(K, sk_b, sk_h, sk_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA)
-    v = load_tile(V, sv_b, sv_h, sv_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA)
+    k = load_tile(K, sk_b, sk_h, sk_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA, ALIGN)
+    v = load_tile(V, sv_b, sv_h, sv_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA, ALIGN)
     dk = tl.zeros([BLOCK_N, DPAD], tl.float32)
     dv = tl.zeros([BLOCK_N, DPAD], tl.float32)
     # One loop over (query head, block) keeps the pipeline full across the heads of a group.
@@ -189,7 +190,7 @@ def dkdv_kernel(
         dk, dv = _dkdv_step(
             k, v, dk, dv, Q, DO, Shift, Delta, Lo, Hi, sq_b, sq_h, sq_s, sdo_b, sdo_h, sdo_s, slo_b, b, h, Hq,
             n, m, Sq, SqPad, Skv, left, right, inner, coef, False, BAND, FORM, BLOCK_M, BLOCK_N, D, DPAD, PRECISION,
-            TMA, ASM, WANT_DK, WANT_DV,
+            TMA, ALIGN, ASM, WANT_DK, WANT_DV,
         )  # fmt: skip
     before = full_first - first
     edges = before + end - full_end
@@ -200,15 +201,15 @@ def dkdv_kernel(
         dk, dv = _dkdv_step(
             k, v, dk, dv, Q, DO, Shift, Delta, Lo, Hi, sq_b, sq_h, sq_s, sdo_b, sdo_h, sdo_s, slo_b, b, h, Hq,
             n, m, Sq, SqPad, Skv, left, right, inner, coef, True, BAND, FORM, BLOCK_M, BLOCK_N, D, DPAD, PRECISION,
-            TMA, ASM, WANT_DK, WANT_DV,
+            TMA, ALIGN, ASM, WANT_DK, WANT_DV,
         )  # fmt: skip
     if WANT_DK:
-        store_tile(DK, sdk_b, sdk_h, sdk_s, b, hk, n, Skv, dk * gain, BLOCK_N, D, DPAD)
+        store_tile(DK, sdk_b, sdk_h, sdk_s, b, hk, n, Skv, dk * gain, BLOCK_N, D, DPAD, ALIGN)
     if WANT_DV:
-        store_tile(DV, sdv_b, sdv_h, sdv_s, b, hk, n, Skv, dv, BLOCK_N, D, DPAD)
+        store_tile(DV, sdv_b, sdv_h, sdv_s, b, hk, n, Skv, dv, BLOCK_N, D, DPAD, ALIGN)
 
 
-@triton.jit(do_not_specialize=["Sq", "SqPad", "Skv", "slo_b", "blocks"])
+@triton.jit(do_not_specialize=INTS)
 def query_hull_kernel(
     Lo, Hi, LoPad, HiPad, First, Last, slo_b, Sq, SqPad, Skv, blocks,
     BLOCK_N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,

@@ -19,13 +19,19 @@ LOGISTIC = tl.constexpr(1)  # the form above; the error of a logit is about cap 
 TANH_APPROX = tl.constexpr(2)  # the tanh.approx.f32 instruction, relative error 2**-11 (PTX ISA)
 TANH_EXACT = tl.constexpr(3)  # float32: a polynomial near 0, where the logistic form would cancel
 
+# Run-time numbers that no kernel is compiled for: a new length, window, cap or scale costs no compilation.
+INTS = [
+    *(f"s{tensor}_{dim}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "lo", "hull") for dim in "bhs"),
+    *("Hq", "Hkv", "G", "Sq", "SqPad", "Skv", "left", "right", "splits", "blocks"),
+    *("inner", "coef", "bias", "reference", "gain"),
+]
+
 # An interval that excludes every key: a row that sees nothing, and no sum of two such leaves int32.
 FAR = tl.constexpr(1 << 29)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOGISTIC_ASM = tl.constexpr(triton_asm.logistic())
-WEIGHTS_ASM = tl.constexpr(triton_asm.weights(by_fma=2))
-EXP2_ASM = tl.constexpr(triton_asm.exp2_mixed(by_fma=1))
+WEIGHTS_ASM = tl.constexpr(triton_asm.weights())
 
 
 @triton.jit
@@ -37,17 +43,6 @@ def exp2(x, ASM: tl.constexpr):
         )
     else:
         return tl.exp2(x)
-
-
-@triton.jit
-def exp2_mixed(x, ASM: tl.constexpr):
-    """``2**x``, a quarter of it by multiply-adds; x below -126 may give 2**-126 instead of 0."""
-    if ASM and EXP2_ASM is not None:
-        return tl.inline_asm_elementwise(
-            EXP2_ASM, "=f,=f,=f,=f,f,f,f,f", [x], dtype=tl.float32, is_pure=True, pack=4
-        )
-    else:
-        return exp2(x, ASM)
 
 
 @triton.jit
@@ -63,7 +58,7 @@ def logistic(x, ASM: tl.constexpr):
 
 @triton.jit
 def fixed_weights(x, inner, coef, bias, FORM: tl.constexpr, ASM: tl.constexpr):
-    """``2**z`` of ``capped``'s z, for a bias that holds a fixed reference (so z is in -126...127)."""
+    """``2**z`` of ``capped``'s z, for a bias that holds a fixed reference."""
     if FORM == LOGISTIC and ASM:
         return tl.inline_asm_elementwise(
             WEIGHTS_ASM,
@@ -124,19 +119,20 @@ def capped(x, inner, coef, bias, FORM: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def load_tile(
     source, stride_b, stride_h, stride_s, b, h, row, rows,
-    ROWS: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, TMA: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Rows ``row`` to ``row + ROWS`` of one head as ``[ROWS, DPAD]``; what lies outside the tensor reads as 0.
 
-    ``source`` is a tensor descriptor (TMA) or a pointer.
+    ``source`` is a tensor descriptor (TMA) or a pointer, with strides in units of ALIGN elements: the factor tells
+    the compiler what the addresses are multiples of, for any strides, so one kernel serves them all.
     """
     if TMA:
         return source.load([b, h, row, 0]).reshape(ROWS, DPAD)
     else:
         at = row + tl.arange(0, ROWS)
         columns = tl.arange(0, DPAD)
-        base = source + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-        pointers = base + at.to(tl.int64)[:, None] * stride_s + columns[None, :]
+        base = source + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h) * ALIGN
+        pointers = base + (at.to(tl.int64) * stride_s * ALIGN)[:, None] + columns[None, :]
         inside = at[:, None] < rows
         if D != DPAD:
             inside &= columns[None, :] < D
@@ -146,17 +142,17 @@ def load_tile(
 @triton.jit
 def store_tile(
     target, stride_b, stride_h, stride_s, b, h, row, rows, value,
-    ROWS: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Write ``[ROWS, DPAD]`` to rows ``row...`` of one head, rows and columns outside the tensor left alone."""
     at = row + tl.arange(0, ROWS)
     columns = tl.arange(0, DPAD)
-    base = target + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+    base = target + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h) * ALIGN
     inside = at[:, None] < rows
     if D != DPAD:
         inside &= columns[None, :] < D
     tl.store(
-        base + at.to(tl.int64)[:, None] * stride_s + columns[None, :],
+        base + (at.to(tl.int64) * stride_s * ALIGN)[:, None] + columns[None, :],
         value.to(target.dtype.element_ty),
         mask=inside,
     )

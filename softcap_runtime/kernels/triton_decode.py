@@ -11,17 +11,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import LN2, load_tile, row_intervals
+from .triton_common import INTS, LN2, load_tile, row_intervals
 from .triton_forward import softmax_step
 
 
-@triton.jit(do_not_specialize=["left", "right", "Sq", "Skv", "slo_b", "Hq", "Hkv", "G", "splits"])
+@triton.jit(do_not_specialize=INTS)
 def decode_kernel(
     Q, K, V, Out, Lse, Lo, Hi,
     sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, slo_b,
     Hq, Hkv, G, Sq, Skv, splits, left, right, inner, coef, bias, reference,
-    BAND: tl.constexpr, ONLINE: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    BAND: tl.constexpr, ONLINE: tl.constexpr, FORM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Out ``[splits, B, Hq, Sq, DPAD]`` and Lse ``[splits, B, Hq, Sq]`` float32, contiguous, of one share."""
     split = tl.program_id(0)
@@ -40,7 +41,7 @@ def decode_kernel(
     stop = tl.minimum(start + share, end)
 
     columns = tl.arange(0, DPAD)
-    q_at = b.to(tl.int64) * sq_b + h.to(tl.int64) * sq_h + row.to(tl.int64) * sq_s
+    q_at = (b.to(tl.int64) * sq_b + h.to(tl.int64) * sq_h + row.to(tl.int64) * sq_s) * ALIGN
     q = tl.load(
         Q + q_at[:, None] + columns[None, :], mask=inside[:, None] & (columns[None, :] < D), other=0.0
     )
@@ -49,14 +50,14 @@ def decode_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     for block in tl.range(start, stop, num_stages=STAGES):
         n = block * BLOCK_N
-        k = load_tile(K, sk_b, sk_h, sk_s, b, hk, n, Skv, BLOCK_N, D, DPAD, False)
+        k = load_tile(K, sk_b, sk_h, sk_s, b, hk, n, Skv, BLOCK_N, D, DPAD, False, ALIGN)
         x = tl.dot(q, k.T, input_precision=PRECISION)
         keys = n + tl.arange(0, BLOCK_N)
         visible = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
         p, alpha, m, l = softmax_step(x, visible, m, l, inner, coef, bias, True, ONLINE, FORM, ASM)
         if ONLINE:
             acc = acc * alpha[:, None]
-        v = load_tile(V, sv_b, sv_h, sv_s, b, hk, n, Skv, BLOCK_N, D, DPAD, False)
+        v = load_tile(V, sv_b, sv_h, sv_s, b, hk, n, Skv, BLOCK_N, D, DPAD, False, ALIGN)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
     seen = l > 0
@@ -69,10 +70,10 @@ def decode_kernel(
     tl.store(Lse + at, lse, mask=inside)
 
 
-@triton.jit(do_not_specialize=["Hq", "Sq", "splits"])
+@triton.jit(do_not_specialize=INTS)
 def combine_kernel(
     PartOut, PartLse, Out, Lse, so_b, so_h, so_s, Hq, Sq, splits,
-    D: tl.constexpr, DPAD: tl.constexpr, SPLITS: tl.constexpr,
+    D: tl.constexpr, DPAD: tl.constexpr, SPLITS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Out ``[B, Hq, Sq, D]`` (any strides) and Lse ``[B, Hq, Sq]`` of one row from its shares (Lse in log2)."""
     at = tl.program_id(0)
@@ -93,6 +94,6 @@ def combine_kernel(
         mask=inside[:, None], other=0.0,
     )  # fmt: skip
     out = tl.sum(parts * weight[:, None], 0) / tl.where(seen, total, 1.0)
-    target = Out + b.to(tl.int64) * so_b + h.to(tl.int64) * so_h + row.to(tl.int64) * so_s
+    target = Out + (b.to(tl.int64) * so_b + h.to(tl.int64) * so_h + row.to(tl.int64) * so_s) * ALIGN
     tl.store(target + columns, out.to(Out.dtype.element_ty), mask=columns < D)
     tl.store(Lse + at, tl.where(seen, (tl.log2(total) + top) * LN2, float("-inf")))

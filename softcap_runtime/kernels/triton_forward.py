@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .triton_common import (
+    INTS,
     LN2,
     block_ranges,
     capped,
@@ -54,27 +55,27 @@ def softmax_step(
 def _step(
     q, acc, m, l, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, n, Skv, inner, coef, bias,
     MASKED: tl.constexpr, ONLINE: tl.constexpr, FORM: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
-    DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ASM: tl.constexpr,
+    DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    k = load_tile(K, sk_b, sk_h, sk_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA)
+    k = load_tile(K, sk_b, sk_h, sk_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA, ALIGN)
     x = tl.dot(q, k.T, input_precision=PRECISION)
     keys = n + tl.arange(0, BLOCK_N)
     visible = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
     p, alpha, m, l = softmax_step(x, visible, m, l, inner, coef, bias, MASKED, ONLINE, FORM, ASM)
     if ONLINE:
         acc = acc * alpha[:, None]
-    v = load_tile(V, sv_b, sv_h, sv_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA)
+    v = load_tile(V, sv_b, sv_h, sv_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA, ALIGN)
     return tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION), m, l
 
 
-@triton.jit(do_not_specialize=["left", "right", "Sq", "Skv", "slo_b", "Hq", "G"])
+@triton.jit(do_not_specialize=INTS)
 def forward_kernel(
     Q, K, V, Out, Lse, Lo, Hi,
     sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, so_b, so_h, so_s, slo_b,
     Hq, G, Sq, Skv, left, right, inner, coef, bias, reference,
-    BAND: tl.constexpr, ONLINE: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
-    ASM: tl.constexpr,
+    BAND: tl.constexpr, ONLINE: tl.constexpr, FORM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Out ``[B, Hq, Sq, D]`` (any strides) and Lse ``[B, Hq, Sq]`` float32 for one block of query rows.
 
@@ -92,26 +93,26 @@ def forward_kernel(
     lo, hi = row_intervals(rows, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND)
     first, full_first, full_end, end = block_ranges(lo, hi, BLOCK_N)
 
-    q = load_tile(Q, sq_b, sq_h, sq_s, b, h, start, Sq, BLOCK_M, D, DPAD, TMA)
+    q = load_tile(Q, sq_b, sq_h, sq_s, b, h, start, Sq, BLOCK_M, D, DPAD, TMA, ALIGN)
     acc = tl.zeros([BLOCK_M, DPAD], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     for block in tl.range(full_first, full_end, num_stages=STAGES):
         acc, m, l = _step(
             q, acc, m, l, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, block * BLOCK_N, Skv,
-            inner, coef, bias, False, ONLINE, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ASM,
+            inner, coef, bias, False, ONLINE, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ALIGN, ASM,
         )  # fmt: skip
     before = tl.minimum(full_first, end) - first
     for edge in tl.range(0, before + end - full_end, num_stages=STAGES):
         block = tl.where(edge < before, first + edge, full_end + edge - before)
         acc, m, l = _step(
             q, acc, m, l, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, block * BLOCK_N, Skv,
-            inner, coef, bias, True, ONLINE, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ASM,
+            inner, coef, bias, True, ONLINE, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ALIGN, ASM,
         )  # fmt: skip
 
     seen = l > 0
     acc = acc * tl.where(seen, 1.0 / l, 0.0)[:, None]
-    store_tile(Out, so_b, so_h, so_s, b, h, start, Sq, acc, BLOCK_M, D, DPAD)
+    store_tile(Out, so_b, so_h, so_s, b, h, start, Sq, acc, BLOCK_M, D, DPAD, ALIGN)
     top = m if ONLINE else reference
     lse = tl.where(seen, (tl.log2(l) + top) * LN2, float("-inf"))
     tl.store(Lse + head.to(tl.int64) * Sq + rows, lse, mask=rows < Sq)

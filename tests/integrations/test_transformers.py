@@ -207,7 +207,8 @@ def test_gradient_checkpointing(reentrant: bool, seed: int) -> None:
     if reentrant:
         model.enable_input_require_grads()
     checkpointed = gradients(model, **inputs)
-    assert torch.equal(plain[0], checkpointed[0])
+    # Reentrant checkpoints run first without gradients, so another engine may serve that pass.
+    assert abs(plain[0] - checkpointed[0]) < 1e-5
     assert_close_gradients(plain[1], checkpointed[1])
 
 

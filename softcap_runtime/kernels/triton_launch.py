@@ -1,0 +1,122 @@
+"""From tensors to a kernel launch: tensor descriptors, strides, and the launch itself, cheap on the host.
+
+Triton's own ``kernel[grid](...)`` inspects every argument at every call, which costs 70 us and more a launch for
+kernels of forty arguments. Here everything a compilation depends on is in the constants and in ``Layout``, so a
+compiled kernel is found by a short key and launched directly.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gpu_options import BlockOptions, device_limits, padded
+
+# Triton's interpreter runs the kernels on the CPU, for tests; it knows no inline assembly.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Elements that all strides must be multiples of for 16-byte loads of every dtype served.
+ALIGNED = 8
+# Multiply-adds from which a call runs long enough to hide the descriptors' cost on the host (10 us each).
+TMA_FROM = 2**32
+# Strides in units of ALIGNED elements stay int32 up to here.
+INT32_STRIDES = 2**31
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+class Layout(NamedTuple):
+    """What the kernels are compiled for of the tensors' addresses and strides.
+
+    ``tma``: tiles come through the tensor memory accelerator. ``align``: the unit the strides are passed in.
+    ``reusable``: every such tensor fits one compiled kernel, so it may be found without asking Triton.
+    """
+
+    tma: bool
+    align: int
+    reusable: bool
+
+
+def layout(work: int, *tensors: Tensor) -> Layout:
+    """The layout of a call of ``work`` multiply-adds that reads or writes ``tensors`` ``[B, H, S, D]``."""
+    aligned = small = True
+    for tensor in tensors:
+        aligned = aligned and tensor.data_ptr() % 16 == 0
+        small = small and tensor.numel() < INT32_STRIDES
+        for stride, size in zip(tensor.stride()[:3], tensor.shape, strict=False):
+            aligned = aligned and (size == 1 or stride % ALIGNED == 0)
+            small = small and stride < INT32_STRIDES
+    if not aligned:
+        return Layout(False, 1, False)
+    capability = device_limits(tensors[0].device.index).capability
+    return Layout(capability >= (9, 0) and work >= TMA_FROM, ALIGNED, small)
+
+
+def strides(align: int, *tensors: Tensor) -> list[int]:
+    """The batch, head and row strides of all tensors, in units of ``align`` elements."""
+    return [stride // align for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def tile(tensor: Tensor, rows: int, tma: bool) -> Any:
+    """What a kernel loads tiles of ``rows`` rows from: a tensor descriptor, or the tensor (a pointer)."""
+    if not tma:
+        return tensor
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    width = padded(tensor.shape[-1])
+    # A dimension of one element may carry any stride in torch; the descriptor wants whole 16 bytes.
+    steps = [s if n > 1 else width for s, n in zip(tensor.stride()[:3], tensor.shape, strict=False)]
+    return TensorDescriptor(tensor, list(tensor.shape), [*steps, 1], [1, 1, rows, width])
+
+
+def vector(values: Tensor | None, rows: int, tma: bool) -> Any:
+    """As ``tile`` for ``rows`` elements of a contiguous tensor, taken as one vector."""
+    if not tma or values is None:
+        return values
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(values, [values.numel()], [1], [rows])
+
+
+def constants(head_dim: int, dtype: torch.dtype, options: BlockOptions, where: Layout) -> dict[str, Any]:
+    """The compile-time arguments that all attention kernels end with, in the order of their signatures."""
+    return {
+        "BLOCK_M": options.block_m,
+        "BLOCK_N": options.block_n,
+        "D": head_dim,
+        "DPAD": padded(head_dim),
+        # Three TF32 products carry float32's mantissa (error near 1e-6); half precision takes no notice.
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "STAGES": options.stages,
+        "TMA": where.tma,
+        "ALIGN": where.align,
+        "ASM": not INTERPRETED,
+    }
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: list[Any],
+    fixed: dict[str, Any],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    warps: int,
+    stages: int = 1,
+    reusable: bool = True,
+) -> None:
+    """Run ``kernel`` on the current device; ``fixed`` are its compile-time arguments in the order of its signature.
+
+    The first call with some ``fixed``, dtype and device compiles (or loads from Triton's cache).
+    """
+    key = (kernel, device.index, dtype, warps, stages, *fixed.values())
+    ready = _compiled.get(key) if reusable else None
+    if ready is not None:
+        ready[grid](*arguments, *fixed.values())
+        return
+    ready = kernel[grid](*arguments, **fixed, num_warps=warps, num_stages=stages)
+    if reusable and ready is not None:  # the interpreter returns None
+        _compiled[key] = ready

@@ -1,0 +1,257 @@
+"""The Triton kernels against the float64 reference, on a CUDA device."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from softcap_runtime import reference
+from softcap_runtime.kernels import triton_attention
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+FORWARD_ERROR = {BF16: 4e-3, FP16: 6e-4, FP32: 3e-6}
+BACKWARD_ERROR = {BF16: 7e-3, FP16: 1e-3, FP32: 5e-6}
+
+
+class Case(NamedTuple):
+    """One call and the dense mask it stands for."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+    options: dict[str, object]
+    mask: Tensor
+
+
+def make(
+    *, batch: int = 2, heads: int = 4, kv_heads: int = 2, rows: int = 200, keys: int = 200, dim: int = 64,
+    dtype: torch.dtype = BF16, softcap: float | None = 50.0, kind: str = "causal", spread: float = 1.0,
+    approx: bool = False,
+) -> Case:  # fmt: skip
+    """Fresh random inputs, with logits of a standard deviation near 3 times ``spread``."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.float32)
+
+    q = (draw(batch, rows, heads, dim) * spread * 3).to(dtype).transpose(1, 2)
+    k = draw(batch, kv_heads, keys, dim).to(dtype)
+    v = draw(batch, kv_heads, keys, dim).to(dtype)
+    grad = draw(batch, rows, heads, dim).to(dtype).transpose(1, 2)
+    options, lo, hi = mask_of(kind, batch, rows, keys)
+    options |= {"scale": dim**-0.5, "softcap": softcap, "approx": approx}
+    return Case(q, k, v, grad, options, reference.visible(lo, hi, keys))
+
+
+def mask_of(kind: str, batch: int, rows: int, keys: int) -> tuple[dict[str, object], Tensor, Tensor]:
+    """The arguments of a mask kind, and its intervals ``[B, rows]``."""
+    at = torch.arange(rows, device="cuda", dtype=torch.int32).expand(batch, rows)
+    offset = keys - rows
+    bands = {"full": (None, None), "causal": (None, offset + 1), "window": (offset - 36, offset + 1),
+             "two-sided": (offset - 20, offset + 21), "nothing": (keys + 9, keys + 12)}  # fmt: skip
+    if kind in bands:
+        left, right = bands[kind]
+        lo = torch.zeros_like(at) if left is None else at + left
+        hi = torch.full_like(at, keys) if right is None else at + right
+        return {"left": left, "right": right}, lo, hi
+    if kind == "documents":
+        ends = torch.randint(20, 90, (batch, 1), device="cuda", dtype=torch.int32)
+        lo, hi = at // ends * ends, at + 1
+    elif kind == "left padding":
+        pad = torch.arange(batch, device="cuda", dtype=torch.int32)[:, None] * 77
+        lo, hi = pad.expand(batch, rows), torch.where(at >= pad, at + 1 + offset, pad)
+    elif kind == "shared":
+        lo, hi = (at[:1] - 40).clamp_min(0), (at[:1] + 9).clamp_max(keys)
+    elif kind == "random":
+        lo = torch.randint(-9, keys, (batch, rows), device="cuda", dtype=torch.int32)
+        hi = torch.randint(0, keys + 9, (batch, rows), device="cuda", dtype=torch.int32)
+    else:
+        raise ValueError(kind)
+    return {"lo": lo, "hi": hi}, lo, hi
+
+
+def relative(value: Tensor, wanted: Tensor) -> float:
+    """``|value - wanted| / |wanted|``; both zero counts as exact."""
+    if not wanted.any():
+        return float(value.double().abs().max())
+    return float((value.double() - wanted).norm() / wanted.norm())
+
+
+def check(case: Case, forward_error: float | None = None, backward_error: float | None = None) -> None:
+    """Outputs and gradients against float64, rows and gradients that must be exactly 0 included."""
+    q, k, v, grad, options, mask = case
+    out, lse = triton_attention.forward(q, k, v, **options)
+    grads = triton_attention.backward(grad, q, k, v, out, lse, **options)
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    wanted, wanted_lse = reference.attention(
+        *wide, mask, scale=options["scale"], softcap=options["softcap"]
+    )
+    wanted_grads = torch.autograd.grad(wanted, wide, grad.double())
+    assert out.dtype == q.dtype
+    assert out.transpose(1, 2).is_contiguous()
+    empty = torch.isinf(wanted_lse)
+    assert torch.equal(torch.isinf(lse), empty)
+    assert not out[empty].any()
+    assert not grads[0][empty].any()
+    assert torch.allclose(lse[~empty].double(), wanted_lse[~empty], atol=5e-4 if forward_error is None else 5e-2)
+    assert relative(out, wanted.detach()) < (forward_error or FORWARD_ERROR[q.dtype])
+    for name, value, want in zip(("dq", "dk", "dv"), grads, wanted_grads, strict=True):
+        assert torch.isfinite(value).all(), name
+        assert relative(value, want) < (backward_error or BACKWARD_ERROR[q.dtype]), name
+    unseen = ~case.mask.any(1) if len(case.mask) == len(k) else ~case.mask.any(1).expand(len(k), -1)
+    assert not grads[1].transpose(1, 2)[unseen].any()
+    assert not grads[2].transpose(1, 2)[unseen].any()
+
+
+@pytest.mark.parametrize(("dtype", "dim"), list(itertools.product((BF16, FP16, FP32), (64, 96, 128, 256))))
+@pytest.mark.parametrize("kind", ["causal", "documents"])
+def test_every_dtype_and_head_dim(seed: int, dtype: torch.dtype, dim: int, kind: str) -> None:
+    check(make(dtype=dtype, dim=dim, kind=kind))
+
+
+@pytest.mark.parametrize(
+    "kind", ["full", "window", "two-sided", "nothing", "left padding", "shared", "random", "documents"]
+)
+@pytest.mark.parametrize(("rows", "keys"), [(200, 200), (129, 130), (70, 333), (333, 70)])
+def test_every_mask_kind(seed: int, kind: str, rows: int, keys: int) -> None:
+    check(make(kind=kind, rows=rows, keys=keys))
+
+
+@pytest.mark.parametrize("softcap", [0.1, 1.0, 30.0, 64.0, 80.0, 1000.0, None])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_softcaps_and_large_logits(seed: int, softcap: float | None, dtype: torch.dtype) -> None:
+    check(make(softcap=softcap, dtype=dtype, kind="window"))
+    if softcap is not None and softcap < 100 and dtype == BF16:
+        check(make(softcap=softcap, spread=100.0), 2e-2, 1.0)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (8, 1)])
+def test_gqa(seed: int, heads: int, kv_heads: int) -> None:
+    check(make(heads=heads, kv_heads=kv_heads, dim=128, rows=300, keys=300, kind="window"))
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(64, BF16), (128, BF16), (256, BF16), (128, FP16), (128, FP32), (96, BF16)])
+@pytest.mark.parametrize(("rows", "kind"), [(1, "causal"), (5, "window"), (3, "random"), (1, "left padding")])
+def test_decoding(seed: int, dim: int, dtype: torch.dtype, rows: int, kind: str) -> None:
+    check(make(heads=8, kv_heads=2, rows=rows, keys=2113, dim=dim, dtype=dtype, kind=kind, softcap=30.0))
+
+
+def test_the_approximate_tanh_and_its_error(seed: int) -> None:
+    # tanh.approx.f32 is off by 2**-11 of tanh, so a logit by up to 50 * 5e-4 = 0.024.
+    check(make(approx=True, dim=128), 2e-2, 3e-2)
+    case = make(approx=True, dim=128)
+    exact, _ = triton_attention.forward(*case[:3], **(case.options | {"approx": False}))
+    approximate, _ = triton_attention.forward(*case[:3], **case.options)
+    assert not torch.equal(exact, approximate)
+
+
+def test_strided_unaligned_and_expanded_inputs(seed: int) -> None:
+    case = make(dim=64, rows=150, keys=150)
+    wide = torch.randn(2, 150, 4, 200, device="cuda").to(BF16)
+    odd = wide[..., 3:67].transpose(1, 2)  # 6 bytes off a 16-byte boundary, row stride 200
+    check(case._replace(q=odd))
+    padded = torch.randn(2, 2, 170, 64, device="cuda").to(BF16)[:, :, 5:155]
+    check(case._replace(k=padded, v=padded))
+    ones = torch.ones((), device="cuda", dtype=BF16).expand(2, 4, 150, 64)
+    check(case._replace(grad=ones))
+    transposed = torch.randn(2, 4, 64, 150, device="cuda").to(BF16).transpose(2, 3)
+    check(case._replace(q=transposed))
+
+
+def test_every_element_is_written(seed: int) -> None:
+    """The allocator's next block is full of NaN, so what a kernel leaves out would show."""
+    case = make(dim=128, rows=257, keys=257)
+    for _ in range(2):
+        poison = [torch.full((2, 4, 257, 128), float("nan"), device="cuda", dtype=BF16) for _ in range(8)]
+        del poison
+        check(case)
+
+
+def test_two_runs_agree_bit_for_bit(seed: int) -> None:
+    case = make(dim=128, rows=700, keys=700, kind="documents")
+
+    def run() -> list[Tensor]:
+        out, lse = triton_attention.forward(*case[:3], **case.options)
+        return [out, lse, *triton_attention.backward(case.grad, *case[:3], out, lse, **case.options)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_decoding_in_a_cuda_graph(seed: int) -> None:
+    case = make(heads=8, kv_heads=4, rows=1, keys=8192, dim=128, kind="left padding")
+    want, _ = triton_attention.forward(*case[:3], **case.options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = triton_attention.forward(*case[:3], **case.options)
+    out.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(out, want)
+
+
+def test_training_in_a_cuda_graph(seed: int) -> None:
+    case = make(dim=128, kind="documents")
+    out, lse = triton_attention.forward(*case[:3], **case.options)
+    want = triton_attention.backward(case.grad, *case[:3], out, lse, **case.options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = triton_attention.backward(case.grad, *case[:3], out, lse, **case.options)
+    for value in got:
+        value.fill_(float("nan"))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_no_host_synchronisation(seed: int) -> None:
+    case = make(dim=64, kind="documents")
+    check(case)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, lse = triton_attention.forward(*case[:3], **case.options)
+        triton_attention.backward(case.grad, *case[:3], out, lse, **case.options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_two_streams(seed: int) -> None:
+    cases = [make(dim=64, kind=kind) for kind in ("causal", "documents")]
+    want = [triton_attention.forward(*case[:3], **case.options)[0] for case in cases]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    got = []
+    for stream, case in zip(streams, cases, strict=True):
+        with torch.cuda.stream(stream):
+            got.append(triton_attention.forward(*case[:3], **case.options)[0])
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_inputs_on_a_device_that_is_not_current(seed: int) -> None:
+    case = make(dim=64)
+    moved = [t.to("cuda:1") for t in case[:4]]
+    with torch.cuda.device(0):
+        out, lse = triton_attention.forward(*moved[:3], **case.options)
+        grads = triton_attention.backward(moved[3], *moved[:3], out, lse, **case.options)
+    assert {t.device.index for t in (out, lse, *grads)} == {1}
+    want, _ = triton_attention.forward(*case[:3], **case.options)
+    assert torch.equal(out.to("cuda:0"), want)
+
+
+def test_memory_is_linear_in_the_length(seed: int) -> None:
+    def peak(length: int) -> int:
+        case = make(batch=1, heads=2, kv_heads=1, rows=length, keys=length, dim=64)._replace(mask=None)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out, lse = triton_attention.forward(*case[:3], **case.options)
+        grads = triton_attention.backward(case.grad, *case[:3], out, lse, **case.options)
+        results = sum(t.numel() * t.element_size() for t in (out, *grads))
+        return torch.cuda.max_memory_allocated() - before - results
+
+    assert peak(8192) < 2.2 * peak(4096)
+    assert peak(8192) < 8 * 2 * 8192 * 4

@@ -1,0 +1,226 @@
+"""Every engine's results against the specification in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    FORWARD_TOLERANCE,
+    HEAD_DIM,
+    LAYOUTS,
+    Case,
+    Sizes,
+    cases,
+    expected,
+    hf_eager,
+    in_model_order,
+    make_qkv,
+    masks,
+    relative_error,
+    visible,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from masks.oracle import mask_cases, oracle
+
+from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
+from softcap_runtime.kernels import blocked
+from softcap_runtime.kernels.engine import Call
+from softcap_runtime.masks.intervals import row_intervals
+
+PACKAGED = ["flex", "blocked", "eager"]
+
+
+def check(runtime: Runtime, case: Case, dtype: torch.dtype, tolerance: float) -> None:
+    q, k, v = case.inputs(dtype)
+    with torch.no_grad():
+        out = runtime.attention(q, k, v, case.config, **case.masks)
+    assert out.shape == q.shape
+    assert out.dtype == dtype
+    assert in_model_order(out)
+    assert relative_error(out, case.expected(q, k, v)) <= tolerance
+    seen = case.visible().any(-1)
+    blind = ~seen.expand(case.sizes.batch, -1)[:, None, :, None].expand_as(out)
+    assert not out[blind].any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=mask_cases())
+def test_the_definition_in_helpers_is_the_one_of_the_masks(case: dict[str, Any]) -> None:
+    # Two definitions written apart, one in loops and one in tensors, so that neither is its own judge.
+    if case["q_len"] > case["kv_len"]:
+        case = {**case, "document_ids": None, "cache_lengths": None}
+    assert torch.equal(visible(**case), oracle(case))
+
+
+@pytest.mark.parametrize("engine", PACKAGED)
+@settings(max_examples=180, deadline=None)
+@given(case=cases())
+def test_any_mask_on_any_layout(runtimes: dict[str, Runtime], engine: str, case: Case) -> None:
+    check(runtimes[engine], case, torch.float32, FORWARD_TOLERANCE[torch.float32])
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(max_len=60))
+def test_any_mask_in_blocks_of_many_chunks(
+    warm_cache: Any, runtimes: dict[str, Runtime], case: Case
+) -> None:
+    # As with thousands of tokens: many blocks of rows, and many chunks of keys per block.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "ROWS", 8)
+        patch.setattr(blocked, "CHUNK", 8)
+        fresh = Runtime(RuntimeSettings(cache_dir=warm_cache, engine="blocked"))
+        fresh.supply = runtimes["blocked"].supply
+        check(fresh, case, torch.float32, FORWARD_TOLERANCE[torch.float32])
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), cap=st.floats(0.1, 1000.0))
+def test_any_mask_in_half_precision(runtimes: dict[str, Runtime], case: Case, cap: float) -> None:
+    case = case._replace(config=case.config.model_copy(update={"softcap": cap}))
+    for engine, tolerance in (("flex", 3e-3), ("blocked", 4e-3), ("eager", 3e-3)):
+        check(runtimes[engine], case, torch.bfloat16, tolerance)
+    plain = case._replace(masks={})
+    for engine in PACKAGED:
+        check(runtimes[engine], plain, torch.float16, FORWARD_TOLERANCE[torch.float16])
+
+
+@pytest.mark.parametrize("engine", ["blocked", "eager"])
+@settings(max_examples=40, deadline=None)
+@given(case=cases())
+def test_logsumexp(runtimes: dict[str, Runtime], engine: str, case: Case) -> None:
+    q, k, v = case.inputs()
+    sizes = case.sizes
+    mask = row_intervals(
+        sizes.q_len, sizes.kv_len, causal=case.config.causal, window=case.config.window, **case.masks
+    )
+    call = Call(mask, case.config.scale, case.config.softcap, engine, True)
+    _, lse = runtimes[engine].forward(q, k, v, call)
+    _, want = reference.attention(
+        q.double(), k.double(), v.double(), case.visible(), scale=call.scale, softcap=call.softcap
+    )
+    assert lse is not None
+    assert lse.shape == want.shape
+    assert torch.equal(torch.isneginf(lse), torch.isneginf(want))
+    seen = ~torch.isneginf(want)
+    # exp(lse) is what the backward divides by: a relative error of 2e-6 there is an absolute one of the lse.
+    assert bool(((lse - want)[seen].abs() <= 2e-6 + 2e-7 * want[seen].abs()).all())
+
+
+# The dense engine compiles in the process, seconds for a new shape class: one class, many masks in it.
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), causal=st.booleans(), length=st.sampled_from([37, 96, 130]), seed=st.integers(0, 2**31))
+def test_any_mask_on_the_dense_engine(
+    runtimes: dict[str, Runtime], data: Any, causal: bool, length: int, seed: int
+) -> None:
+    sizes = Sizes(3, 4, 2, length - 5, length)
+    config = AttentionConfig(
+        softcap=data.draw(st.sampled_from([0.1, 50.0, 1000.0])),
+        scale=0.125,
+        window=data.draw(st.one_of(st.none(), st.integers(1, length))),
+        causal=causal,
+    )
+    made = data.draw(masks(sizes))
+    check(runtimes["dense"], Case(sizes, config, made, "transposed", seed), torch.float32, 2e-6)
+
+
+@pytest.mark.parametrize("engine", PACKAGED)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 129), (128, 128), (129, 257), (5, 1100), (300, 2300)])
+def test_lengths_at_the_edges_of_blocks(
+    runtimes: dict[str, Runtime], engine: str, layout: str, lengths: tuple[int, int], seed: int
+) -> None:
+    for window, causal in ((None, True), (100, True), (100, False)):
+        config = AttentionConfig(softcap=50.0, scale=0.125, window=window, causal=causal)
+        check(runtimes[engine], Case(Sizes(2, 4, 2, *lengths), config, {}, layout, seed), torch.float32, 2e-6)
+
+
+@pytest.mark.parametrize("engine", ["auto", *PACKAGED, "dense"])
+def test_batch_rows_of_nothing_but_padding(runtimes: dict[str, Runtime], engine: str, seed: int) -> None:
+    mask = torch.tensor([[0] * 32 + [1] * 64, [0] * 96, [1] * 40 + [0] * 56])
+    config = AttentionConfig(softcap=50.0, scale=0.125)
+    q, k, v = make_qkv(Sizes(3, 4, 2, 91, 96))
+    out = runtimes[engine].attention(q, k, v, config, mask)
+    assert not out[1].any()
+    assert not out[0, :, :27].any()
+    assert bool(torch.isfinite(out).all())
+    assert relative_error(out, expected(q, k, v, config, attention_mask=mask)) <= 2e-6
+
+
+@pytest.mark.parametrize("engine", PACKAGED)
+def test_a_packed_batch_gives_what_its_documents_give(
+    runtimes: dict[str, Runtime], engine: str, seed: int
+) -> None:
+    runtime = runtimes[engine]
+    lengths = [1, 100, 29, 130, 7, 1]
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    q, k, v = make_qkv(Sizes(1, 4, 2, sum(lengths), sum(lengths)))
+    for window in (None, 20):
+        config = AttentionConfig(softcap=50.0, scale=0.125, window=window)
+        packed = runtime.attention(q, k, v, config, document_ids=ids)
+        alone = [
+            runtime.attention(*parts, config)
+            for parts in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+        ]
+        # Both are within 1e-6 of the exact result; sums may run in another order.
+        assert relative_error(packed, torch.cat(alone, 2)) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype", "limit"),
+    [
+        ("flex", torch.float32, 2e-6),
+        ("blocked", torch.float32, 2e-6),
+        ("eager", torch.float32, 2e-6),
+        ("flex", torch.bfloat16, 3e-3),
+        ("blocked", torch.bfloat16, 4e-3),
+        ("eager", torch.bfloat16, 3e-3),
+        ("flex", torch.float16, 1e-3),
+        ("blocked", torch.float16, 1e-3),
+        ("eager", torch.float16, 1e-3),
+    ],
+)
+def test_error_figures(
+    runtimes: dict[str, Runtime], engine: str, dtype: torch.dtype, limit: float, seed: int
+) -> None:
+    """The limits of issues 2 and 5, and never above eager model code on the same inputs."""
+    # flex has a kernel per head_dim, the others serve any with the same one.
+    for head_dim in (HEAD_DIM,) if engine == "flex" else (64, 128, 256):
+        for factor, softcap, window in ((1.0, 50.0, None), (1.0, 50.0, 200), (4.0, 30.0, None)):
+            config = AttentionConfig(softcap=softcap, scale=head_dim**-0.5, window=window)
+            q, k, v = make_qkv(Sizes(1, 8, 4, 512, 512, head_dim), dtype, factor=factor)
+            want = expected(q, k, v, config)
+            error = relative_error(runtimes[engine].attention(q, k, v, config), want)
+            mask = visible(512, 512, causal=True, window=window)
+            theirs = relative_error(hf_eager(q, k, v, config, mask), want)
+            print(f"{engine} {dtype} D{head_dim} x{factor} w{window}: {error:.2e}, eager model code {theirs:.2e}")
+            assert error <= theirs * 1.02  # two float32 results may round to the same error
+            if factor == 1.0:  # the limits are for inputs of unit variance
+                assert error <= limit
+
+
+@pytest.mark.parametrize("engine", ["blocked", "eager", "flex"])
+@pytest.mark.parametrize("softcap", [0.1, 1.0, 50.0, 64.0, 65.0, 1000.0, None])
+def test_large_inputs(runtimes: dict[str, Runtime], engine: str, softcap: float | None, seed: int) -> None:
+    """Inputs scaled by 100: logits of some 1e4 before the cap."""
+    config = AttentionConfig(softcap=softcap, scale=0.125)
+    q, k, v = make_qkv(Sizes(1, 4, 2, 200, 200), factor=100.0)
+    out = runtimes[engine].attention(q, k, v, config)
+    want = expected(q, k, v, config)
+    mask = visible(200, 200, causal=True, window=None)
+    theirs = relative_error(hf_eager(q, k, v, config, mask), want)
+    # A float32 logit of 1e4 is itself off by 1e-3: no more is asked than what the plain formula reaches.
+    assert relative_error(out, want) <= max(2 * theirs, 2e-6)
+    assert math.isfinite(float(out.abs().max()))
+
+
+def test_float64_by_the_eager_engine(runtimes: dict[str, Runtime], seed: int) -> None:
+    config = AttentionConfig(softcap=50.0, scale=0.125)
+    q, k, v = make_qkv(Sizes(2, 4, 2, 70, 70), torch.float64)
+    for engine in ("auto", "eager"):
+        out = runtimes[engine].attention(q, k, v, config)
+        assert out.dtype == torch.float64
+        assert relative_error(out, expected(q, k, v, config)) <= 1e-14  # some ulps of float64

@@ -1,0 +1,251 @@
+"""Gradients of every engine that trains, against autograd through the specification in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    GRADIENT_TOLERANCE,
+    LAYOUTS,
+    Case,
+    Sizes,
+    cases,
+    expected,
+    gradients,
+    hf_eager,
+    make_qkv,
+    masks,
+    relative_error,
+    visible,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
+from softcap_runtime.kernels import blocked
+
+TRAINS = ["blocked", "eager"]
+
+
+def check(
+    runtime: Runtime,
+    case: Case,
+    dtype: torch.dtype,
+    tolerance: float,
+    factor: float = 1.0,
+    layout: str | None = None,
+) -> None:
+    inputs = case.inputs(dtype, factor)
+    grad_out = make_qkv(case.sizes, dtype, layout or "transposed")[0]
+    out, got = gradients(lambda *x: runtime.attention(*x, case.config, **case.masks), inputs, grad_out)
+    want_out, want = gradients(case.expected, inputs, grad_out)
+    assert relative_error(out, want_out) <= tolerance
+    for name, mine, theirs, x in zip("qkv", got, want, inputs, strict=True):
+        assert mine.shape == x.shape
+        assert mine.dtype == dtype
+        assert bool(torch.isfinite(mine).all()), name
+    # Over all three together: the gradient of q and k may be zero but for rounding (one visible key, or a cap
+    # so low that its slope is 0), where a relative error of its own says nothing.
+    assert relative_error(torch.cat([x.flatten() for x in got]), torch.cat([x.flatten() for x in want])) <= tolerance
+
+
+@pytest.mark.parametrize("engine", TRAINS)
+@settings(max_examples=100, deadline=None)
+@given(case=cases(max_len=200), layout=st.sampled_from(LAYOUTS[:3]))
+def test_any_mask_on_any_layout(runtimes: dict[str, Runtime], engine: str, case: Case, layout: str) -> None:
+    check(runtimes[engine], case, torch.float32, GRADIENT_TOLERANCE[torch.float32], layout=layout)
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=cases(max_len=60))
+def test_any_mask_in_blocks_of_many_chunks(
+    warm_cache: Path, runtimes: dict[str, Runtime], case: Case
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocked, "ROWS", 8)
+        patch.setattr(blocked, "CHUNK", 8)
+        fresh = Runtime(RuntimeSettings(cache_dir=warm_cache, engine="blocked"))
+        fresh.supply = runtimes["blocked"].supply
+        check(fresh, case, torch.float32, GRADIENT_TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@settings(max_examples=30, deadline=None)
+@given(case=cases(max_len=200))
+def test_half_precision(runtimes: dict[str, Runtime], dtype: torch.dtype, case: Case) -> None:
+    for engine in TRAINS:
+        check(runtimes[engine], case, dtype, GRADIENT_TOLERANCE[dtype])
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data(), causal=st.booleans(), seed=st.integers(0, 2**31))
+def test_the_dense_engine(runtimes: dict[str, Runtime], data: Any, causal: bool, seed: int) -> None:
+    sizes = Sizes(3, 4, 2, 91, 96)  # one shape: it compiles in the process, seconds for a new class of them
+    config = AttentionConfig(
+        softcap=data.draw(st.sampled_from([0.1, 50.0, 1000.0])), scale=0.125, window=None, causal=causal
+    )
+    made = data.draw(masks(sizes))
+    check(runtimes["dense"], Case(sizes, config, made, "transposed", seed), torch.float32, 3e-6)
+
+
+@pytest.mark.parametrize("engine", ["auto", *TRAINS])
+@pytest.mark.parametrize("softcap", [0.1, 1.0, 30.0, 50.0, 64.0, 64.1, 1000.0, None])
+def test_softcaps_and_realistic_sizes(
+    runtimes: dict[str, Runtime], engine: str, softcap: float | None, seed: int
+) -> None:
+    for window, lengths in ((None, (700, 700)), (150, (500, 1300))):
+        config = AttentionConfig(softcap=softcap, scale=0.125, window=window)
+        check(runtimes[engine], Case(Sizes(1, 4, 2, *lengths), config, {}, "fused", seed), torch.float32, 3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("engine", ["auto", *TRAINS])
+def test_error_figures(runtimes: dict[str, Runtime], engine: str, dtype: torch.dtype, seed: int) -> None:
+    """The limits of issue 5 for each gradient by itself, and not above autograd through eager model code."""
+    for head_dim in (64, 256):
+        config = AttentionConfig(softcap=50.0, scale=head_dim**-0.5)
+        inputs = make_qkv(Sizes(1, 8, 4, 512, 512, head_dim), dtype)
+        grad_out = torch.randn(inputs[0].shape).to(dtype)
+        mask = visible(512, 512, causal=True, window=None)
+        _, got = gradients(lambda *x, c=config: runtimes[engine].attention(*x, c), inputs, grad_out)
+        _, want = gradients(lambda *x, c=config: expected(*x, c), inputs, grad_out)
+        _, theirs = gradients(lambda *x, c=config, m=mask: hf_eager(*x, c, m), inputs, grad_out)
+        for name, mine, exact, other in zip("qkv", got, want, theirs, strict=True):
+            error, model = relative_error(mine, exact), relative_error(other, exact)
+            print(f"{engine} {dtype} D{head_dim} d{name}: {error:.2e}, eager model code {model:.2e}")
+            assert error <= GRADIENT_TOLERANCE[dtype]
+            assert error <= model * 1.1 or dtype == torch.float32
+
+
+@pytest.mark.parametrize("engine", ["auto", *TRAINS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_that_see_nothing_have_no_gradient(
+    runtimes: dict[str, Runtime], engine: str, dtype: torch.dtype, seed: int
+) -> None:
+    mask = torch.tensor([[0] * 32 + [1] * 64, [0] * 96, [1] * 40 + [0] * 56])
+    config = AttentionConfig(softcap=50.0, scale=0.125)
+    inputs = make_qkv(Sizes(3, 4, 2, 91, 96), dtype)
+    grad_out = torch.randn(inputs[0].shape).to(dtype)
+    _, (grad_q, grad_k, grad_v) = gradients(
+        lambda *x: runtimes[engine].attention(*x, config, mask), inputs, grad_out
+    )
+    assert not grad_q[1].any()
+    assert not grad_q[0, :, :27].any()
+    for grad in (grad_k, grad_v):
+        assert not grad[1].any()
+        assert not grad[0, :, :32].any()
+        assert not grad[2, :, 40:].any()
+        assert bool(torch.isfinite(grad).all())
+    assert bool(grad_k[0, :, 32:].any())
+
+
+@pytest.mark.parametrize("softcap", [0.1, 1.0, 50.0, 1000.0, None])
+@pytest.mark.parametrize("engine", TRAINS)
+def test_large_inputs(runtimes: dict[str, Runtime], engine: str, softcap: float | None, seed: int) -> None:
+    """Inputs scaled by 100: the cap saturates, its slope vanishes, the softmax is one-hot."""
+    config = AttentionConfig(softcap=softcap, scale=0.125)
+    mask = visible(150, 150, causal=True, window=None)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        inputs = make_qkv(Sizes(1, 4, 2, 150, 150), dtype, factor=100.0)
+        grad_out = torch.randn(inputs[0].shape).to(dtype)
+        _, got = gradients(lambda *x: runtimes[engine].attention(*x, config), inputs, grad_out)
+        _, want = gradients(lambda *x: expected(*x, config), inputs, grad_out)
+        wide = tuple(x.float() for x in inputs)
+        _, theirs = gradients(lambda *x: hf_eager(*x, config, mask), wide, grad_out)
+        for name, mine, exact, plain in zip("qkv", got, want, theirs, strict=True):
+            assert bool(torch.isfinite(mine).all()), name
+            # Logits of 1e4 are off by 1e-3 in float32 whoever computes them, and so are their exponentials: the
+            # measure is the plain formula in float32, and the rounding of the result to the dtype.
+            floor = 4 * relative_error(plain, exact) + torch.finfo(dtype).eps
+            assert relative_error(mine, exact) <= max(floor, GRADIENT_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("engine", TRAINS)
+def test_fp16_does_not_overflow_on_the_way(runtimes: dict[str, Runtime], engine: str, seed: int) -> None:
+    # Products of q and k reach 1e6, above float16's 65504, and so do those of grad_out and v before their sum.
+    config = AttentionConfig(softcap=50.0, scale=1e-4)
+    inputs = make_qkv(Sizes(1, 4, 2, 130, 130), torch.float16, factor=120.0)
+    grad_out = torch.randn(inputs[0].shape).half()
+    out, got = gradients(lambda *x: runtimes[engine].attention(*x, config), inputs, grad_out)
+    want_out, want = gradients(lambda *x: expected(*x, config), inputs, grad_out)
+    assert relative_error(out, want_out) <= 1e-3
+    for mine, exact in zip(got, want, strict=True):
+        assert relative_error(mine, exact) <= 1e-3
+
+
+@pytest.mark.parametrize("engine", ["auto", *TRAINS])
+def test_two_runs_are_bit_equal(runtimes: dict[str, Runtime], engine: str, seed: int) -> None:
+    ids = (torch.rand(2, 300) < 0.02).cumsum(1)
+    config = AttentionConfig(softcap=50.0, scale=0.125, window=100)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = make_qkv(Sizes(2, 4, 2, 300, 300), dtype)
+        grad_out = torch.randn(inputs[0].shape).to(dtype)
+        runs = [
+            gradients(lambda *x: runtimes[engine].attention(*x, config, document_ids=ids), inputs, grad_out)
+            for _ in range(2)
+        ]
+        assert torch.equal(runs[0][0], runs[1][0])
+        assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def test_only_some_inputs_need_gradients(runtime: Runtime, seed: int) -> None:
+    config = AttentionConfig(softcap=50.0, scale=0.125)
+    inputs = make_qkv(Sizes(1, 4, 2, 60, 60))
+    _, want = gradients(lambda *x: expected(*x, config), inputs, torch.ones_like(inputs[0]))
+    for place in range(3):
+        leaves = [x.detach().requires_grad_(index == place) for index, x in enumerate(inputs)]
+        runtime.attention(*leaves, config).sum().backward()
+        assert relative_error(leaves[place].grad, want[place]) <= 3e-6
+        assert all(x.grad is None for index, x in enumerate(leaves) if index != place)
+
+
+def test_expanded_gradient(runtime: Runtime, seed: int) -> None:
+    # sum() hands back one element seen as a whole tensor: strides of 0, the last one too.
+    config = AttentionConfig(softcap=50.0, scale=0.125)
+    q, k, v = (x.requires_grad_() for x in make_qkv(Sizes(2, 4, 2, 60, 60)))
+    runtime.attention(q, k, v, config).sum().backward()
+    _, want = gradients(lambda *x: expected(*x, config), (q, k, v), torch.ones_like(q))
+    for x, exact in zip((q, k, v), want, strict=True):
+        assert relative_error(x.grad, exact) <= 3e-6
+
+
+@pytest.fixture()
+def bf16_tiles(warm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+    """The blocked engine as it runs where the CPU multiplies bf16 in tiles, on any CPU."""
+    monkeypatch.setattr(blocked, "cpu_has_amx", lambda: True)
+    runtime = Runtime(RuntimeSettings(cache_dir=warm_cache, engine="blocked"))
+    yield runtime
+    assert {spec.dtype for spec in runtime.supply.supplied} <= {"bfloat16"}
+
+
+def test_bf16_products(bf16_tiles: Runtime, seed: int) -> None:
+    ids = (torch.rand(2, 500) < 0.01).cumsum(1)
+    mask = torch.ones(2, 500, dtype=torch.int64)
+    mask[1, 300:] = 0
+    for head_dim in (64, 256):
+        config = AttentionConfig(softcap=50.0, scale=head_dim**-0.5)
+        inputs = make_qkv(Sizes(2, 4, 2, 500, 500, head_dim), torch.bfloat16)
+        grad_out = torch.randn(inputs[0].shape).bfloat16()
+        for made in ({}, {"document_ids": ids, "attention_mask": mask}):
+            out, got = gradients(
+                lambda *x, c=config, m=made: bf16_tiles.attention(*x, c, **m), inputs, grad_out
+            )
+            want_out, want = gradients(lambda *x, c=config, m=made: expected(*x, c, **m), inputs, grad_out)
+            theirs_out, theirs = gradients(
+                lambda *x, c=config, m=made: hf_eager(*x, c, visible(500, 500, causal=True, window=None, **m)),
+                inputs,
+                grad_out,
+            )
+            error = relative_error(out, want_out)
+            print(f"bf16 D{head_dim} {sorted(made)}: out {error:.2e}")
+            assert error <= 4e-3
+            if not made:  # eager model code gives rows that see nothing a mean, not 0
+                assert error <= relative_error(theirs_out, want_out)
+            for name, mine, exact, other in zip("qkv", got, want, theirs, strict=True):
+                error = relative_error(mine, exact)
+                print(f"  d{name} {error:.2e}, eager model code {relative_error(other, exact):.2e}")
+                assert error <= GRADIENT_TOLERANCE[torch.bfloat16]
