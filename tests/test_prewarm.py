@@ -1,0 +1,223 @@
+"""Prewarming: from requests to kernels, each made once, failures kept apart."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import HEAD_DIM
+
+from softcap_runtime import (
+    AttentionConfig,
+    BuildFailed,
+    EngineUnavailable,
+    PrewarmRequest,
+    Runtime,
+    RuntimeSettings,
+)
+from softcap_runtime.kernels import package
+from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.presets import PRESETS, requests_for
+from softcap_runtime.prewarm import kernel_name
+
+CONFIG = AttentionConfig(softcap=50.0, scale=HEAD_DIM**-0.5, window=100)
+
+
+def request(**changes: object) -> PrewarmRequest:
+    fields = {"config": CONFIG, "num_heads": 4, "num_kv_heads": 2, "head_dim": HEAD_DIM, "dtype": "float32"}
+    return PrewarmRequest(**{**fields, **changes})
+
+
+def compiler(monkeypatch: pytest.MonkeyPatch, failing: str | None = None) -> list[KernelSpec]:
+    """Stands in for the compiler: what was asked of it, and no package that could be loaded."""
+    asked: list[KernelSpec] = []
+
+    def build(spec: KernelSpec) -> bytes:
+        asked.append(spec)
+        if spec.mask == failing:
+            raise BuildFailed(f"cannot build {spec.op}: no luck\nsecond line")
+        return b"package of " + repr(spec).encode()
+
+    monkeypatch.setattr(package, "build", build)
+    monkeypatch.setattr(
+        "softcap_runtime.kernels.table.load_package", lambda data, device: lambda inputs: inputs
+    )
+    return asked
+
+
+def test_every_kernel_of_the_candidates_is_built_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = compiler(monkeypatch)
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="forbid"))
+    wanted = [request(), request(config=CONFIG.model_copy(update={"window": None})), request(num_heads=2)]
+    first = runtime.prewarm(wanted, progress=False)
+    assert {(row.spec.op, row.spec.mask) for row in first} == {
+        ("flex_forward", "band"),
+        ("flex_forward", "intervals"),
+        ("block_forward", ""),
+    }
+    assert sorted(asked) == sorted(row.spec for row in first)
+    assert all(row.outcome == "built" and row.bytes > 0 and row.error is None for row in first)
+    assert {row.outcome for row in runtime.prewarm(wanted, progress=False)} == {"ready"}
+
+    other = Runtime(RuntimeSettings(cache_dir=tmp_path)).prewarm(wanted, progress=False)
+    assert {row.outcome for row in other} == {"loaded"}
+    assert {row.spec: row.bytes for row in other} == {row.spec: row.bytes for row in first}
+    assert len(asked) == 3
+
+
+def test_training_adds_kernels_and_an_engine_narrows_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(monkeypatch)
+    ops = {
+        row.spec.op
+        for row in Runtime(RuntimeSettings(cache_dir=tmp_path)).prewarm([request(train=True)], False)
+    }
+    assert ops == {"flex_forward", "block_forward", "block_backward"}
+    blocked = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="blocked"))
+    assert [row.spec.op for row in blocked.prewarm([request()], False)] == ["block_forward"]
+    assert (
+        Runtime(RuntimeSettings(cache_dir=tmp_path, engine="eager")).prewarm([request(train=True)], False)
+        == []
+    )
+
+
+def test_a_failure_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler(monkeypatch, failing="intervals")
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path))
+    rows = {row.spec.mask: row for row in runtime.prewarm([request(seq_lens=[64])], progress=True)}
+    assert rows["intervals"].outcome == "failed"
+    assert rows["intervals"].error == "cannot build flex_forward: no luck"
+    assert rows["band"].outcome == rows[""].outcome == "built"
+    assert runtime.stats().misses == 0, "no length is bound while a kernel is missing"
+
+
+def test_bad_requests_raise_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = compiler(monkeypatch)
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path))
+    for bad, words in [
+        (request(device="abacus"), "device: 'abacus', expected a torch device"),
+        (request(device="meta"), "device: 'meta', expected cpu or cuda"),
+        (request(device=f"cuda:{torch.cuda.device_count()}"), "this process sees"),
+        (request(num_heads=3), "num_heads: 3, expected a multiple of num_kv_heads 2"),
+    ]:
+        with pytest.raises(ValueError, match=words) as caught:
+            runtime.prewarm([request(), bad], progress=False)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(EngineUnavailable, match="flex"):
+        Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex")).prewarm([request(train=True)], False)
+    assert asked == []
+
+
+def test_prewarmed_lengths_have_their_plans(warm_cache: Path, seed: int) -> None:
+    lengths = random.sample(range(1, 700), 3)
+    runtime = Runtime(RuntimeSettings(cache_dir=warm_cache, jit="forbid"))
+    rows = runtime.prewarm([request(seq_lens=lengths, train=True)], progress=False)
+    assert {row.outcome for row in rows} == {"loaded"}
+    bound = runtime.stats().misses
+    for length in lengths:
+        q, k, v = (torch.randn(1, heads, length, HEAD_DIM) for heads in (4, 2, 2))
+        runtime.attention(q, k, v, CONFIG)
+        runtime.attention(q.requires_grad_(), k, v, CONFIG).sum().backward()
+    stats = runtime.stats()
+    assert stats.misses == bound == 2 * len(lengths)
+    assert stats.hits >= 2 * len(lengths)
+    assert stats.builds == 0
+
+
+def test_names_tell_kernels_apart() -> None:
+    one = KernelSpec("flex_forward", "cpu", "float32", 64, True, "band")
+    others = [one._replace(dtype="float16"), one._replace(head_dim=32), one._replace(capped=False)]
+    assert len({kernel_name(spec) for spec in [one, one._replace(mask="intervals"), *others]}) == 5
+
+
+def test_importing_the_package_imports_no_tool() -> None:
+    heavy = {"typer", "rich", "softcap_runtime.cli", "softcap_runtime.prewarm", "softcap_runtime.stats"}
+    code = f"import softcap_runtime, sys; print(sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_gemma_2(name: str) -> None:
+    sliding, full = requests_for(name, seq_lens=[10], dtype="float16", train=True)
+    assert (sliding.config.window, full.config.window) == (4096, None)
+    assert sliding.config.softcap == full.config.softcap == 50.0
+    assert sliding.num_heads == 2 * sliding.num_kv_heads
+    assert (sliding.seq_lens, sliding.dtype, sliding.train) == ((10,), "float16", True)
+    scalar, head_dim = {"gemma2-27b": (144, 128)}.get(name, (256, 256))
+    assert math.isclose(sliding.config.scale, scalar**-0.5)
+    assert sliding.head_dim == head_dim
+
+
+def test_a_model_folder_is_read_as_transformers_reads_it(tmp_path: Path, seed: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    heads = random.choice([2, 4])
+    config = transformers.Gemma2Config(
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_hidden_layers=5,
+        query_pre_attn_scalar=random.randint(10, 300),
+        sliding_window=random.randint(2, 5000),
+        attn_logit_softcapping=random.uniform(1, 60),
+    )
+    config.save_pretrained(tmp_path)
+    expected = {AttentionConfig.from_hf(config, layer_idx=layer) for layer in range(5)}
+    for source in (tmp_path, tmp_path / "config.json"):
+        found = requests_for(source)
+        assert {one.config for one in found} == expected
+        assert {(one.num_heads, one.num_kv_heads, one.head_dim) for one in found} == {(heads, 2, 64)}
+
+    # Before transformers 4.56 a Gemma-2 config did not list its layers' kinds; multimodal ones nest theirs.
+    document = json.loads((tmp_path / "config.json").read_text())
+    document.pop("layer_types")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "any", "text_config": document}))
+    assert {one.config for one in requests_for(tmp_path)} == expected
+
+
+def test_a_pattern_of_sliding_layers(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    fields = SimpleNamespace(
+        num_attention_heads=4, num_hidden_layers=6, head_dim=8, sliding_window=32, sliding_window_pattern=6
+    )
+    path.write_text(json.dumps(vars(fields)))
+    assert [one.config.window for one in requests_for(path)] == [32, None]
+    fields.num_hidden_layers = 5
+    path.write_text(json.dumps(vars(fields)))
+    (only,) = requests_for(path)
+    assert (only.config.window, only.num_kv_heads, only.config.softcap) == (32, 4, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "does not exist"),
+        ("{", "is not JSON"),
+        ("[]", "holds no object"),
+        ("{}", "num_attention_heads: None, expected an integer"),
+        ('{"num_attention_heads": true, "num_hidden_layers": 1}', "num_attention_heads: True"),
+        ('{"num_attention_heads": 4, "num_hidden_layers": 1}', "none of query_pre_attn_scalar"),
+        (
+            '{"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": 8, "layer_types":3, "sliding_window":4}',
+            "cannot be used",
+        ),
+        ('{"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": "x"}', "cannot be used"),
+    ],
+)
+def test_bad_model_files_are_told_in_one_line(tmp_path: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        requests_for(tmp_path / "config.json")
+    assert str(caught.value).startswith("model: ")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,101 @@
+"""What ``Runtime.stats()`` counts."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import HEAD_DIM
+
+from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettings
+from softcap_runtime.kernels import package
+from softcap_runtime.kernels.key import KernelSpec
+
+CONFIG = AttentionConfig(softcap=50.0, scale=HEAD_DIM**-0.5)
+
+
+def call(runtime: Runtime, length: int, config: AttentionConfig = CONFIG, **masks: torch.Tensor) -> None:
+    q, k, v = (torch.randn(1, heads, length, HEAD_DIM) for heads in (4, 2, 2))
+    runtime.attention(q, k, v, config, **masks)
+
+
+def test_calls_are_hits_or_misses_and_kernels_are_shared(warm_cache: Path, seed: int) -> None:
+    runtime = Runtime(RuntimeSettings(cache_dir=warm_cache, engine="flex"))
+    empty = runtime.stats()
+    assert (empty.hits, empty.misses, empty.kernels, empty.engines, empty.bytes) == (0, 0, [], [], 0)
+    lengths = random.sample(range(1, 200), 5)
+    for length in lengths:
+        for _ in range(3):
+            call(runtime, length)
+    stats = runtime.stats()
+    assert (stats.misses, stats.hits) == (5, 10)
+    assert (stats.builds, stats.loads, stats.cache_fault) == (0, 1, None)
+    (kernel,) = stats.kernels
+    assert (kernel.op, kernel.head_dim, kernel.mask) == ("flex_forward", HEAD_DIM, "band")
+    assert (kernel.source, kernel.plans) == ("disk", 5)
+    (engine,) = stats.engines
+    assert (engine.engine, engine.plans, engine.calls) == ("flex", 5, 10)
+    assert stats.package_bytes == kernel.bytes > 0
+    assert stats.bytes == stats.package_bytes + stats.mask_bytes > stats.package_bytes
+    assert stats.load_seconds == kernel.seconds > 0
+
+    call(runtime, 7, document_ids=torch.zeros(1, 7, dtype=torch.int32))
+    call(runtime, 7, document_ids=torch.zeros(1, 7, dtype=torch.int32))
+    more = runtime.stats()
+    assert (more.misses - stats.misses, more.hits) == (2, stats.hits), (
+        "such masks are bound anew for each call"
+    )
+    assert {row.mask: row.plans for row in more.kernels} == {"band": 5, "intervals": 0}
+
+
+def test_each_engine_has_its_row(warm_cache: Path, seed: int) -> None:
+    runtime = Runtime(RuntimeSettings(cache_dir=warm_cache))
+    for length in (1, 20, 1024):
+        call(runtime, length)
+    q = torch.randn(1, 1, 4, HEAD_DIM, dtype=torch.float64)
+    runtime.attention(q, q, q, CONFIG)
+    rows = {row.engine: row for row in runtime.stats().engines}
+    assert {name: row.plans for name, row in rows.items()} == {"flex": 2, "blocked": 1, "eager": 1}
+    assert all(row.reason for row in rows.values())
+
+
+def test_background_builds_are_pending_then_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def build(spec: KernelSpec) -> bytes:
+        started.set()
+        go_on.wait(60)
+        raise BuildFailed(f"cannot build {spec.op}: no luck")
+
+    monkeypatch.setattr(package, "build", build)
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, build="background", engine="blocked"))
+    call(runtime, 8)
+    assert started.wait(60)
+    assert (runtime.stats().background_pending, runtime.stats().background_failed) == (1, {})
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "softcap-build":
+            thread.join(60)
+    stats = runtime.stats()
+    assert stats.background_pending == 0
+    ((name, error),) = stats.background_failed.items()
+    assert "block_forward" in name
+    assert error == "cannot build block_forward: no luck"
+
+
+def test_a_folder_that_cannot_be_used_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(package, "build", lambda spec: b"package")
+    monkeypatch.setattr(
+        "softcap_runtime.kernels.table.load_package", lambda data, device: lambda inputs: inputs
+    )
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path / "file"))
+    runtime.supply.obtain(KernelSpec("block_forward", "cpu", "float32", 0, True, ""))
+    stats = runtime.stats()
+    assert stats.cache_dir == str(tmp_path / "file")
+    assert "is a file" in (stats.cache_fault or "")
+    assert (stats.builds, stats.kernels[0].source, stats.kernels[0].plans) == (1, "built", 0)
+    assert stats.build_seconds == stats.kernels[0].seconds
