@@ -130,16 +130,17 @@ def _explicit(
 
 def _prewarm(runtime: Runtime, requests: list[PrewarmRequest]) -> None:
     from softcap_runtime import cli_tables as tables
+    from softcap_runtime.prewarm import kernels_of
 
+    if not any([kernels_of(request, runtime.settings.engine) for request in requests]):
+        print("nothing to prewarm: no kernel of the engine that would serve this is kept in the cache")
+        return
     store = runtime.supply.store
     if not store.database.can_write() and store.fault is not None:
         raise SoftcapRuntimeError(f"nothing could be kept: {store.fault}")
     results = runtime.prewarm(requests, progress=True)
-    if not results:
-        print(f"the {runtime.settings.engine} engine compiles nothing: it is always warm")
-        return
-    tables.console().print(tables.prewarm_table(results))
     store.flush()
+    tables.console().print(tables.prewarm_table(results))
     if any(result.outcome == "ready" for result in results):
         print("ready: compiled by torch in each process that uses it; there is nothing to keep on disk")
     if store.held_in_memory:

@@ -14,7 +14,7 @@ import torch
 
 from softcap_runtime.config import PrewarmRequest
 from softcap_runtime.kernels.choose import candidates, choose
-from softcap_runtime.kernels.engine import Call, Engine, Problem
+from softcap_runtime.kernels.engine import Call, Problem
 from softcap_runtime.kernels.jit import compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec, dtype_of
 from softcap_runtime.masks.intervals import RowIntervals, band
@@ -58,11 +58,7 @@ def prewarm(runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool
     Raises ValueError for heads that do not divide or a device that is not there, EngineUnavailable when the
     engine of the settings cannot serve a request; both before anything is built.
     """
-    wanted = {request: _problems(request) for request in requests}
-    specs = {
-        request: list(dict.fromkeys(_specs(problems, runtime.settings.engine)))
-        for request, problems in wanted.items()
-    }
+    specs = {request: kernels_of(request, runtime.settings.engine) for request in requests}
     distinct = list(dict.fromkeys(spec for each in specs.values() for spec in each))
     with _shown(len(distinct), progress and bool(distinct)) as shown, ThreadPoolExecutor(_cores()) as pool:
         try:
@@ -75,6 +71,19 @@ def prewarm(runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool
         if not failed.intersection(each):
             _bind_lengths(runtime, request)
     return results
+
+
+def kernels_of(request: PrewarmRequest, engine: str) -> list[KernelSpec]:
+    """The kernels that calls like ``request`` may need from ``engine``, each once; none where nothing is compiled.
+
+    Raises as ``prewarm`` does, and touches no cache.
+    """
+    found: dict[KernelSpec, None] = {}
+    for problem in _problems(request):
+        engines = candidates(problem) if engine == "auto" else [choose(problem, engine).engine]
+        for one in engines:
+            found.update(dict.fromkeys(one.specs(problem)))
+    return list(found)
 
 
 def kernel_name(spec: KernelSpec) -> str:
@@ -124,13 +133,6 @@ def _problems(request: PrewarmRequest) -> list[Problem]:
         for train in ((False, True) if request.train else (False,))
         for mask in masks
     ]
-
-
-def _specs(problems: list[Problem], asked: str) -> Iterator[KernelSpec]:
-    for problem in problems:
-        engines: list[Engine] = candidates(problem) if asked == "auto" else [choose(problem, asked).engine]
-        for engine in engines:
-            yield from engine.specs(problem)
 
 
 def _obtain(runtime: Runtime, spec: KernelSpec, shown: Shown) -> PrewarmResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import threading
 import time
 from typing import NamedTuple
@@ -89,7 +90,7 @@ class Supply:
         """The shell command that prewarms the kernels of ``problem``."""
         words = ["softcap-runtime prewarm"]
         if "cache_dir" in self.settings.model_fields_set:
-            words.insert(0, f"SOFTCAP_CACHE_DIR={self.settings.cache_dir}")
+            words.insert(0, f"SOFTCAP_CACHE_DIR={shlex.quote(str(self.settings.cache_dir))}")
         options: dict[str, object] = {
             "num-heads": problem.num_heads,
             "num-kv-heads": problem.num_kv_heads,

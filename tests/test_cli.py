@@ -1,0 +1,333 @@
+"""The command line: what it prints, its exit codes, and that the command an error names does what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import HEAD_DIM
+
+from softcap_runtime import AttentionConfig, KernelNotPrewarmed, Runtime, RuntimeSettings, cli
+from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.store import Key, Store, fingerprint
+from softcap_runtime.store.schema import DBNAME
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMBERS = ["--num-heads", "4", "--num-kv-heads", "2", "--head-dim", str(HEAD_DIM), "--scale", "0.125"]
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs one command line in this process: exit code, standard output, standard error."""
+    for name in [name for name in os.environ if name.startswith("SOFTCAP_") and "_TEST_" not in name]:
+        monkeypatch.delenv(name)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.run([str(word) for word in words])
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def fill(folder: Path) -> Store:
+    """A cache of three entries that nobody will load: two kernels for here, one for another machine."""
+    store = Store(folder, 2**30)
+    for head_dim, dtype, here in ((64, "float32", True), (128, "float32", True), (256, "float16", False)):
+        spec = KernelSpec("flex_forward", "cpu", dtype, head_dim, True, "band")
+        environment = fingerprint("cpu") if here else {**fingerprint("cpu"), "torch": "1.0"}
+        store.load_or_build(Key(spec.fields(), environment), lambda: os.urandom(1000))
+    return store
+
+
+def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A line typed into a shell that finds this environment's programs."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SOFTCAP_")}
+    return subprocess.run(
+        line,
+        shell=True,
+        env={**clean, "PATH": path, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+CALL = """
+import sys, torch
+from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
+folder, engine, softcap, length = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+q, k, v = (torch.randn(1, heads, length, 64) for heads in (4, 2, 2))
+config = AttentionConfig(scale=0.125, softcap=softcap)
+runtime = Runtime(RuntimeSettings(cache_dir=folder, engine=engine, jit="forbid"))
+out = runtime.attention(q, k, v, config)
+seen = torch.ones(length, length, dtype=torch.bool).tril()[None]
+want = reference.attention(q.double(), k.double(), v.double(), seen, scale=0.125, softcap=softcap)[0]
+assert (out - want).norm() < 1e-5 * want.norm()
+assert runtime.stats().builds == 0
+"""
+
+
+def the_command_for(folder: Path, engine: str, softcap: float, length: int) -> str:
+    """What a refused call says should be run."""
+    runtime = Runtime(RuntimeSettings(cache_dir=folder, engine=engine, jit="forbid"))
+    q, k = torch.randn(1, 4, length, HEAD_DIM), torch.randn(1, 2, length, HEAD_DIM)
+    with pytest.raises(KernelNotPrewarmed) as caught:
+        runtime.attention(q, k, k, AttentionConfig(scale=0.125, softcap=softcap))
+    return str(caught.value).split("run: ", 1)[1]
+
+
+@pytest.mark.slow
+def test_the_command_that_an_error_names_builds_the_kernel(tmp_path: Path, seed: int) -> None:
+    folder, softcap = tmp_path / "a cache", random.choice([20.0, 30.5, 50.0])
+    length = random.randint(1, 300)
+    arguments = [sys.executable, "-c", CALL, str(folder), "blocked", str(softcap), str(length)]
+    done = shell(the_command_for(folder, "blocked", softcap, length))
+    assert (done.returncode, done.stdout.count("built")) == (0, 1), done.stdout + done.stderr
+    served = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert served.returncode == 0, served.stderr
+
+
+def test_the_command_names_every_kernel_of_the_call(tmp_path: Path, warm_cache: Path, seed: int) -> None:
+    """As above for the engine that picks itself, with the session's kernels in place of a compiler."""
+    softcap, length = random.uniform(1, 60), random.randint(1, 2000)
+    line = the_command_for(tmp_path / "empty", "auto", softcap, length)
+    line = line.replace(str(tmp_path / "empty"), str(warm_cache))
+    done = shell(line)
+    assert (done.returncode, done.stdout.count("loaded")) == (0, 3), done.stdout + done.stderr
+    arguments = [sys.executable, "-c", CALL, str(warm_cache), "auto", str(softcap), str(length)]
+    served = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert served.returncode == 0, served.stderr
+
+
+def test_prewarm_shows_each_kernel(command: Command, warm_cache: Path) -> None:
+    words = ["--cache-dir", warm_cache, "prewarm", *NUMBERS, "--softcap", "50", "--dtype", "float32"]
+    code, out, _ = command(*words, "--train", "--seq-len", "100", "--seq-len", "2000")
+    assert code == 0
+    for op in ("flex_forward", "block_forward", "block_backward"):
+        assert op in out
+    assert out.count("loaded") == 4
+    code, out, _ = command(*words, "--dtype", "bfloat16", "--engine", "flex")
+    assert (code, out.count("flex_forward float32"), out.count("flex_forward bfloat16")) == (0, 2, 2)
+    code, out, _ = command(*words, "--engine", "eager")
+    assert (code, out.startswith("nothing to prewarm")) == (0, True)
+    code, out, _ = command(*words, "--engine", "dense")
+    assert (code, "compiled by torch in each process" in out) == (0, True)
+
+
+def test_prewarm_fails_when_a_build_does(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softcap_runtime.kernels.package.find_compiler", lambda: None)
+    words = ["--cache-dir", tmp_path / "cache", "prewarm", "--preset", "gemma2-2b", "--engine", "blocked"]
+    code, out, _ = command(*words)
+    assert (code, "failed" in out, "no C++ compiler found" in out) == (1, True, True)
+    (tmp_path / "file").touch()
+    code, out, err = command("--cache-dir", tmp_path / "file", *words[2:])
+    assert (code, out) == (1, "")
+    assert err.startswith("softcap-runtime: nothing could be kept: ")
+
+
+def test_inspect_shows_the_cache(command: Command, tmp_path: Path) -> None:
+    store = fill(tmp_path / "cache")
+    store.load(
+        Key(KernelSpec("flex_forward", "cpu", "float32", 1, True, "band").fields(), fingerprint("cpu"))
+    )
+    store.close()
+    code, out, err = command("--cache-dir", tmp_path / "cache", "inspect")
+    assert (code, err) == (0, "")
+    assert str(tmp_path / "cache") in out
+    assert "trusted" in out
+    assert out.count("flex_forward") == 3
+    assert "no: torch" in out
+    report = json.loads(command("--cache-dir", tmp_path / "cache", "inspect", "--json")[1])
+    assert report["status"]["entries"] == len(report["entries"]) == 3
+    assert report["status"]["counters"]["misses"]["value"] == 4
+    by_dim = {entry["fields"]["head_dim"]: entry for entry in report["entries"]}
+    assert [by_dim[dim]["fits"] for dim in (64, 128, 256)] == [True, True, False]
+    assert by_dim[256]["differs"] == ["torch"]
+    assert all(entry["bytes"] == 1000 for entry in report["entries"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "present", "differs"),
+    [
+        (["head_dim=64"], True, []),
+        (["head_dim=64", "dtype=float32", "op=flex_forward", "capped=true"], True, []),
+        (["head_dim=128", "dtype=bfloat16"], False, ["dtype"]),
+        (["head_dim=128", "capped=false", "mask=intervals"], False, ["capped", "mask"]),
+        (["head_dim=256"], False, ["fingerprint.torch"]),
+    ],
+)
+def test_inspect_explains(
+    command: Command, tmp_path: Path, fields: list[str], present: bool, differs: list[str]
+) -> None:
+    fill(tmp_path / "cache").close()
+    code, out, _ = command("--cache-dir", tmp_path / "cache", "inspect", "--explain", "--json", *fields)
+    answer = json.loads(out)
+    assert (code, answer["present"]) == (0, present)
+    assert [one["field"] for one in answer["differences"]] == differs
+    out = command("--cache-dir", tmp_path / "cache", "inspect", "--explain", *fields)[1]
+    assert out.startswith("present" if present else "absent")
+    assert all(name in out for name in differs)
+
+
+def test_explaining_a_kernel_that_depends_on_no_head_dim(command: Command, tmp_path: Path) -> None:
+    store = fill(tmp_path)
+    spec = KernelSpec("block_forward", "cpu", "float32", 0, True, "")
+    store.load_or_build(Key(spec.fields(), fingerprint("cpu")), lambda: b"kernel")
+    store.close()
+    explain = ["--cache-dir", tmp_path, "inspect", "--explain"]
+    assert command(*explain, "op=block_forward", "head_dim=77", "mask=band")[1].startswith("present")
+    assert "head_dim: wanted 77" in command(*explain, "head_dim=77")[1]
+    assert (
+        "the cache is empty"
+        in command("--cache-dir", tmp_path / "none", "inspect", "--explain", "head_dim=1")[1]
+    )
+
+
+def test_verify_finds_and_repairs(command: Command, tmp_path: Path, seed: int) -> None:
+    store = fill(tmp_path)
+    payload = store.load(
+        Key(KernelSpec("flex_forward", "cpu", "float32", 64, True, "band").fields(), fingerprint("cpu"))
+    )
+    store.close()
+    words = ["--cache-dir", tmp_path, "verify"]
+    assert command(*words)[:2] == (0, f"3 entries are good in {tmp_path}\n")
+    database = bytearray((tmp_path / DBNAME).read_bytes())
+    assert payload is not None
+    database[database.index(payload) + random.randrange(len(payload))] ^= 1 << random.randrange(8)
+    (tmp_path / DBNAME).write_bytes(database)
+    code, out, _ = command(*words)
+    assert (code, "checksum" in out) == (1, True)
+    code, out, _ = command(*words, "--repair")
+    assert (code, "in quarantine" in out) == (1, True)
+    assert command(*words)[0] == 0
+    assert "2 entries" in command("--cache-dir", tmp_path, "inspect")[1]
+
+
+def test_bundles_travel_and_tampered_ones_do_not(command: Command, tmp_path: Path, seed: int) -> None:
+    fill(tmp_path / "one").close()
+    bundle, one, two = (
+        tmp_path / "bundle",
+        ["--cache-dir", tmp_path / "one"],
+        ["--cache-dir", tmp_path / "two"],
+    )
+    assert command(*two, "export", bundle)[0] == 1, "there is nothing in it"
+    assert command(*one, "export", bundle)[:2] == (0, f"exported 2 entries to {bundle}\n")
+    assert command(*two, "import", bundle)[:2] == (0, "imported 2 entries, 0 were present, 0 refused\n")
+    assert command(*two, "import", bundle)[:2] == (0, "imported 0 entries, 2 were present, 0 refused\n")
+    data = bytearray(bundle.read_bytes())
+    data[random.randrange(len(data))] ^= 1
+    bundle.write_bytes(data)
+    code, _, err = command("--cache-dir", tmp_path / "three", "import", bundle)
+    assert (code, err.count("\n")) == (1, 1)
+    assert command(*two, "import", tmp_path / "none")[0] == 1
+
+    Store(tmp_path / "one", 2**30).export_bundle(bundle)  # with the entry of another machine
+    code, out, err = command("--cache-dir", tmp_path / "four", "import", bundle)
+    assert (code, out) == (1, "imported 2 entries, 0 were present, 1 refused\n")
+    assert "torch: bundle has '1.0'" in err
+
+
+def test_clear_empties_the_cache(command: Command, tmp_path: Path) -> None:
+    fill(tmp_path / "cache").close()
+    code, out, _ = command("--cache-dir", tmp_path / "cache", "clear")
+    assert (code, out) == (0, f"removed 3 entries from {tmp_path / 'cache'}\n")
+    assert json.loads(command("--cache-dir", tmp_path / "cache", "inspect", "--json")[1])["entries"] == []
+    (tmp_path / "file").touch()
+    assert command("--cache-dir", tmp_path / "file", "clear")[0] == 1
+
+
+def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "mask.png"
+    code, out, _ = command(
+        "mask", "--seq-len", 512, "--window", 128, "--documents", "100,250,162", "--png", picture
+    )
+    assert (code, "512 queries x 512 keys" in out, "56% of 16 blocks skipped" in out) == (0, True, True)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    plain, prefix = (
+        command("mask", "--seq-len", 300)[1],
+        command("mask", "--seq-len", 300, "--prefix", 299)[1],
+    )
+    assert "skipped" in plain
+    assert plain != prefix
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", "Missing command"),
+        ("--nonsense", "--nonsense"),
+        ("unknown", "unknown"),
+        ("prewarm", "pass one of --preset"),
+        ("prewarm --preset gemma2-2b --model x", "pass one of --preset"),
+        ("prewarm --preset gemma2-2b --head-dim 3", "pass one of --preset"),
+        ("prewarm --preset gemma9", "'gemma9', expected gemma2-2b"),
+        ("prewarm --num-heads 4", "missing --num-kv-heads, --head-dim, --scale"),
+        ("prewarm --num-heads four", "--num-heads"),
+        (
+            "prewarm --num-heads 4 --num-kv-heads 3 --head-dim 8 --scale 1",
+            "num_heads: 4, expected a multiple",
+        ),
+        ("prewarm --num-heads 4 --num-kv-heads 2 --head-dim 8 --scale nan", "scale"),
+        ("prewarm --preset gemma2-2b --softcap 0", "pass one of"),
+        ("prewarm --preset gemma2-2b --dtype int8", "dtype"),
+        ("prewarm --preset gemma2-2b --seq-len 0", "seq_lens"),
+        ("prewarm --preset gemma2-2b --device cuda:99", "this process sees"),
+        ("prewarm --preset gemma2-2b --device abacus", "'abacus', expected a torch device"),
+        ("prewarm --preset gemma2-2b --engine warp", "engine"),
+        ("prewarm --preset gemma2-2b --engine flex --train", "no backward"),
+        ("prewarm --model /nonexistent", "does not exist"),
+        ("inspect head_dim=3", "go with --explain"),
+        ("inspect --explain width=3", "'width=3', expected field=value"),
+        ("inspect --explain head_dim=x", "head_dim='x', expected an integer"),
+        ("inspect --explain capped=2", "capped='2', expected true or false"),
+        ("export", "Missing argument"),
+        ("export file --device moon", "'moon', expected a torch device"),
+        ("mask", "--seq-len"),
+        ("mask --seq-len 0", "--seq-len"),
+        ("mask --seq-len 10 --window 0", "--window"),
+        ("mask --seq-len 10 --documents 3,4", "hold 7 tokens, expected --seq-len 10"),
+        ("mask --seq-len 10 --documents 3,x", "'3,x', expected lengths"),
+        ("mask --seq-len 10 --prefix 11", "prefix_lengths: 11"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(
+    command: Command, tmp_path: Path, line: str, words: str
+) -> None:
+    code, out, err = command("--cache-dir", tmp_path / "cache", *line.split())
+    assert (code, out) == (2, ""), err
+    assert err.startswith("softcap-runtime: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert not (tmp_path / "cache").exists(), "a mistake leaves nothing behind"
+
+
+def test_bad_settings_are_bad_usage(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOFTCAP_CACHE_SIZE_LIMIT", "-3")
+    code, out, err = command("inspect")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "cache_size_limit" in err
+
+
+def test_scripts_are_doors_to_the_same_code(tmp_path: Path) -> None:
+    fill(tmp_path).close()
+    python = f"'{sys.executable}' '{ROOT}/scripts"
+    done = shell(f"{python}/inspect_cache.py' --json", SOFTCAP_CACHE_DIR=str(tmp_path))
+    assert json.loads(done.stdout)["status"]["entries"] == 3, done.stderr
+    done = shell(f"{python}/prewarm.py' --preset gemma2-27b --engine eager", SOFTCAP_CACHE_DIR=str(tmp_path))
+    assert (done.returncode, "nothing to prewarm" in done.stdout) == (0, True), done.stderr
+    done = shell("softcap-runtime inspect | head -n 1", SOFTCAP_CACHE_DIR=str(tmp_path))
+    assert (done.stdout.split()[0], "Traceback" in done.stderr) == ("folder", False)
