@@ -149,13 +149,14 @@ def _checked_layer(softcap: float | None, scalar: float | None, head_dim: int) -
 def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | Tensor | BlockMask:
     """The mask as row intervals, or as it is: a tensor of elements, a BlockMask of the caller's own."""
     if mask is None:
-        if q_len > kv_len:
-            raise ValueError(f"Q: {q_len} rows over {kv_len} keys, expected no more rows than keys")
-        return band(q_len, kv_len, causal=True, window=None)
+        return _band(q_len, kv_len, True, None)
     if isinstance(mask, Tensor):
         if mask.device != q.device:
             raise ValueError(f"causal_mask: on {mask.device}, expected Q's {q.device}; move it")
         elements = as_additive(mask, q_len, kv_len)
+        for size, wanted, words in zip(elements.shape, q.shape, ("batch rows", "heads"), strict=False):
+            if size not in (1, wanted):
+                raise ValueError(f"causal_mask: {size} {words}, expected 1 or Q's {wanted}")
         found = intervals_of_elements(elements)
         return elements if found is None else found
     if not hasattr(mask, "mask_mod"):
@@ -165,8 +166,7 @@ def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | 
         )
     form = form_of(mask)
     if form is not None:
-        causal, window = form
-        return band(q_len, kv_len, causal=causal, window=window)
+        return _band(q_len, kv_len, *form)
     ours = intervals_of(mask)
     if tuple(mask.shape[-2:]) != (q_len, kv_len):
         raise ValueError(
@@ -174,6 +174,12 @@ def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | 
             "lengths, or use create_flex_attention_causal_mask, which fits any"
         )
     return mask if ours is None else ours
+
+
+def _band(q_len: int, kv_len: int, causal: bool, window: int | None) -> RowIntervals:
+    if causal and q_len > kv_len:
+        raise ValueError(f"Q: {q_len} rows over {kv_len} keys, expected no more rows than keys")
+    return band(q_len, kv_len, causal=causal, window=window)
 
 
 def _check_foreign(q: Tensor, k: Tensor, v: Tensor, runtime: Runtime) -> None:

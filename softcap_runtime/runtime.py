@@ -173,6 +173,7 @@ class Runtime:
             plan.hits += 1
         else:
             self.plans.misses += 1
+            _check_edges(q, call.mask)
             problem = call.problem(q, k)
             engine, reason, lasting = self.supply.engine(problem, call.engine)
             table = self.supply.table
@@ -249,6 +250,16 @@ def _intervals(
     if attention_mask is not None and data_is_readable(attention_mask) and bool(attention_mask.all()):
         given["attention_mask"] = None
     return row_intervals(q_len, kv_len, causal=config.causal, window=config.window, **given)
+
+
+def _check_edges(q: Tensor, mask: RowIntervals) -> None:
+    """Kernels read the interval vectors without looking at their sizes: a wrong one is memory out of bounds."""
+    wanted = ((1, mask.q_len), (q.shape[0], mask.q_len))
+    for name, edge in (("lo", mask.lo), ("hi", mask.hi)):
+        if edge is not None and (edge.shape not in wanted or edge.dtype != torch.int32):
+            raise ValueError(
+                f"mask.{name}: {edge.dtype} {tuple(edge.shape)}, expected int32 {wanted[0]} or {wanted[1]}"
+            )
 
 
 def _wants_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:

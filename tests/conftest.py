@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def base_seed() -> int:
     return int(os.environ.get("SOFTCAP_TEST_SEED", random.SystemRandom().randrange(2**31)))
 
 
-@pytest.fixture()
+@pytest.fixture
 def seed(base_seed: int, request: pytest.FixtureRequest) -> int:
     """Seed torch and random for one test; printed, so a failure can be repeated with SOFTCAP_TEST_SEED."""
     print(f"\nSOFTCAP_TEST_SEED={base_seed}  # {request.node.nodeid}")
@@ -72,12 +73,17 @@ SHARED_KERNELS = [
 
 
 @pytest.fixture(scope="session")
-def warm_cache(cache_dir: Path) -> Path:
-    """The session's cache with the shared kernels in it, built in parallel if need be."""
+def warm_cache(cache_dir: Path) -> Iterator[Path]:
+    """The session's cache, with the shared kernels being built in the background.
+
+    A test that needs a kernel which is not there yet waits for it, or builds it itself.
+    """
     supply = Runtime(RuntimeSettings(cache_dir=cache_dir)).supply
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(supply.obtain, SHARED_KERNELS))
-    return cache_dir
+        for spec in SHARED_KERNELS:
+            pool.submit(supply.obtain, spec)
+        yield cache_dir
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +99,7 @@ def runtime(runtimes: dict[str, Runtime]) -> Runtime:
     return runtimes["auto"]
 
 
-@pytest.fixture()
+@pytest.fixture
 def own_runtime(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Runtime:
     """``Runtime.get()`` gives the session's runtime."""
     monkeypatch.setattr(Runtime, "_own", runtime)
