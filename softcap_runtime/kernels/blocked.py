@@ -32,8 +32,16 @@ from softcap_runtime.masks.intervals import edges
 # exp(64) is 6e27: a million such weights times values of 1e4 are still 1e3 times below float32's largest number,
 # and exp(-64) is far above its smallest.
 BOUNDED_CAP = 64.0
-ROWS = 128
 CHUNK = 1024
+
+
+def block_rows(q_len: int) -> int:
+    """Query rows of a block. Smaller blocks waste less on the causal diagonal, larger ones make better products.
+
+    Forward + backward with 64 rows against 128, B1 Hq8 Hkv4 D256 float32: 8.4 against 9.2 ms at 256 tokens, 23.0
+    against 23.8 at 512, 285 against 284 at 2,048.
+    """
+    return 64 if q_len <= 512 else 128
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -87,7 +95,8 @@ class _Walk:
         lo, hi = edges(problem.mask, "cpu")
         self.lo, self.hi = list(lo.unbind(0)), list(hi.unbind(0))
         self.cols = torch.arange(problem.mask.kv_len, dtype=torch.int32)
-        ranges = key_ranges(problem.mask, ROWS)
+        self.rows = block_rows(problem.mask.q_len)
+        ranges = key_ranges(problem.mask, self.rows)
         if isinstance(ranges, list):
             self.ranges = [ranges]
         else:
@@ -98,7 +107,11 @@ class _Walk:
         q_len = self.lo[0].shape[0]
         row = self.ranges[min(batch_row, len(self.ranges) - 1)]
         for place, (lo, hi) in enumerate(row):
-            yield _Block(place * ROWS, min(place * ROWS + ROWS, q_len), lo, hi)
+            yield _Block(place * self.rows, min((place + 1) * self.rows, q_len), lo, hi)
+
+    def keys(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``x`` in the dtype of the products, at once where several blocks read it, else chunk by chunk later."""
+        return x.to(dtype) if len(self.ranges[0]) > 1 else x
 
     def edges(self, batch_row: int, block: _Block) -> list[Tensor]:
         row = min(batch_row, len(self.lo) - 1)
@@ -141,7 +154,7 @@ def forward(problem: Problem, kernels: Kernels) -> Forward:
         lse = torch.empty(q.shape[:3]) if problem.train else None
         scratch = _Scratch(problem.num_heads, compute_dtype(problem.dtype))
         for row in range(problem.batch):
-            k_row, v_row = k[row].to(scratch.dtype), v[row].to(scratch.dtype)
+            k_row, v_row = walk.keys(k[row], scratch.dtype), walk.keys(v[row], scratch.dtype)
             for block in walk.blocks(row):
                 q_block = _grouped(q[row], block.first, block.end, problem.num_kv_heads, scratch.dtype)
                 vectors = walk.edges(row, block)
@@ -178,16 +191,17 @@ def _attend(
     peak = torch.zeros(scratch.heads, rows) if safe else None
     summed = torch.zeros(q.shape) if block.lo == block.hi else None
     for lo, hi in _chunks(block, max(block.hi - block.lo, 1) if safe else CHUNK):
-        weights = torch.bmm(q, k[:, lo:hi].mT, out=scratch.view(q.shape[0], q.shape[1], hi - lo))
+        k_part, v_part = k[:, lo:hi].to(scratch.dtype), v[:, lo:hi].to(scratch.dtype)
+        weights = torch.bmm(q, k_part.mT, out=scratch.view(q.shape[0], q.shape[1], hi - lo))
         per_row = [total] if peak is None else [total, peak]
         by_head = weights.view(scratch.heads, rows, hi - lo)
         fused([by_head, *vectors, walk.cols[lo:hi], *per_row, *numbers])
         if summed is None:
-            summed = torch.bmm(weights, v[:, lo:hi]).float()
+            summed = torch.bmm(weights, v_part).float()
         elif scratch.dtype == torch.float32:
-            summed.baddbmm_(weights, v[:, lo:hi])
+            summed.baddbmm_(weights, v_part)
         else:
-            summed += torch.bmm(weights, v[:, lo:hi])
+            summed += torch.bmm(weights, v_part)
     assert summed is not None
     return summed, total, peak
 
