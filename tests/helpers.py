@@ -97,9 +97,7 @@ def visible(q_len: int, kv_len: int, *, causal: bool, window: int | None, **mask
     return seen
 
 
-def expected(
-    q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, **masks: Tensor | None
-) -> Tensor:
+def expected(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, **masks: Tensor | None) -> Tensor:
     """The specification in float64: differentiable, ``[B, Hq, Sq, D]``."""
     mask = visible(q.shape[2], k.shape[2], causal=config.causal, window=config.window, **masks)
     return reference.attention(
@@ -131,9 +129,7 @@ def in_model_order(x: Tensor) -> bool:
     return x.transpose(1, 2).is_contiguous()
 
 
-def gradients(
-    run: Any, inputs: tuple[Tensor, ...], grad_out: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def gradients(run: Any, inputs: tuple[Tensor, ...], grad_out: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``run(*inputs)`` and the gradients of all inputs; the inputs keep their strides."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = run(*leaves)
@@ -149,7 +145,9 @@ class Case(NamedTuple):
     layout: str
     seed: int
 
-    def inputs(self, dtype: torch.dtype = torch.float32, factor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(
+        self, dtype: torch.dtype = torch.float32, factor: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
         torch.manual_seed(self.seed)
         return make_qkv(self.sizes, dtype, self.layout, factor)
 
@@ -172,7 +170,9 @@ def cases(draw: st.DrawFn, max_len: int = 300) -> Case:
     kv_heads = draw(st.sampled_from([1, 2]))
     sizes = Sizes(batch, kv_heads * draw(st.sampled_from([1, 2, 4])), kv_heads, q_len, kv_len)
     softcap = draw(
-        st.one_of(st.none(), st.sampled_from([0.1, 1.0, 30.0, 50.0, 64.0, 64.5, 1000.0]), st.floats(0.1, 1000.0))
+        st.one_of(
+            st.none(), st.sampled_from([0.1, 1.0, 30.0, 50.0, 64.0, 64.5, 1000.0]), st.floats(0.1, 1000.0)
+        )
     )
     config = AttentionConfig(
         softcap=softcap,
@@ -180,7 +180,9 @@ def cases(draw: st.DrawFn, max_len: int = 300) -> Case:
         window=draw(st.one_of(st.none(), st.integers(1, kv_len + 2))),
         causal=causal,
     )
-    return Case(sizes, config, draw(masks(sizes)), draw(st.sampled_from(LAYOUTS)), draw(st.integers(0, 2**31 - 1)))
+    return Case(
+        sizes, config, draw(masks(sizes)), draw(st.sampled_from(LAYOUTS)), draw(st.integers(0, 2**31 - 1))
+    )
 
 
 @st.composite

@@ -44,13 +44,16 @@ def check(
     out, got = gradients(lambda *x: runtime.attention(*x, case.config, **case.masks), inputs, grad_out)
     want_out, want = gradients(case.expected, inputs, grad_out)
     assert relative_error(out, want_out) <= tolerance
-    for name, mine, theirs, x in zip("qkv", got, want, inputs, strict=True):
+    for name, mine, _, x in zip("qkv", got, want, inputs, strict=True):
         assert mine.shape == x.shape
         assert mine.dtype == dtype
         assert bool(torch.isfinite(mine).all()), name
     # Over all three together: the gradient of q and k may be zero but for rounding (one visible key, or a cap
     # so low that its slope is 0), where a relative error of its own says nothing.
-    assert relative_error(torch.cat([x.flatten() for x in got]), torch.cat([x.flatten() for x in want])) <= tolerance
+    assert (
+        relative_error(torch.cat([x.flatten() for x in got]), torch.cat([x.flatten() for x in want]))
+        <= tolerance
+    )
 
 
 @pytest.mark.parametrize("engine", TRAINS)
@@ -66,7 +69,7 @@ def test_any_mask_in_blocks_of_many_chunks(
     warm_cache: Path, runtimes: dict[str, Runtime], case: Case
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked, "ROWS", 8)
+        patch.setattr(blocked, "block_rows", lambda q_len: 8)
         patch.setattr(blocked, "CHUNK", 8)
         fresh = Runtime(RuntimeSettings(cache_dir=warm_cache, engine="blocked"))
         fresh.supply = runtimes["blocked"].supply
@@ -84,12 +87,15 @@ def test_half_precision(runtimes: dict[str, Runtime], dtype: torch.dtype, case: 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data(), causal=st.booleans(), seed=st.integers(0, 2**31))
 def test_the_dense_engine(runtimes: dict[str, Runtime], data: Any, causal: bool, seed: int) -> None:
-    sizes = Sizes(3, 4, 2, 91, 96)  # one shape: it compiles in the process, seconds for a new class of them
-    config = AttentionConfig(
-        softcap=data.draw(st.sampled_from([0.1, 50.0, 1000.0])), scale=0.125, window=None, causal=causal
+    # It compiles in the process, seconds for each class of shapes: one class, with a mask for each batch row.
+    sizes = Sizes(3, 4, 2, 91, 96)
+    softcap = data.draw(st.sampled_from([0.1, 50.0, 1000.0]))
+    config = AttentionConfig(softcap=softcap, scale=0.125, causal=causal)
+    made = {"cache_lengths": torch.tensor([96, 96, 96]), **data.draw(masks(sizes))}
+    case = Case(
+        sizes, config, {name: x.expand(3, *x.shape[1:]) for name, x in made.items()}, "transposed", seed
     )
-    made = data.draw(masks(sizes))
-    check(runtimes["dense"], Case(sizes, config, made, "transposed", seed), torch.float32, 3e-6)
+    check(runtimes["dense"], case, torch.float32, GRADIENT_TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("engine", ["auto", *TRAINS])
@@ -99,7 +105,9 @@ def test_softcaps_and_realistic_sizes(
 ) -> None:
     for window, lengths in ((None, (700, 700)), (150, (500, 1300))):
         config = AttentionConfig(softcap=softcap, scale=0.125, window=window)
-        check(runtimes[engine], Case(Sizes(1, 4, 2, *lengths), config, {}, "fused", seed), torch.float32, 3e-6)
+        check(
+            runtimes[engine], Case(Sizes(1, 4, 2, *lengths), config, {}, "fused", seed), torch.float32, 3e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -154,14 +162,20 @@ def test_large_inputs(runtimes: dict[str, Runtime], engine: str, softcap: float 
         grad_out = torch.randn(inputs[0].shape).to(dtype)
         _, got = gradients(lambda *x: runtimes[engine].attention(*x, config), inputs, grad_out)
         _, want = gradients(lambda *x: expected(*x, config), inputs, grad_out)
-        wide = tuple(x.float() for x in inputs)
-        _, theirs = gradients(lambda *x: hf_eager(*x, config, mask), wide, grad_out)
-        for name, mine, exact, plain in zip("qkv", got, want, theirs, strict=True):
+        # What eager code gives in float32, and in this dtype: with a one-hot softmax dp - delta is a difference of
+        # equals, and delta comes from an output that is rounded to the dtype.
+        in_wide, theirs = (
+            gradients(lambda *x: hf_eager(*x, config, mask), tuple(x.to(kind) for x in inputs), grad_out)[1]
+            for kind in (torch.float32, dtype)
+        )
+        for name, mine, exact, plain, rounded in zip("qkv", got, want, in_wide, theirs, strict=True):
             assert bool(torch.isfinite(mine).all()), name
-            # Logits of 1e4 are off by 1e-3 in float32 whoever computes them, and so are their exponentials: the
-            # measure is the plain formula in float32, and the rounding of the result to the dtype.
-            floor = 4 * relative_error(plain, exact) + torch.finfo(dtype).eps
-            assert relative_error(mine, exact) <= max(floor, GRADIENT_TOLERANCE[dtype])
+            error = relative_error(mine, exact)
+            floor = 4 * relative_error(plain, exact)
+            print(f"{engine} {softcap} {dtype} d{name}: {error:.1e}, eager {floor / 4:.1e}")
+            if dtype != torch.float32 and bool(torch.isfinite(rounded).all()):
+                floor = max(floor, relative_error(rounded, exact))
+            assert error <= max(floor, GRADIENT_TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("engine", TRAINS)
@@ -213,7 +227,7 @@ def test_expanded_gradient(runtime: Runtime, seed: int) -> None:
         assert relative_error(x.grad, exact) <= 3e-6
 
 
-@pytest.fixture()
+@pytest.fixture
 def bf16_tiles(warm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     """The blocked engine as it runs where the CPU multiplies bf16 in tiles, on any CPU."""
     monkeypatch.setattr(blocked, "cpu_has_amx", lambda: True)
@@ -236,7 +250,9 @@ def test_bf16_products(bf16_tiles: Runtime, seed: int) -> None:
             )
             want_out, want = gradients(lambda *x, c=config, m=made: expected(*x, c, **m), inputs, grad_out)
             theirs_out, theirs = gradients(
-                lambda *x, c=config, m=made: hf_eager(*x, c, visible(500, 500, causal=True, window=None, **m)),
+                lambda *x, c=config, m=made: hf_eager(
+                    *x, c, visible(500, 500, causal=True, window=None, **m)
+                ),
                 inputs,
                 grad_out,
             )

@@ -1,0 +1,175 @@
+"""What may be asked for: configs, requests and settings, and the one-line errors of what may not."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softcap_runtime import AttentionConfig, PrewarmRequest, RuntimeSettings
+from softcap_runtime.config import default_cache_dir, hf_head_dim
+
+positive = st.floats(1e-6, 1e6)
+
+
+@given(
+    softcap=st.none() | positive,
+    scale=positive,
+    window=st.none() | st.integers(1, 2**40),
+    causal=st.booleans(),
+)
+def test_equal_configs_are_one_key(
+    softcap: float | None, scale: float, window: int | None, causal: bool
+) -> None:
+    fields = {"softcap": softcap, "scale": scale, "window": window, "causal": causal}
+    one, two = AttentionConfig(**fields), AttentionConfig(**fields)
+    assert one == two
+    assert hash(one) == hash(two)
+    assert len({one, two}) == 1
+    assert one.model_dump() == fields
+    assert pickle.loads(pickle.dumps(one)) == one
+    for name, other in (("scale", scale * 2), ("causal", not causal), ("window", (window or 0) + 1)):
+        assert AttentionConfig(**{**fields, name: other}) != one
+
+
+def test_frozen() -> None:
+    config = AttentionConfig(scale=0.1)
+    assert (config.softcap, config.window, config.causal) == (None, None, True)
+    with pytest.raises(ValueError, match="frozen"):
+        config.scale = 0.2  # type: ignore[misc]
+    with pytest.raises(ValueError, match="frozen"):
+        RuntimeSettings().jit = "warn"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["softcap", "scale"])
+@pytest.mark.parametrize("value", [0, 0.0, -1.0, math.nan, math.inf, -math.inf, True, "wide", [1.0]])
+def test_bad_numbers(name: str, value: Any) -> None:
+    one_line_error(lambda: AttentionConfig(**{"scale": 0.1, name: value}), name, repr(value))
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 2.5, "wide", math.inf])
+def test_bad_windows(value: Any) -> None:
+    one_line_error(lambda: AttentionConfig(scale=0.1, window=value), "window", repr(value))
+
+
+def test_other_bad_fields() -> None:
+    one_line_error(lambda: AttentionConfig(softcap=50.0), "scale")
+    one_line_error(lambda: AttentionConfig(scale=None), "scale", "None")
+    one_line_error(lambda: AttentionConfig(scale=1.0, causal="perhaps"), "causal", "'perhaps'")
+    one_line_error(lambda: AttentionConfig(scale=1.0, cap=50.0), "cap", "50.0")
+    one_line_error(lambda: AttentionConfig(scale=-1.0, window=0), "scale", "-1.0", "window", "0")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_heads", 0),
+        ("num_kv_heads", True),
+        ("head_dim", -64),
+        ("seq_lens", (128, 0)),
+        ("dtype", "float64"),
+        ("config", None),
+    ],
+)
+def test_bad_requests(name: str, value: Any) -> None:
+    fields = {"config": AttentionConfig(scale=0.1), "num_heads": 8, "num_kv_heads": 4, "head_dim": 64}
+    assert PrewarmRequest(**fields).dtype == "bfloat16"
+    one_line_error(lambda: PrewarmRequest(**{**fields, name: value}), name)
+
+
+def one_line_error(make: Any, *words: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        make()
+    text = str(raised.value)
+    assert "\n" not in text
+    for word in words:
+        assert word in text
+
+
+def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SOFTCAP_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("SOFTCAP_CACHE_SIZE_LIMIT", "3GB")
+    monkeypatch.setenv("SOFTCAP_JIT", "forbid")
+    monkeypatch.setenv("SOFTCAP_BUILD", "background")
+    monkeypatch.setenv("SOFTCAP_ENGINE", "blocked")
+    settings = RuntimeSettings()
+    assert settings.cache_dir == tmp_path
+    assert settings.cache_size_limit == 3 * 10**9
+    assert (settings.jit, settings.build, settings.engine) == ("forbid", "background", "blocked")
+    # What is given wins.
+    assert RuntimeSettings(jit="warn", engine="eager").engine == "eager"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ENGINE", "fast"),
+        ("JIT", "maybe"),
+        ("BUILD", "later"),
+        ("CACHE_SIZE_LIMIT", "0"),
+        ("CACHE_SIZE_LIMIT", "much"),
+    ],
+)
+def test_bad_settings(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    one_line_error(lambda: RuntimeSettings(**{name.lower(): value}), name.lower(), value)
+    monkeypatch.setenv(f"SOFTCAP_{name}", value)
+    one_line_error(RuntimeSettings, name.lower(), value)
+
+
+def test_default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CACHE_DIR", "CACHE_SIZE_LIMIT", "JIT", "BUILD", "ENGINE"):
+        monkeypatch.delenv(f"SOFTCAP_{name}", raising=False)
+    settings = RuntimeSettings()
+    assert (settings.jit, settings.build, settings.engine) == ("allow", "block", "auto")
+    assert settings.cache_dir == default_cache_dir()
+    assert default_cache_dir().name in ("cache", "softcap_runtime")
+
+
+def test_from_gemma2() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.Gemma2Config(num_hidden_layers=4, query_pre_attn_scalar=144, sliding_window=77)
+    assert [AttentionConfig.from_hf(model, layer).window for layer in range(4)] == [77, None, 77, None]
+    for layer in (None, 1):
+        config = AttentionConfig.from_hf(model, layer)
+        assert config == AttentionConfig(softcap=50.0, scale=144**-0.5)
+    for layer in (-1, 4):
+        one_line_error(lambda layer=layer: AttentionConfig.from_hf(model, layer), "layer_idx", str(layer))
+
+
+def test_from_other_models() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.Gemma3TextConfig(num_hidden_layers=6, sliding_window=512)
+    found = [AttentionConfig.from_hf(model, layer) for layer in range(6)]
+    assert [config.window for config in found] == [
+        512 if kind == "sliding_attention" else None for kind in model.layer_types
+    ]
+    assert {config.window for config in found} == {512, None}
+    assert {config.softcap for config in found} == {None}
+    assert found[0].scale == model.query_pre_attn_scalar**-0.5
+    # The text part of a model of text and images; a model without any of the fields of Gemma's.
+    assert AttentionConfig.from_hf(transformers.Gemma3Config(text_config=model), 0) == found[0]
+    llama = transformers.LlamaConfig(hidden_size=512, num_attention_heads=4)
+    assert AttentionConfig.from_hf(llama) == AttentionConfig(scale=128**-0.5)
+    mistral = transformers.MistralConfig(sliding_window=99, head_dim=64)
+    assert AttentionConfig.from_hf(mistral).window == 99
+    assert hf_head_dim(mistral) == 64
+
+
+def test_from_any_object() -> None:
+    assert AttentionConfig.from_hf(SimpleNamespace(head_dim=64)) == AttentionConfig(scale=0.125)
+    only_sliding = SimpleNamespace(head_dim=64, sliding_window=9, layer_types=["sliding_attention"] * 2)
+    assert AttentionConfig.from_hf(only_sliding).window == 9
+    switched_off = SimpleNamespace(head_dim=64, sliding_window=9, use_sliding_window=False)
+    assert AttentionConfig.from_hf(switched_off).window is None
+    one_line_error(lambda: AttentionConfig.from_hf(SimpleNamespace()), "query_pre_attn_scalar")
+    one_line_error(
+        lambda: AttentionConfig.from_hf(SimpleNamespace(head_dim=64, attn_logit_softcapping=-1.0)),
+        "softcap",
+        "-1.0",
+    )
