@@ -6,6 +6,8 @@ Both compute half-precision inputs in float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -78,6 +80,12 @@ def _lay_out(x: Tensor, q: Tensor) -> Tensor:
     return empty_output(q).copy_(x)
 
 
+def _lay_out_all(grads: Iterable[Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v as the operator says that they lie: code compiled around it relies on that."""
+    grad_q, grad_k, grad_v = (_lay_out(grad, x) for grad, x in zip(grads, tensors[1:4], strict=True))
+    return grad_q, grad_k, grad_v
+
+
 def _eager_refuses(problem: Problem) -> str | None:
     return None if problem.dtype.is_floating_point else f"q.dtype: {problem.dtype}, expected a float dtype"
 
@@ -96,7 +104,7 @@ def _eager_backward(problem: Problem, kernels: Kernels) -> Backward:
     fixed = _arguments(problem)
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return attend_backward(*tensors, *fixed)  # type: ignore[arg-type]
+        return _lay_out_all(attend_backward(*tensors, *fixed), tensors)  # type: ignore[arg-type]
 
     return run
 
@@ -130,8 +138,7 @@ def _dense_backward(problem: Problem, kernels: Kernels) -> Backward:
     fixed, compiled = _arguments(problem), kernels.runner(_dense_spec(problem, "dense_backward"))
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grad_q, grad_k, grad_v = compiled([*tensors, *fixed])  # type: ignore[list-item]
-        return grad_q, grad_k, grad_v
+        return _lay_out_all(compiled([*tensors, *fixed]), tensors)  # type: ignore[list-item]
 
     return run
 
