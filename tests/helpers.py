@@ -118,8 +118,8 @@ def hf_eager(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, mask: Ten
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Relative Frobenius error; the plain norm where nothing is expected but zeros. NaN gives infinity."""
-    want = want.double()
-    error, size = (got.double() - want).norm(), want.norm()
+    got, want = got.detach().double(), want.detach().double()
+    error, size = (got - want).norm(), want.norm()
     value = float(error / size) if size > 0 else float(error)
     return value if value == value else float("inf")
 

@@ -162,8 +162,9 @@ def test_large_inputs(runtimes: dict[str, Runtime], engine: str, softcap: float 
         grad_out = torch.randn(inputs[0].shape).to(dtype)
         _, got = gradients(lambda *x: runtimes[engine].attention(*x, config), inputs, grad_out)
         _, want = gradients(lambda *x: expected(*x, config), inputs, grad_out)
-        # What eager code gives in float32, and in this dtype: with a one-hot softmax dp - delta is a difference of
-        # equals, and delta comes from an output that is rounded to the dtype.
+        # Logits of 1e4 are off by 1e-3 in float32 whoever computes them, and a one-hot softmax makes ds a difference
+        # of equals: the measure is the plain formula, in float32 with room for another order of its roundings (10
+        # times: logsumexp and delta are rounded once more), in half precision as it is.
         in_wide, theirs = (
             gradients(lambda *x: hf_eager(*x, config, mask), tuple(x.to(kind) for x in inputs), grad_out)[1]
             for kind in (torch.float32, dtype)
@@ -171,9 +172,9 @@ def test_large_inputs(runtimes: dict[str, Runtime], engine: str, softcap: float 
         for name, mine, exact, plain, rounded in zip("qkv", got, want, in_wide, theirs, strict=True):
             assert bool(torch.isfinite(mine).all()), name
             error = relative_error(mine, exact)
-            floor = 4 * relative_error(plain, exact)
-            print(f"{engine} {softcap} {dtype} d{name}: {error:.1e}, eager {floor / 4:.1e}")
-            if dtype != torch.float32 and bool(torch.isfinite(rounded).all()):
+            floor = 10 * relative_error(plain, exact)
+            print(f"{engine} {softcap} {dtype} d{name}: {error:.1e}, eager {floor / 10:.1e}")
+            if dtype != torch.float32:
                 floor = max(floor, relative_error(rounded, exact))
             assert error <= max(floor, GRADIENT_TOLERANCE[dtype])
 
