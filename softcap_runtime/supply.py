@@ -6,6 +6,7 @@ import logging
 import shlex
 import threading
 import time
+import weakref
 from typing import NamedTuple
 
 from softcap_runtime.config import RuntimeSettings
@@ -43,6 +44,7 @@ class Supply:
     def __init__(self, settings: RuntimeSettings) -> None:
         self.settings = settings
         self.store = Store(settings.cache_dir, settings.cache_size_limit, auth_key=_auth_key(settings))
+        weakref.finalize(self, self.store.close)  # counts that it has not written yet
         self.table = KernelTable(self._fetch)
         self.supplied: dict[KernelSpec, Supplied] = {}
         self.failed: dict[KernelSpec, str] = {}
