@@ -136,6 +136,26 @@ def gradients(run: Any, inputs: tuple[Tensor, ...], grad_out: Tensor) -> tuple[T
     return out.detach(), torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
 
 
+class Block(torch.nn.Module):
+    """A transformer's attention block; ``run`` computes the attention."""
+
+    def __init__(self, run: Any, width: int = 128) -> None:
+        super().__init__()
+        self.run = run
+        self.qkv = torch.nn.Linear(width, 4 * 64 + 2 * 2 * 64, bias=False)
+        self.out = torch.nn.Linear(4 * 64, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, 64)).split([4, 2, 2], 2)
+        out = self.run(*(y.transpose(1, 2) for y in (q, k, v)))
+        return x + self.out(out.transpose(1, 2).reshape(*x.shape[:2], -1))
+
+    def __deepcopy__(self, memo: Any) -> Block:
+        other = Block(self.run)
+        other.load_state_dict(self.state_dict())
+        return other
+
+
 class Case(NamedTuple):
     """One drawn call: ``masks`` are keyword arguments of ``Runtime.attention``, ``seed`` makes its inputs."""
 

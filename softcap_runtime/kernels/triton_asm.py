@@ -16,7 +16,8 @@ from __future__ import annotations
 def _reciprocals(scaled_by: str | None) -> str:
     """``s``, ``r`` such that 1 / (1 + 2**x) is s * b, s * (a + 1), r * d, r * (c + 1) for x in $4-$7."""
     text = "".join(
-        f"min.ftz.f32 {name}, ${4 + i}, 0f41F00000; ex2.approx.ftz.f32 {name}, {name};" for i, name in enumerate("abcd")
+        f"min.ftz.f32 {name}, ${4 + i}, 0f41F00000; ex2.approx.ftz.f32 {name}, {name};"
+        for i, name in enumerate("abcd")
     )
     return (
         text

@@ -271,7 +271,9 @@ def _dkdv(
     )  # fmt: skip
 
 
-def _query_hull(mask: Mask, rows: int, padded_rows: int, keys: int, block_n: int) -> tuple[Tensor | None, ...]:
+def _query_hull(
+    mask: Mask, rows: int, padded_rows: int, keys: int, block_n: int
+) -> tuple[Tensor | None, ...]:
     """What the key blocks need of intervals: lo, hi padded, and the query rows that may see each block.
 
     int32 ``[B or 1, padded_rows]`` twice and ``[B or 1, blocks]`` twice; four None for a band.

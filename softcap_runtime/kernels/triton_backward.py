@@ -12,7 +12,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import INTS, FAR, LOG2E, block_ranges, capped, exp2, load_rows, load_tile, row_intervals, store_tile
+from .triton_common import (
+    FAR,
+    INTS,
+    LOG2E,
+    block_ranges,
+    capped,
+    exp2,
+    load_rows,
+    load_tile,
+    row_intervals,
+    store_tile,
+)
 
 
 @triton.jit
@@ -89,7 +100,9 @@ def dq_kernel(
 
 
 @triton.jit
-def _query_ranges(n, First, Last, b, shull_b, left, right, Sq, BAND: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def _query_ranges(
+    n, First, Last, b, shull_b, left, right, Sq, BAND: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
     """Blocks of M query rows that see keys n...n+N, as ``block_ranges``; with intervals none counts as full."""
     if BAND:
         # Row i sees some of the keys when i + left < n + N and i + right > n, all of them when
@@ -119,8 +132,8 @@ def _dkdv_step(
     k, v, dk, dv, Q, DO, Shift, Delta, Lo, Hi, sq_b, sq_h, sq_s, sdo_b, sdo_h, sdo_s, slo_b, b, h, Hq, n, m,
     Sq, SqPad, Skv, left, right, inner, coef,
     MASKED: tl.constexpr, BAND: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
-    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
+    D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr,
+    ASM: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
 ):  # fmt: skip
     at = (b * Hq + h) * SqPad + m
     q = load_tile(Q, sq_b, sq_h, sq_s, b, h, m, Sq, BLOCK_M, D, DPAD, TMA, ALIGN)
@@ -231,7 +244,9 @@ def query_hull_kernel(
         if tl.program_id(0) == 0:
             tl.store(LoPad + b * SqPad + rows, lo, mask=rows < SqPad)
             tl.store(HiPad + b * SqPad + rows, hi, mask=rows < SqPad)
-        meets = (lo[:, None] < (block * BLOCK_N + BLOCK_N)[None, :]) & (hi[:, None] > (block * BLOCK_N)[None, :])
+        meets = (lo[:, None] < (block * BLOCK_N + BLOCK_N)[None, :]) & (
+            hi[:, None] > (block * BLOCK_N)[None, :]
+        )
         first = tl.minimum(first, tl.min(tl.where(meets, rows[:, None], FAR), 0))
         last = tl.maximum(last, tl.max(tl.where(meets, rows[:, None] + 1, 0), 0))
     tl.store(First + b * blocks + block, first, mask=block < blocks)

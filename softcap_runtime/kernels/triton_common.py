@@ -21,7 +21,11 @@ TANH_EXACT = tl.constexpr(3)  # float32: a polynomial near 0, where the logistic
 
 # Run-time numbers that no kernel is compiled for: a new length, window, cap or scale costs no compilation.
 INTS = [
-    *(f"s{tensor}_{dim}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "lo", "hull") for dim in "bhs"),
+    *(
+        f"s{tensor}_{dim}"
+        for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "lo", "hull")
+        for dim in "bhs"
+    ),
     *("Hq", "Hkv", "G", "Sq", "SqPad", "Skv", "left", "right", "splits", "blocks"),
     *("inner", "coef", "bias", "reference", "gain"),
 ]

@@ -31,8 +31,8 @@ def softmax_step(
 ):  # fmt: skip
     """Weights of a block of raw products ``x`` and the statistics after it: ``(p, alpha, m, l)``.
 
-    ``alpha`` rescales what was accumulated before (1 without ONLINE). All in log2 units; without ONLINE ``bias`` holds the
-    fixed reference.
+    ``alpha`` rescales what was accumulated before (1 without ONLINE). All in log2 units; without
+    ONLINE ``bias`` holds the fixed reference.
     """
     if ONLINE:
         z, _ = capped(x, inner, coef, bias, FORM, ASM)

@@ -88,9 +88,7 @@ def check(case: Case, forward_error: float | None = None, backward_error: float 
     out, lse = triton_attention.forward(q, k, v, **options)
     grads = triton_attention.backward(grad, q, k, v, out, lse, **options)
     wide = [t.double().requires_grad_() for t in (q, k, v)]
-    wanted, wanted_lse = reference.attention(
-        *wide, mask, scale=options["scale"], softcap=options["softcap"]
-    )
+    wanted, wanted_lse = reference.attention(*wide, mask, scale=options["scale"], softcap=options["softcap"])
     wanted_grads = torch.autograd.grad(wanted, wide, grad.double())
     assert out.dtype == q.dtype
     assert out.transpose(1, 2).is_contiguous()
@@ -98,7 +96,9 @@ def check(case: Case, forward_error: float | None = None, backward_error: float 
     assert torch.equal(torch.isinf(lse), empty)
     assert not out[empty].any()
     assert not grads[0][empty].any()
-    assert torch.allclose(lse[~empty].double(), wanted_lse[~empty], atol=5e-4 if forward_error is None else 5e-2)
+    assert torch.allclose(
+        lse[~empty].double(), wanted_lse[~empty], atol=5e-4 if forward_error is None else 5e-2
+    )
     assert relative(out, wanted.detach()) < (forward_error or FORWARD_ERROR[q.dtype])
     for name, value, want in zip(("dq", "dk", "dv"), grads, wanted_grads, strict=True):
         assert torch.isfinite(value).all(), name
@@ -135,7 +135,9 @@ def test_gqa(seed: int, heads: int, kv_heads: int) -> None:
     check(make(heads=heads, kv_heads=kv_heads, dim=128, rows=300, keys=300, kind="window"))
 
 
-@pytest.mark.parametrize(("dim", "dtype"), [(64, BF16), (128, BF16), (256, BF16), (128, FP16), (128, FP32), (96, BF16)])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(64, BF16), (128, BF16), (256, BF16), (128, FP16), (128, FP32), (96, BF16)]
+)
 @pytest.mark.parametrize(("rows", "kind"), [(1, "causal"), (5, "window"), (3, "random"), (1, "left padding")])
 def test_decoding(seed: int, dim: int, dtype: torch.dtype, rows: int, kind: str) -> None:
     check(make(heads=8, kv_heads=2, rows=rows, keys=2113, dim=dim, dtype=dtype, kind=kind, softcap=30.0))

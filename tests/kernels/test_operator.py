@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from helpers import Sizes, expected, gradients, in_model_order, make_qkv, relative_error
+from helpers import Block, Sizes, expected, gradients, in_model_order, make_qkv, relative_error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -186,26 +185,6 @@ def test_autocast_after_the_same_call_without(runtime: Runtime, seed: int) -> No
     with torch.autocast("cpu", torch.bfloat16):
         assert runtime.attention(q, k, v, CONFIG).dtype == torch.bfloat16
     assert runtime.attention(q, k, v, CONFIG).dtype == torch.float32
-
-
-class Block(torch.nn.Module):
-    """A transformer's attention block; ``run`` computes the attention."""
-
-    def __init__(self, run: Any, width: int = 128) -> None:
-        super().__init__()
-        self.run = run
-        self.qkv = torch.nn.Linear(width, 4 * 64 + 2 * 2 * 64, bias=False)
-        self.out = torch.nn.Linear(4 * 64, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (-1, 64)).split([4, 2, 2], 2)
-        out = self.run(*(y.transpose(1, 2) for y in (q, k, v)))
-        return x + self.out(out.transpose(1, 2).reshape(*x.shape[:2], -1))
-
-    def __deepcopy__(self, memo: Any) -> Block:
-        other = Block(self.run)
-        other.load_state_dict(self.state_dict())
-        return other
 
 
 @pytest.mark.parametrize("how", ["not reentrant", "reentrant", "selective"])

@@ -1,0 +1,280 @@
+"""The whole table of GPU figures in one command: ``python scripts/gpu_report.py --out report``.
+
+Writes ``<out>.json`` and ``<out>.md``. ``--smoke`` runs tiny shapes on the CPU, to see that the script works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
+from softcap_runtime.masks import band, dense
+
+CAP = 50.0
+Call = Callable[[], Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/gpu_report"))
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
+    arguments = parser.parse_args()
+    device = "cpu" if arguments.smoke else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device; use --smoke to see that the script works")
+    settings = RuntimeSettings(engine="eager" if arguments.smoke else "auto")
+    report = Report(device, arguments.smoke, Runtime(settings))
+    for part in (training_shapes, packed, decoding, memory, overhead):
+        part(report)
+        print(report.tables[-1])
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    document = {"environment": report.environment, "rows": report.rows}
+    arguments.out.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    lines = [f"- {name}: {value}" for name, value in report.environment.items()]
+    arguments.out.with_suffix(".md").write_text(
+        "\n".join([*lines, "", *report.tables]) + "\n", encoding="utf-8"
+    )
+
+
+class Report:
+    """Device, ceilings, and the rows measured so far."""
+
+    def __init__(self, device: str, smoke: bool, runtime: Runtime) -> None:
+        self.device, self.smoke, self.runtime = device, smoke, runtime
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.tables: list[str] = []
+        size = 256 if smoke else 8192
+        a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+        self.gemm = 2 * size**3 / self.seconds(lambda: a @ b)
+        source = torch.empty(2**20 if smoke else 2**31, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        self.copy = 2 * source.numel() / self.seconds(lambda: target.copy_(source))
+        self.environment = {
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu (smoke)",
+            "torch": torch.__version__,
+            "bf16 GEMM": f"{self.gemm / 1e12:.0f} TFLOP/s",
+            "copy": f"{self.copy / 1e12:.2f} TB/s",
+        }
+        print(self.environment)
+
+    def seconds(self, call: Call, rounds: int = 15) -> float:
+        """Median seconds of a call, by device events on a GPU."""
+        for _ in range(1 if self.smoke else 3):
+            call()
+        taken = []
+        for _ in range(2 if self.smoke else rounds):
+            if self.device == "cpu":
+                started = time.perf_counter()
+                call()
+                taken.append(time.perf_counter() - started)
+                continue
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            taken.append(begin.elapsed_time(end) / 1e3)
+        return sorted(taken)[len(taken) // 2]
+
+    def table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Keep rows, and a Markdown table of them."""
+        self.rows[name] = rows
+        head = list(rows[0])
+        body = [[_shown(row[column]) for column in head] for row in rows]
+        lines = [" | ".join(line) for line in (head, ["---"] * len(head), *body)]
+        self.tables.append(f"### {name}\n\n" + "\n".join(f"| {line} |" for line in lines) + "\n")
+
+    def inputs(self, batch: int, heads: int, kv_heads: int, length: int, head_dim: int) -> list[Tensor]:
+        """Fresh random bf16 q, k, v with gradients, laid out as projections make them."""
+        made = []
+        for count in (heads, kv_heads, kv_heads):
+            x = torch.randn(batch, length, count, head_dim, device=self.device).bfloat16()
+            made.append(x.transpose(1, 2).detach().requires_grad_())
+        return made
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def step(call: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor) -> Call:
+    """Forward and backward as one call."""
+    return lambda: torch.autograd.grad(call(*tensors), tensors, grad)
+
+
+def stock_flex(length: int, window: int | None, scale: float, device: str) -> Callable[..., Tensor]:
+    """Stock compiled flex with torch.tanh."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) if window is None else (i >= j) & (i - j < window)
+
+    def cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return CAP * torch.tanh(score / CAP)
+
+    mask = create_block_mask(visible, None, None, length, length, device=device)
+    flex = torch.compile(flex_attention) if device == "cuda" else flex_attention
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = flex(q, k, v, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
+        return out
+
+    return run
+
+
+def error(report: Report, tensors: list[Tensor], out: Tensor, window: int | None) -> float:
+    """Relative error of the first kv head's group against float64."""
+    q, k, v = tensors
+    groups, length = q.shape[1] // k.shape[1], q.shape[2]
+    rows = slice(max(0, length - 1024), length)
+    lo_hi = band(length, length, causal=True, window=window)
+    mask = dense(lo_hi, report.device)[:, rows] if length <= 16384 else None
+    wide = [q[:1, :groups, rows].double(), k[:1, :1].double(), v[:1, :1].double()]
+    true, _ = reference.attention(*wide, mask, scale=q.shape[3] ** -0.5, softcap=CAP)
+    return float((out[:1, :groups, rows].double() - true).norm() / true.norm())
+
+
+def training_shapes(report: Report) -> None:
+    """Gemma-2 9B and 27B, global and windowed layers, forward and forward + backward."""
+    shapes = [(2, 16, 8, 8192, 256), (2, 32, 16, 8192, 128)]
+    if report.smoke:
+        shapes = [(1, 2, 1, 64, 64)]
+    rows = []
+    for batch, heads, kv_heads, length, head_dim in shapes:
+        for window in (None, length // 2):
+            tensors = report.inputs(batch, heads, kv_heads, length, head_dim)
+            grad = torch.randn_like(tensors[0])
+            config = AttentionConfig(softcap=CAP, scale=head_dim**-0.5, window=window)
+
+            def ours(*qkv: Tensor, config: AttentionConfig = config) -> Tensor:
+                return report.runtime.attention(*qkv, config)
+
+            peers: dict[str, Callable[..., Tensor]] = {"softcap_runtime": ours}
+            if report.device == "cuda":  # flex has no backward on the CPU
+                peers["stock flex"] = stock_flex(length, window, head_dim**-0.5, report.device)
+            if window is None:
+                peers["SDPA, no softcap"] = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, is_causal=True, enable_gqa=True
+                )
+            pairs = length * (length + 1) / 2 - (0 if window is None else (length - window) ** 2 / 2)
+            flop = 4 * batch * heads * head_dim * pairs
+            for who, call in peers.items():
+                with torch.no_grad():
+                    wrong = None if "no softcap" in who else error(report, tensors, call(*tensors), window)
+                    forward = report.seconds(lambda call=call, t=tensors: call(*t))
+                both = report.seconds(step(call, tensors, grad))
+                rows.append(
+                    {
+                        "shape": f"B{batch} Hq{heads} Hkv{kv_heads} D{head_dim} S{length} w{window}",
+                        "who": who,
+                        "forward ms": forward * 1e3,
+                        "GEMM share": flop / forward / report.gemm,
+                        "fwd + bwd ms": both * 1e3,
+                        "GEMM share, both": 3.5 * flop / both / report.gemm,
+                        "error": wrong,
+                    }
+                )
+    report.table("training shapes, bf16, causal", rows)
+
+
+def packed(report: Report) -> None:
+    """A packed batch, mask building included."""
+    length, mean = (256, 32) if report.smoke else (32768, 1024)
+    tensors = report.inputs(1, 16, 8, length, 64 if report.smoke else 256)
+    grad = torch.randn_like(tensors[0])
+    ends = torch.sort(torch.randint(1, length, (length // mean,), device=report.device)).values
+    ids = torch.bucketize(torch.arange(length, device=report.device), ends, right=True)[None]
+    scale = tensors[0].shape[3] ** -0.5
+    config = AttentionConfig(softcap=CAP, scale=scale)
+    calls = {"softcap_runtime": lambda *t: report.runtime.attention(*t, config, document_ids=ids)}
+    if report.device == "cuda":
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        row = ids[0].contiguous()
+        make, flex = torch.compile(create_block_mask), torch.compile(flex_attention)
+
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (i >= j) & (row[i] == row[j])
+
+        def cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return CAP * torch.tanh(score / CAP)
+
+        def stock(*t: Tensor) -> Tensor:
+            mask = make(visible, None, None, length, length, device="cuda")
+            out: Tensor = flex(*t, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
+            return out
+
+        calls["stock flex + create_block_mask"] = stock
+    rows = []
+    for who, call in calls.items():
+        with torch.no_grad():
+            forward = report.seconds(lambda call=call: call(*tensors))
+        both = report.seconds(step(call, tensors, grad))
+        rows.append({"who": who, "forward ms": forward * 1e3, "fwd + bwd ms": both * 1e3})
+    report.table(f"packed, documents of {mean} on average, S={length}, mask included", rows)
+
+
+def decoding(report: Report) -> None:
+    """One new token against a long cache, as a share of the copy bandwidth."""
+    batch, length, head_dim = (2, 64, 64) if report.smoke else (32, 8192, 256)
+    q = torch.randn(batch, 16, 1, head_dim, device=report.device).bfloat16()
+    k, v = (torch.randn(batch, 8, length, head_dim, device=report.device).bfloat16() for _ in range(2))
+    config = AttentionConfig(softcap=CAP, scale=head_dim**-0.5)
+    with torch.no_grad():
+        seconds = report.seconds(lambda: report.runtime.attention(q, k, v, config))
+    rate = 2 * k.numel() * k.element_size() / seconds
+    row = {"ms": seconds * 1e3, "TB/s": rate / 1e12, "share of copy": rate / report.copy}
+    report.table(f"decoding, B{batch}, {length} keys", [row])
+
+
+def memory(report: Report) -> None:
+    """Peak memory of forward + backward beyond inputs, output and gradients."""
+    rows = []
+    for length in (128, 256) if report.smoke else (16384, 32768):
+        tensors = report.inputs(1, 16, 8, length, 64 if report.smoke else 256)
+        grad = torch.randn_like(tensors[0])
+        config = AttentionConfig(softcap=CAP, scale=0.0625)
+        run = step(lambda *t, config=config: report.runtime.attention(*t, config), tensors, grad)
+        run()
+        if report.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            grads = run()
+            kept = sum(x.numel() * x.element_size() for x in (*grads, tensors[0]))
+            rows.append({"S": length, "MB": (torch.cuda.max_memory_allocated() - before - kept) / 1e6})
+        else:
+            rows.append({"S": length, "MB": None})
+    report.table("memory of forward + backward beyond inputs, output and gradients", rows)
+
+
+def overhead(report: Report) -> None:
+    """Host time of an eager call, tiny inputs, nothing waited for."""
+    q = torch.randn(1, 16, 128, 64, device=report.device).bfloat16()
+    config = AttentionConfig(softcap=CAP, scale=0.125)
+    rows = []
+    with torch.no_grad():
+        for _ in range(20):
+            report.runtime.attention(q, q, q, config)
+        taken = []
+        for _ in range(20 if report.smoke else 2000):
+            started = time.perf_counter()
+            report.runtime.attention(q, q, q, config)
+            taken.append(time.perf_counter() - started)
+    rows.append({"us a call, host": sorted(taken)[len(taken) // 2] * 1e6})
+    report.table("call overhead", rows)
+
+
+if __name__ == "__main__":
+    main()

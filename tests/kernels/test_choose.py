@@ -1,0 +1,124 @@
+"""Which engine serves a call: the rule, and that prewarming covers whatever it may pick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from softcap_runtime import AttentionConfig, EngineUnavailable, PrewarmRequest, Runtime, RuntimeSettings
+from softcap_runtime.kernels import choose as rules
+from softcap_runtime.kernels.choose import candidates, choose
+from softcap_runtime.kernels.engine import Problem
+from softcap_runtime.kernels.key import dtype_name, dtype_of
+from softcap_runtime.masks.intervals import RowIntervals, band
+from softcap_runtime.prewarm import kernels_of
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    kv_len = draw(st.integers(1, 10_000))
+    q_len = draw(st.one_of(st.just(1), st.just(kv_len), st.integers(1, kv_len)))
+    mask = band(q_len, kv_len, causal=draw(st.booleans()), window=draw(st.none() | st.integers(1, 5000)))
+    if draw(st.booleans()):
+        row = torch.zeros(1, 1, dtype=torch.int32).expand(1, q_len)
+        mask = RowIntervals(q_len, kv_len, None, None, row, row)
+    kv_heads = draw(st.sampled_from([1, 2, 4]))
+    return Problem(
+        CPU,
+        draw(st.sampled_from(DTYPES)),
+        draw(st.integers(1, 64)),
+        kv_heads * draw(st.sampled_from([1, 2, 8])),
+        kv_heads,
+        draw(st.sampled_from([64, 128, 256])),
+        0.1,
+        draw(st.sampled_from([None, 0.5, 50.0, 64.5, 1000.0])),
+        mask,
+        draw(st.booleans()),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(problem=problems())
+def test_prewarming_covers_whatever_auto_picks(problem: Problem) -> None:
+    choice = choose(problem, "auto")
+    assert choice.engine.refuses(problem) is None
+    assert choice.engine.name in {engine.name for engine in candidates(problem)}
+    assert choice.reason
+    request = PrewarmRequest(
+        config=AttentionConfig(softcap=problem.softcap, scale=problem.scale),
+        num_heads=problem.num_heads,
+        num_kv_heads=problem.num_kv_heads,
+        head_dim=problem.head_dim,
+        dtype=dtype_name(problem.dtype),
+        train=problem.train,
+    )
+    assert set(choice.engine.specs(problem)) <= set(kernels_of(request, "auto"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem=problems(), other=problems())
+def test_kernels_do_not_depend_on_sizes(problem: Problem, other: Problem) -> None:
+    same = other._replace(
+        dtype=problem.dtype, softcap=problem.softcap, train=problem.train, head_dim=problem.head_dim
+    )
+    same_kind = (same.mask.lo is None) == (problem.mask.lo is None)
+    for name in ("flex", "blocked", "dense", "eager"):
+        engine = rules.engine_named(name, CPU)
+        if engine.refuses(problem) is None and (same_kind or name != "flex"):
+            assert engine.specs(problem) == engine.specs(same)
+
+
+def test_who_refuses_what() -> None:
+    row = torch.zeros(1, 8, dtype=torch.int32)
+    base = Problem(
+        CPU, torch.float32, 1, 2, 1, 64, 0.1, 50.0, RowIntervals(8, 8, None, None, row, row), False
+    )
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("flex", {"train": True}, "no backward"),
+        ("flex", {"dtype": torch.float64}, "torch.float64"),
+        ("blocked", {"dtype": torch.float64}, "torch.float64"),
+        ("dense", {"dtype": torch.float64}, "torch.float64"),
+    ]
+    for name, change, words in cases:
+        assert choose(base, name).engine.name == name
+        with pytest.raises(EngineUnavailable, match=words) as raised:
+            choose(base._replace(**change), name)
+        assert f"'{name}'" in str(raised.value)
+        assert "\n" not in str(raised.value)
+    assert choose(base._replace(dtype=torch.float64), "eager").engine.name == "eager"
+    assert choose(base._replace(dtype=torch.float64), "auto").engine.name == "eager"
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_torch_without_packages_gets_the_dense_engine(monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
+    monkeypatch.setattr(rules, "packages_work", lambda: False)
+    problem = Problem(CPU, torch.float32, 1, 2, 1, 64, 0.1, 50.0, band(8, 8, causal=True, window=None), train)
+    choice = choose(problem, "auto")
+    assert choice.engine.name == "dense"
+    assert torch.__version__ in choice.reason
+
+
+def test_stats_tell_engines_and_reasons(runtime: Runtime, seed: int) -> None:
+    fresh = Runtime(RuntimeSettings(cache_dir=runtime.settings.cache_dir))
+    config = AttentionConfig(softcap=50.0, scale=0.125)
+    for length in (8, 8, 16):
+        fresh.attention(*torch.randn(3, 1, 2, length, 64), config)
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 8, 64))
+    fresh.attention(q, k, v, config)
+    rows = {row.engine: row for row in fresh.stats().engines}
+    assert rows["flex"].plans == 2
+    assert rows["blocked"].plans == 1
+    assert all(row.reason for row in rows.values())
+    assert {kernel.op for kernel in fresh.stats().kernels} == {
+        "flex_forward",
+        "block_forward",
+        "block_backward",
+    }
+    assert dtype_of(fresh.stats().kernels[0].dtype) == torch.float32

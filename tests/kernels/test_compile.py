@@ -1,0 +1,166 @@
+"""The operator inside compiled and exported programs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import Sizes, expected, gradients, make_qkv, relative_error
+from torch import Tensor
+
+from softcap_runtime import AttentionConfig, Runtime, slow_attention_softcapping
+
+CONFIG = AttentionConfig(softcap=50.0, scale=0.125, window=30)
+
+
+class Backend:
+    """Runs what dynamo captured as it is, and counts the graphs."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, example: Any) -> Any:
+        self.graphs.append(graph)
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def random_masks(batch: int, length: int) -> dict[str, Tensor]:
+    padding = torch.ones(batch, length, dtype=torch.int64)
+    padding[0, : random.randint(1, length - 1)] = 0
+    ids = (torch.rand(batch, length) < 0.1).cumsum(1)
+    return {"attention_mask": padding, "document_ids": ids}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_graph_break_and_no_recompile_per_length(
+    runtime: Runtime, masked: bool, train: bool, seed: int
+) -> None:
+    backend = Backend()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, masks: dict[str, Tensor]) -> Tensor:
+        return runtime.attention(q * 1.0, k, v, CONFIG, **masks) * 2.0
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=backend)
+    for length in random.sample(range(3, 300), 8):
+        inputs = make_qkv(Sizes(2, 4, 2, length, length))
+        masks = random_masks(2, length) if masked else {}
+        grad_out = torch.randn(inputs[0].shape)
+        want_out, want = gradients(lambda *x, m=masks: 2.0 * expected(*x, CONFIG, **m), inputs, grad_out)
+        if train:
+            out, got = gradients(lambda *x, m=masks: compiled(*x, m), inputs, grad_out)
+            for mine, exact in zip(got, want, strict=True):
+                assert relative_error(mine, exact) <= 3e-6
+        else:
+            out = compiled(*inputs, masks)
+        assert relative_error(out, want_out) <= 2e-6
+    assert len(backend.graphs) == 1
+
+
+def test_static_sizes_through_inductor(runtime: Runtime, seed: int) -> None:
+    """Everything for real: AOTAutograd, the fake implementations, Inductor's wrapper."""
+    masks = random_masks(2, 50)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return runtime.attention(q * 1.0, k, v, CONFIG, **masks).transpose(1, 2).reshape(2, 50, -1)
+
+    inputs = make_qkv(Sizes(2, 4, 2, 50, 50), layout="fused")
+    grad_out = torch.randn(2, 50, 256)
+    compiled = torch.compile(attend, fullgraph=True, dynamic=False)
+    out, got = gradients(compiled, inputs, grad_out)
+    want_out, want = gradients(
+        lambda *x: expected(*x, CONFIG, **masks).transpose(1, 2).reshape(2, 50, -1), inputs, grad_out
+    )
+    assert relative_error(out, want_out) <= 2e-6
+    for mine, exact in zip(got, want, strict=True):
+        assert relative_error(mine, exact) <= 3e-6
+
+
+@pytest.mark.parametrize("engine", ["blocked", "eager"])
+def test_other_engines(runtimes: dict[str, Runtime], engine: str, seed: int) -> None:
+    compiled = torch.compile(
+        lambda *x: runtimes[engine].attention(*x, CONFIG), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    inputs = make_qkv(Sizes(1, 4, 2, 40, 60))
+    grad_out = torch.randn(inputs[0].shape)
+    out, got = gradients(compiled, inputs, grad_out)
+    want_out, want = gradients(lambda *x: expected(*x, CONFIG), inputs, grad_out)
+    assert relative_error(out, want_out) <= 2e-6
+    for mine, exact in zip(got, want, strict=True):
+        assert relative_error(mine, exact) <= 3e-6
+
+
+def test_autocast_compiled(runtime: Runtime, seed: int) -> None:
+    q, k, v = make_qkv(Sizes(1, 4, 2, 40, 40))
+    compiled = torch.compile(
+        lambda *x: runtime.attention(*x, CONFIG), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        for inputs in ((q, k, v), (q, k.bfloat16(), v)):
+            out = compiled(*inputs)
+            assert out.dtype == torch.bfloat16
+            want = expected(*(x.bfloat16() for x in inputs), CONFIG)
+            assert relative_error(out, want) <= 4e-3  # bf16, issue 5
+
+
+def test_the_documented_functions_inside_a_compiled_model(own_runtime: Runtime, seed: int) -> None:
+    from types import SimpleNamespace
+
+    layer = SimpleNamespace(config=SimpleNamespace(attn_logit_softcapping=50.0, query_pre_attn_scalar=64))
+    backend = Backend()
+    compiled = torch.compile(
+        lambda q, k, v: slow_attention_softcapping(q, k, v, None, layer, q.shape[0], q.shape[2]),
+        fullgraph=True,
+        dynamic=True,
+        backend=backend,
+    )
+    config = AttentionConfig(softcap=50.0, scale=0.125)
+    for length in (20, 33, 41):
+        inputs = make_qkv(Sizes(2, 4, 2, length, length))
+        want = expected(*inputs, config).transpose(1, 2).reshape(2, length, -1)
+        assert relative_error(compiled(*inputs), want) <= 2e-6
+    assert len(backend.graphs) == 1
+
+
+class Model(torch.nn.Module):
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__()
+        self.runtime = runtime
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.runtime.attention(q, k, v, CONFIG, attention_mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_and_run_at_another_length(
+    own_runtime: Runtime, masked: bool, strict: bool, seed: int
+) -> None:
+    length = torch.export.Dim("length", min=2, max=4096)
+    by_length = {2: length}
+    shapes: list[Any] = [by_length, by_length, by_length, {1: length} if masked else None]
+
+    def inputs(length: int) -> tuple[Tensor | None, ...]:
+        mask = random_masks(2, length)["attention_mask"] if masked else None
+        return (*make_qkv(Sizes(2, 4, 2, length, length)), mask)
+
+    with torch.no_grad():
+        program = torch.export.export(
+            Model(own_runtime), inputs(40), dynamic_shapes=tuple(shapes), strict=strict
+        )
+        for length_ in (40, 41, 300):
+            given = inputs(length_)
+            out = program.module()(*given)
+            more = {"attention_mask": given[3]} if masked else {}
+            assert relative_error(out, expected(*given[:3], CONFIG, **more)) <= 2e-6
+    assert any("softcap_runtime.attention" in str(node.target) for node in program.graph.nodes)
