@@ -21,17 +21,30 @@ def compiles_in_process(spec: KernelSpec) -> bool:
 
 
 def compile_runner(spec: KernelSpec) -> Runner:
-    """A compiled runner with dynamic sizes; it compiles at its first call, and for a size of 1 once more.
+    """A runner of functions compiled with dynamic sizes, each at its first call.
 
-    ``fullgraph=True`` makes torch raise at its recompile limit, where it would go on uncompiled in silence.
+    torch compiles sizes of 1 and strides of 0 and 1 anew, and raises at its limit of eight recompilations a code
+    object (``fullgraph=True``; else it would go on uncompiled in silence). So each pattern of them has code of its
+    own: batches and heads of 1, single rows, expanded keys don't use up one limit together.
     """
-    function = _FUNCTIONS[spec.op]
-    assert isinstance(function, FunctionType)
-    # Code of its own: torch counts recompilations per code object, and one spec's must not use up another's.
-    own = FunctionType(function.__code__.replace(), function.__globals__, spec.op, None, function.__closure__)
-    compiled: Any = torch.compile(own, dynamic=True, fullgraph=True)
+    variants: dict[tuple[tuple[bool, ...], ...], Any] = {}
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
+        kind = tuple(_ones(x) for x in inputs if x is not None)
+        compiled = variants.get(kind)
+        if compiled is None:
+            compiled = variants.setdefault(kind, _compiled(spec))
         return list(compiled(*inputs))
 
     return run
+
+
+def _ones(x: Tensor) -> tuple[bool, ...]:
+    return (*(size == 1 for size in x.shape), *(stride <= 1 for stride in x.stride()))
+
+
+def _compiled(spec: KernelSpec) -> Any:
+    function = _FUNCTIONS[spec.op]
+    assert isinstance(function, FunctionType)
+    own = FunctionType(function.__code__.replace(), function.__globals__, spec.op, None, function.__closure__)
+    return torch.compile(own, dynamic=True, fullgraph=True)

@@ -10,6 +10,7 @@ import functools
 import io
 import itertools
 import os
+import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -50,11 +51,18 @@ def _runner_class(device: torch.device) -> Callable[..., Any] | None:
 def _load_public(data: bytes, device: torch.device) -> Runner:
     from torch._inductor import aoti_load_package
 
-    with _MemoryFile(data) as path:
-        compiled = aoti_load_package(path, device_index=device.index or 0 if device.type == "cuda" else -1)
+    # A name on disk, since this loader asks for one that ends so; it unpacks the file and needs it no longer.
+    with tempfile.NamedTemporaryFile(suffix=".pt2") as file:
+        file.write(data)
+        file.flush()
+        compiled = aoti_load_package(
+            file.name, device_index=device.index or 0 if device.type == "cuda" else -1
+        )
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         outputs = compiled(*inputs)
+        if outputs is None:  # a kernel that works in place
+            return []
         return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
     return run
