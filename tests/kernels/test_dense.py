@@ -1,0 +1,78 @@
+"""The dense engine: compiled in this process, and loud where torch would go on uncompiled."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Sizes, expected, gradients, make_qkv, relative_error
+
+from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
+
+CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
+
+
+@pytest.fixture
+def dense(cache_dir: Path) -> Iterator[Runtime]:
+    torch._dynamo.reset()
+    yield Runtime(RuntimeSettings(cache_dir=cache_dir, engine="dense"))
+    torch._dynamo.reset()
+
+
+def test_a_recompile_limit_raises(dense: Runtime, seed: int) -> None:
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        inputs = make_qkv(Sizes(2, 4, 2, 20, 20))
+        assert relative_error(dense.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
+        with pytest.raises(FailOnRecompileLimitHit):
+            dense.attention(*make_qkv(Sizes(2, 4, 2, 15, 20)), CONFIG)  # rows and keys were one number before
+
+
+def test_lengths_windows_and_caps_share_one_compilation(dense: Runtime, seed: int) -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    # No two sizes are equal: torch gives those one symbol, and compiles anew where they part.
+    dense.attention(*make_qkv(Sizes(2, 9, 3, 17, 20)), CONFIG)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in random.sample(range(20, 200), 6):
+            config = AttentionConfig(
+                softcap=random.uniform(1, 100), scale=random.uniform(0.1, 0.2), window=random.randint(1, 50)
+            )
+            inputs = make_qkv(Sizes(random.choice([2, 5]), 8, 2, length - random.randint(0, 9), length))
+            assert relative_error(dense.attention(*inputs, config), expected(*inputs, config)) <= 2e-6
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_gradients(dense: Runtime, seed: int) -> None:
+    inputs = make_qkv(Sizes(2, 4, 2, 70, 70))
+    grad_out = torch.randn(inputs[0].shape)
+    out, got = gradients(lambda *x: dense.attention(*x, CONFIG), inputs, grad_out)
+    want_out, want = gradients(lambda *x: expected(*x, CONFIG), inputs, grad_out)
+    assert relative_error(out, want_out) <= 2e-6
+    for mine, exact in zip(got, want, strict=True):
+        assert relative_error(mine, exact) <= 3e-6
+    assert {spec.op for spec in dense.supply.table._runners} == {"dense_forward", "dense_backward"}
+
+
+def test_every_size_of_one_together(dense: Runtime, seed: int) -> None:
+    """Batch, heads, rows and keys of 1 are compiled anew each, and torch stops after eight of one code object."""
+    for sizes in (
+        Sizes(2, 4, 2, 20, 20),
+        Sizes(1, 4, 2, 20, 20),
+        Sizes(1, 4, 2, 1, 20),
+        Sizes(2, 4, 2, 1, 20),
+        Sizes(2, 4, 1, 20, 20),
+        Sizes(1, 4, 1, 20, 20),
+        Sizes(1, 4, 1, 1, 20),
+        Sizes(1, 1, 1, 20, 20),
+        Sizes(2, 4, 1, 1, 1),
+        Sizes(1, 1, 1, 1, 1),
+    ):
+        inputs = make_qkv(sizes)
+        assert relative_error(dense.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6

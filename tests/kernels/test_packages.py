@@ -1,0 +1,231 @@
+"""Packages: only the right one is ever loaded, and what is wrong with one is found before."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import HEAD_DIM, Sizes, expected, make_qkv, relative_error
+
+from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettings, SoftcapRuntimeError
+from softcap_runtime.kernels import flex, package, table, torch_private
+from softcap_runtime.kernels.engine import Call
+from softcap_runtime.kernels.key import KernelSpec, dtype_of
+from softcap_runtime.masks.intervals import band
+from softcap_runtime.store import Key, fingerprint
+
+BAND = KernelSpec("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
+UNCAPPED = BAND._replace(capped=False)
+CONFIGS = {BAND: AttentionConfig(softcap=50.0, scale=0.5), UNCAPPED: AttentionConfig(scale=0.5)}
+
+
+@pytest.fixture
+def packages(runtime: Runtime) -> dict[KernelSpec, bytes]:
+    found = {}
+    for spec in CONFIGS:
+        runtime.supply.obtain(spec)
+        data = runtime.supply.store.load(runtime.supply.key(spec))
+        assert data is not None
+        found[spec] = bytes(data)
+    return found
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, packages: dict[KernelSpec, bytes], monkeypatch: pytest.MonkeyPatch, loads: list[bytes]
+) -> Path:
+    """A cache with both kernels; from here on a build hands out the right package, and counts."""
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path))
+    for spec, data in packages.items():
+        runtime.supply.store.load_or_build(runtime.supply.key(spec), lambda data=data: data)
+    monkeypatch.setattr(package, "build", lambda spec: packages[spec])
+    monkeypatch.setattr(package, "compiler_version", lambda: "none, a test")
+    return tmp_path
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Every package that reached the loader."""
+    seen: list[bytes] = []
+    real = torch_private.load_package
+
+    def load(data: bytes, device: torch.device) -> Any:
+        seen.append(data)
+        return real(data, device)
+
+    monkeypatch.setattr(table, "load_package", load)
+    return seen
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[sqlite3.Connection]:
+    connection = sqlite3.connect(folder / "cache.db")
+    with contextlib.closing(connection), connection:
+        yield connection
+
+
+def digest(spec: KernelSpec) -> str:
+    return Key(spec.fields(), fingerprint("cpu")).digest
+
+
+def serves(folder: Path, loads: list[bytes], packages: dict[KernelSpec, bytes]) -> Runtime:
+    """Both calls succeed, and only right packages were loaded."""
+    runtime = Runtime(RuntimeSettings(cache_dir=folder, engine="flex"))
+    inputs = make_qkv(Sizes(1, 4, 2, 30, 30))
+    for config in CONFIGS.values():
+        assert relative_error(runtime.attention(*inputs, config), expected(*inputs, config)) <= 2e-6
+    assert [runtime.supply.supplied[spec].bytes for spec in CONFIGS] == [
+        len(packages[spec]) for spec in CONFIGS
+    ]
+    assert loads == list(packages.values())
+    return runtime
+
+
+def sources(runtime: Runtime) -> list[str]:
+    return [runtime.supply.supplied[spec].source for spec in CONFIGS]
+
+
+def test_untouched(folder: Path, loads: list[bytes], packages: dict[KernelSpec, bytes], seed: int) -> None:
+    assert sources(serves(folder, loads, packages)) == ["disk", "disk"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind"),
+    # Both hold verified bytes of ours: a checksum alone would not tell that they answer another question.
+    [(("value",), "corrupt"), (("value", "tag", "size"), "rejected"), (("tag",), "corrupt")],
+)
+def test_the_packages_of_two_kernels_are_swapped(
+    folder: Path,
+    loads: list[bytes],
+    packages: dict[KernelSpec, bytes],
+    columns: tuple[str, ...],
+    kind: str,
+    seed: int,
+) -> None:
+    with opened(folder) as connection:
+        rows = {
+            spec: connection.execute(
+                f"SELECT {', '.join(columns)} FROM Cache WHERE key = ?", (digest(spec),)
+            ).fetchone()
+            for spec in CONFIGS
+        }
+        for spec, other in ((BAND, UNCAPPED), (UNCAPPED, BAND)):
+            assignment = ", ".join(f"{column} = ?" for column in columns)
+            connection.execute(f"UPDATE Cache SET {assignment} WHERE key = ?", (*rows[other], digest(spec)))
+    runtime = serves(folder, loads, packages)
+    assert sources(runtime) == ["built", "built"]
+    assert runtime.supply.store.status().counters[kind].value == 2
+    loads.clear()
+    assert sources(serves(folder, loads, packages)) == ["disk", "disk"]  # and is whole again
+
+
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "empty", "missing"])
+def test_a_damaged_package(
+    folder: Path, loads: list[bytes], packages: dict[KernelSpec, bytes], fault: str, seed: int
+) -> None:
+    data = bytearray(packages[BAND])
+    if fault == "truncated":
+        data = data[: len(data) // 2]
+    elif fault == "flipped":
+        data[len(data) // 3] ^= 16
+    elif fault == "empty":
+        data.clear()
+    with opened(folder) as connection:
+        if fault == "missing":
+            connection.execute("DELETE FROM Cache WHERE key = ?", (digest(BAND),))
+        else:
+            connection.execute("UPDATE Cache SET value = ? WHERE key = ?", (bytes(data), digest(BAND)))
+    runtime = serves(folder, loads, packages)
+    assert sources(runtime) == ["built", "disk"]
+    counters = runtime.supply.store.status().counters
+    assert counters["corrupt"].value + counters["rejected"].value == (0 if fault == "missing" else 1)
+    loads.clear()
+    assert sources(serves(folder, loads, packages)) == ["disk", "disk"]
+
+
+def test_packages_of_another_environment(
+    folder: Path,
+    loads: list[bytes],
+    packages: dict[KernelSpec, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+) -> None:
+    for field, value in (("torch", "2.99.0"), ("cpu", "AVX2 of another machine"), ("package", "9.9 abc")):
+        other = {**fingerprint("cpu"), field: value}
+        monkeypatch.setattr("softcap_runtime.supply.fingerprint", lambda device, other=other: other)
+        loads.clear()
+        assert sources(serves(folder, loads, packages)) == ["built", "built"]
+    monkeypatch.undo()
+
+
+def test_bytes_that_are_verified_but_no_package(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package, "build", lambda spec: b"no package")
+    monkeypatch.setattr(package, "compiler_version", lambda: "none, a test")
+    broken = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex"))
+    for _ in range(2):
+        with pytest.raises(SoftcapRuntimeError, match="flex_forward does not load") as raised:
+            broken.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), CONFIGS[BAND])
+        assert "\n" not in str(raised.value)
+
+
+def test_kernels_loaded_at_once_are_not_mixed_up(packages: dict[KernelSpec, bytes], seed: int) -> None:
+    """The loader takes a library whose path it has seen for the one it has: each load has a path of its own."""
+    q, k, v = make_qkv(Sizes(1, 4, 2, 30, 30))
+    mask = band(30, 30, causal=True, window=None)
+    tables = [table.KernelTable(packages.__getitem__) for _ in range(3)]
+    for kernels in tables:
+        for spec, config in CONFIGS.items():
+            problem = Call(mask, config.scale, config.softcap, "flex", False).problem(q, k)
+            assert flex.ENGINE.specs(problem) == [spec]
+            out, _ = flex.ENGINE.forward(problem, kernels)(q, k, v)
+            assert relative_error(out, expected(q, k, v, config)) <= 2e-6
+
+
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert package.find_compiler() is None
+    assert package.compiler_version() == "none"
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path / "cache"))
+    with pytest.raises(BuildFailed, match=r"no C\+\+ compiler found.*g\+\+.*engine='eager'") as raised:
+        runtime.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), CONFIGS[BAND])
+    assert "\n" not in str(raised.value)
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    assert package.find_compiler() is None
+
+
+def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\necho "fatal error: no space left" >&2\nexit 3\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    spec = KernelSpec("block_forward", "cpu", "float32", 0, True, "")
+    with pytest.raises(BuildFailed, match="cannot build block_forward") as raised:
+        package.build(spec)
+    assert "\n" not in str(raised.value)
+
+
+def test_example_strides_are_all_different() -> None:
+    # torch.export gives equal numbers one symbol, and would tie strides together that are not.
+    tensors = [
+        package.distinct((2, 640, 8), 1, torch.float32, inner=64),
+        package.distinct((2, 896, 4), 2, torch.float32, inner=64),
+        package.distinct((2, 896, 4), 3, torch.float32, inner=64),
+    ]
+    strides = [stride for x in tensors for stride in x.stride()[:-1]]
+    assert len(set(strides)) == len(strides)
+    assert all(x.stride(-1) == 1 for x in tensors)
+
+
+def test_dtype_names() -> None:
+    assert dtype_of("float32") is torch.float32
+    for bad in ("float33", "Tensor", ""):
+        with pytest.raises(ValueError, match=f"dtype: {bad!r}"):
+            dtype_of(bad)

@@ -1,0 +1,412 @@
+"""One look-up from a call to its kernel: one runtime a process, one build a kernel, settings, forks, stats."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import HEAD_DIM, Sizes, expected, make_qkv, relative_error
+
+from softcap_runtime import (
+    AttentionConfig,
+    BuildFailed,
+    KernelNotPrewarmed,
+    Runtime,
+    RuntimeSettings,
+)
+from softcap_runtime.kernels import package
+from softcap_runtime.kernels.engine import Call
+from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.masks.intervals import band
+
+CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
+BAND = KernelSpec("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
+
+
+class Builder:
+    """Stands in for the compiler: hands out the session's packages, and counts."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.built: list[KernelSpec] = []
+        self.may_go = threading.Event()
+        self.may_go.set()
+        self.error: Exception | None = None
+        self._supply = runtime.supply
+
+    def __call__(self, spec: KernelSpec) -> bytes:
+        self.built.append(spec)
+        assert self.may_go.wait(120)
+        if self.error is not None:
+            raise self.error
+        return package_of(self._supply, spec)
+
+
+def package_of(supply: Any, spec: KernelSpec) -> bytes:
+    supply.obtain(spec)
+    data = supply.store.load(supply.key(spec))
+    assert data is not None
+    return bytes(data)
+
+
+@pytest.fixture
+def builder(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Iterator[Builder]:
+    runtime.supply.obtain(BAND)  # by the real compiler, if it is not there yet
+    made = Builder(runtime)
+    monkeypatch.setattr(package, "build", made)
+    monkeypatch.setattr(package, "compiler_version", lambda: "none, a test")
+    yield made
+    made.may_go.set()
+
+
+def in_threads(count: int, run: Callable[[], Any]) -> list[Any]:
+    barrier = threading.Barrier(count)
+
+    def start() -> Any:
+        barrier.wait()
+        return run()
+
+    with ThreadPoolExecutor(count) as pool:
+        return [future.result() for future in [pool.submit(start) for _ in range(count)]]
+
+
+def test_one_runtime_a_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = []
+
+    def slowly(self: Runtime, settings: RuntimeSettings | None = None) -> None:
+        time.sleep(0.05)
+        made.append(self)
+
+    monkeypatch.setattr(Runtime, "_own", None)
+    monkeypatch.setattr(Runtime, "__init__", slowly)
+    found = in_threads(16, Runtime.get)
+    assert len(made) == 1
+    assert {id(one) for one in found} == {id(made[0])}
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Runtime, "_own", None)
+    monkeypatch.setenv("SOFTCAP_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("SOFTCAP_JIT", "forbid")
+    monkeypatch.setenv("SOFTCAP_ENGINE", "blocked")
+    runtime = Runtime.get()
+    assert runtime is Runtime.get()
+    assert (runtime.settings.jit, runtime.settings.engine) == ("forbid", "blocked")
+    assert runtime.supply.store.folder == tmp_path
+    with pytest.raises(KernelNotPrewarmed, match="block_forward"):
+        runtime.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), CONFIG)
+
+
+def test_instances_of_your_own_are_apart(runtimes: dict[str, Runtime], tmp_path: Path, seed: int) -> None:
+    inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
+    eager, forbids = runtimes["eager"], Runtime(RuntimeSettings(cache_dir=tmp_path, jit="forbid"))
+    out = eager.attention(*inputs, CONFIG)
+    assert relative_error(out, expected(*inputs, CONFIG)) <= 2e-6
+    for _ in range(2):
+        with pytest.raises(KernelNotPrewarmed):
+            forbids.attention(*inputs, CONFIG)
+    assert torch.equal(eager.attention(*inputs, CONFIG), out)
+
+
+def test_threads_that_need_the_same_kernel_build_it_once(builder: Builder, tmp_path: Path, seed: int) -> None:
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex"))
+    inputs = make_qkv(Sizes(2, 4, 2, 50, 50))
+    builder.may_go.clear()
+    threading.Timer(0.3, builder.may_go.set).start()
+    outs = in_threads(16, lambda: runtime.attention(*inputs, CONFIG))
+    assert builder.built == [BAND]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    assert relative_error(outs[0], expected(*inputs, CONFIG)) <= 2e-6
+    # Another runtime, as another process: from disk.
+    other = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex"))
+    assert torch.equal(other.attention(*inputs, CONFIG), outs[0])
+    assert other.supply.supplied[BAND].source == "disk"
+    assert builder.built == [BAND]
+
+
+def test_many_threads_with_many_shapes(runtime: Runtime, seed: int) -> None:
+    fresh = Runtime(runtime.settings)
+    kinds = [make_qkv(Sizes(1, 4, 2, length, length)) for length in (3, 70, 129, 200)]
+    wants = [expected(*inputs, CONFIG) for inputs in kinds]
+
+    def run() -> float:
+        errors = []
+        for _ in range(10):
+            for inputs, want in zip(kinds, wants, strict=True):
+                errors.append(relative_error(fresh.attention(*inputs, CONFIG), want))
+        return max(errors)
+
+    assert max(in_threads(8, run)) <= 2e-6
+
+
+def test_a_failed_build_is_not_remembered(builder: Builder, tmp_path: Path, seed: int) -> None:
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex"))
+    inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
+    builder.error = BuildFailed("cannot build flex_forward: no luck")
+    with pytest.raises(BuildFailed, match="no luck"):
+        runtime.attention(*inputs, CONFIG)
+    builder.error = None
+    assert relative_error(runtime.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
+    assert builder.built == [BAND, BAND]
+
+
+def test_jit_forbid_names_the_command(builder: Builder, tmp_path: Path, seed: int) -> None:
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="forbid", engine="flex"))
+    inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
+    with pytest.raises(KernelNotPrewarmed) as raised:
+        runtime.attention(*inputs, CONFIG)
+    text = str(raised.value)
+    assert "\n" not in text
+    for words in (
+        f"SOFTCAP_CACHE_DIR={tmp_path}",
+        "softcap-runtime prewarm",
+        "--num-heads 4",
+        "--num-kv-heads 2",
+        f"--head-dim {HEAD_DIM}",
+        "--softcap 50.0",
+        "--dtype float32",
+        "--engine flex",
+    ):
+        assert words in text
+    assert not builder.built
+    # As the command does it.
+    Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex")).supply.obtain(BAND)
+    assert relative_error(runtime.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
+
+
+def test_jit_warn_logs_and_builds(
+    builder: Builder, tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int
+) -> None:
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="warn", engine="flex"))
+    inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
+    with caplog.at_level(logging.WARNING, logger="softcap_runtime"):
+        for _ in range(3):
+            runtime.attention(*inputs, CONFIG)
+    warnings = [record.getMessage() for record in caplog.records if "serving process" in record.getMessage()]
+    assert len(warnings) == 1
+    assert "softcap-runtime prewarm" in warnings[0]
+    assert builder.built == [BAND]
+    assert runtime.stats().builds == 1
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError("nothing happened in a minute")
+
+
+def test_built_in_the_background(
+    builder: Builder, runtimes: dict[str, Runtime], tmp_path: Path, seed: int
+) -> None:
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, build="background", engine="flex"))
+    inputs = make_qkv(Sizes(1, 4, 2, 150, 150))
+    builder.may_go.clear()
+    want = runtimes["eager"].attention(*inputs, CONFIG)
+    for _ in range(5):
+        assert torch.equal(runtime.attention(*inputs, CONFIG), want)
+    assert runtime.stats().background_pending == 1
+    assert not runtime.supply.supplied
+    builder.may_go.set()
+    wait_until(lambda: runtime.stats().background_pending == 0)
+    want = runtimes["flex"].attention(*inputs, CONFIG)
+    for _ in range(3):
+        assert torch.equal(runtime.attention(*inputs, CONFIG), want)
+    assert builder.built == [BAND]
+    assert {row.engine for row in runtime.stats().engines} == {"flex"}
+
+
+def test_a_background_build_that_fails_is_told_and_not_repeated(
+    builder: Builder, runtimes: dict[str, Runtime], tmp_path: Path, seed: int
+) -> None:
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, build="background", engine="flex"))
+    inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
+    builder.error = BuildFailed("cannot build flex_forward: no luck")
+    want = runtimes["eager"].attention(*inputs, CONFIG)
+    assert torch.equal(runtime.attention(*inputs, CONFIG), want)
+    wait_until(lambda: bool(runtime.stats().background_failed) and runtime.stats().background_pending == 0)
+    for _ in range(3):
+        assert torch.equal(runtime.attention(*inputs, CONFIG), want)
+    assert builder.built == [BAND]
+    (failed,) = runtime.stats().background_failed.values()
+    assert "no luck" in failed
+
+
+def in_a_fork(run: Callable[[], None]) -> None:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+    wait_until(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_in_the_middle(builder: Builder, tmp_path: Path, seed: int) -> None:
+    """While a thread of the parent builds a kernel and holds its locks."""
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex"))
+    inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
+    want = runtime.attention(*inputs, CONFIG)
+    ids = (torch.rand(1, 20) < 0.3).cumsum(1)
+    masked = expected(*inputs, CONFIG, document_ids=ids)
+    builder.may_go.clear()
+    with ThreadPoolExecutor(1) as pool:
+        building = pool.submit(lambda: runtime.attention(*inputs, CONFIG, document_ids=ids))
+        wait_until(lambda: len(builder.built) == 2)
+
+        def child() -> None:
+            assert torch.equal(runtime.attention(*inputs, CONFIG), want)
+            other = make_qkv(Sizes(1, 4, 2, 33, 33))
+            assert relative_error(runtime.attention(*other, CONFIG), expected(*other, CONFIG)) <= 2e-6
+
+        in_a_fork(child)
+        builder.may_go.set()
+        assert relative_error(building.result(), masked) <= 2e-6
+
+    def second_child() -> None:
+        out = runtime.attention(*inputs, CONFIG, document_ids=ids)
+        assert relative_error(out, masked) <= 2e-6
+        q, k, v = (x.clone().requires_grad_() for x in inputs)
+        with pytest.raises(Exception, match="no backward"):
+            runtime.attention(q, k, v, CONFIG)
+
+    in_a_fork(second_child)
+    assert len(builder.built) == 2
+
+
+def test_a_cache_folder_that_is_a_file(builder: Builder, tmp_path: Path, seed: int) -> None:
+    """It works from memory and says so."""
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    runtime = Runtime(RuntimeSettings(cache_dir=file, engine="flex"))
+    inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
+    for _ in range(2):
+        assert relative_error(runtime.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
+    fault = runtime.stats().cache_fault
+    assert fault is not None
+    assert str(file) in fault
+    assert "\n" not in fault
+    assert builder.built == [BAND]
+    assert file.read_text() == "not a folder"
+
+
+def test_hits_and_misses(runtime: Runtime, seed: int) -> None:
+    fresh = Runtime(runtime.settings)
+    inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
+    for _ in range(10):
+        fresh.attention(*inputs, CONFIG)
+    stats = fresh.stats()
+    assert (stats.misses, stats.hits) == (1, 9)
+    assert (stats.builds, stats.loads) == (0, 1)
+    assert stats.package_bytes > 0
+
+
+def test_shortcuts_see_every_difference(runtimes: dict[str, Runtime], seed: int) -> None:
+    """Calls that look alike but for one thing: lengths, strides, dtypes, configs, gradients, masks."""
+    runtime = Runtime(runtimes["auto"].settings)
+    calls: list[tuple[Any, AttentionConfig, dict[str, torch.Tensor]]] = []
+    for sizes in (
+        Sizes(1, 4, 2, 20, 20),
+        Sizes(1, 4, 4, 20, 20),
+        Sizes(2, 4, 2, 20, 20),
+        Sizes(1, 4, 2, 19, 20),
+    ):
+        for layout in ("transposed", "contiguous", "strided"):
+            for config in (
+                CONFIG,
+                CONFIG.model_copy(update={"window": 3}),
+                CONFIG.model_copy(update={"causal": False}),
+                CONFIG.model_copy(update={"scale": 0.2}),
+                CONFIG.model_copy(update={"softcap": 5.0}),
+                CONFIG.model_copy(update={"softcap": None}),
+            ):
+                inputs = make_qkv(sizes, layout=layout)
+                calls.append((inputs, config, {}))
+                padding = torch.ones(sizes.batch, 20, dtype=torch.int64)
+                padding[0, : random.randint(0, 10)] = 0
+                calls.append((inputs, config, {"attention_mask": padding}))
+    for _ in range(3):
+        random.shuffle(calls)
+        for inputs, config, masks in calls:
+            want = expected(*inputs, config, **masks)
+            assert relative_error(runtime.attention(*inputs, config, **masks), want) <= 2e-6
+            if random.random() < 0.1:
+                leaf = inputs[0].detach().requires_grad_()
+                out = runtime.attention(leaf, *inputs[1:], config, **masks)
+                assert out.requires_grad
+                assert relative_error(out, want) <= 2e-6
+
+
+def test_plans_are_bounded(runtimes: dict[str, Runtime], monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr("softcap_runtime.plans.MAX_PLANS", 5)
+    runtime = Runtime(runtimes["eager"].settings)
+    for _ in range(2):
+        for length in range(1, 14):
+            inputs = make_qkv(Sizes(1, 2, 1, length, length, 8))
+            assert relative_error(runtime.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
+            assert len(list(runtime.plans.items())) <= 5
+    assert runtime.stats().misses == 26
+
+
+# Lengths, windows, caps and masks are arguments of few kernels
+
+
+def test_200_lengths_cost_at_most_4_kernels(runtime: Runtime, seed: int) -> None:
+    fresh = Runtime(runtime.settings)
+    for length in random.sample(range(1, 700), 200):
+        config = CONFIG.model_copy(update={"window": random.choice([None, 5, 300])})
+        q_len = random.choice([1, length, random.randint(1, length)])
+        inputs = make_qkv(Sizes(random.randint(1, 2), 2, 1, q_len, length))
+        out = fresh.attention(*inputs, config)
+        if random.random() < 0.1:
+            assert relative_error(out, expected(*inputs, config)) <= 2e-6
+    assert len(fresh.supply.supplied) <= 4
+
+
+def test_200_packings_cost_no_kernel_after_the_first(runtime: Runtime, seed: int) -> None:
+    fresh = Runtime(RuntimeSettings(cache_dir=runtime.settings.cache_dir, engine="flex"))
+    known = None
+    for number in range(200):
+        batch, length = random.randint(1, 2), random.randint(2, 260)
+        ids = (torch.rand(batch, length) < random.choice([0.01, 0.1, 0.9])).cumsum(1)
+        inputs = make_qkv(Sizes(batch, 2, 1, length, length))
+        out = fresh.attention(*inputs, CONFIG, document_ids=ids)
+        known = known or dict(fresh.supply.supplied)
+        if number % 20 == 0:
+            assert relative_error(out, expected(*inputs, CONFIG, document_ids=ids)) <= 2e-6
+    assert fresh.supply.supplied == known
+    assert len(fresh.supply.supplied) == 1
+
+
+def test_1000_lengths_bind_no_new_kernel(runtime: Runtime, seed: int) -> None:
+    """The heads of gemma2-2b, which cost nothing here: a plan reads shapes, dtypes and devices alone."""
+    fresh = Runtime(RuntimeSettings(cache_dir=runtime.settings.cache_dir))
+    one = torch.empty(1, 1, 1, 1)
+    known = None
+    for number in range(1000):
+        # The first two need what the rest may: the kernels of a small and of a large call.
+        length = (1, 4096)[number] if number < 2 else random.randint(1, 4096)
+        batch, window = random.randint(1, 4), random.choice([None, 4096, 512])
+        q, k = one.expand(batch, 8, length, HEAD_DIM), one.expand(batch, 4, length, HEAD_DIM)
+        mask = band(length, length, causal=True, window=window)
+        fresh._plan(q, k, Call(mask, CONFIG.scale, CONFIG.softcap, "auto", False))
+        if number == 1:
+            known = dict(fresh.supply.supplied)
+    assert fresh.supply.supplied == known
+    assert len(fresh.supply.supplied) <= 2
