@@ -1,7 +1,13 @@
 """Block sizes, warps and stages of the Triton kernels: a pure function of what the device has.
 
-Nothing here touches a GPU. Candidates are listed best first, by measurement where a card was at hand; the first one
-whose shared memory fits the device is taken, and the last one of each list fits a card of 100 KB.
+Nothing here touches a GPU except ``device_limits``. Candidates are listed best first; the first whose shared memory
+fits the device is taken, and the last of each list fits every card since Ampere (99 KB), so no supported call
+fails for lack of a smaller block.
+
+What decided the Hopper lists (H100 80GB HBM3, torch 2.11, Triton 3.6, bf16, causal, S=8192, 2026-11-24): two blocks of
+four warps that share a multiprocessor overlap one's matrix products with the other's softmax, which Triton's
+pipeline does not do within a block; at head_dim 256 only one block fits, and eight warps with a large tile win.
+Other architectures have not been measured.
 """
 
 from __future__ import annotations
@@ -32,20 +38,69 @@ class BlockOptions(NamedTuple):
     stages: int
 
 
+_Candidates = dict[tuple[Direction, int], list[tuple[int, int, int, int]]]
+
+# Compute capability 9.0 and 10.x, half precision; then _HALF.
+_HOPPER: _Candidates = {
+    ("forward", 64): [(64, 64, 4, 3)],
+    ("forward", 128): [(64, 64, 4, 3)],
+    ("forward", 256): [(128, 64, 8, 2)],
+    ("dq", 64): [(64, 64, 4, 3)],
+    ("dq", 128): [(64, 64, 4, 2)],
+    ("dq", 256): [(64, 64, 4, 2)],
+    ("dkdv", 64): [(64, 64, 4, 3)],
+    ("dkdv", 128): [(64, 64, 4, 2)],
+    ("dk", 256): [(64, 64, 4, 2)],
+    ("dv", 256): [(64, 128, 8, 2)],
+    ("decode", 256): [(16, 32, 4, 3)],
+}
+_HALF: _Candidates = {
+    ("forward", 64): [(128, 64, 4, 2), (64, 32, 4, 2)],
+    ("forward", 128): [(128, 64, 8, 2), (64, 64, 4, 1), (32, 32, 4, 1)],
+    ("forward", 256): [(64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1)],
+    ("dq", 64): [(64, 64, 4, 2), (32, 32, 4, 1)],
+    ("dq", 128): [(64, 64, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)],
+    ("dq", 256): [(32, 32, 4, 1), (16, 16, 4, 1)],
+    ("dkdv", 64): [(64, 64, 4, 2), (32, 32, 4, 1)],
+    ("dkdv", 128): [(64, 64, 4, 1), (32, 64, 4, 1), (32, 32, 4, 1)],
+    ("dk", 256): [(32, 64, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)],
+    ("dv", 256): [(32, 64, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)],
+    ("decode", 64): [(16, 64, 4, 3), (16, 32, 4, 1)],
+    ("decode", 128): [(16, 64, 4, 3), (16, 32, 4, 2), (16, 32, 4, 1)],
+    ("decode", 256): [(16, 32, 4, 2), (16, 16, 4, 2), (16, 16, 4, 1)],
+}
+# Three TF32 products a dot: their operands' halves live in registers, so blocks are small.
+_SINGLE: _Candidates = {
+    ("forward", 64): [(64, 32, 4, 2), (32, 32, 4, 1)],
+    ("forward", 128): [(64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1)],
+    ("forward", 256): [(16, 16, 4, 2), (16, 16, 4, 1)],
+    ("dq", 64): [(64, 32, 4, 2), (32, 32, 4, 1)],
+    ("dq", 128): [(16, 32, 4, 2), (16, 16, 4, 1)],
+    ("dq", 256): [(16, 16, 4, 1)],
+    ("dkdv", 64): [(32, 64, 4, 2), (16, 32, 4, 1)],
+    ("dkdv", 128): [(32, 32, 4, 1), (16, 16, 4, 1)],
+    ("dk", 256): [(16, 16, 4, 1)],
+    ("dv", 256): [(16, 16, 4, 1)],
+    ("decode", 64): [(16, 32, 4, 2), (16, 16, 4, 1)],
+    ("decode", 128): [(16, 32, 4, 2), (16, 16, 4, 1)],
+    ("decode", 256): [(16, 16, 4, 2), (16, 16, 4, 1)],
+}
+
+
 @lru_cache(maxsize=64)
 def device_limits(index: int) -> DeviceLimits:
     """The limits of CUDA device ``index``."""
     properties = torch.cuda.get_device_properties(index)
     return DeviceLimits(
-        getattr(properties, "shared_memory_per_block_optin", 48 * 1024),
+        int(properties.shared_memory_per_block_optin),  # type: ignore[attr-defined]
         (properties.major, properties.minor),
         properties.multi_processor_count,
     )
 
 
-def padded(head_dim: int) -> int:
-    """The tile width of a head_dim: the next power of two, as Triton's tiles need."""
-    return 1 << (head_dim - 1).bit_length()
+def padded(size: int) -> int:
+    """The next power of two: Triton's tiles have such sizes only."""
+    return 1 << (size - 1).bit_length()
 
 
 def splits_backward(head_dim: int) -> bool:
@@ -56,60 +111,56 @@ def splits_backward(head_dim: int) -> bool:
     return padded(head_dim) > 128
 
 
-Candidates = dict[tuple[Direction, int], tuple[BlockOptions, ...]]
-
-# bfloat16 and float16, by direction and padded head_dim. The first of each list was the fastest on an H100.
-_HALF: Candidates = {
-    ("forward", 64): (BlockOptions(128, 128, 8, 3), BlockOptions(128, 64, 4, 2), BlockOptions(64, 32, 4, 2)),
-    ("forward", 128): (BlockOptions(64, 64, 4, 3), BlockOptions(128, 64, 8, 2), BlockOptions(64, 32, 4, 1)),
-    ("forward", 256): (BlockOptions(128, 64, 8, 2), BlockOptions(64, 32, 4, 2), BlockOptions(32, 16, 4, 1)),
-    ("dq", 64): (BlockOptions(128, 128, 8, 2), BlockOptions(64, 64, 4, 2), BlockOptions(32, 32, 4, 1)),
-    ("dq", 128): (BlockOptions(64, 64, 4, 2), BlockOptions(64, 32, 4, 1), BlockOptions(32, 32, 4, 1)),
-    ("dq", 256): (BlockOptions(64, 64, 4, 2), BlockOptions(64, 32, 4, 1), BlockOptions(16, 16, 4, 1)),
-    ("dkdv", 64): (BlockOptions(64, 128, 8, 2), BlockOptions(64, 64, 4, 2), BlockOptions(32, 32, 4, 1)),
-    ("dkdv", 128): (BlockOptions(64, 64, 4, 2), BlockOptions(32, 64, 4, 2), BlockOptions(32, 32, 4, 1)),
-    ("dk", 256): (BlockOptions(32, 128, 8, 2), BlockOptions(32, 64, 4, 1), BlockOptions(16, 16, 4, 1)),
-    ("dv", 256): (BlockOptions(64, 128, 8, 2), BlockOptions(32, 64, 4, 1), BlockOptions(16, 16, 4, 1)),
-    ("decode", 64): (BlockOptions(16, 64, 4, 3), BlockOptions(16, 32, 4, 2)),
-    ("decode", 128): (BlockOptions(16, 64, 4, 3), BlockOptions(16, 32, 4, 1)),
-    ("decode", 256): (BlockOptions(16, 32, 4, 3), BlockOptions(16, 16, 4, 1)),
-}
-_FLOAT: Candidates = {
-    ("forward", 64): (BlockOptions(64, 32, 4, 2), BlockOptions(16, 16, 4, 1)),
-    ("forward", 128): (BlockOptions(64, 32, 4, 2), BlockOptions(16, 16, 4, 1)),
-    ("forward", 256): (BlockOptions(16, 16, 4, 2), BlockOptions(16, 16, 4, 1)),
-    ("dq", 64): (BlockOptions(64, 32, 4, 2), BlockOptions(16, 16, 4, 1)),
-    ("dq", 128): (BlockOptions(16, 32, 4, 2), BlockOptions(16, 16, 4, 1)),
-    ("dq", 256): (BlockOptions(16, 16, 4, 1),),
-    ("dkdv", 64): (BlockOptions(32, 64, 4, 2), BlockOptions(16, 16, 4, 1)),
-    ("dkdv", 128): (BlockOptions(16, 32, 4, 1), BlockOptions(16, 16, 4, 1)),
-    ("dk", 256): (BlockOptions(16, 16, 4, 1),),
-    ("dv", 256): (BlockOptions(16, 16, 4, 1),),
-    ("decode", 64): (BlockOptions(16, 32, 4, 2), BlockOptions(16, 16, 4, 1)),
-    ("decode", 128): (BlockOptions(16, 32, 4, 2), BlockOptions(16, 16, 4, 1)),
-    ("decode", 256): (BlockOptions(16, 16, 4, 2), BlockOptions(16, 16, 4, 1)),
-}
-# Tiles of a block that stay, counted in query rows and in keys, and those that each pipeline stage holds.
-_KEPT = {"forward": (1, 0), "decode": (1, 0), "dq": (2, 0), "dkdv": (0, 2), "dk": (0, 2), "dv": (0, 1)}
-_STAGED = {"forward": (0, 2), "decode": (0, 2), "dq": (0, 2), "dkdv": (2, 0), "dk": (2, 0), "dv": (2, 0)}
+def decode_rows(dtype: torch.dtype) -> int:
+    """Query rows a decoding block may pack (query heads of a group times rows); more take the forward kernel."""
+    return 16 if dtype == torch.float32 else 64
 
 
-def shared_bytes(options: BlockOptions, dtype: torch.dtype, head_dim: int, direction: Direction) -> int:
-    """Shared memory of a program, as far as its tiles tell; Triton adds a little of its own."""
-    rows = (options.block_m, options.block_n)
-    kept = sum(tiles * size for tiles, size in zip(_KEPT[direction], rows, strict=True))
-    staged = sum(tiles * size for tiles, size in zip(_STAGED[direction], rows, strict=True))
-    return (kept + options.stages * staged) * padded(head_dim) * dtype.itemsize
+def shared_bytes(options: BlockOptions, direction: Direction, head_dim: int, itemsize: int) -> int:
+    """At least the shared memory Triton takes for a block (checked against Triton 3.6 for every candidate).
+
+    The tiles that stay, the tiles that stream through the pipeline's stages, what changes from one layout to another
+    (the weights and their gradients; in float32 a tile too), and 1 KB for barriers and row statistics.
+    """
+    block_m, block_n, _, stages = options
+    if direction == "decode":
+        block_m = 16 if itemsize == 4 else 64  # decode_rows
+    if direction in ("forward", "decode"):
+        rows = block_m + 2 * block_n * stages
+    elif direction == "dq":
+        rows = 2 * block_m + 2 * block_n * stages
+    else:
+        rows = (1 if direction == "dv" else 2) * block_n + 2 * block_m * stages
+    width = padded(head_dim)
+    scratch = 2 * block_m * block_n * itemsize
+    if itemsize == 4:
+        scratch += max(block_m, block_n) * width * itemsize
+    # A decoding block's float32 sums go through shared memory on their way out.
+    sums = block_m * width * 4 if direction == "decode" else 0
+    return max(rows * width * itemsize + scratch, sums) + 1024
+
+
+def candidates(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, direction: Direction
+) -> list[BlockOptions]:
+    """The options in order of preference, whatever the device's shared memory."""
+    where = (direction, padded(head_dim))
+    if dtype == torch.float32:
+        return [BlockOptions(*values) for values in _SINGLE[where]]
+    hopper = _HOPPER.get(where, []) if (9, 0) <= capability < (11, 0) else []
+    return [BlockOptions(*values) for values in hopper + _HALF[where]]
 
 
 @lru_cache(maxsize=1024)
 def choose(limits: DeviceLimits, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:
-    """The first candidate whose shared memory fits the device; the smallest where none does."""
-    candidates = (_FLOAT if dtype == torch.float32 else _HALF)[direction, padded(head_dim)]
-    for options in candidates:
-        if shared_bytes(options, dtype, head_dim, direction) <= 0.95 * limits.shared_bytes:
+    """The first of ``candidates`` that fits the device; ValueError, naming the limit, where none does."""
+    for options in candidates(limits.capability, dtype, head_dim, direction):
+        if shared_bytes(options, direction, head_dim, dtype.itemsize) <= limits.shared_bytes:
             return options
-    return candidates[-1]
+    raise ValueError(
+        f"device: {limits.shared_bytes} bytes of shared memory a block are too few for the {direction} kernel "
+        f"(head_dim {head_dim}, {dtype}), expected at least 99 KB"
+    )
 
 
 def split_count(limits: DeviceLimits, programs: int, keys: int, block_n: int) -> int:

@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .gpu_options import BlockOptions, Direction, choose, device_limits, padded, split_count, splits_backward
+from .gpu_options import (
+    BlockOptions,
+    Direction,
+    choose,
+    decode_rows,
+    device_limits,
+    padded,
+    split_count,
+    splits_backward,
+)
 from .triton_launch import constants, launch, layout, strides, tile, vector
 
 # No bound: far enough for any length, and no sum with a row leaves int32.
@@ -24,8 +33,6 @@ FIXED_REFERENCE_CAP = 64.0
 # exp(50) * 2**20 keys * values of 1e9 is still finite in float32.
 REFERENCE_FROM = 50.0
 LOG2E = 1.4426950408889634
-# Query rows times group size up to which the keys are split among programs instead of the queries.
-DECODE_ROWS = 64
 
 
 class Mask(NamedTuple):
@@ -117,7 +124,7 @@ def forward(
     out = torch.empty((batch, rows, heads, dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
     with _on(q.device):
-        if rows * (heads // k.shape[1]) <= DECODE_ROWS:
+        if rows * (heads // k.shape[1]) <= decode_rows(q.dtype):
             _decode(q, k, v, out, lse, mask, call)
         else:
             _forward(q, k, v, out, lse, mask, call)
