@@ -92,7 +92,7 @@ def device_limits(index: int) -> DeviceLimits:
     """The limits of CUDA device ``index``."""
     properties = torch.cuda.get_device_properties(index)
     return DeviceLimits(
-        int(properties.shared_memory_per_block_optin),  # type: ignore[attr-defined]
+        getattr(properties, "shared_memory_per_block_optin", 48 * 1024),
         (properties.major, properties.minor),
         properties.multi_processor_count,
     )
@@ -116,15 +116,16 @@ def decode_rows(dtype: torch.dtype) -> int:
     return 16 if dtype == torch.float32 else 64
 
 
-def shared_bytes(options: BlockOptions, direction: Direction, head_dim: int, itemsize: int) -> int:
-    """At least the shared memory Triton takes for a block (checked against Triton 3.6 for every candidate).
+def shared_bytes(options: BlockOptions, dtype: torch.dtype, head_dim: int, direction: Direction) -> int:
+    """The shared memory Triton takes for a block, from above: checked with Triton 3.6 on sm_80 and sm_90.
 
     The tiles that stay, the tiles that stream through the pipeline's stages, what changes from one layout to another
     (the weights and their gradients; in float32 a tile too), and 1 KB for barriers and row statistics.
     """
     block_m, block_n, _, stages = options
+    itemsize = dtype.itemsize
     if direction == "decode":
-        block_m = 16 if itemsize == 4 else 64  # decode_rows
+        block_m = decode_rows(dtype)
     if direction in ("forward", "decode"):
         rows = block_m + 2 * block_n * stages
     elif direction == "dq":
@@ -155,7 +156,7 @@ def candidates(
 def choose(limits: DeviceLimits, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:
     """The first of ``candidates`` that fits the device; ValueError, naming the limit, where none does."""
     for options in candidates(limits.capability, dtype, head_dim, direction):
-        if shared_bytes(options, direction, head_dim, dtype.itemsize) <= limits.shared_bytes:
+        if shared_bytes(options, dtype, head_dim, direction) <= limits.shared_bytes:
             return options
     raise ValueError(
         f"device: {limits.shared_bytes} bytes of shared memory a block are too few for the {direction} kernel "
