@@ -33,9 +33,9 @@ def main() -> None:
         parser.error("no CUDA device; use --smoke to see that the script works")
     settings = RuntimeSettings(engine="eager" if arguments.smoke else "auto")
     report = Report(device, arguments.smoke, Runtime(settings))
-    for part in (training_shapes, packed, decoding, memory, overhead):
+    for part in (training_shapes, decoding, memory, overhead, packed):
         part(report)
-        print(report.tables[-1])
+        print(report.tables[-1], flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     document = {"environment": report.environment, "rows": report.rows}
     arguments.out.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -125,7 +125,9 @@ def stock_flex(length: int, window: int | None, scale: float, device: str) -> Ca
         return CAP * torch.tanh(score / CAP)
 
     mask = create_block_mask(visible, None, None, length, length, device=device)
-    flex = torch.compile(flex_attention) if device == "cuda" else flex_attention
+    # Each shape starts afresh: past torch's recompile limit flex goes on unfused, and needs S x S memory.
+    torch._dynamo.reset()
+    flex = torch.compile(flex_attention, fullgraph=True)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out: Tensor = flex(q, k, v, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
@@ -203,7 +205,8 @@ def packed(report: Report) -> None:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         row = ids[0].contiguous()
-        make, flex = torch.compile(create_block_mask), torch.compile(flex_attention)
+        torch._dynamo.reset()
+        make, flex = torch.compile(create_block_mask), torch.compile(flex_attention, fullgraph=True)
 
         def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return (i >= j) & (row[i] == row[j])
