@@ -23,24 +23,25 @@ def compiles_in_process(spec: KernelSpec) -> bool:
 def compile_runner(spec: KernelSpec) -> Runner:
     """A runner of functions compiled with dynamic sizes, each at its first call.
 
-    torch compiles sizes of 1 and strides of 0 and 1 anew, and raises at its limit of eight recompilations a code
-    object (``fullgraph=True``; else it would go on uncompiled in silence). So each pattern of them has code of its
-    own: batches and heads of 1, single rows, expanded keys don't use up one limit together.
+    torch compiles anew for sizes of 1 and for strides that relate to sizes in another way, and raises at its limit of
+    eight recompilations a code object (``fullgraph=True``; else it would go on uncompiled in silence). So inputs are
+    made contiguous, which is little beside S x S logits, and each pattern of ones has code of its own.
     """
-    variants: dict[tuple[tuple[bool, ...], ...], Any] = {}
+    variants: dict[tuple[bool, ...], Any] = {}
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
-        kind = tuple(_ones(x) for x in inputs if x is not None)
+        plain = [None if x is None else x.contiguous() for x in inputs]
+        kind = tuple(flag for x in plain if x is not None for flag in _ones(x))
         compiled = variants.get(kind)
         if compiled is None:
             compiled = variants.setdefault(kind, _compiled(spec))
-        return list(compiled(*inputs))
+        return list(compiled(*plain))
 
     return run
 
 
 def _ones(x: Tensor) -> tuple[bool, ...]:
-    return (*(size == 1 for size in x.shape), *(stride <= 1 for stride in x.stride()))
+    return (x.storage_offset() == 0, *(size == 1 for size in x.shape))
 
 
 def _compiled(spec: KernelSpec) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Sizes, expected, gradients, make_qkv, relative_error
+from helpers import LAYOUTS, Sizes, expected, gradients, make_qkv, relative_error
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
 
@@ -61,7 +61,7 @@ def test_gradients(dense: Runtime, seed: int) -> None:
 
 
 def test_every_size_of_one_together(dense: Runtime, seed: int) -> None:
-    """Batch, heads, rows and keys of 1 are compiled anew each, and torch stops after eight of one code object."""
+    """Batch, heads, rows and keys of 1 and every layout, are compiled anew, and torch stops after eight of one code object."""
     for sizes in (
         Sizes(2, 4, 2, 20, 20),
         Sizes(1, 4, 2, 20, 20),
@@ -74,5 +74,5 @@ def test_every_size_of_one_together(dense: Runtime, seed: int) -> None:
         Sizes(2, 4, 1, 1, 1),
         Sizes(1, 1, 1, 1, 1),
     ):
-        inputs = make_qkv(sizes)
+        inputs = make_qkv(sizes, layout=random.choice(LAYOUTS))
         assert relative_error(dense.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
