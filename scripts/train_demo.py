@@ -27,7 +27,9 @@ from softcap_runtime.integrations.transformers import register
 
 LENGTH = 1024  # tokens of a packed row: bytes
 LONGEST = 400  # a paragraph longer than this is cut
-LEARNING_RATE = 1e-3
+# Three times more, and training amplifies rounding: two runs of one implementation whose initial weights differ
+# in the last bit then end 1e-1 apart, as the two implementations do. At this rate they stay within 1e-4.
+LEARNING_RATE = 3e-4
 WARMUP = 20  # steps
 TOLERANCE = 1e-3
 
