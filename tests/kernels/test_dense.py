@@ -61,7 +61,7 @@ def test_gradients(dense: Runtime, seed: int) -> None:
 
 
 def test_every_size_of_one_together(dense: Runtime, seed: int) -> None:
-    """Batch, heads, rows and keys of 1 and every layout, are compiled anew, and torch stops after eight of one code object."""
+    """Sizes of 1 and every layout are compiled anew, and torch stops after eight of one code object."""
     for sizes in (
         Sizes(2, 4, 2, 20, 20),
         Sizes(1, 4, 2, 20, 20),
