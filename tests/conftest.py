@@ -61,13 +61,15 @@ SHARED_KERNELS = [
         ("float16", True, "band"),
     )
 ] + [
-    KernelSpec(op, "cpu", "float32", 0, capped, "")
-    for op, capped in (
-        ("block_forward", True),
-        ("block_softmax", True),
-        ("block_softmax", False),
-        ("block_backward", True),
-        ("block_backward", False),
+    KernelSpec(op, "cpu", dtype, 0, capped, "")
+    for op, dtype, capped in (
+        ("block_forward", "float32", True),
+        ("block_softmax", "float32", True),
+        ("block_softmax", "float32", False),
+        ("block_backward", "float32", True),
+        ("block_backward", "float32", False),
+        ("block_forward", "bfloat16", True),
+        ("block_backward", "bfloat16", True),
     )
 ]
 
