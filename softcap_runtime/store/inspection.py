@@ -173,7 +173,7 @@ def explain(store: Store, key: Key) -> Explanation:
     if not known:
         reason = store.fault or "the cache is empty"
         return Explanation(digest=key.digest, present=False, reason=reason, nearest=None, differences=[])
-    nearest = min(known, key=lambda info: len(_differences(key, info)))
+    nearest = min(known, key=lambda info: _distance(key, info))
     differences = _differences(key, nearest)
     told = "; ".join(f"{d.field}: wanted {d.wanted!r}, stored {d.stored!r}" for d in differences)
     return Explanation(
@@ -183,6 +183,12 @@ def explain(store: Store, key: Key) -> Explanation:
         nearest=nearest,
         differences=differences,
     )
+
+
+def _distance(key: Key, info: EntryInfo) -> tuple[int, int]:
+    """How far an entry is; of two equally far the one that differs in its environment only is the nearer."""
+    differences = _differences(key, info)
+    return len(differences), sum(not one.field.startswith("fingerprint.") for one in differences)
 
 
 def _differences(key: Key, info: EntryInfo) -> list[Difference]:
