@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from softcap_runtime import Runtime, RuntimeSettings
+from softcap_runtime import Runtime
 
 transformers = pytest.importorskip("transformers", minversion="4.56")
 
@@ -22,9 +21,8 @@ VOCABULARY = 97
 
 
 @pytest.fixture(scope="session")
-def runtime(cache_dir: Path) -> Runtime:
-    """The runtime of these tests, registered as ``attn_implementation="softcap"``."""
-    runtime = Runtime(RuntimeSettings(cache_dir=cache_dir))
+def runtime(runtime: Runtime) -> Runtime:
+    """The session's runtime, registered as ``attn_implementation="softcap"``."""
     register(runtime, NAME)
     return runtime
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
+from softcap_runtime import AttentionConfig, Runtime
 from softcap_runtime.integrations import transformers as integration
 from softcap_runtime.masks.documents import document_ids_from_position_ids
 from softcap_runtime.reference import attention as reference
@@ -59,13 +59,12 @@ def test_hidden_keys_matter(seed: int) -> None:
     assert (right - wider).abs().max() > 1e-2
 
 
-def test_bfloat16_is_as_good_as_eager(runtime: Runtime, cache_dir: Path, seed: int) -> None:
+def test_bfloat16_is_as_good_as_eager(runtimes: dict[str, Runtime], runtime: Runtime, seed: int) -> None:
     model, ids, mask = gemma(seed), tokens(2, 50), padded("left", 50, [50, 20])
     with torch.no_grad():
         exact = model(ids, attention_mask=mask).logits
         model.to(torch.bfloat16)
-        settings = RuntimeSettings(cache_dir=cache_dir, engine="blocked")
-        with registered(Runtime(settings), back_to=runtime):
+        with registered(runtimes["blocked"], back_to=runtime):
             eager, ours = both(model, lambda: model(ids, attention_mask=mask).logits)
     assert ours.dtype == torch.bfloat16
     errors = [(exact - logits.float())[mask.bool()].norm() for logits in (ours, eager)]
@@ -212,10 +211,10 @@ def test_gradient_checkpointing(reentrant: bool, seed: int) -> None:
     assert_close_gradients(plain[1], checkpointed[1])
 
 
-def test_autocast(runtime: Runtime, seed: int) -> None:
+def test_autocast(runtimes: dict[str, Runtime], runtime: Runtime, seed: int) -> None:
     """Under autocast value comes in bfloat16 while the rotary embedding left query and key in float32."""
     model, ids = gemma(seed, attn_implementation=NAME), tokens(2, 30)
-    with registered(Runtime(RuntimeSettings(engine="eager")), back_to=runtime), torch.no_grad():
+    with registered(runtimes["eager"], back_to=runtime), torch.no_grad():
         exact = model(ids).logits
         with torch.autocast("cpu", dtype=torch.bfloat16):
             mixed = model(ids).logits
