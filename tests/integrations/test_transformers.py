@@ -71,26 +71,21 @@ def test_bfloat16_is_as_good_as_eager(runtimes: dict[str, Runtime], runtime: Run
     assert errors[0] < 1.25 * errors[1]
 
 
-def test_masks_are_shared_and_small(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = gemma(seed, attn_implementation=NAME), tokens(2, 60)
+def test_masks_are_shared_and_small(runtime: Runtime, seed: int) -> None:
     made, used = [], []
-    for kind, seen in (("interval_mask", made), ("attention_forward", used)):
-        real = getattr(integration, kind)
 
-        def spy(*args: Any, real: Any = real, seen: list[Any] = seen, **kwargs: Any) -> Any:
-            result = real(*args, **kwargs)
-            seen.append(result if seen is made else args[5])
-            return result
+    def mask_function(**arguments: Any) -> Any:
+        made.append(integration.interval_mask(**arguments))
+        return made[-1]
 
-        monkeypatch.setattr(integration, kind, spy)
-    monkeypatch.setattr(
-        integration, "partial", lambda function, runtime: lambda *a, **k: spy(runtime, *a, **k)
-    )
-    runtime = transformers.AttentionInterface._global_mapping[NAME].args[0]
-    with registered(runtime, back_to=runtime):
-        model(ids, attention_mask=padded("right", 60, [60, 30]), use_cache=False)
-    monkeypatch.undo()
-    integration.register(runtime, NAME)
+    def attention_function(module: Any, q: Any, k: Any, v: Any, mask: Any, **arguments: Any) -> Any:
+        used.append(mask)
+        return integration.attention_forward(runtime, module, q, k, v, mask, **arguments)
+
+    transformers.AttentionInterface.register("spied", attention_function)
+    transformers.AttentionMaskInterface.register("spied", mask_function)
+    model = gemma(seed, attn_implementation="spied")
+    model(tokens(2, 60), attention_mask=padded("right", 60, [60, 30]))
     assert len(made) == 2
     assert [any(mask is one for one in made) for mask in used] == [True] * 4
     assert all(mask.lo.numel() <= 2 * 60 for mask in made)
