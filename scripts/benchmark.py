@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from benchmarks import forward, masks, overhead, startup, train
+from benchmarks import forward, masks, overhead, startup, static, train
 from benchmarks.report import Report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -16,6 +16,7 @@ PARTS = {
     "masks": masks.measure,
     "overhead": overhead.measure,
     "startup": startup.measure,
+    "static": static.measure,
     "train": train.measure,
 }
 

@@ -67,7 +67,7 @@ def test_masks_of_the_create_functions(function: Any, length: int, seed: int) ->
     for made_for in (length, length + 1, 4 * length, 8192):
         out = function(q, k, v, create_flex_attention_causal_mask(made_for), LAYER, 2, length)
         assert out.shape == (2, length, 4 * HEAD_DIM)
-        assert relative_error(out, wanted(q, k, v)) <= 2e-6  # issue 2
+        assert relative_error(out, wanted(q, k, v)) <= 2e-6
         for window in (1, 17, 4096):
             mask = create_flex_attention_sliding_window_mask(made_for, window)
             out = function(q, k, v, mask, LAYER, 2, length)
@@ -192,7 +192,7 @@ def test_gradients(function: Any, seed: int) -> None:
         want_out, exact = gradients(want, inputs, grad_out)
         assert relative_error(out, want_out) <= 2e-6
         for mine, theirs in zip(got, exact, strict=True):
-            assert relative_error(mine, theirs) <= 3e-6  # issue 5
+            assert relative_error(mine, theirs) <= 3e-6
 
 
 def test_any_object_with_the_fields_is_a_layer(seed: int) -> None:

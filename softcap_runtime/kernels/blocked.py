@@ -148,6 +148,7 @@ def forward(problem: Problem, kernels: Kernels) -> Forward:
     spec = _forward_spec(problem)
     fused = kernels.runner(spec)
     walk, numbers = _Walk(problem), scalars(problem)
+    halves = problem.dtype == torch.float32  # half precision's own rounding is far larger
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         out = empty_output(q)
@@ -159,7 +160,7 @@ def forward(problem: Problem, kernels: Kernels) -> Forward:
                 q_block = _grouped(q[row], block.first, block.end, problem.num_kv_heads, scratch.dtype)
                 vectors = walk.edges(row, block)
                 summed, total, peak = _attend(
-                    spec, fused, walk, numbers, scratch, block, vectors, (q_block, k_row, v_row)
+                    spec, fused, walk, numbers, scratch, block, vectors, (q_block, k_row, v_row), halves
                 )
                 if lse is not None:
                     log_total = total.log()
@@ -182,6 +183,7 @@ def _attend(
     block: _Block,
     vectors: list[Tensor],
     qkv: tuple[Tensor, Tensor, Tensor],
+    halves: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One block of queries: the weighted sum of values ``[Hkv, G * R, D]``, the weights' sum and peak ``[Hq, R]``."""
     q, k, v = qkv
@@ -192,7 +194,7 @@ def _attend(
     summed = torch.zeros(q.shape) if block.lo == block.hi else None
     for lo, hi in _chunks(block, max(block.hi - block.lo, 1) if safe else CHUNK):
         k_part, v_part = k[:, lo:hi].to(scratch.dtype), v[:, lo:hi].to(scratch.dtype)
-        weights = torch.bmm(q, k_part.mT, out=scratch.view(q.shape[0], q.shape[1], hi - lo))
+        weights = _logits(q, k_part, scratch.view(q.shape[0], q.shape[1], hi - lo), halves)
         per_row = [total] if peak is None else [total, peak]
         by_head = weights.view(scratch.heads, rows, hi - lo)
         fused([by_head, *vectors, walk.cols[lo:hi], *per_row, *numbers])
@@ -204,6 +206,15 @@ def _attend(
             summed += torch.bmm(weights, v_part)
     assert summed is not None
     return summed, total, peak
+
+
+def _logits(q: Tensor, k: Tensor, out: Tensor, halves: bool) -> Tensor:
+    """``q @ k^T`` into ``out``; in halves of head_dim the sums are shorter, and so is their rounding error."""
+    if not halves:
+        return torch.bmm(q, k.mT, out=out)
+    middle = q.shape[-1] // 2
+    torch.bmm(q[..., :middle], k[..., :middle].mT, out=out)
+    return out.baddbmm_(q[..., middle:], k[..., middle:].mT)
 
 
 def backward(problem: Problem, kernels: Kernels) -> Backward:

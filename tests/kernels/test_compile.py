@@ -110,7 +110,7 @@ def test_autocast_compiled(runtime: Runtime, seed: int) -> None:
             out = compiled(*inputs)
             assert out.dtype == torch.bfloat16
             want = expected(*(x.bfloat16() for x in inputs), CONFIG)
-            assert relative_error(out, want) <= 4e-3  # bf16, issue 5
+            assert relative_error(out, want) <= 4e-3  # bf16
 
 
 def test_the_documented_functions_inside_a_compiled_model(own_runtime: Runtime, seed: int) -> None:

@@ -25,6 +25,7 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masks.oracle import mask_cases, oracle
+from rounding import output_error
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
 from softcap_runtime.kernels import blocked
@@ -187,7 +188,7 @@ def test_a_packed_batch_gives_what_its_documents_give(
 def test_error_figures(
     runtimes: dict[str, Runtime], engine: str, dtype: torch.dtype, limit: float, seed: int
 ) -> None:
-    """The limits of issues 2 and 5, and never above eager model code on the same inputs."""
+    """The stated limits, and never above eager model code on the same inputs."""
     # flex has a kernel per head_dim, the others serve any with the same one.
     for head_dim in (HEAD_DIM,) if engine == "flex" else (64, 128, 256):
         for factor, softcap, window in ((1.0, 50.0, None), (1.0, 50.0, 200), (4.0, 30.0, None)):
@@ -200,9 +201,8 @@ def test_error_figures(
             print(
                 f"{engine} {dtype} D{head_dim} x{factor} w{window}: {error:.2e}, eager model code {theirs:.2e}"
             )
-            # In float32 both are rounding noise of a few 1e-7, to which the compiled kernels' polynomial tanh adds up
-            # to half at large logits; in half precision they win outright.
-            assert error <= theirs * (1.6 if dtype == torch.float32 else 1.0)
+            # The eager engine is the same formula, its sums in another order.
+            assert error <= theirs * (1.1 if engine == "eager" and dtype == torch.float32 else 1.0)
             if factor == 1.0:  # the limits are for inputs of unit variance
                 assert error <= limit
 
@@ -210,16 +210,16 @@ def test_error_figures(
 @pytest.mark.parametrize("engine", ["blocked", "eager", "flex"])
 @pytest.mark.parametrize("softcap", [0.1, 1.0, 50.0, 64.0, 65.0, 1000.0, None])
 def test_large_inputs(runtimes: dict[str, Runtime], engine: str, softcap: float | None, seed: int) -> None:
-    """Inputs scaled by 100: logits of some 1e4 before the cap."""
+    """Inputs scaled by 100: logits of some 1e4 before the cap, each off by 1e-3 in float32 whoever computes it."""
     config = AttentionConfig(softcap=softcap, scale=0.125)
     q, k, v = make_qkv(Sizes(1, 4, 2, 200, 200), factor=100.0)
     out = runtimes[engine].attention(q, k, v, config)
-    want = expected(q, k, v, config)
     mask = visible(200, 200, causal=True, window=None)
-    theirs = relative_error(hf_eager(q, k, v, config, mask), want)
-    # A float32 logit of 1e4 is itself off by 1e-3, whoever computes it: the measure is the plain formula, times the
-    # 3 or 4 roundings that the polynomial tanh has where torch's has one.
-    assert relative_error(out, want) <= max(6 * theirs, 2e-6)
+    eps = torch.finfo(torch.float32).eps
+    bound = output_error(q, k, v, config, mask, eps, FORWARD_TOLERANCE[torch.float32]).norm()
+    error = (out.double() - expected(q, k, v, config)).norm()
+    print(f"{engine} {softcap}: {error / bound:.1e} of its bound")
+    assert error <= bound
     assert math.isfinite(float(out.abs().max()))
 
 
