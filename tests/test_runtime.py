@@ -405,7 +405,7 @@ def test_1000_lengths_bind_no_new_kernel(runtime: Runtime, seed: int) -> None:
         batch, window = random.randint(1, 4), random.choice([None, 4096, 512])
         q, k = one.expand(batch, 8, length, HEAD_DIM), one.expand(batch, 4, length, HEAD_DIM)
         mask = band(length, length, causal=True, window=window)
-        fresh._plan(q, k, Call(mask, CONFIG.scale, CONFIG.softcap, "auto", False))
+        fresh.plan(q, k, Call(mask, CONFIG.scale, CONFIG.softcap, "auto", False))
         if number == 1:
             known = dict(fresh.supply.supplied)
     assert fresh.supply.supplied == known
