@@ -50,9 +50,9 @@ def prewarm(runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool
     other kernel. For the ``seq_lens`` of a request the masks are prepared as well, for a batch of 1 in this
     process; nothing is run.
 
-    Under torchrun every rank calls this before its first collective, then all meet in a barrier. One rank
-    builds a kernel while those that need the same one wait for that kernel's file lock, then load it; as
-    every rank is here and none in a collective, nobody waits for a rank that waits for a lock.
+    Under torchrun every rank calls this before its first collective. One rank builds a kernel while those that
+    need the same one wait for its file lock, then load it. A rank returns when all its kernels are published: while
+    one stands in a collective, no other waits for a builder.
 
     Raises ValueError for heads that do not divide or a device that is not there, EngineUnavailable when the
     engine of the settings cannot serve a request; both before anything is built.

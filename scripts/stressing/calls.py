@@ -133,7 +133,8 @@ class Calls:
         exact = [x.double().requires_grad_(train) for x in inputs]
         want = reference.attention(*exact, mask, scale=config.scale, softcap=config.softcap)[0]
         leaves = [x.requires_grad_(train) for x in inputs]
-        got = runtime.attention(*leaves, config, **masks)
+        q, k, v = leaves
+        got = runtime.attention(q, k, v, config, **masks)
         pairs = [(got, want)]
         if train:
             grad = torch.randn_like(got)
