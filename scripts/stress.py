@@ -59,7 +59,8 @@ class Run:
         self.until = until
         self.made: Counter[str] = Counter()
         self.last: dict[int, Event] = {}
-        self.compiling: dict[int, float] = {}
+        self.compiling: set[int] = set()
+        self.compiled_at = 0.0
         self.longest_call = 0.0
         self.hangs = 0
         self.workers: list[BaseProcess] = []
@@ -91,14 +92,15 @@ class Run:
     def kill(self) -> None:
         """kill -9 one worker, whatever it is doing, and start another; a compiler is mostly spared."""
         worker = self.draw.choice(self.workers)
-        if worker.pid in self.compiling and self.draw.random() < 0.9:
+        if worker.pid in self.compiling and self.draw.random() < 0.98:
             return
         worker.kill()
         worker.join()
         self.workers.remove(worker)
         self.made["kill -9"] += 1
-        if self.compiling.pop(worker.pid or 0, None) is not None:
+        if worker.pid in self.compiling:
             self.made["kill -9 while compiling"] += 1
+            self.compiled(worker.pid)
         self.start()
 
     def damage(self) -> None:
@@ -133,9 +135,9 @@ class Run:
     def take(self, event: Event) -> None:
         """Count one event of a worker."""
         if event.what.startswith("made kernel: compiling"):
-            self.compiling[event.pid] = event.when
+            self.compiling.add(event.pid)
         elif event.what == "made kernel: compiled" or event.what.startswith("ERROR"):
-            self.compiling.pop(event.pid, None)
+            self.compiled(event.pid)
         if event.what.startswith("made "):
             self.made[event.what.removeprefix("made ")] += 1
             return
@@ -143,8 +145,14 @@ class Run:
         self.last[event.pid] = event
         if not event.what.startswith("begin"):
             self.made[event.what] += 1
-            if begun is not None and not self.compiling:
+            if begun is not None and not self.compiling and begun.when > self.compiled_at:
                 self.longest_call = max(self.longest_call, event.when - begun.when)
+
+    def compiled(self, pid: int) -> None:
+        """A process compiles no more, if it did."""
+        if pid in self.compiling:
+            self.compiling.remove(pid)
+            self.compiled_at = time.time()
 
     def hang(self, worker: BaseProcess, event: str) -> None:
         """Count a hang and end it."""
@@ -153,7 +161,7 @@ class Run:
         worker.kill()
         worker.join()
         self.workers.remove(worker)
-        self.compiling.pop(worker.pid or 0, None)
+        self.compiled(worker.pid or 0)
 
 
 def report(run: Run, left: list[str]) -> bool:
