@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM, Sizes, expected, make_qkv, relative_error
+from helpers import HEAD_DIM, Sizes, expected, make_qkv, package_of, relative_error
 
 from softcap_runtime import (
     AttentionConfig,
@@ -42,21 +42,14 @@ class Builder:
         self.may_go = threading.Event()
         self.may_go.set()
         self.error: Exception | None = None
-        self._supply = runtime.supply
+        self._runtime = runtime
 
     def __call__(self, spec: KernelSpec) -> bytes:
         self.built.append(spec)
         assert self.may_go.wait(120)
         if self.error is not None:
             raise self.error
-        return package_of(self._supply, spec)
-
-
-def package_of(supply: Any, spec: KernelSpec) -> bytes:
-    supply.obtain(spec)
-    data = supply.store.load(supply.key(spec))
-    assert data is not None
-    return bytes(data)
+        return package_of(self._runtime, spec)
 
 
 @pytest.fixture

@@ -15,12 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import Block, relative_error
+from helpers import Block, package_of, relative_error
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
 from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.supply import Supply
 
 WORLD = 2
 RANKS = 4
@@ -80,13 +79,11 @@ def test_gradients_are_those_of_one_process(warm_cache: Path, tmp_path: Path, ki
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
-def test_ranks_prewarm_each_kernel_once(warm_cache: Path, tmp_path: Path) -> None:
+def test_ranks_prewarm_each_kernel_once(runtime: Runtime, tmp_path: Path) -> None:
     """Under torchrun: one rank builds, no other is kept waiting for it once one stands in the barrier."""
     specs = [KernelSpec(op, "cpu", "float32", 0, True, "") for op in ("block_forward", "block_backward")]
-    supply = Supply(RuntimeSettings(cache_dir=warm_cache))
     for spec in specs:
-        supply.obtain(spec)
-        (tmp_path / spec.op).write_bytes(supply.store.load(supply.key(spec)) or b"")
+        (tmp_path / spec.op).write_bytes(package_of(runtime, spec))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
