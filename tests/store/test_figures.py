@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import statistics
 import time
 from collections.abc import Callable
@@ -25,22 +27,19 @@ def key(number: int) -> Key:
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("large") / "cache"
     store = Store(folder, 2**30)
-    sealed = [
-        (
-            key(n).digest,
-            entries_.seal(key(n), bytes(SIZE), created=1.0, build_seconds=1.0, provenance={}, auth_key=None),
-        )
-        for n in range(ENTRIES)
-    ]
-
-    def publish(index: object) -> bool:
-        with index._transact():  # type: ignore[attr-defined]  # all at once: what takes time is each commit
-            for digest, entry in sealed:
-                index.set(digest, entry.payload, tag=entry.text)  # type: ignore[attr-defined]
-        return True
-
-    assert store.database.use("write", publish, False)
+    store.clear()
     store.close()
+    rows = []
+    for n in range(ENTRIES):
+        text, payload = entries_.seal(
+            key(n), bytes(SIZE), created=1.0, build_seconds=1.0, provenance={}, auth_key=None
+        )
+        rows.append((key(n).digest, text, payload))
+    with contextlib.closing(sqlite3.connect(folder / "cache.db")) as connection:
+        # All at once: publishing each takes a transaction.
+        insert = "INSERT INTO Cache(key, raw, tag, mode, value, access_time) VALUES (?, 1, ?, 1, ?, 1)"
+        connection.executemany(insert, rows)
+        connection.commit()
     return folder
 
 
