@@ -83,7 +83,7 @@ class Run:
                 self.draw.choice([self.kill, self.kill, self.damage])()
             self.watch()
         deadline = time.time() + (LONGEST_COMPILE_S if self.compiling else LONGEST_CALL_S) + 10
-        for worker in self.workers:
+        for worker in list(self.workers):
             worker.join(max(deadline - time.time(), 0))
             if worker.exitcode is None:
                 self.hang(worker, "after the end")
