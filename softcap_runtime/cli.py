@@ -21,6 +21,7 @@ from softcap_runtime.errors import EngineUnavailable, SoftcapRuntimeError
 from softcap_runtime.presets import PRESETS, requests_for
 from softcap_runtime.runtime import Runtime
 from softcap_runtime.store import Store, fingerprint
+from softcap_runtime.store.entry import printable
 from softcap_runtime.supply import Supply
 
 # typer 0.12 takes click's exceptions, newer ones bring their own; the base of both stands here.
@@ -55,7 +56,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _fail(line: str, code: int) -> int:
-    print(f"softcap-runtime: {' '.join(line.split())}", file=sys.stderr)
+    print(f"softcap-runtime: {printable(' '.join(line.split()))}", file=sys.stderr)
     return code
 
 

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from softcap_runtime.cache_report import CacheReport
 from softcap_runtime.prewarm import PrewarmResult, kernel_name
+from softcap_runtime.store.entry import printable
 from softcap_runtime.store.report import Counter, EntryInfo, Explanation, Problem
 
 # A pipe has no width; 80 columns would cut what a reader or grep looks for.
@@ -28,14 +30,13 @@ def prewarm_table(results: Sequence[PrewarmResult]) -> Table:
     """What was built, loaded or failed."""
     table = Table("kernel", "device", "outcome", "seconds", "size", "error")
     for result in results:
-        colour = _COLOURS[result.outcome]
         table.add_row(
             kernel_name(result.spec),
             result.spec.device,
-            f"[{colour}]{result.outcome}[/{colour}]",
+            Text(result.outcome, _COLOURS[result.outcome]),
             f"{result.seconds:.2f}",
             decimal(result.bytes) if result.bytes else "-",
-            result.error or "",
+            plain(result.error or ""),
         )
     return table
 
@@ -44,23 +45,25 @@ def show_report(out: Console, report: CacheReport) -> None:
     """The folder, its verdict and counters, and every entry."""
     status = report.status
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("folder", status.folder)
-    facts.add_row("verdict", f"{status.verdict} (owner {status.owner or '-'}, mode {status.mode or '-'})")
+    facts.add_row("folder", plain(status.folder))
+    verdict = f"{status.verdict} (owner {status.owner or '-'}, mode {status.mode or '-'})"
+    facts.add_row("verdict", plain(verdict))
     access = "writable" if status.writable else "read-only"
     network = ", a network filesystem" if status.network_filesystem else ""
     facts.add_row("access", f"{access}, {status.filesystem}{network}")
     facts.add_row(
         "size", f"{status.entries} entries, {decimal(status.bytes)} of {decimal(status.size_limit)}"
     )
-    facts.add_row("fault", status.fault or "none")
+    facts.add_row("fault", plain(status.fault or "none"))
     if status.held_in_memory:
         facts.add_row("not written", f"{status.held_in_memory} entries")
-    facts.add_row("quarantine", ", ".join(status.quarantine) or "empty")
+    facts.add_row("quarantine", plain(", ".join(status.quarantine) or "empty"))
     facts.add_row(
         "authenticated", "yes" if status.authenticated else "no (SOFTCAP_CACHE_KEY_FILE is not set)"
     )
     facts.add_row("schema", str(status.schema_version))
-    facts.add_row("environment", ", ".join(f"{name} {value}" for name, value in report.fingerprint.items()))
+    environment = ", ".join(f"{name} {value}" for name, value in report.fingerprint.items())
+    facts.add_row("environment", plain(environment))
     out.print(facts)
     out.print(_counters_table(status.counters))
     if report.entries:
@@ -73,11 +76,12 @@ def show_report(out: Console, report: CacheReport) -> None:
 
 def show_explanation(out: Console, answer: Explanation) -> None:
     """Whether a key would be found, and how the nearest entry differs."""
-    out.print("present: this kernel would be loaded" if answer.present else f"absent: {answer.reason}")
+    found = "present: this kernel would be loaded"
+    out.print(found if answer.present else plain(f"absent: {answer.reason}"))
     if answer.differences:
         table = Table("field", "wanted", "stored")
         for one in answer.differences:
-            table.add_row(one.field, str(one.wanted), str(one.stored))
+            table.add_row(plain(one.field), plain(one.wanted), plain(one.stored))
         out.print(table)
 
 
@@ -85,8 +89,15 @@ def problems_table(problems: Sequence[Problem]) -> Table:
     """What ``verify`` found."""
     table = Table("where", "what", "repaired")
     for problem in problems:
-        table.add_row(problem.where, problem.what, "in quarantine" if problem.repaired else "no")
+        table.add_row(
+            plain(problem.where), plain(problem.what), "in quarantine" if problem.repaired else "no"
+        )
     return table
+
+
+def plain(value: object) -> Text:
+    """What may come from disk, as it stands: no markup, no commands to the terminal."""
+    return Text(printable(str(value)))
 
 
 def _counters_table(counters: dict[str, Counter]) -> Table:
@@ -102,14 +113,14 @@ def _entries_table(entries: Sequence[EntryInfo]) -> Table:
         key = " ".join(f"{name}={value}" for name, value in info.fields.items() if name != "op")
         fits = "yes" if info.fits else f"no: {', '.join(info.differs)}"
         table.add_row(
-            str(info.fields.get("op", "")),
-            key,
+            plain(info.fields.get("op", "")),
+            plain(key),
             decimal(info.bytes),
             ago(info.created),
             ago(info.last_used),
             f"{info.build_seconds:.1f}",
             str(info.hits),
-            fits,
+            plain(fits),
         )
     return table
 

@@ -15,7 +15,6 @@ import torch
 from softcap_runtime.config import PrewarmRequest
 from softcap_runtime.kernels.choose import candidates, choose
 from softcap_runtime.kernels.engine import Call, Problem
-from softcap_runtime.kernels.jit import compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec, dtype_of
 from softcap_runtime.masks.intervals import RowIntervals, band
 
@@ -51,9 +50,9 @@ def prewarm(runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool
     other kernel. For the ``seq_lens`` of a request the masks are prepared as well, for a batch of 1 in this
     process; nothing is run.
 
-    Under torchrun every rank calls this before its first collective, then all meet in a barrier. One rank
-    builds a kernel while those that need the same one wait for that kernel's file lock, then load it; as
-    every rank is here and none in a collective, nobody waits for a rank that waits for a lock.
+    Under torchrun every rank calls this before its first collective. One rank builds a kernel while those that
+    need the same one wait for its file lock, then load it. A rank returns when all its kernels are published: while
+    one stands in a collective, no other waits for a builder.
 
     Raises ValueError for heads that do not divide or a device that is not there, EngineUnavailable when the
     engine of the settings cannot serve a request; both before anything is built.
@@ -143,14 +142,12 @@ def _obtain(runtime: Runtime, spec: KernelSpec, shown: Shown) -> PrewarmResult:
     started = time.perf_counter()
     with shown(spec):
         try:
-            if compiles_in_process(spec):
-                supply.table.runner(spec)
-                return PrewarmResult(spec, "ready", time.perf_counter() - started, 0, None)
             supplied = supply.obtain(spec)
         except Exception as error:  # whatever went wrong with one kernel is that kernel's row
             line = (str(error).splitlines() or [type(error).__name__])[0]
             return PrewarmResult(spec, "failed", time.perf_counter() - started, 0, line)
-    outcome: Outcome = "built" if supplied.source == "built" else "loaded"
+    outcomes: dict[str, Outcome] = {"built": "built", "compiled": "ready"}
+    outcome = outcomes.get(supplied.source, "loaded")
     return PrewarmResult(spec, outcome, time.perf_counter() - started, supplied.bytes, None)
 
 
@@ -164,7 +161,7 @@ def _bind_lengths(runtime: Runtime, request: PrewarmRequest) -> None:
         k = one.expand(1, request.num_kv_heads, length, request.head_dim)
         mask = band(length, length, causal=config.causal, window=config.window)
         for train in (False, True) if request.train else (False,):
-            runtime._plan(q, k, Call(mask, config.scale, config.softcap, runtime.settings.engine, train))
+            runtime.plan(q, k, Call(mask, config.scale, config.softcap, runtime.settings.engine, train))
 
 
 def _cores() -> int:

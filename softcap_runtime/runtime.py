@@ -46,7 +46,8 @@ class Runtime:
     """Serves softcapped attention from warm kernels; thread-safe, and safe after a fork.
 
     ``Runtime.get()`` is the process's own, with settings from the environment; ``Runtime(settings)`` is one of
-    your own. Its cache folder is shared by all processes of the machine.
+    your own. Its cache folder is shared by all processes of the machine. The operator knows
+    it by its ``number``.
     """
 
     _own: ClassVar[Runtime | None] = None
@@ -56,8 +57,8 @@ class Runtime:
         self.settings = settings or RuntimeSettings()
         self.supply = Supply(self.settings)
         self.plans = Plans()
-        self._number = next(_numbers)
-        operator.register(self, self._number)
+        self.number = next(_numbers)
+        operator.register(self, self.number)
         _runtimes.add(self)
 
     @classmethod
@@ -125,7 +126,7 @@ class Runtime:
             return self.forward(q, k, v, call)[0]
         left, right = (0, 0) if mask.left is None or mask.right is None else (mask.left, mask.right)
         out, _ = torch.ops.softcap_runtime.attention(
-            q, k, v, mask.lo, mask.hi, left, right, *call[1:], self._number
+            q, k, v, mask.lo, mask.hi, left, right, *call[1:], self.number
         )
         return out
 
@@ -147,7 +148,7 @@ class Runtime:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         """Out and, for training, the logsumexp: what the operator calls, below autograd."""
         q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
-        return self._plan(q, k, call).forward(q, k, v)
+        return self.plan(q, k, call).forward(q, k, v)
 
     def backward(
         self,
@@ -161,11 +162,12 @@ class Runtime:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v: what the operator's derivative calls."""
         grad_out, q, k, v, out = map(_rows_together, (grad_out, q, k, v, out))
-        backward = self._plan(q, k, call).backward
+        backward = self.plan(q, k, call).backward
         assert backward is not None
         return backward(grad_out, q, k, v, out, lse)
 
-    def _plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
+    def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
+        """How a call is served, its kernels loaded; reads shapes, dtype and device of ``q`` and ``k`` alone."""
         band = call.mask.lo is None
         key = PlanKey.of(q, k, call)
         plan = self.plans.get(key) if band else None

@@ -97,7 +97,7 @@ def collect(runtime: Runtime) -> RuntimeStats:
         mask_bytes=mask_bytes,
         kernels=_kernels(runtime, plans),
         engines=_engines(plans),
-        background_pending=len(supply._building),
+        background_pending=supply.pending,
         background_failed={" ".join(map(str, spec)): error for spec, error in supply.failed.items()},
         cache_dir=str(supply.store.folder),
         cache_fault=supply.store.fault,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, reference
+from softcap_runtime.kernels.key import KernelSpec
 
 LAYOUTS = ("transposed", "contiguous", "fused", "expanded", "strided")
 HEAD_DIM = 64  # flex has a kernel per head_dim: all tests share this one
@@ -245,3 +246,11 @@ def masks(draw: st.DrawFn, sizes: Sizes) -> dict[str, Tensor]:
 def kernel_sources(runtime: Runtime) -> dict[Any, str]:
     """The kernels that a runtime has come by, and how."""
     return {spec: one.source for spec, one in runtime.supply.supplied.items()}
+
+
+def package_of(runtime: Runtime, spec: KernelSpec) -> bytes:
+    """The package of a kernel, compiled if it is not in the runtime's cache."""
+    runtime.supply.obtain(spec)
+    data = runtime.supply.store.load(runtime.supply.key(spec))
+    assert data is not None
+    return data

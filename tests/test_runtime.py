@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM, Sizes, expected, make_qkv, relative_error
+from helpers import HEAD_DIM, Sizes, expected, make_qkv, package_of, relative_error
 
 from softcap_runtime import (
     AttentionConfig,
@@ -42,21 +42,14 @@ class Builder:
         self.may_go = threading.Event()
         self.may_go.set()
         self.error: Exception | None = None
-        self._supply = runtime.supply
+        self._runtime = runtime
 
     def __call__(self, spec: KernelSpec) -> bytes:
         self.built.append(spec)
         assert self.may_go.wait(120)
         if self.error is not None:
             raise self.error
-        return package_of(self._supply, spec)
-
-
-def package_of(supply: Any, spec: KernelSpec) -> bytes:
-    supply.obtain(spec)
-    data = supply.store.load(supply.key(spec))
-    assert data is not None
-    return bytes(data)
+        return package_of(self._runtime, spec)
 
 
 @pytest.fixture
@@ -405,7 +398,7 @@ def test_1000_lengths_bind_no_new_kernel(runtime: Runtime, seed: int) -> None:
         batch, window = random.randint(1, 4), random.choice([None, 4096, 512])
         q, k = one.expand(batch, 8, length, HEAD_DIM), one.expand(batch, 4, length, HEAD_DIM)
         mask = band(length, length, causal=True, window=window)
-        fresh._plan(q, k, Call(mask, CONFIG.scale, CONFIG.softcap, "auto", False))
+        fresh.plan(q, k, Call(mask, CONFIG.scale, CONFIG.softcap, "auto", False))
         if number == 1:
             known = dict(fresh.supply.supplied)
     assert fresh.supply.supplied == known

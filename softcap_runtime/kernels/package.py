@@ -7,13 +7,16 @@ user code runs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +29,8 @@ from softcap_runtime.kernels.key import KernelSpec
 log = logging.getLogger(__name__)
 
 BUILD_TIMEOUT_S = 900
+BUILD_FOLDER = "softcap_build_"
+LEFT_BEHIND_S = 4 * BUILD_TIMEOUT_S
 
 
 class Graph(NamedTuple):
@@ -78,7 +83,8 @@ def build(spec: KernelSpec) -> bytes:
             f"cannot build {spec.op}: no C++ compiler found (looked for $CXX, g++, clang++); install g++, "
             "import a bundle of prewarmed kernels, or use engine='eager'"
         )
-    with tempfile.TemporaryDirectory(prefix="softcap_build_") as folder:
+    _sweep()
+    with tempfile.TemporaryDirectory(prefix=BUILD_FOLDER) as folder:
         target = Path(folder) / "kernel.pt2"
         command = [
             sys.executable,
@@ -104,6 +110,16 @@ def build(spec: KernelSpec) -> bytes:
             log.debug("build of %s failed:\n%s", spec, done.stderr)
             raise BuildFailed(f"cannot build {spec.op} (exit {done.returncode}): {_last_words(done.stderr)}")
         return target.read_bytes()
+
+
+def _sweep() -> None:
+    """Remove what builders that were killed left in the folder for temporary files, by its age."""
+    for path in Path(tempfile.gettempdir()).glob(f"{BUILD_FOLDER}*"):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+            if ours and time.time() - status.st_mtime > LEFT_BEHIND_S:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _child_environment(folder: str) -> dict[str, str]:

@@ -18,39 +18,37 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from softcap_runtime.store import entry as entries_
 from softcap_runtime.store.entry import MAX_DOCUMENT, BadEntry, Sealed
-from softcap_runtime.store.inspection import differing, document_of
+from softcap_runtime.store.inspection import differing, document_of, entries
 from softcap_runtime.store.report import ImportReport, Problem
 
 if TYPE_CHECKING:
-    from softcap_runtime.store.store import Store
+    from softcap_runtime.store.stock import Stock
 
 MAGIC = b"softcap-runtime bundle 1\n"
 LENGTHS = struct.Struct(">QQ")
 MAX_BUNDLE = 2**34
 
 
-def export(store: Store, path: Path, fingerprint: Mapping[str, str] | None) -> int:
+def export(stock: Stock, path: Path, fingerprint: Mapping[str, str] | None) -> int:
     """See ``Store.export_bundle``."""
     chosen = [
-        info.digest
-        for info in store.entries()
-        if fingerprint is None or info.fingerprint == dict(fingerprint)
+        info.digest for info in entries(stock) if fingerprint is None or info.fingerprint == dict(fingerprint)
     ]
-    if store.fault is not None:
-        raise OSError(store.fault)
+    if stock.fault is not None:
+        raise OSError(stock.fault)
     body = io.BytesIO()
     body.write(MAGIC)
     count = 0
     for digest in chosen:
-        found = store.sealed(digest)
+        found = stock.sealed(digest)
         if found is None:
             continue
-        carried = entries_.reseal(found, store.auth_key)
+        carried = entries_.reseal(found, stock.auth_key)
         text = carried.text.encode("ascii")
         body.write(LENGTHS.pack(len(text), len(carried.payload)) + text + carried.payload)
         count += 1
     body.write(LENGTHS.pack(0, 0))
-    _write(path, body.getvalue(), store.auth_key)
+    _write(path, body.getvalue(), stock.auth_key)
     return count
 
 
@@ -68,16 +66,16 @@ def _write(path: Path, body: bytes, auth_key: bytes | None) -> None:
         raise
 
 
-def import_(store: Store, path: Path, expected: Mapping[str, str]) -> ImportReport:
+def import_(stock: Stock, path: Path, expected: Mapping[str, str]) -> ImportReport:
     """See ``Store.import_bundle``."""
-    carried = read(path, store.auth_key)
+    carried = read(path, stock.auth_key)
     imported = present = 0
     refused: list[Problem] = []
     for entry in carried:
         try:
             document = document_of(entry.text)
             digest = entries_.document_digest(document.model_dump())
-            entries_.verify(entry.text, entry.payload, digest, store.auth_key)
+            entries_.verify(entry.text, entry.payload, digest, stock.auth_key)
         except BadEntry as bad:
             raise ValueError(f"bundle {path}: refused, one of its entries is bad: {bad}") from None
         differs = differing(document.fingerprint, expected)
@@ -87,12 +85,12 @@ def import_(store: Store, path: Path, expected: Mapping[str, str]) -> ImportRepo
                 for name in differs
             )
             refused.append(Problem(where=digest, what=f"does not fit: {told}", repaired=False))
-        elif store.has(digest):
+        elif stock.sealed(digest) is not None:
             present += 1
-        elif store.put(digest, entry):
+        elif stock.put(digest, entry):
             imported += 1
         else:
-            what = f"could not be written: {store.fault}"
+            what = f"could not be written: {stock.fault}"
             refused.append(Problem(where=digest, what=what, repaired=False))
     return ImportReport(imported=imported, present=present, refused=refused)
 
@@ -110,7 +108,7 @@ def read(path: Path, auth_key: bytes | None) -> list[Sealed]:
             raise ValueError(f"bundle {path}: not a bundle of this version; export it again")
         data = MAGIC + file.read()
     try:
-        entries, end = _entries(io.BytesIO(data), len(data))
+        carried, end = _entries(io.BytesIO(data), len(data))
     except BadEntry as bad:
         raise ValueError(f"bundle {path}: refused, {bad}") from None
     body, seals = data[:end], data[end:]
@@ -118,13 +116,12 @@ def read(path: Path, auth_key: bytes | None) -> list[Sealed]:
         raise ValueError(f"bundle {path}: refused, its checksum does not match its bytes; copy it again")
     if auth_key is not None and not hmac.compare_digest(hmac.digest(auth_key, body, "sha256"), seals[32:]):
         raise ValueError(f"bundle {path}: refused, its HMAC is missing or made with another key")
-    return entries
+    return carried
 
 
 def _entries(file: BinaryIO, size: int) -> tuple[list[Sealed], int]:
     file.seek(len(MAGIC))
-    entries = list(_each(file, size))
-    return entries, file.tell()
+    return list(_each(file, size)), file.tell()
 
 
 def _each(file: BinaryIO, size: int) -> Iterator[Sealed]:

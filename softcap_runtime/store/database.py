@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from softcap_runtime.store import trust
+from softcap_runtime.store.entry import printable
 from softcap_runtime.store.locks import KeyLocks
 from softcap_runtime.store.processes import DATABASE_LOCK
 
@@ -155,8 +156,9 @@ class Database:
         from softcap_runtime.store import repair, schema
 
         self.close()
+        reason = printable(str(error))
         self._bad("rejected" if isinstance(error, schema.Foreign) else "corrupt")
-        line = f"cache folder {self.folder}: its database is not usable: {error}"
+        line = f"cache folder {self.folder}: its database is not usable: {reason}"
         if not self.writable:
             self.note("open", f"{line}; it is read-only, ask its owner to remove it")
             return False
@@ -167,6 +169,6 @@ class Database:
             return False
         if moved is not None:
             log.warning("%s; moved to %s", line, moved)
-            self.set_aside.append(f"{error}; moved to {moved}")
+            self.set_aside.append(f"{reason}; moved to {moved}")
             self._save(moved)
         return True

@@ -23,7 +23,7 @@ class BadEntry(Exception):
     """An entry that must not be used; ``kind``: ``corrupt`` (damaged) or ``rejected`` (not ours)."""
 
     def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
+        super().__init__(printable(reason))
         self.kind = kind
 
 
@@ -116,6 +116,11 @@ def document_digest(document: dict[str, Any]) -> str:
         return digest_of(fields, fingerprint)
     except (ValueError, TypeError, RecursionError):
         return ""
+
+
+def printable(text: str) -> str:
+    """``text`` without line breaks and control characters: what lies on disk may end up on a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _framed(line: str, payload: bytes) -> bytes:

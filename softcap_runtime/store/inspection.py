@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from softcap_runtime.store.report import (
 
 if TYPE_CHECKING:
     from softcap_runtime.store.index import Index, Row
-    from softcap_runtime.store.store import Store
+    from softcap_runtime.store.stock import Stock
 
 NETWORK_FILESYSTEMS = (
     "nfs",
@@ -42,8 +43,9 @@ NETWORK_FILESYSTEMS = (
 )
 
 
-def entries(store: Store) -> list[EntryInfo]:
+def entries(stock: Stock) -> list[EntryInfo]:
     """See ``Store.entries``."""
+    stock.flush()
 
     def collect(index: Index) -> list[EntryInfo]:
         found = []
@@ -53,12 +55,12 @@ def entries(store: Store) -> list[EntryInfo]:
             try:
                 found.append(_info(row))
             except BadEntry as bad:
-                store.reject_row(index, row.rowid, bad)
+                stock.reject_row(index, row.rowid, bad)
         return found
 
     nothing: list[EntryInfo] = []
     return sorted(
-        store.database.use("read", collect, nothing), key=lambda info: (info.last_used, info.digest)
+        stock.database.use("read", collect, nothing), key=lambda info: (info.last_used, info.digest)
     )
 
 
@@ -90,8 +92,12 @@ def _plausible(number: Any) -> float:
 
 def document_of(text: Any) -> Document:
     """The validated document of an entry's text; BadEntry when it is not one. Its seals are not checked."""
+    document = entries_.parse(entries_.split(text)[0])
     try:
-        return Document.model_validate(entries_.parse(entries_.split(text)[0]))
+        json.dumps(document, ensure_ascii=False).encode()
+        return Document.model_validate(document)
+    except (UnicodeEncodeError, RecursionError):
+        raise BadEntry("rejected", "its document cannot be written as JSON again") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
@@ -109,42 +115,47 @@ def _environment_of(stored: Mapping[str, str]) -> dict[str, str]:
     return min(known, key=lambda here: len(differing(stored, here)))
 
 
-def status(store: Store) -> StoreStatus:
+def status(stock: Stock) -> StoreStatus:
     """See ``Store.status``."""
-    entry_count, size = store.database.use("read", lambda index: index.totals(), (0, 0))
-    stored = store.database.use("read", lambda index: index.counters(), None)
-    verdict = trust.check(store.folder)
-    kind = filesystem_type(store.folder)
+    entry_count, size = stock.database.use("read", lambda index: index.totals(), (0, 0))
+    stored = stock.database.use("read", lambda index: index.counters(), None)
+    verdict = trust.check(stock.folder)
+    kind = filesystem_type(stock.folder)
     return StoreStatus(
-        folder=str(store.folder),
-        exists=store.folder.is_dir(),
+        folder=_unicode(str(stock.folder)),
+        exists=stock.folder.is_dir(),
         writable=verdict.writable,
         trusted=verdict.problem is None,
-        verdict=verdict.problem or "trusted",
+        verdict=_unicode(verdict.problem or "trusted"),
         owner="" if verdict.owner is None else trust.owner_name(verdict.owner),
         mode="" if verdict.mode is None else f"{verdict.mode:04o}",
         filesystem=kind,
         network_filesystem=kind in NETWORK_FILESYSTEMS or kind.startswith("fuse."),
         schema_version=schema.USER_VERSION,
-        fault=store.fault,
-        authenticated=store.auth_key is not None,
+        fault=None if stock.fault is None else _unicode(stock.fault),
+        authenticated=stock.auth_key is not None,
         entries=entry_count,
         bytes=size,
-        size_limit=store.size_limit,
-        held_in_memory=store.held_in_memory,
-        quarantine=_names(store.folder / repair.QUARANTINE),
+        size_limit=stock.size_limit,
+        held_in_memory=stock.held_in_memory,
+        quarantine=_names(stock.folder / repair.QUARANTINE),
         counters={
             name: Counter(value=count.value, since=count.since)
-            for name, count in store.counters.merged(stored).items()
+            for name, count in stock.counters.merged(stored).items()
         },
     )
 
 
 def _names(folder: Path) -> list[str]:
     try:
-        return sorted(os.listdir(folder))
+        return sorted(map(_unicode, os.listdir(folder)))
     except OSError:
         return []
+
+
+def _unicode(text: str) -> str:
+    """A text with names of files in it, of whatever bytes: JSON can hold it."""
+    return os.fsencode(text).decode("utf-8", "replace")
 
 
 def filesystem_type(folder: Path) -> str:
@@ -164,14 +175,14 @@ def filesystem_type(folder: Path) -> str:
     return kind
 
 
-def explain(store: Store, key: Key) -> Explanation:
+def explain(stock: Stock, key: Key) -> Explanation:
     """See ``Store.explain``."""
-    known = entries(store)
+    known = entries(stock)
     same = next((info for info in known if info.digest == key.digest), None)
     if same is not None:
         return Explanation(digest=key.digest, present=True, reason="present", nearest=same, differences=[])
     if not known:
-        reason = store.fault or "the cache is empty"
+        reason = stock.fault or "the cache is empty"
         return Explanation(digest=key.digest, present=False, reason=reason, nearest=None, differences=[])
     nearest = min(known, key=lambda info: _distance(key, info))
     differences = _differences(key, nearest)

@@ -21,7 +21,7 @@ from softcap_runtime.store.locks import KeyLocks
 if TYPE_CHECKING:
     from softcap_runtime.store.index import Index
     from softcap_runtime.store.report import Problem
-    from softcap_runtime.store.store import Store
+    from softcap_runtime.store.stock import Stock
 
 QUARANTINE = "quarantine"
 TEMPORARY_S, LOCK_S, QUARANTINE_S = 3600.0, 86400.0, 7 * 86400.0  # how old each may get
@@ -114,27 +114,27 @@ def _removed(path: Path) -> bool:
     return True
 
 
-def verify(store: Store, *, repair: bool) -> list[Problem]:
+def verify(stock: Stock, *, repair: bool) -> list[Problem]:
     """See ``Store.verify``."""
     from softcap_runtime.store.report import Problem
 
-    store.flush()
-    known = len(store.database.set_aside)
+    stock.flush()
+    known = len(stock.database.set_aside)
     nothing: list[Problem] = []
-    problems = store.database.use("verify", lambda index: list(_problems(store, index, repair)), nothing)
+    problems = stock.database.use("verify", lambda index: list(_problems(stock, index, repair)), nothing)
     moved = [
-        Problem(where=schema.DBNAME, what=line, repaired=True) for line in store.database.set_aside[known:]
+        Problem(where=schema.DBNAME, what=line, repaired=True) for line in stock.database.set_aside[known:]
     ]
-    if store.fault is not None:
-        problems.append(Problem(where=str(store.folder), what=store.fault, repaired=False))
+    if stock.fault is not None:
+        problems.append(Problem(where=str(stock.folder), what=stock.fault, repaired=False))
     return moved + problems
 
 
-def _problems(store: Store, index: Index, repair: bool) -> Iterator[Problem]:
+def _problems(stock: Stock, index: Index, repair: bool) -> Iterator[Problem]:
     from softcap_runtime.store.inspection import document_of
     from softcap_runtime.store.report import Problem
 
-    repair = repair and store.database.can_write()
+    repair = repair and stock.database.can_write()
     damage = index.damage()
     if damage and repair:
         raise sqlite3.DatabaseError(damage[0])  # moved aside; the good entries go into a fresh database
@@ -147,12 +147,12 @@ def _problems(store: Store, index: Index, repair: bool) -> Iterator[Problem]:
             digest = row.check()
             found = index.read(digest)
             if found is not None:
-                entries_.verify(found.text, found.payload, digest, store.auth_key)
+                entries_.verify(found.text, found.payload, digest, stock.auth_key)
                 document_of(found.text)
         except BadEntry as bad:
-            store.counters.add(bad.kind)
+            stock.counters.add(bad.kind)
             if repair:
-                _quarantine_row(store.folder, index, row.rowid)
+                _quarantine_row(stock.folder, index, row.rowid)
             yield Problem(where=str(row.key)[:100], what=str(bad), repaired=repair)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUTS, Sizes, expected, make_qkv, relative_error
+from helpers import HEAD_DIM, LAYOUTS, Sizes, expected, make_qkv, relative_error
 
-from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
+from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime, RuntimeSettings
+from softcap_runtime.kernels.key import KernelSpec
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
 
@@ -65,3 +66,16 @@ def test_every_size_of_one_together(dense: Runtime, seed: int) -> None:
     ):
         inputs = make_qkv(sizes, layout=random.choice(LAYOUTS))
         assert relative_error(dense.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
+
+
+def test_prewarming_tells_that_its_kernels_are_compiled_here(tmp_path: Path) -> None:
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="dense"))
+    request = PrewarmRequest(config=CONFIG, num_heads=4, num_kv_heads=2, head_dim=HEAD_DIM, dtype="float32")
+    for _ in range(2):
+        assert [(row.spec.op, row.outcome) for row in runtime.prewarm([request], progress=False)] == [
+            ("dense_forward", "ready")
+        ]
+    (kernel,) = runtime.stats().kernels
+    supplied = runtime.supply.obtain(KernelSpec("dense_forward", "cpu", "float32", 0, True, ""))
+    assert (kernel.source, kernel.bytes) == (supplied.source, supplied.bytes) == ("compiled", 0)
+    assert runtime.stats().builds == runtime.stats().loads == 0

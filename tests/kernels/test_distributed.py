@@ -1,21 +1,28 @@
-"""Training in two processes: the same gradients as in one."""
+"""Several processes: the gradients of one in training, and kernels that are built once before it."""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
+import socket
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import Block, relative_error
+from helpers import Block, package_of, relative_error
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
+from softcap_runtime.kernels.key import KernelSpec
 
 WORLD = 2
+RANKS = 4
 
 
 def make(cache_dir: str, seed: int) -> tuple[torch.nn.Module, Tensor]:
@@ -69,3 +76,36 @@ def test_gradients_are_those_of_one_process(warm_cache: Path, tmp_path: Path, ki
     qkv = [y.requires_grad_() for y in torch.randn(3, 1, 2, 8, 64)]
     runtime.attention(*qkv, config)  # its kernels are there before jit="forbid" asks for them
     mp.spawn(train, (kind, str(tmp_path / "store"), str(warm_cache), seed), nprocs=WORLD)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_ranks_prewarm_each_kernel_once(runtime: Runtime, tmp_path: Path) -> None:
+    """Under torchrun: one rank builds, no other is kept waiting for it once one stands in the barrier."""
+    specs = [KernelSpec(op, "cpu", "float32", 0, True, "") for op in ("block_forward", "block_backward")]
+    for spec in specs:
+        (tmp_path / spec.op).write_bytes(package_of(runtime, spec))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).with_name("torchrun_prewarm.py")
+    address = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), *address]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path)],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+    assert sorted(op for rank in ranks for op in rank["builds"]) == ["block_backward", "block_forward"]
+    outcomes = Counter((op, outcome) for rank in ranks for op, outcome in rank["outcomes"].items())
+    assert outcomes == {
+        (spec.op, how): n for spec in specs for how, n in (("built", 1), ("loaded", RANKS - 1))
+    }
+    assert all(rank["same"] for rank in ranks)
+    first_at_barrier = min(rank["at barrier"] for rank in ranks)
+    # Ranks start seconds apart on a busy machine: only who asked before the end of a build waited at all.
+    assert all(end <= max(first_at_barrier, start) + 1.0 for rank in ranks for start, end in rank["waits"])

@@ -42,7 +42,7 @@ def arguments(
         softcap,
         engine,
         train,
-        runtime._number,
+        runtime.number,
     )
 
 
@@ -172,7 +172,7 @@ def test_autocast(runtime: Runtime, inputs: str, seed: int) -> None:
                 assert leaf.grad.dtype == x.dtype
     with torch.autocast("cpu", torch.bfloat16):
         mask = band(40, 40, causal=True, window=None)
-        how = (None, None, mask.left, mask.right, 0.125, 50.0, "auto", False, runtime._number)
+        how = (None, None, mask.left, mask.right, 0.125, 50.0, "auto", False, runtime.number)
         assert OP(q, k, v, *how)[0].dtype == theirs.dtype  # the raw operator
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
         assert runtime.attention(*same, CONFIG).dtype == theirs.dtype

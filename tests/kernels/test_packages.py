@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,6 +212,23 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(BuildFailed, match="cannot build block_forward") as raised:
         package.build(spec)
     assert "\n" not in str(raised.value)
+
+
+def test_what_killed_builders_left_is_swept_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(package, "BUILD_TIMEOUT_S", 0.01)
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (elsewhere, tmp_path / "softcap_build_old", tmp_path / "softcap_build_young"):
+        folder.mkdir()
+        (folder / "kernel.cpp").touch()
+    (tmp_path / "softcap_build_link").symlink_to(elsewhere)
+    for old in (elsewhere, tmp_path / "softcap_build_old"):
+        os.utime(old, (1, 1))
+    with pytest.raises(BuildFailed, match="timed out"):
+        package.build(KernelSpec("block_forward", "cpu", "float32", 0, True, ""))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"elsewhere", "softcap_build_young", "softcap_build_link"}
+    assert (elsewhere / "kernel.cpp").exists()
 
 
 def test_example_strides_are_all_different() -> None:

@@ -7,6 +7,8 @@ SOFTCAP_TEST_EXAMPLES sets how many of each are tried.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import logging
 import os
 import shutil
@@ -19,11 +21,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from softcap_runtime import cache_report, cli_tables
 from softcap_runtime.store import Key, Store
 from softcap_runtime.store import bundle as bundles
 from softcap_runtime.store import entry as entries_
-from softcap_runtime.store.entry import BadEntry
+from softcap_runtime.store.entry import BadEntry, Sealed
 from softcap_runtime.store.inspection import document_of
 
 EXAMPLES = int(os.environ.get("SOFTCAP_TEST_EXAMPLES", "60"))
@@ -172,8 +176,11 @@ def test_databases(
         assert sorted(os.listdir(scratch)) == ["cache", "outside"]
 
 
+odd_text = st.text(max_size=20) | st.sampled_from(
+    ["[/red]", "[link=file:///]", "\x1b]0;x\x07", "\ud800", "../x"]
+)
 json_values = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20)),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), odd_text),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=10), inner, max_size=3)
     ),
@@ -200,6 +207,69 @@ def test_documents(text: object, payload: object) -> None:
         pytest.fail("a made-up entry was accepted")
     with contextlib.suppress(BadEntry):
         document_of(text)
+
+
+def sealed(changed: dict[str, Any], payload: bytes) -> Sealed:
+    """An entry whose checksum holds, of a document like ours with some of it replaced (by ... : removed)."""
+    plain = {"fields": {"name": "c"}, "fingerprint": FINGERPRINT, "bytes": len(payload), "provenance": {}}
+    document = {"format": 1, **plain, "created": 1.0, "build_seconds": 1.0, **changed}
+    line = entries_.json.dumps({name: value for name, value in document.items() if value is not ...})
+    return entries_.reseal(Sealed(f"{line}\n\n", payload), None)
+
+
+json_objects = st.dictionaries(odd_text, json_values, max_size=3)
+text_objects = st.dictionaries(odd_text, odd_text, max_size=2)
+sealed_entries = st.builds(
+    sealed,
+    st.dictionaries(
+        st.sampled_from(
+            ["fields", "fingerprint", "bytes", "created", "build_seconds", "provenance", "format", "x"]
+        ),
+        st.one_of(json_objects, text_objects, json_values, st.just(...)),
+        max_size=3,
+    ),
+    st.binary(max_size=50),
+)
+
+
+@fuzz
+@given(entries=st.lists(sealed_entries, min_size=1, max_size=4))
+def test_sealed_documents(guard: Any, entries: list[Sealed]) -> None:
+    """Whoever can write to the folder can compute checksums too: in a database, and in a bundle."""
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
+        folder = Path(scratch).resolve() / "cache"
+        body = bundles.MAGIC
+        for text, payload in [*entries, Sealed("", b"")]:
+            body += bundles.LENGTHS.pack(len(text), len(payload)) + text.encode() + payload
+        path = Path(scratch) / "bundle"
+        path.write_bytes(body + hashlib.sha256(body).digest())
+        guard.folder = str(folder)
+        try:
+            store = Store(folder, 2**20)
+            with contextlib.suppress(ValueError):
+                store.import_bundle(path, FINGERPRINT)
+            for entry in entries:
+                document = entries_.json.loads(entry.text.split("\n")[0])
+                store.put(entries_.document_digest(document) or KEYS[0].digest, entry)
+            store.close()
+            check_shown(folder)
+            check_cache(folder)
+        finally:
+            guard.folder = None
+
+
+def check_shown(folder: Path) -> None:
+    """What people see of it raises nothing and holds no command to their terminal."""
+    store = Store(folder, 2**20)
+    problems = store.verify()
+    shown = Console(file=io.StringIO(), width=cli_tables.PIPE_WIDTH, force_terminal=False)
+    cli_tables.show_report(shown, cache_report.report(store))
+    cli_tables.show_explanation(shown, store.explain(KEYS[1]))
+    shown.print(cli_tables.problems_table(problems))
+    cache_report.report(store).model_dump_json()
+    text = shown.file.getvalue()
+    assert all(character.isprintable() or character == "\n" for character in text), repr(text)
+    store.close()
 
 
 @fuzz

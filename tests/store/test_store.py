@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -157,12 +158,15 @@ def test_bad_size_limit(tmp_path: Path, size_limit: int) -> None:
         Store(tmp_path, size_limit)
 
 
-@pytest.mark.parametrize("name", ["a b", "q?mode=ro#x", "100%", "ünï", "quote'\"", "-rf"])
+@pytest.mark.parametrize(
+    "name", ["a b", "q?mode=ro#x", "100%", "ünï", "quote'\"", "-rf", os.fsdecode(b"\xff")]
+)
 def test_odd_folder_names(tmp_path: Path, name: str) -> None:
     store = Store(tmp_path / name, MB)
     store.load_or_build(key("a"), lambda: b"x")
     store.close()
     assert store.fault is None
+    store.status().model_dump_json()
     assert Store(tmp_path / name, MB).load(key("a")) == b"x"
     assert [path.name for path in tmp_path.iterdir()] == [name]
 

@@ -13,14 +13,16 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "stress.py"
 
 
 @pytest.mark.slow
-def test_stress(base_seed: int) -> None:
-    seconds = os.environ.get("SOFTCAP_TEST_STRESS", "8")
+def test_stress(base_seed: int, warm_cache: Path) -> None:
+    seconds = os.environ.get("SOFTCAP_TEST_STRESS", "6")
+    options = {"--seconds": seconds, "--seed": str(base_seed), "--kernels": str(warm_cache)}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--seconds", seconds, "--seed", str(base_seed)],
+        [sys.executable, str(SCRIPT), *(word for option in options.items() for word in option)],
         capture_output=True,
         text=True,
         check=False,
         timeout=float(seconds) + 120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "kill -9" in done.stdout
+    for event in ("kill -9", "attention flex: right", "attention blocked: right", "kernel: loaded, disk"):
+        assert event in done.stdout

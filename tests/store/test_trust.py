@@ -120,10 +120,14 @@ def test_private_group_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     group = type("group", (), {"gr_mem": ["someone"]})
     monkeypatch.setattr("pwd.getpwuid", lambda _: user)
     monkeypatch.setattr("grp.getgrgid", lambda _: group)
-    status = os.stat_result((0o040775, 0, 0, 1, 1234, 1234, 0, 0, 0, 0))
-    assert trust._problem(tmp_path, status, 1234, above=False) is None
+
+    def lstat(path: str) -> os.stat_result:
+        mine = (0o040775, 0, 0, 1, 1234, 1234, 0, 0, 0, 0)
+        return os.stat_result(mine) if path == str(tmp_path) else os.lstat(path)
+
+    assert trust.check(tmp_path, lstat).problem is None
     group.gr_mem = ["someone", "else"]  # type: ignore[attr-defined]
-    assert "writable by others" in str(trust._problem(tmp_path, status, 1234, above=False))
+    assert "writable by others" in str(trust.check(tmp_path, lstat).problem)
 
 
 AS_NOBODY = """

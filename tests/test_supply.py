@@ -1,0 +1,50 @@
+"""Where kernels come from: the secret of the settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from softcap_runtime import RuntimeSettings
+from softcap_runtime.store import Key, Store
+from softcap_runtime.supply import Supply
+
+KEY = Key({"name": "a"}, {"cpu": "x"})
+
+
+def store_with(folder: Path, secret: Path | None) -> Store:
+    return Supply(RuntimeSettings(cache_dir=folder, cache_key_file=secret)).store
+
+
+def test_a_secret_refuses_entries_and_bundles_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    mine.write_bytes(b"a secret\n")
+    other.write_bytes(b"another\n")
+    monkeypatch.setenv("SOFTCAP_CACHE_KEY_FILE", str(mine))
+    store = Supply(RuntimeSettings(cache_dir=tmp_path / "cache")).store
+    assert store.load_or_build(KEY, lambda: b"signed").source == "built"
+    assert store.status().authenticated
+    store.export_bundle(tmp_path / "bundle")
+    store.close()
+    assert store_with(tmp_path / "cache", mine).load(KEY) == b"signed"
+    taken = store_with(tmp_path / "second", mine).import_bundle(tmp_path / "bundle", KEY.fingerprint)
+    assert taken.imported == 1
+    with pytest.raises(ValueError, match="its HMAC is missing or made with another key"):
+        store_with(tmp_path / "third", other).import_bundle(tmp_path / "bundle", KEY.fingerprint)
+    refusing = store_with(tmp_path / "cache", other)
+    assert refusing.load(KEY) is None
+    assert refusing.status().counters["rejected"].value == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "cannot be read"), (b" \n", "is empty, expected a secret")]
+)
+def test_a_secret_that_is_none(tmp_path: Path, content: bytes | None, words: str) -> None:
+    path = tmp_path / "secret"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^cache_key_file: {path} {words}[^\n]*$"):
+        store_with(tmp_path / "cache", path)
