@@ -16,7 +16,7 @@ from softcap_runtime.checks import check_qkv
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
 from softcap_runtime.kernels import operator
 from softcap_runtime.kernels.engine import Call
-from softcap_runtime.kernels.torch_private import interpreters_active
+from softcap_runtime.kernels.torch_private import constant_in_graphs, interpreters_active
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
 from softcap_runtime.plans import Plan, PlanKey, Plans
@@ -63,6 +63,8 @@ class Runtime:
     @classmethod
     def get(cls) -> Runtime:
         """The runtime of this process, made at the first call."""
+        if torch.compiler.is_dynamo_compiling():
+            return _own_runtime()
         if cls._own is None:
             with cls._own_lock:
                 if cls._own is None:
@@ -174,7 +176,7 @@ class Runtime:
         else:
             self.plans.misses += 1
             _check_edges(q, call.mask)
-            problem = call.problem(q, k)
+            problem = call.problem(q, k)._replace(softcap_approx=self.settings.softcap_approx)
             engine, reason, lasting = self.supply.engine(problem, call.engine)
             table = self.supply.table
             backward = engine.backward(problem, table) if call.train else None
@@ -222,6 +224,12 @@ class Runtime:
     def _after_fork(self) -> None:
         self.plans.after_fork()
         self.supply.after_fork()
+
+
+@constant_in_graphs
+def _own_runtime() -> Runtime:
+    """``Runtime.get()`` for dynamo, which can't follow it through a lock and settings."""
+    return Runtime.get()
 
 
 _NO_MASKS = (None,) * 5
