@@ -64,11 +64,12 @@ class Runtime:
     def get(cls) -> Runtime:
         """The runtime of this process, made at the first call."""
         if torch.compiler.is_dynamo_compiling():
-            return _own_runtime()
-        if cls._own is None:
+            _make_own()
+        elif cls._own is None:
             with cls._own_lock:
                 if cls._own is None:
                     cls._own = cls()
+        assert cls._own is not None
         return cls._own
 
     def attention(
@@ -227,9 +228,9 @@ class Runtime:
 
 
 @constant_in_graphs
-def _own_runtime() -> Runtime:
-    """``Runtime.get()`` for dynamo, which can't follow it through a lock and settings."""
-    return Runtime.get()
+def _make_own() -> bool:
+    """For dynamo, which can't follow ``Runtime.get()`` through a lock and settings: it finds the runtime made."""
+    return Runtime.get() is not None
 
 
 _NO_MASKS = (None,) * 5

@@ -27,7 +27,7 @@ def public_only() -> bool:
     return os.environ.get("SOFTCAP_PUBLIC_TORCH_ONLY", "") == "1"
 
 
-def constant_in_graphs(function: Callable[[], Any]) -> Callable[[], Any]:
+def constant_in_graphs(function: Callable[[], bool]) -> Callable[[], bool]:
     """``function``, called by dynamo as it traces, its result a constant of the graph without a guard.
 
     Private: the mark that ``torch.compiler.assume_constant_result`` sets, which imports the compiler to do so.
