@@ -191,7 +191,8 @@ class RuntimeSettings(BaseSettings):
     jit: Literal["allow", "warn", "forbid"] = "allow"
     build: Literal["block", "background"] = "block"
     engine: EngineName = "auto"
-    softcap_approx: bool = Field(default=False, validation_alias="softcap_approx")  # not SOFTCAP_SOFTCAP_APPROX
+    # The alias is the variable's whole name: SOFTCAP_APPROX.
+    softcap_approx: bool = Field(default=False, validation_alias="softcap_approx")
 
     def __init__(self, **fields: Any) -> None:
         with _one_line_errors(type(self).__name__):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,10 @@ from transformers import masking_utils
 from softcap_runtime import Runtime
 from softcap_runtime.integrations.hf_masks import Place, read
 from softcap_runtime.integrations.hf_probe import probe
-from softcap_runtime.integrations.transformers import HfMask, interval_mask
+from softcap_runtime.integrations.transformers import HfMask, attention_forward
 from softcap_runtime.masks.intervals import dense
 
-from .conftest import NAME, WINDOW, gemma, tokens
+from .conftest import NAME, WINDOW, gemma, registered, tokens
 from .test_transformers import assert_close_gradients, gradients, padded
 
 pytestmark = [
@@ -181,27 +178,32 @@ def test_probing_reaches_as_far_as_a_mask_can() -> None:
     assert (found.lo.tolist(), found.hi.tolist()) == ([[0, 0]], [[2**30 - 1, 2**30]])
 
 
-def test_nothing_ran_before_the_compiled_model(cache_dir: Path, seed: int) -> None:
-    """A fresh process whose first use of the package is inside the graph: its runtime is made while tracing."""
-    program = textwrap.dedent(f"""
-        import torch
-        from tests.integrations.conftest import gemma, tokens
-        from softcap_runtime.integrations.transformers import register
+def test_a_first_use_inside_the_graph(
+    runtime: Runtime, warm_cache: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """The process's own runtime is made while dynamo traces."""
+    monkeypatch.setenv("SOFTCAP_CACHE_DIR", str(warm_cache))
+    monkeypatch.setattr(Runtime, "_own", None)
+    warnings.filterwarnings("error", message=".*lru_cache")  # until the end of the test
+    model, ids, backend = gemma(seed, num_hidden_layers=1, attn_implementation=NAME), tokens(1, 12), Backend()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        with registered(None, back_to=runtime):
+            found = [compiled(ids).logits for _ in range(2)]
+    assert all((one - wanted).abs().max() < 1e-4 for one in found)
+    assert backend.count == 1
+    assert Runtime._own is not None
 
-        register()
-        model = gemma({seed}, num_hidden_layers=1, attn_implementation="softcap")
-        ids = tokens(1, 12)
-        with torch.no_grad():
-            found = torch.compile(model, fullgraph=True, backend="eager")(ids).logits
-            assert (found - model(ids).logits).abs().max() < 1e-4
-    """)
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:torch._dynamo", "-c", program],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "SOFTCAP_CACHE_DIR": str(cache_dir)},
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+
+def test_a_layer_without_mask(runtime: Runtime, seed: int) -> None:
+    layer, backend = gemma(seed, num_hidden_layers=1).model.layers[0].self_attn, Backend()
+
+    def attend(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return attention_forward(runtime, layer, q, k, k, None, softcap=50.0, sliding_window=WINDOW)[0]
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=backend)
+    for length in (30, 41):
+        q, k = torch.randn(2, 4, length, 64), torch.randn(2, 2, length, 64)
+        assert (compiled(q, k) - attend(q, k)).abs().max() < 1e-5
+    assert backend.count == 1

@@ -91,7 +91,10 @@ def test_the_options_are_part_of_a_kernels_key(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(triton_launch, "_compiled", {})
     kernel, where = Kernel(), triton_launch.Layout(False, 1, True)
     options = choose(CARDS["228 KB"], torch.bfloat16, 128, "forward")
-    different = [options, *(options._replace(**{name: 2 * getattr(options, name)}) for name in options._fields)]
+    different = [
+        options,
+        *(options._replace(**{name: 2 * getattr(options, name)}) for name in options._fields),
+    ]
 
     def launch(one: Any, form: int) -> None:
         triton_launch.launch(
