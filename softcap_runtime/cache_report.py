@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
+from softcap_runtime.gpu_info import Gpu, gpus
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.store import Key, Store, fingerprint
 from softcap_runtime.store.key import FieldValue
@@ -20,7 +21,7 @@ class CacheReport(BaseModel):
     """The document of ``inspect --json``; its JSON schema is ``store/status.schema.json``.
 
     ``status``: the folder and the counters of every process. ``fingerprint``: of this environment, for the CPU.
-    ``entries``: least recently used first.
+    ``entries``: least recently used first. ``gpus``: the CUDA devices here and the options of their kernels.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,12 +29,15 @@ class CacheReport(BaseModel):
     status: StoreStatus
     fingerprint: dict[str, str]
     entries: list[EntryInfo]
+    gpus: list[Gpu]
 
 
-def report(store: Store) -> CacheReport:
+def report(store: Store, softcap_approx: bool = False) -> CacheReport:
     """The state of ``store`` now. Never raises for what is on disk."""
     entries = store.entries()
-    return CacheReport(status=store.status(), fingerprint=fingerprint("cpu"), entries=entries)
+    return CacheReport(
+        status=store.status(), fingerprint=fingerprint("cpu"), entries=entries, gpus=gpus(softcap_approx)
+    )
 
 
 def explain(store: Store, words: Sequence[str]) -> Explanation:

@@ -1,11 +1,27 @@
-"""Checks of q, k and v before anything runs: one line that names the argument, its value and what was expected."""
+"""Checks of a call before anything runs: one line that names the argument, its value and what was expected."""
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Cap(NamedTuple):
+    """What a layer does to its logits: all that a call needs of a config beside its mask."""
+
+    softcap: float | None
+    scale: float
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Raise ValueError unless ``value`` is None or a finite number above 0."""
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{name}: {value}, expected a finite number above 0")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

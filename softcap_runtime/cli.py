@@ -168,7 +168,8 @@ def inspect(
 
     if fields and not explain:
         raise UsageError(f"{fields[0]!r}: key fields go with --explain")
-    store = _store(context)
+    settings = RuntimeSettings(**context.obj)
+    store = Supply(settings).store
     if explain:
         answer = cache_report.explain(store, fields or [])
         if json:
@@ -176,7 +177,7 @@ def inspect(
         else:
             tables.show_explanation(tables.console(), answer)
         return
-    report = cache_report.report(store)
+    report = cache_report.report(store, settings.softcap_approx)
     if json:
         print(report.model_dump_json(indent=2))
     else:

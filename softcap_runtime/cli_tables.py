@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from softcap_runtime.cache_report import CacheReport
+from softcap_runtime.gpu_info import Gpu
 from softcap_runtime.prewarm import PrewarmResult, kernel_name
 from softcap_runtime.store.entry import printable
 from softcap_runtime.store.report import Counter, EntryInfo, Explanation, Problem
@@ -72,6 +73,8 @@ def show_report(out: Console, report: CacheReport) -> None:
             "A kernel serves every batch, length, number of heads, window, scale, cap and stride; "
             "block kernels every head_dim and mask too."
         )
+    for gpu in report.gpus:
+        out.print(_gpu_table(gpu))
 
 
 def show_explanation(out: Console, answer: Explanation) -> None:
@@ -122,6 +125,17 @@ def _entries_table(entries: Sequence[EntryInfo]) -> Table:
             str(info.hits),
             plain(fits),
         )
+    return table
+
+
+def _gpu_table(gpu: Gpu) -> Table:
+    title = f"{gpu.device} {gpu.name}, sm {gpu.capability}, {gpu.shared_bytes} bytes of shared memory a block"
+    columns = ("kernel", "dtype", "head_dim", "block", "warps", "stages", "shared memory")
+    table = Table(*columns, title=f"{title}, {gpu.tanh} tanh", title_justify="left")
+    for one in gpu.kernels:
+        block = f"{one.block_m} x {one.block_n}"
+        numbers = (one.head_dim, block, one.warps, one.stages, one.shared_bytes)
+        table.add_row(one.kernel, one.dtype, *map(str, numbers))
     return table
 
 

@@ -7,13 +7,12 @@ the query's own among them (``0 <= i - j < w``), as the models were trained; the
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import check_qkv
+from softcap_runtime.checks import Cap, check_positive, check_qkv
 from softcap_runtime.config import EngineName
 from softcap_runtime.errors import EngineUnavailable, KernelNotPrewarmed
 from softcap_runtime.kernels.flex import has_flex_attention
@@ -28,13 +27,6 @@ if TYPE_CHECKING:
 
 HAS_FLEX_ATTENTION: bool = has_flex_attention()
 """Whether this torch has ``flex_attention`` (2.5 and newer). Without it the masks below are dense tensors."""
-
-
-class _Layer(NamedTuple):
-    """What the functions read of a layer."""
-
-    softcap: float | None
-    scale: float
 
 
 def slow_attention_softcapping(
@@ -126,24 +118,16 @@ def _attend(
     return out.transpose(1, 2).reshape(bsz, q_len, -1)
 
 
-def _layer(layer: Any, head_dim: int) -> _Layer:
+def _layer(layer: Any, head_dim: int) -> Cap:
     config = getattr(layer, "config", None)
     if config is None:
         raise ValueError(f"self: {type(layer).__name__} has no config; pass the attention layer")
-    return _checked_layer(
-        getattr(config, "attn_logit_softcapping", None),
-        getattr(config, "query_pre_attn_scalar", None),
-        head_dim,
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _checked_layer(softcap: float | None, scalar: float | None, head_dim: int) -> _Layer:
-    for name, value in (("attn_logit_softcapping", softcap), ("query_pre_attn_scalar", scalar)):
-        if value is not None and not value > 0:
-            raise ValueError(f"self.config.{name}: {value}, expected a number above 0")
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    check_positive("self.config.attn_logit_softcapping", softcap)
+    check_positive("self.config.query_pre_attn_scalar", scalar)
     scale = float(head_dim if scalar is None else scalar) ** -0.5
-    return _Layer(None if softcap is None else float(softcap), scale)
+    return Cap(None if softcap is None else float(softcap), scale)
 
 
 def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | Tensor | BlockMask:

@@ -16,7 +16,7 @@ from softcap_runtime.checks import check_qkv
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
 from softcap_runtime.kernels import operator
 from softcap_runtime.kernels.engine import Call
-from softcap_runtime.kernels.torch_private import interpreters_active
+from softcap_runtime.kernels.torch_private import constant_in_graphs, interpreters_active
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
 from softcap_runtime.plans import Plan, PlanKey, Plans
@@ -64,10 +64,13 @@ class Runtime:
     @classmethod
     def get(cls) -> Runtime:
         """The runtime of this process, made at the first call."""
-        if cls._own is None:
+        if torch.compiler.is_dynamo_compiling():
+            _make_own()
+        elif cls._own is None:
             with cls._own_lock:
                 if cls._own is None:
                     cls._own = cls()
+        assert cls._own is not None
         return cls._own
 
     def attention(
@@ -176,7 +179,7 @@ class Runtime:
         else:
             self.plans.misses += 1
             _check_edges(q, call.mask)
-            problem = call.problem(q, k)
+            problem = call.problem(q, k)._replace(softcap_approx=self.settings.softcap_approx)
             engine, reason, lasting = self.supply.engine(problem, call.engine)
             table = self.supply.table
             backward = engine.backward(problem, table) if call.train else None
@@ -224,6 +227,12 @@ class Runtime:
     def _after_fork(self) -> None:
         self.plans.after_fork()
         self.supply.after_fork()
+
+
+@constant_in_graphs
+def _make_own() -> bool:
+    """For dynamo, which can't follow ``Runtime.get()`` through a lock and settings: it finds the runtime made."""
+    return Runtime.get() is not None
 
 
 _NO_MASKS = (None,) * 5

@@ -98,8 +98,10 @@ def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("SOFTCAP_JIT", "forbid")
     monkeypatch.setenv("SOFTCAP_BUILD", "background")
     monkeypatch.setenv("SOFTCAP_ENGINE", "blocked")
+    monkeypatch.setenv("SOFTCAP_APPROX", "1")
     settings = RuntimeSettings()
     assert settings.cache_dir == tmp_path
+    assert settings.softcap_approx
     assert settings.cache_size_limit == 3 * 10**9
     assert (settings.jit, settings.build, settings.engine) == ("forbid", "background", "blocked")
     # What is given wins.
@@ -122,11 +124,18 @@ def test_bad_settings(monkeypatch: pytest.MonkeyPatch, name: str, value: str) ->
     one_line_error(RuntimeSettings, name.lower(), value)
 
 
+def test_bad_softcap_approx(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_line_error(lambda: RuntimeSettings(softcap_approx="maybe"), "softcap_approx", "maybe")
+    monkeypatch.setenv("SOFTCAP_APPROX", "maybe")
+    one_line_error(RuntimeSettings, "softcap_approx", "maybe")
+
+
 def test_default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CACHE_DIR", "CACHE_SIZE_LIMIT", "JIT", "BUILD", "ENGINE"):
+    for name in ("CACHE_DIR", "CACHE_SIZE_LIMIT", "JIT", "BUILD", "ENGINE", "APPROX"):
         monkeypatch.delenv(f"SOFTCAP_{name}", raising=False)
     settings = RuntimeSettings()
     assert (settings.jit, settings.build, settings.engine) == ("allow", "block", "auto")
+    assert not settings.softcap_approx
     assert settings.cache_dir == default_cache_dir()
     assert default_cache_dir().name in ("cache", "softcap_runtime")
 

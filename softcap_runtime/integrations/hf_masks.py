@@ -78,7 +78,7 @@ def intersect(a: RowIntervals, b: RowIntervals, device: torch.device) -> RowInte
     if a.left is not None and a.right is not None and b.left is not None and b.right is not None:
         return a._replace(left=max(a.left, b.left), right=min(a.right, b.right))
     (a_lo, a_hi), (b_lo, b_hi) = edges(a, device), edges(b, device)
-    return _intervals(a.q_len, a.kv_len, torch.maximum(a_lo, b_lo), torch.minimum(a_hi, b_hi))
+    return clipped(a.q_len, a.kv_len, torch.maximum(a_lo, b_lo), torch.minimum(a_hi, b_hi))
 
 
 def _read_all(functions: Iterable[MaskFunction], place: Place) -> list[RowIntervals]:
@@ -87,10 +87,11 @@ def _read_all(functions: Iterable[MaskFunction], place: Place) -> list[RowInterv
 
 def _unite(a: RowIntervals, b: RowIntervals, device: torch.device) -> RowIntervals:
     (a_lo, a_hi), (b_lo, b_hi) = edges(a, device), edges(b, device)
-    return _intervals(a.q_len, a.kv_len, torch.minimum(a_lo, b_lo), torch.maximum(a_hi, b_hi))
+    return clipped(a.q_len, a.kv_len, torch.minimum(a_lo, b_lo), torch.maximum(a_hi, b_hi))
 
 
-def _intervals(q_len: int, kv_len: int, lo: Tensor, hi: Tensor) -> RowIntervals:
+def clipped(q_len: int, kv_len: int, lo: Tensor, hi: Tensor) -> RowIntervals:
+    """Vectors of edges as row intervals: within the keys, an empty row in the form that drops out of extrema."""
     lo, hi = torch.broadcast_tensors(lo.clamp(min=0), hi.clamp(max=kv_len))
     empty = lo >= hi
     lo, hi = lo.masked_fill(empty, kv_len), hi.masked_fill(empty, 0)
@@ -102,7 +103,7 @@ def _reach(place: Place, left: int, right: int) -> RowIntervals:
     q_len, kv_len, end = place.q_len, place.kv_len, place.end
     if isinstance(end, Tensor):
         positions = _positions(place)[None]
-        return _intervals(q_len, kv_len, positions + left, positions + right)
+        return clipped(q_len, kv_len, positions + left, positions + right)
     left, right = max(end - q_len + left, -UNBOUNDED), min(end - q_len + right, UNBOUNDED)
     return RowIntervals(q_len, kv_len, left, right, None, None)
 
@@ -144,7 +145,7 @@ def _spans(ids: Tensor, place: Place) -> RowIntervals:
     lo, hi = edges(_same_run(ids, place), place.device)
     outside = ids[:, _positions(place)] < 0
     lo, hi = lo.masked_fill(outside, place.kv_len), hi.masked_fill(outside, 0)
-    return _intervals(place.q_len, place.kv_len, lo, hi)
+    return clipped(place.q_len, place.kv_len, lo, hi)
 
 
 def _check_spans(ids: Tensor) -> None:

@@ -14,17 +14,17 @@ Rows of padding see nothing and give zeros, where eager attention gives the mean
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import check_qkv
-from softcap_runtime.config import AttentionConfig
+from softcap_runtime.checks import Cap, check_positive, check_qkv
 from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, intersect, read
+from softcap_runtime.integrations.hf_probe import probe
 from softcap_runtime.kernels.operator import autocast_inputs
-from softcap_runtime.masks.intervals import RowIntervals, row_intervals
+from softcap_runtime.masks.intervals import RowIntervals, band, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
 from softcap_runtime.runtime import Runtime
 
@@ -80,13 +80,15 @@ def interval_mask(
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
     cache_position: Tensor | None = None,
+    use_vmap: bool | None = None,
     **ignored: Any,
 ) -> HfMask:
     """The mask function: row intervals from what transformers says about a forward pass.
 
     ``q_length`` rows from position ``q_offset`` on, ``kv_length`` keys from ``kv_offset`` on; ``attention_mask``
     bool ``[B, seen]``, True where a token is no padding, keys past its end hidden. Older versions give
-    ``cache_position`` ``[q_length]`` in place of ``q_length`` and ``q_offset``.
+    ``cache_position`` ``[q_length]`` in place of ``q_length`` and ``q_offset``. ``use_vmap`` False where every part
+    of ``mask_function`` is transformers' own.
 
     Raises ValueError on a mask function or padding that is no row interval.
     """
@@ -107,7 +109,16 @@ def interval_mask(
         check_mask_arguments(
             q_length, kv_length, batch_size, padding.device, causal=False, attention_mask=padding
         )
-    mask = read(mask_function, Place(q_length, kv_length, end, kv_offset, padding, device))
+    place = Place(q_length, kv_length, end, kv_offset, padding, device)
+    if torch.compiler.is_dynamo_compiling():
+        if use_vmap is not False:  # outside of a graph the parts can be read
+            raise ValueError(
+                "mask_function: holds a part that isn't transformers' own, expected none inside one graph; compile "
+                "without fullgraph=True"
+            )
+        mask = probe(mask_function, batch_size, place)
+    else:
+        mask = read(mask_function, place)
     if padding is not None and not _shows_all(padding, mask):
         shown = row_intervals(q_length, kv_length, causal=False, window=None, attention_mask=padding)
         mask = intersect(mask, shown, device)
@@ -145,26 +156,30 @@ def attention_forward(
     """
     _refuse(module, attention_mask, dropout, kwargs)
     runtime = runtime or Runtime.get()
-    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
-    if attention_mask is None:
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        config = _config(softcap, scale, sliding_window, causal)
-        return runtime.attention(query, key, value, config).transpose(1, 2), None
+    cap = _cap(softcap, scaling, query.shape[-1])
     # Under autocast rotary embeddings leave query and key in float32 where value has autocast's dtype.
     query, key, value = autocast_inputs(query, key, value)
     check_qkv(query, key, value)
-    if (query.shape[2], key.shape[2]) != attention_mask[:2]:
+    lengths = query.shape[2], key.shape[2]
+    if attention_mask is None:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        check_mask_arguments(*lengths, query.shape[0], query.device, causal=causal)
+        check_positive("sliding_window", sliding_window)
+        mask = band(*lengths, causal=causal, window=sliding_window)
+        return runtime.attend(query, key, value, cap, mask).transpose(1, 2), None
+    if lengths != attention_mask[:2]:
         raise ValueError(
             f"attention_mask: made for {attention_mask.q_len} rows over {attention_mask.kv_len} keys, but the "
-            f"layer has {query.shape[2]} over {key.shape[2]}; its cache and its mask disagree"
+            f"layer has {lengths[0]} over {lengths[1]}; its cache and its mask disagree"
         )
-    config = _config(softcap, scale, sliding_window, True)
-    return runtime.attend(query, key, value, config, attention_mask).transpose(1, 2), None
+    return runtime.attend(query, key, value, cap, attention_mask).transpose(1, 2), None
 
 
-@lru_cache(maxsize=256)
-def _config(softcap: float | None, scale: float, window: int | None, causal: bool) -> AttentionConfig:
-    return AttentionConfig(softcap=softcap, scale=scale, window=window, causal=causal)
+def _cap(softcap: float | None, scaling: float | None, head_dim: int) -> Cap:
+    check_positive("softcap", softcap)
+    check_positive("scaling", scaling)
+    scale = head_dim**-0.5 if scaling is None else float(scaling)
+    return Cap(None if softcap is None else float(softcap), scale)
 
 
 def _refuse(module: Any, attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:

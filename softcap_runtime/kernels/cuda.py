@@ -38,6 +38,7 @@ def _how(problem: Problem) -> dict[str, Any]:
         "right": mask.right,
         "lo": mask.lo,
         "hi": mask.hi,
+        "approx": problem.softcap_approx,
     }
 
 

@@ -22,7 +22,8 @@ Backward = Callable[
 class Problem(NamedTuple):
     """One attention call, all but the contents of q, k and v.
 
-    ``mask`` holds the lengths; ``train`` whether the logsumexp is wanted for a backward to come.
+    ``mask`` holds the lengths; ``train`` whether the logsumexp is wanted for a backward to come;
+    ``softcap_approx`` is that of the settings.
     """
 
     device: torch.device
@@ -35,6 +36,7 @@ class Problem(NamedTuple):
     softcap: float | None
     mask: RowIntervals
     train: bool
+    softcap_approx: bool = False
 
 
 class Call(NamedTuple):

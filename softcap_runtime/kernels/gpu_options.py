@@ -164,6 +164,17 @@ def choose(limits: DeviceLimits, dtype: torch.dtype, head_dim: int, direction: D
     )
 
 
+def table(limits: DeviceLimits) -> list[tuple[torch.dtype, int, Direction, BlockOptions]]:
+    """The options of every kernel that a device with ``limits`` runs: dtype, head_dim, direction, options."""
+    rows: list[tuple[torch.dtype, int, Direction, BlockOptions]] = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for head_dim in HEAD_DIMS:
+            backward: tuple[Direction, ...] = ("dk", "dv") if splits_backward(head_dim) else ("dkdv",)
+            for direction in ("forward", "decode", "dq", *backward):
+                rows.append((dtype, head_dim, direction, choose(limits, dtype, head_dim, direction)))
+    return rows
+
+
 def split_count(limits: DeviceLimits, programs: int, keys: int, block_n: int) -> int:
     """Shares to cut the keys of a decoding call into: about four programs a multiprocessor, four blocks each."""
     wanted = -(-4 * limits.multiprocessors // programs)

@@ -27,6 +27,16 @@ def public_only() -> bool:
     return os.environ.get("SOFTCAP_PUBLIC_TORCH_ONLY", "") == "1"
 
 
+def constant_in_graphs(function: Callable[[], bool]) -> Callable[[], bool]:
+    """``function``, called by dynamo as it traces, its result a constant of the graph without a guard.
+
+    Private: the mark that ``torch.compiler.assume_constant_result`` sets, which imports the compiler to do so.
+    Gone: the graph breaks at the call.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def load_package(data: bytes, device: torch.device) -> Runner:
     """Load an AOTInductor package (the bytes of a .pt2 file) and return its ``run(inputs) -> outputs``.
 

@@ -28,7 +28,7 @@ def runtime(runtime: Runtime) -> Runtime:
 
 
 @contextmanager
-def registered(runtime: Runtime, back_to: Runtime) -> Iterator[None]:
+def registered(runtime: Runtime | None, back_to: Runtime) -> Iterator[None]:
     register(runtime, NAME)
     try:
         yield

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,10 +127,26 @@ def test_the_documented_functions_inside_a_compiled_model(own_runtime: Runtime, 
         backend=backend,
     )
     config = AttentionConfig(softcap=50.0, scale=0.125)
+    warnings.filterwarnings("error", message=".*lru_cache")  # until the end of the test
     for length in (20, 33, 41):
         inputs = make_qkv(Sizes(2, 4, 2, length, length))
         want = expected(*inputs, config).transpose(1, 2).reshape(2, length, -1)
         assert relative_error(compiled(*inputs), want) <= 2e-6
+    assert len(backend.graphs) == 1
+
+
+def test_the_process_own_runtime_is_made_while_dynamo_traces(
+    warm_cache: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setenv("SOFTCAP_CACHE_DIR", str(warm_cache))
+    monkeypatch.setattr(Runtime, "_own", None)
+    backend = Backend()
+    compiled = torch.compile(
+        lambda *x: Runtime.get().attention(*x, CONFIG), fullgraph=True, dynamic=True, backend=backend
+    )
+    for length in (20, 33):
+        inputs = make_qkv(Sizes(2, 4, 2, length, length))
+        assert relative_error(compiled(*inputs), expected(*inputs, CONFIG)) <= 2e-6
     assert len(backend.graphs) == 1
 
 

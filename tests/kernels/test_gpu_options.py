@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from rich.console import Console
 
+from softcap_runtime import cli_tables, gpu_info
+from softcap_runtime.kernels import triton_launch
 from softcap_runtime.kernels.gpu_options import (
     DeviceLimits,
     choose,
@@ -12,6 +19,7 @@ from softcap_runtime.kernels.gpu_options import (
     shared_bytes,
     split_count,
     splits_backward,
+    table,
 )
 
 CARDS = {
@@ -46,3 +54,62 @@ def test_decoding_splits_the_keys_until_the_card_is_full() -> None:
     assert split_count(limits, programs=1000, keys=8192, block_n=64) == 1
     assert split_count(limits, programs=8, keys=8192, block_n=64) > 8
     assert split_count(limits, programs=8, keys=64, block_n=64) == 1
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_inspect_shows_the_options_of_every_kernel(card: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = CARDS[card]
+    found = gpu_info.describe("cuda:0", "a card", limits, softcap_approx=True)
+    assert len(found.kernels) == len(table(limits)) == 3 * (3 * 4 + 5)
+    assert len({(one.kernel, one.dtype, one.head_dim) for one in found.kernels}) == len(found.kernels)
+    for one in found.kernels:
+        dtype = getattr(torch, one.dtype)
+        options = choose(limits, dtype, one.head_dim, one.kernel)  # type: ignore[arg-type]
+        assert (one.block_m, one.block_n, one.warps, one.stages) == options
+        assert one.shared_bytes <= found.shared_bytes == limits.shared_bytes
+    out = io.StringIO()
+    Console(file=out, width=160).print(cli_tables._gpu_table(found))
+    text = out.getvalue()
+    assert "cuda:0 a card" in text
+    assert "approximate tanh" in " ".join(text.split())
+    first = found.kernels[0]
+    assert f"{first.block_m} x {first.block_n}" in text
+
+
+def test_the_options_are_part_of_a_kernels_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other options, or another form of the softcap, are another kernel; the same are the same."""
+    compiled: list[dict[str, Any]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Any]:
+            def run(*arguments: Any, **fixed: Any) -> Any:
+                compiled.append(fixed)
+                return {grid: lambda *again: None}
+
+            return run
+
+    monkeypatch.setattr(triton_launch, "_compiled", {})
+    kernel, where = Kernel(), triton_launch.Layout(False, 1, True)
+    options = choose(CARDS["228 KB"], torch.bfloat16, 128, "forward")
+    different = [
+        options,
+        *(options._replace(**{name: 2 * getattr(options, name)}) for name in options._fields),
+    ]
+
+    def launch(one: Any, form: int) -> None:
+        triton_launch.launch(
+            kernel,
+            (1, 1, 1),
+            [],
+            {"FORM": form, **triton_launch.constants(128, torch.bfloat16, one, where)},
+            device=torch.device("cuda", 0),
+            dtype=torch.bfloat16,
+            warps=one.warps,
+            stages=one.stages,
+        )
+
+    for _ in range(2):
+        for one in different:
+            for form in (1, 2):
+                launch(one, form)
+    assert len(compiled) == 2 * len(different)

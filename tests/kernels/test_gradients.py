@@ -190,6 +190,15 @@ def test_fp16_does_not_overflow_on_the_way(runtimes: dict[str, Runtime], engine:
         assert relative_error(mine, exact) <= 1e-3
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("engine", ["auto", *TRAINS])
 def test_two_runs_are_bit_equal(runtimes: dict[str, Runtime], engine: str, seed: int) -> None:
     ids = (torch.rand(2, 300) < 0.02).cumsum(1)

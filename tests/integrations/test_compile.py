@@ -1,0 +1,209 @@
+"""``torch.compile`` of a Gemma-2 with ``attn_implementation="softcap"``, against eager attention uncompiled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import masking_utils
+
+from softcap_runtime import Runtime
+from softcap_runtime.integrations.hf_masks import Place, read
+from softcap_runtime.integrations.hf_probe import probe
+from softcap_runtime.integrations.transformers import HfMask, attention_forward
+from softcap_runtime.masks.intervals import dense
+
+from .conftest import NAME, WINDOW, gemma, registered, tokens
+from .test_transformers import assert_close_gradients, gradients, padded
+
+pytestmark = [
+    pytest.mark.usefixtures("runtime"),
+    # Older versions do not say whether a mask function is all their own; their masks are made outside the graph.
+    pytest.mark.skipif(not hasattr(masking_utils, "blockwise_overlay"), reason="a transformers before 5"),
+]
+
+
+class Backend:
+    """Runs what dynamo captured as it is, and counts the graphs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, example: Any) -> Any:
+        self.count += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def eager_twin(model: Any, seed: int) -> Any:
+    """The same weights with eager attention: a compiled model keeps its implementation."""
+    twin = gemma(seed, num_hidden_layers=model.config.num_hidden_layers)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def inputs_of(kind: str, length: int) -> dict[str, Any]:
+    """A batch of two rows, plain, padded on one side, or packed; padding is not in the loss."""
+    ids = tokens(2, length)
+    inputs: dict[str, Any] = {"input_ids": ids, "labels": ids}
+    if kind == "packed":
+        first = length // 3
+        inputs["position_ids"] = torch.cat([torch.arange(first), torch.arange(length - first)])[None]
+    elif kind != "plain":
+        inputs["attention_mask"] = padded(kind, length, [length, length // 2])
+        inputs["labels"] = ids.masked_fill(inputs["attention_mask"] == 0, -100)
+    return inputs
+
+
+def assert_close_logits(theirs: Any, ours: Any, inputs: dict[str, Any]) -> None:
+    seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    assert (theirs.logits - ours.logits)[seen].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("kind", "cached"), [("plain", True), ("left", False)])
+def test_one_graph_for_all_lengths(kind: str, cached: bool, seed: int) -> None:
+    model = gemma(seed, num_hidden_layers=2, attn_implementation=NAME)
+    twin, backend = eager_twin(model, seed), Backend()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for length in (40, 41, 90):
+            inputs = inputs_of(kind, length)
+            assert_close_logits(twin(**inputs), compiled(**inputs, use_cache=cached), inputs)
+    assert backend.count == 1
+
+
+@pytest.mark.parametrize("kind", ["packed", "right"])
+def test_gradients(kind: str, seed: int) -> None:
+    model = gemma(seed, num_hidden_layers=2, attn_implementation=NAME).train()
+    twin, backend = eager_twin(model, seed).train(), Backend()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for length in (40, 57):
+        inputs = inputs_of(kind, length)
+        (loss, wanted), (ours, found) = (gradients(one, **inputs) for one in (twin, compiled))
+        assert abs(loss - ours) < 1e-5
+        assert_close_gradients(wanted, {name.removeprefix("_orig_mod."): g for name, g in found.items()})
+    assert backend.count == 1
+
+
+@pytest.mark.slow
+def test_a_training_step_through_inductor(seed: int) -> None:
+    model = gemma(seed, num_hidden_layers=2, attn_implementation=NAME).train()
+    inputs = inputs_of("packed", 40)
+    loss, wanted = gradients(eager_twin(model, seed).train(), **inputs)
+    ours, found = gradients(torch.compile(model, fullgraph=True), **inputs)
+    assert abs(loss - ours) < 1e-5
+    assert_close_gradients(wanted, {name.removeprefix("_orig_mod."): g for name, g in found.items()})
+
+
+def test_generate_compiles_decoding_with_a_static_cache() -> None:
+    """Transformers compiles the decoding step; it makes the masks outside and hands them in."""
+    model = gemma(20, num_hidden_layers=2)
+    ids, mask = tokens(2, 30), padded("left", 30, [30, 12])
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compilation = transformers.CompileConfig(fullgraph=True, dynamic=None, mode=None, backend=backend)
+    compilation._compile_all_devices = True  # by itself it does so on GPUs alone
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    wanted = model.generate(ids, **options)
+    model.set_attn_implementation(NAME)
+    found = model.generate(ids, **options, cache_implementation="static", compile_config=compilation)
+    assert torch.equal(wanted, found)
+    assert 1 <= len(graphs) <= 3
+
+
+def test_a_mask_function_of_ones_own_is_read_outside_the_graph() -> None:
+    config = transformers.Gemma2Config(attn_implementation=NAME, num_hidden_layers=1)
+
+    def mask(x: torch.Tensor) -> HfMask:
+        return masking_utils.create_causal_mask(
+            config,
+            x,
+            None,
+            past_key_values=None,
+            and_mask_function=masking_utils.sliding_window_overlay(WINDOW),
+        )
+
+    x = torch.zeros(1, 50, 8)
+    assert torch.compile(mask, backend="eager")(x) == mask(x)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"mask_function: holds a part .* without fullgraph=True"):
+        torch.compile(mask, backend="eager", fullgraph=True)(x)
+
+
+PARTS = {
+    "causal": lambda ids: masking_utils.causal_mask_function,
+    "both ways": lambda ids: masking_utils.bidirectional_mask_function,
+    "window": lambda ids: masking_utils.sliding_window_causal_mask_function(9),
+    "window both ways": lambda ids: masking_utils.sliding_window_bidirectional_mask_function(9),
+    "packed": lambda ids: masking_utils.and_masks(
+        masking_utils.packed_sequence_mask_function(ids), masking_utils.sliding_window_causal_mask_function(9)
+    ),
+    "spans": lambda ids: masking_utils.or_masks(
+        masking_utils.sliding_window_causal_mask_function(9),
+        masking_utils.blockwise_overlay(torch.where(ids % 2 == 0, ids, -1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_probing_finds_what_reading_finds(part: str, seed: int) -> None:
+    ids = (torch.rand(2, 150) < 0.03).cumsum(1)
+    function = PARTS[part](ids)
+    places = [Place(150, 150, 150, 0, None, torch.device("cpu"))]
+    if part not in ("packed", "spans"):
+        places.append(Place(3, 80, 61, 70, None, torch.device("cpu")))  # a chunk, over a cache with free room
+    for place in places:
+        found, wanted = probe(function, 2, place), read(function, place)
+        assert torch.equal(dense(found, "cpu").expand(2, -1, -1), dense(wanted, "cpu").expand(2, -1, -1))
+
+
+def test_probing_reaches_as_far_as_a_mask_can() -> None:
+    place = Place(2, 2**30, 2**30, 0, None, torch.device("cpu"))
+    found = probe(masking_utils.causal_mask_function, 1, place)
+    assert (found.lo.tolist(), found.hi.tolist()) == ([[0, 0]], [[2**30 - 1, 2**30]])
+
+
+def test_a_first_use_inside_the_graph(
+    runtime: Runtime, warm_cache: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """The process's own runtime is made while dynamo traces."""
+    monkeypatch.setenv("SOFTCAP_CACHE_DIR", str(warm_cache))
+    monkeypatch.setattr(Runtime, "_own", None)
+    warnings.filterwarnings("error", message=".*lru_cache")  # until the end of the test
+    model, ids, backend = gemma(seed, num_hidden_layers=1, attn_implementation=NAME), tokens(1, 12), Backend()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        with registered(None, back_to=runtime):
+            found = [compiled(ids).logits for _ in range(2)]
+    assert all((one - wanted).abs().max() < 1e-4 for one in found)
+    assert backend.count == 1
+    assert Runtime._own is not None
+
+
+def test_a_layer_without_mask(runtime: Runtime, seed: int) -> None:
+    layer, backend = gemma(seed, num_hidden_layers=1).model.layers[0].self_attn, Backend()
+
+    def attend(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return attention_forward(runtime, layer, q, k, k, None, softcap=50.0, sliding_window=WINDOW)[0]
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=backend)
+    for length in (30, 41):
+        q, k = torch.randn(2, 4, length, 64), torch.randn(2, 2, length, 64)
+        assert (compiled(q, k) - attend(q, k)).abs().max() < 1e-5
+    assert backend.count == 1
