@@ -43,7 +43,9 @@ LOADED = "[name for name in ('torch._dynamo', 'torch._inductor') if name in sys.
 SERVE = f"""
 import sys, torch
 from types import SimpleNamespace
+import gc
 import softcap_runtime as s
+assert gc.isenabled()  # an import pauses it
 assert not {LOADED}, "import"
 runtime = s.Runtime.get()
 layer = SimpleNamespace(config=SimpleNamespace(attn_logit_softcapping=50.0, query_pre_attn_scalar=64))
