@@ -113,6 +113,13 @@ def test_autocast_compiled(runtime: Runtime, seed: int) -> None:
             assert out.dtype == torch.bfloat16
             want = expected(*(x.bfloat16() for x in inputs), CONFIG)
             assert relative_error(out, want) <= 4e-3  # bf16, issue 5
+    grad_out = torch.randn(q.shape).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, got = gradients(compiled, (q, k.bfloat16(), v), grad_out)
+    _, exact = gradients(lambda *x: expected(*x, CONFIG), tuple(x.bfloat16() for x in (q, k, v)), grad_out)
+    for mine, want, x in zip(got, exact, (q, k.bfloat16(), v), strict=True):
+        assert mine.dtype == x.dtype
+        assert relative_error(mine, want) <= 5e-3
 
 
 def test_the_documented_functions_inside_a_compiled_model(own_runtime: Runtime, seed: int) -> None:
