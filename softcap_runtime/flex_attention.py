@@ -141,7 +141,8 @@ def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | 
         for size, wanted, words in zip(elements.shape, q.shape, ("batch rows", "heads"), strict=False):
             if size not in (1, wanted):
                 raise ValueError(f"causal_mask: {size} {words}, expected 1 or Q's {wanted}")
-        found = intervals_of_elements(elements)
+        # Inside a graph nobody can look at the elements.
+        found = None if torch.compiler.is_compiling() else intervals_of_elements(elements)
         return elements if found is None else found
     if not hasattr(mask, "mask_mod"):
         raise TypeError(

@@ -111,10 +111,10 @@ def interval_mask(
         )
     place = Place(q_length, kv_length, end, kv_offset, padding, device)
     if torch.compiler.is_dynamo_compiling():
-        if use_vmap is not False:  # outside of a graph the parts can be read
+        if use_vmap is not False:  # transformers before 5 doesn't say; where the graph breaks, parts are read
             raise ValueError(
-                "mask_function: holds a part that isn't transformers' own, expected none inside one graph; compile "
-                "without fullgraph=True"
+                "mask_function: may hold a part that isn't transformers' own, which can't be read inside a graph; "
+                "compile without fullgraph=True"
             )
         mask = probe(mask_function, batch_size, place)
     else:

@@ -12,6 +12,7 @@ Other architectures have not been measured.
 
 from __future__ import annotations
 
+import contextlib
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -165,13 +166,14 @@ def choose(limits: DeviceLimits, dtype: torch.dtype, head_dim: int, direction: D
 
 
 def table(limits: DeviceLimits) -> list[tuple[torch.dtype, int, Direction, BlockOptions]]:
-    """The options of every kernel that a device with ``limits`` runs: dtype, head_dim, direction, options."""
+    """The options of every kernel that a device with ``limits`` can run: dtype, head_dim, direction, options."""
     rows: list[tuple[torch.dtype, int, Direction, BlockOptions]] = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for head_dim in HEAD_DIMS:
             backward: tuple[Direction, ...] = ("dk", "dv") if splits_backward(head_dim) else ("dkdv",)
             for direction in ("forward", "decode", "dq", *backward):
-                rows.append((dtype, head_dim, direction, choose(limits, dtype, head_dim, direction)))
+                with contextlib.suppress(ValueError):  # too little shared memory for any block
+                    rows.append((dtype, head_dim, direction, choose(limits, dtype, head_dim, direction)))
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from .test_transformers import assert_close_gradients, gradients, padded
 pytestmark = [
     pytest.mark.usefixtures("runtime"),
     # Older versions do not say whether a mask function is all their own; their masks are made outside the graph.
-    pytest.mark.skipif(not hasattr(masking_utils, "blockwise_overlay"), reason="a transformers before 5"),
+    pytest.mark.skipif(
+        "use_vmap" not in signature(masking_utils.sdpa_mask).parameters, reason="a transformers before 5"
+    ),
 ]
 
 
@@ -98,7 +101,7 @@ def test_gradients(kind: str, seed: int) -> None:
 
 @pytest.mark.slow
 def test_a_training_step_through_inductor(seed: int) -> None:
-    model = gemma(seed, num_hidden_layers=2, attn_implementation=NAME).train()
+    model = gemma(seed, num_hidden_layers=1, attn_implementation=NAME).train()
     inputs = inputs_of("packed", 40)
     loss, wanted = gradients(eager_twin(model, seed).train(), **inputs)
     ours, found = gradients(torch.compile(model, fullgraph=True), **inputs)
@@ -141,7 +144,7 @@ def test_a_mask_function_of_ones_own_is_read_outside_the_graph() -> None:
     x = torch.zeros(1, 50, 8)
     assert torch.compile(mask, backend="eager")(x) == mask(x)
     torch._dynamo.reset()
-    with pytest.raises(Exception, match=r"mask_function: holds a part .* without fullgraph=True"):
+    with pytest.raises(Exception, match=r"mask_function: may hold a part .* without fullgraph=True"):
         torch.compile(mask, backend="eager", fullgraph=True)(x)
 
 
@@ -163,7 +166,10 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_probing_finds_what_reading_finds(part: str, seed: int) -> None:
     ids = (torch.rand(2, 150) < 0.03).cumsum(1)
-    function = PARTS[part](ids)
+    try:
+        function = PARTS[part](ids)
+    except AttributeError as error:
+        pytest.skip(f"this transformers has no such part: {error}")
     places = [Place(150, 150, 150, 0, None, torch.device("cpu"))]
     if part not in ("packed", "spans"):
         places.append(Place(3, 80, 61, 70, None, torch.device("cpu")))  # a chunk, over a cache with free room

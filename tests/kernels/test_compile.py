@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,13 @@ import torch
 from helpers import Sizes, expected, gradients, make_qkv, relative_error
 from torch import Tensor
 
-from softcap_runtime import AttentionConfig, Runtime, slow_attention_softcapping
+from softcap_runtime import (
+    AttentionConfig,
+    Runtime,
+    create_flex_attention_causal_mask,
+    create_flex_attention_sliding_window_mask,
+    slow_attention_softcapping,
+)
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125, window=30)
 
@@ -113,25 +120,36 @@ def test_autocast_compiled(runtime: Runtime, seed: int) -> None:
             assert out.dtype == torch.bfloat16
             want = expected(*(x.bfloat16() for x in inputs), CONFIG)
             assert relative_error(out, want) <= 4e-3  # bf16
+    grad_out = torch.randn(q.shape).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, got = gradients(compiled, (q, k.bfloat16(), v), grad_out)
+    _, exact = gradients(lambda *x: expected(*x, CONFIG), tuple(x.bfloat16() for x in (q, k, v)), grad_out)
+    for mine, want, x in zip(got, exact, (q, k.bfloat16(), v), strict=True):
+        assert mine.dtype == x.dtype
+        assert relative_error(mine, want) <= 5e-3
 
 
-def test_the_documented_functions_inside_a_compiled_model(own_runtime: Runtime, seed: int) -> None:
-    from types import SimpleNamespace
-
+@pytest.mark.parametrize("kind", ["none", "causal", "window", "bool", "additive"])
+def test_the_documented_functions_inside_a_compiled_model(own_runtime: Runtime, kind: str, seed: int) -> None:
+    """One graph for all lengths; with a tensor as mask too, whose elements nobody can look at there."""
     layer = SimpleNamespace(config=SimpleNamespace(attn_logit_softcapping=50.0, query_pre_attn_scalar=64))
     backend = Backend()
     compiled = torch.compile(
-        lambda q, k, v: slow_attention_softcapping(q, k, v, None, layer, q.shape[0], q.shape[2]),
+        lambda q, k, v, mask: slow_attention_softcapping(q, k, v, mask, layer, q.shape[0], q.shape[2]),
         fullgraph=True,
         dynamic=True,
         backend=backend,
     )
-    config = AttentionConfig(softcap=50.0, scale=0.125)
+    config = AttentionConfig(softcap=50.0, scale=0.125, window=9 if kind == "window" else None)
     warnings.filterwarnings("error", message=".*lru_cache")  # until the end of the test
+    made = {"causal": create_flex_attention_causal_mask(64)}
+    made["window"] = create_flex_attention_sliding_window_mask(64, 9)
     for length in (20, 33, 41):
+        seen = torch.ones(length, length, dtype=torch.bool).tril()
+        tensors = {"bool": seen, "additive": torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)}
         inputs = make_qkv(Sizes(2, 4, 2, length, length))
         want = expected(*inputs, config).transpose(1, 2).reshape(2, length, -1)
-        assert relative_error(compiled(*inputs), want) <= 2e-6
+        assert relative_error(compiled(*inputs, {**made, **tensors}.get(kind)), want) <= 2e-6
     assert len(backend.graphs) == 1
 
 

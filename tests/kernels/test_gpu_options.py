@@ -113,3 +113,12 @@ def test_the_options_are_part_of_a_kernels_key(monkeypatch: pytest.MonkeyPatch) 
             for form in (1, 2):
                 launch(one, form)
     assert len(compiled) == 2 * len(different)
+
+
+def test_inspect_leaves_out_what_a_small_card_cannot_run() -> None:
+    small = DeviceLimits(64 * 1024, (7, 5), 40)
+    shown = {
+        (one.kernel, one.dtype, one.head_dim) for one in gpu_info.describe("cuda:0", "", small, False).kernels
+    }
+    assert ("forward", "bfloat16", 64) in shown
+    assert len(shown) < len(table(CARDS["100 KB"]))
