@@ -61,7 +61,7 @@ class Run:
         self.last: dict[int, Event] = {}
         self.compiling: set[int] = set()
         self.compiled_at = 0.0
-        self.longest_call = 0.0
+        self.longest_call = 0.0, ""
         self.hangs = 0
         self.workers: list[BaseProcess] = []
         for _ in range(processes):
@@ -146,7 +146,7 @@ class Run:
         if not event.what.startswith("begin"):
             self.made[event.what] += 1
             if begun is not None and not self.compiling and begun.when > self.compiled_at:
-                self.longest_call = max(self.longest_call, event.when - begun.when)
+                self.longest_call = max(self.longest_call, (event.when - begun.when, event.what))
 
     def compiled(self, pid: int) -> None:
         """A process compiles no more, if it did."""
@@ -179,7 +179,8 @@ def report(run: Run, left: list[str]) -> bool:
     for name, counter in Store(run.folder, SIZE_LIMIT).status().counters.items():
         value = f"{counter.value:,.3g}" if name.endswith("_s") else f"{counter.value:,.0f}"
         table.add_row(f"counter: {name}", value)
-    table.add_row("longest call (nothing compiling), s", f"{run.longest_call:.2f}")
+    seconds, what = run.longest_call
+    table.add_row("longest call (nothing compiling), s", f"{seconds:.2f} ({what})")
     table.add_section()
     bad = {"wrong answers": sum(wrong.values()), "errors": sum(errors.values()), "hangs": run.hangs}
     bad |= {"bad after the run": len(left), "workers that ended early": run.made["worker ended early"]}

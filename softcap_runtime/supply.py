@@ -18,6 +18,7 @@ from softcap_runtime.kernels.jit import compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
 from softcap_runtime.kernels.table import KernelTable
 from softcap_runtime.store import Key, Store, fingerprint
+from softcap_runtime.store.processes import abandon
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Supply:
     def __init__(self, settings: RuntimeSettings) -> None:
         self.settings = settings
         self.store = Store(settings.cache_dir, settings.cache_size_limit, auth_key=_auth_key(settings))
-        weakref.finalize(self, self.store.close)  # counts that it has not written yet
+        weakref.finalize(self, abandon, self.store)  # it has counts that it has not written yet
         self.table = KernelTable(self._fetch)
         self.supplied: dict[KernelSpec, Supplied] = {}
         self.failed: dict[KernelSpec, str] = {}

@@ -1,7 +1,9 @@
-"""Where kernels come from: the secret of the settings."""
+"""Where kernels come from: the secret of the settings, and what a runtime leaves behind."""
 
 from __future__ import annotations
 
+import gc
+import time
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,34 @@ def test_a_secret_that_is_none(tmp_path: Path, content: bytes | None, words: str
         path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^cache_key_file: {path} {words}[^\n]*$"):
         store_with(tmp_path / "cache", path)
+
+
+def test_garbage_collected_in_a_transaction_waits_for_nothing_and_loses_no_count(tmp_path: Path) -> None:
+    """A supply has cycles: it is collected at any moment, also while its thread holds the database's lock."""
+    supply = Supply(RuntimeSettings(cache_dir=tmp_path))
+    assert supply.store.load(KEY) is None
+    abandoned = [supply]
+    del supply
+
+    def collect(stored: bytes | None) -> bytes:
+        abandoned.clear()
+        gc.collect()
+        return stored or b"{}"
+
+    other = Store(tmp_path, 2**20)
+    started = time.monotonic()
+    assert other.database.use("count", lambda index: index.merge({}, collect) is None, False)
+    assert time.monotonic() - started < 1
+    assert Store(tmp_path, 2**20).status().counters["misses"].value == 1
+
+
+def test_a_store_outlives_its_supply(tmp_path: Path) -> None:
+    store = Supply(RuntimeSettings(cache_dir=tmp_path)).store
+    store.load_or_build(KEY, lambda: b"x")
+
+    def collect_then_list(index: object) -> int:
+        gc.collect()
+        return len(list(index.rows()))  # type: ignore[attr-defined]
+
+    assert store.database.use("read", collect_then_list, 0) >= 1
+    assert store.fault is None

@@ -1,4 +1,4 @@
-"""Fork, exit and threads: one lock for a process's database work, and who is told of forks and exits."""
+"""Fork, exit, threads, garbage: one lock for a process's database work, and who is told of forks and exits."""
 
 from __future__ import annotations
 
@@ -21,14 +21,37 @@ class Watched(Protocol):
     def forget_parent(self) -> None:
         """In a forked child: nothing of the parent's connection, locks and counts is ours."""
 
+    def close(self) -> None:
+        """Write what is held in memory and close what is open."""
+
 
 _WATCHED: weakref.WeakSet[Watched] = weakref.WeakSet()
+_ABANDONED: list[Watched] = []
 
 
 def watch(watched: Watched) -> None:
     """Tell ``watched`` about forks and exits for as long as it lives."""
     with DATABASE_LOCK:
         _WATCHED.add(watched)
+
+
+def abandon(watched: Watched) -> None:
+    """Have ``watched``, whose owner is gone, closed by the next ``close_abandoned`` or at exit.
+
+    For finalizers: the garbage collector calls them in the middle of anything. Closing there could wait for a
+    transaction of this very thread, or close a connection that is being read.
+    """
+    _ABANDONED.append(watched)
+
+
+def close_abandoned() -> None:
+    """Close what was abandoned; not to be called while a database is in use."""
+    while _ABANDONED:
+        try:
+            abandoned = _ABANDONED.pop()
+        except IndexError:  # another thread was faster
+            return
+        abandoned.close()
 
 
 def _in_forked_child() -> None:

@@ -48,6 +48,7 @@ class Stock:
         )
         self._memory: dict[str, Sealed] = {}
         self._flush_at = time.monotonic() + FLUSH_SECONDS
+        processes.close_abandoned()
         processes.watch(self)
 
     @property

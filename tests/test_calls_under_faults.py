@@ -130,7 +130,8 @@ def test_out_of_file_descriptors(filled: Path, seed: int) -> None:
     """A kernel in memory serves on; one that must be loaded cannot be, and the error says so."""
     running = make(filled)
     assert_right(running)
-    gc.collect()  # runtimes of tests before would give descriptors back
+    gc.collect()
+    fresh = make(filled)  # which closes what tests before have left open
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
     try:
@@ -140,9 +141,9 @@ def test_out_of_file_descriptors(filled: Path, seed: int) -> None:
                 taken.append(os.open("/dev/null", os.O_RDONLY))
         assert_right(running)
         with pytest.raises(SoftcapRuntimeError, match=r"^[^\n]+$"):
-            assert_right(make(filled))
+            assert_right(fresh)
     finally:
         for descriptor in taken:
             os.close(descriptor)
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert_right(make(filled))
+    assert_right(fresh)
