@@ -196,5 +196,5 @@ def test_wrong_interval_vectors_never_reach_a_kernel(runtimes: dict[str, Runtime
         for engine in ("flex", "blocked", "eager"):
             with pytest.raises(ValueError, match=r"mask\.lo"):
                 torch.ops.softcap_runtime.attention(
-                    q, k, v, lo, lo + 1, 0, 0, 0.125, 50.0, engine, False, runtimes[engine]._number
+                    q, k, v, lo, lo + 1, 0, 0, 0.125, 50.0, engine, False, runtimes[engine].number
                 )
