@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from benchmarks import forward, masks, overhead, startup, static, train
+from benchmarks.picture import draw
 from benchmarks.report import Report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -39,7 +40,7 @@ def main(
     if json_file is not None:
         json_file.write_text(json.dumps(report.document(), indent=2) + "\n", encoding="utf-8")
     if png is not None:
-        report.plot(png)
+        draw(report.tables, png)
 
 
 if __name__ == "__main__":

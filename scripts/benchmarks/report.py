@@ -1,4 +1,4 @@
-"""Timing side by side, and the tables, JSON and pictures of what was measured."""
+"""Timing side by side, and the tables and JSON of what was measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,31 +70,6 @@ class Report:
     def document(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {"environment": self.about, "tables": self.tables}
-
-    def plot(self, path: Path) -> None:
-        """Bars of every table that has milliseconds per implementation, one panel each."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        panels = {
-            name: rows for name, rows in self.tables.items() if rows and "ms" in rows[0] and "what" in rows[0]
-        }
-        figure, axes = pyplot.subplots(
-            len(panels), 1, figsize=(9, 2.2 + 2.6 * len(panels)), squeeze=False, layout="constrained"
-        )
-        for axis, (name, rows) in zip(axes[:, 0], panels.items(), strict=True):
-            labels = [f"{row['what']}  {row['who']}" for row in rows]
-            colours = ["#2a6f97" if row["who"].startswith("softcap") else "#b8c4cc" for row in rows]
-            axis.barh(labels, [row["ms"] for row in rows], color=colours)
-            axis.invert_yaxis()
-            axis.set_xscale("log")
-            axis.set_xlabel("milliseconds, median (log scale; shorter is faster)")
-            axis.set_title(name, loc="left", fontsize=10)
-            axis.tick_params(labelsize=7)
-            axis.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, dpi=130)
 
 
 def _shown(value: Any) -> str:
