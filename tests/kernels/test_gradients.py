@@ -272,7 +272,7 @@ def test_bf16_products(bf16_tiles: Runtime, seed: int) -> None:
             for name, mine, exact, other in zip("qkv", got, want, theirs, strict=True):
                 error = relative_error(mine, exact)
                 print(f"  d{name} {error:.2e}, eager model code {relative_error(other, exact):.2e}")
-                # Rounding logits to bf16 between the products leaves dk at 4.8e-3 to 5.2e-3: measured, and a little
-                # above the 5e-3 of float32 products. It must stay below what eager model code does; not in short
+                # Rounding logits to bf16 between the products leaves dk at 4.7e-3 to 5.0e-3: measured, and as much as
+                # the 5e-3 of float32 products. It must stay below what eager model code does; not in short
                 # documents, where ds is a difference of equals and delta comes from the rounded output.
-                assert error <= (6e-3 if made else min(6e-3, relative_error(other, exact)))
+                assert error <= (5.5e-3 if made else min(5.5e-3, relative_error(other, exact)))
