@@ -1,7 +1,8 @@
 """The blocked engine on CUDA: our Triton kernels, forward with logsumexp and backward.
 
 Triton compiles them at their first use in a process, or takes them from its own cache on disk; none of them is in
-ours.
+ours. A head_dim between theirs is filled up with zeros, which change no logit: a copy of q, k and v, where any other
+engine would hold S x S logits.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem
-
-HEAD_DIMS = (64, 96, 128, 256)
+from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, empty_output
+from softcap_runtime.kernels.gpu_options import HEAD_DIMS
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -24,8 +24,8 @@ def _refuses(problem: Problem) -> str | None:
         return "triton is not installed"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q.dtype: {problem.dtype}, the Triton kernels serve float32, bfloat16 and float16"
-    if problem.head_dim not in HEAD_DIMS:
-        return f"head_dim: {problem.head_dim}, the Triton kernels serve {HEAD_DIMS}"
+    if problem.head_dim > max(HEAD_DIMS):
+        return f"head_dim: {problem.head_dim}, the Triton kernels serve up to {max(HEAD_DIMS)}"
     return None
 
 
@@ -42,6 +42,18 @@ def _how(problem: Problem) -> dict[str, Any]:
     }
 
 
+def _filled(x: Tensor) -> Tensor:
+    """``x`` with zeros up to the next head_dim of a kernel."""
+    head_dim = x.shape[-1]
+    width = min(size for size in HEAD_DIMS if size >= head_dim)
+    return x if width == head_dim else torch.nn.functional.pad(x, (0, width - head_dim))
+
+
+def _cut(x: Tensor, like: Tensor) -> Tensor:
+    """A kernel's result without the columns that ``_filled`` gave ``like``, in the layout of an output."""
+    return x if x.shape == like.shape else empty_output(like).copy_(x[..., : like.shape[-1]])
+
+
 def forward(problem: Problem, kernels: Kernels) -> Forward:
     """Bind the forward kernel to the mask and the scalars."""
     from softcap_runtime.kernels import triton_attention
@@ -49,7 +61,8 @@ def forward(problem: Problem, kernels: Kernels) -> Forward:
     how = _how(problem)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        return triton_attention.forward(q, k, v, **how)
+        out, lse = triton_attention.forward(_filled(q), _filled(k), _filled(v), **how)
+        return _cut(out, q), lse
 
     return run
 
@@ -60,8 +73,13 @@ def backward(problem: Problem, kernels: Kernels) -> Backward:
 
     how = _how(problem)
 
-    def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return triton_attention.backward(*tensors, **how)
+    def run(
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = triton_attention.backward(
+            _filled(grad_out), _filled(q), _filled(k), _filled(v), _filled(out), lse, **how
+        )
+        return _cut(grads[0], q), _cut(grads[1], k), _cut(grads[2], v)
 
     return run
 

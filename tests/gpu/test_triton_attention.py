@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from softcap_runtime import reference
+from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
 from softcap_runtime.kernels import triton_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -112,6 +113,27 @@ def check(case: Case, forward_error: float | None = None, backward_error: float 
 @pytest.mark.parametrize("kind", ["causal", "documents"])
 def test_every_dtype_and_head_dim(seed: int, dtype: torch.dtype, dim: int, kind: str) -> None:
     check(make(dtype=dtype, dim=dim, kind=kind))
+
+
+@pytest.mark.parametrize("dim", [32, 80, 192])
+def test_a_head_dim_between_through_the_runtime(seed: int, dim: int, tmp_path: Path) -> None:
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="blocked"))
+    config = AttentionConfig(softcap=50.0, scale=dim**-0.5, window=100)
+    q, k, v = (
+        torch.randn(2, 200, heads, dim, device="cuda").transpose(1, 2).requires_grad_() for heads in (4, 2, 2)
+    )
+    mask = torch.ones(200, 200, device="cuda").tril().triu(-99)[None] > 0
+    out = runtime.attention(q, k, v, config)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = reference.attention(*wide, mask, scale=config.scale, softcap=config.softcap)[0]
+    grad = torch.randn_like(out)
+    pairs = zip(
+        (out, *torch.autograd.grad(out, (q, k, v), grad)),
+        (want, *torch.autograd.grad(want, wide, grad.double())),
+        strict=True,
+    )
+    for mine, exact in pairs:
+        assert relative(mine, exact.detach()) < BACKWARD_ERROR[FP32]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_the_problem_reaches_both_kernels(approx: bool, monkeypatch: pytest.Monk
 
     def kernel(*tensors: Tensor, approx: bool, **how: Any) -> tuple[Tensor, ...]:
         seen.append(approx)
-        return tensors
+        return tensors[: 2 if len(tensors) == 3 else 3]
 
     monkeypatch.setattr(triton_attention, "forward", kernel)
     monkeypatch.setattr(triton_attention, "backward", kernel)
