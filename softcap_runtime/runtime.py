@@ -179,7 +179,7 @@ class Runtime:
         else:
             self.plans.misses += 1
             _check_edges(q, call.mask)
-            problem = call.problem(q, k)._replace(softcap_approx=self.settings.softcap_approx)
+            problem = call.problem(q, k, self.settings.softcap_approx)
             engine, reason, lasting = self.supply.engine(problem, call.engine)
             table = self.supply.table
             backward = engine.backward(problem, table) if call.train else None

@@ -130,3 +130,11 @@ def tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     for place in mounted:
         subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """No graph of another test, nor one for the next."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

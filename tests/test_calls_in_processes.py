@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import HEAD_DIM, Sizes, expected, make_qkv, package_of, relative_error
 from torch.utils.data import DataLoader, Dataset
+from workers import results_of
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
 from softcap_runtime.kernels import package
@@ -61,12 +62,7 @@ def test_processes_that_start_at_once_build_each_kernel_once(
     record = tmp_path / "record"
     arguments = (str(tmp_path / "cache"), packages, str(record), barrier, results)
     workers = [context.Process(target=need_three, args=arguments) for _ in range(PROCESSES)]
-    for worker in workers:
-        worker.start()
-    errors = [results.get(timeout=120) for _ in workers]
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+    errors = results_of(workers, results)
     assert max(errors) <= 2e-6
     assert sorted(record.read_text().split()) == ["0", "1", "2"]
     counters = Runtime(RuntimeSettings(cache_dir=tmp_path / "cache")).supply.store.status().counters

@@ -48,11 +48,13 @@ class Call(NamedTuple):
     engine: str
     train: bool
 
-    def problem(self, q: Tensor, k: Tensor) -> Problem:
+    def problem(self, q: Tensor, k: Tensor, softcap_approx: bool = False) -> Problem:
         """The call as an engine sees it."""
         batch, heads, _, head_dim = q.shape
         sizes = (batch, heads, k.shape[1], head_dim)
-        return Problem(q.device, q.dtype, *sizes, self.scale, self.softcap, self.mask, self.train)
+        return Problem(
+            q.device, q.dtype, *sizes, self.scale, self.softcap, self.mask, self.train, softcap_approx
+        )
 
 
 class Kernels(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers import Backend
 from transformers import masking_utils
 
 from softcap_runtime import Runtime
@@ -23,30 +23,12 @@ from .conftest import NAME, WINDOW, gemma, registered, tokens
 from .test_transformers import assert_close_gradients, gradients, padded
 
 pytestmark = [
-    pytest.mark.usefixtures("runtime"),
+    pytest.mark.usefixtures("runtime", "fresh_dynamo"),
     # Older versions do not say whether a mask function is all their own; their masks are made outside the graph.
     pytest.mark.skipif(
         "use_vmap" not in signature(masking_utils.sdpa_mask).parameters, reason="a transformers before 5"
     ),
 ]
-
-
-class Backend:
-    """Runs what dynamo captured as it is, and counts the graphs."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, example: Any) -> Any:
-        self.count += 1
-        return graph.forward
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def eager_twin(model: Any, seed: int) -> Any:
@@ -83,7 +65,7 @@ def test_one_graph_for_all_lengths(kind: str, cached: bool, seed: int) -> None:
         for length in (40, 41, 90):
             inputs = inputs_of(kind, length)
             assert_close_logits(twin(**inputs), compiled(**inputs, use_cache=cached), inputs)
-    assert backend.count == 1
+    assert len(backend.graphs) == 1
 
 
 @pytest.mark.parametrize("kind", ["packed", "right"])
@@ -96,7 +78,7 @@ def test_gradients(kind: str, seed: int) -> None:
         (loss, wanted), (ours, found) = (gradients(one, **inputs) for one in (twin, compiled))
         assert abs(loss - ours) < 1e-5
         assert_close_gradients(wanted, {name.removeprefix("_orig_mod."): g for name, g in found.items()})
-    assert backend.count == 1
+    assert len(backend.graphs) == 1
 
 
 @pytest.mark.slow
@@ -113,20 +95,19 @@ def test_generate_compiles_decoding_with_a_static_cache() -> None:
     """Transformers compiles the decoding step; it makes the masks outside and hands them in."""
     model = gemma(20, num_hidden_layers=2)
     ids, mask = tokens(2, 30), padded("left", 30, [30, 12])
-    graphs = []
+    backend = Backend()
 
-    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
+    def run(graph: torch.fx.GraphModule, example: Any) -> Any:  # generate copies objects, not functions
+        return backend(graph, example)
 
-    compilation = transformers.CompileConfig(fullgraph=True, dynamic=None, mode=None, backend=backend)
+    compilation = transformers.CompileConfig(fullgraph=True, dynamic=None, mode=None, backend=run)
     compilation._compile_all_devices = True  # by itself it does so on GPUs alone
     options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
     wanted = model.generate(ids, **options)
     model.set_attn_implementation(NAME)
     found = model.generate(ids, **options, cache_implementation="static", compile_config=compilation)
     assert torch.equal(wanted, found)
-    assert 1 <= len(graphs) <= 3
+    assert 1 <= len(backend.graphs) <= 3
 
 
 def test_a_mask_function_of_ones_own_is_read_outside_the_graph() -> None:
@@ -198,7 +179,7 @@ def test_a_first_use_inside_the_graph(
         with registered(None, back_to=runtime):
             found = [compiled(ids).logits for _ in range(2)]
     assert all((one - wanted).abs().max() < 1e-4 for one in found)
-    assert backend.count == 1
+    assert len(backend.graphs) == 1
     assert Runtime._own is not None
 
 
@@ -212,4 +193,4 @@ def test_a_layer_without_mask(runtime: Runtime, seed: int) -> None:
     for length in (30, 41):
         q, k = torch.randn(2, 4, length, 64), torch.randn(2, 2, length, 64)
         assert (compiled(q, k) - attend(q, k)).abs().max() < 1e-5
-    assert backend.count == 1
+    assert len(backend.graphs) == 1

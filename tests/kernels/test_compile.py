@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import Sizes, expected, gradients, make_qkv, relative_error
+from helpers import Backend, Sizes, expected, gradients, make_qkv, relative_error
 from torch import Tensor
 
 from softcap_runtime import (
@@ -25,22 +24,7 @@ from softcap_runtime import (
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125, window=30)
 
 
-class Backend:
-    """Runs what dynamo captured as it is, and counts the graphs."""
-
-    def __init__(self) -> None:
-        self.graphs: list[torch.fx.GraphModule] = []
-
-    def __call__(self, graph: torch.fx.GraphModule, example: Any) -> Any:
-        self.graphs.append(graph)
-        return graph.forward
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def random_masks(batch: int, length: int) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from workers import results_of
 
 from softcap_runtime.store import Key, Store, schema
 
@@ -63,12 +64,7 @@ def test_processes_build_three_kernels_once(
         context.Process(target=need_three, args=(str(folder), str(record), barrier, results))  # type: ignore[attr-defined]
         for _ in range(processes)
     ]
-    for worker in workers:
-        worker.start()
-    outcomes = [results.get(timeout=120) for _ in workers]
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+    outcomes = results_of(workers, results)
     assert all(right for right, _ in outcomes)
     assert max(waited for _, waited in outcomes) <= 0.3 + 2
     assert sorted(record.read_text().split()) == ["a", "b", "c"]
@@ -223,11 +219,7 @@ def test_eviction_and_clear_while_others_run(folder: Path, seed: int) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     workers = [context.Process(target=hammer, args=(str(folder), seed + n, 25, results)) for n in range(4)]
-    for worker in workers:
-        worker.start()
-    assert [results.get(timeout=120) for _ in workers] == [0, 0, 0, 0]
-    for worker in workers:
-        worker.join(60)
+    assert results_of(workers, results) == [0, 0, 0, 0]
     store = Store(folder, 300_000)
     assert store.verify() == []
     status = store.status()
