@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Backend, Sizes, expected, gradients, make_qkv, relative_error
+from helpers import HEAD_DIM, Backend, Sizes, expected, gradients, make_qkv, relative_error
 from torch import Tensor
 
 from softcap_runtime import (
@@ -45,7 +45,9 @@ def test_no_graph_break_and_no_recompile_per_length(
         return runtime.attention(q * 1.0, k, v, CONFIG, **masks) * 2.0
 
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=backend)
-    for length in random.sample(range(3, 300), 8):
+    # Not 4 or 64: torch gives sizes that are equal at first one symbol, and compiles anew where they part.
+    lengths = [length for length in range(3, 300) if length not in (4, HEAD_DIM)]
+    for length in random.sample(lengths, 8):
         inputs = make_qkv(Sizes(2, 4, 2, length, length))
         masks = random_masks(2, length) if masked else {}
         grad_out = torch.randn(inputs[0].shape)
