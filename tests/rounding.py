@@ -15,10 +15,14 @@ from softcap_runtime import AttentionConfig
 
 
 class _Softmax(NamedTuple):
-    """Exact weights and slopes ``[B, Hq, Sq, Skv]``, and the errors of both: relative, and absolute."""
+    """Exact weights and slopes ``[B, Hq, Sq, Skv]``, and the errors of both: relative, and absolute.
+
+    ``logsumexp_error`` ``[B, Hq, Sq]``: the weighted mean of the logits' errors.
+    """
 
     weights: Tensor
     weight_error: Tensor
+    logsumexp_error: Tensor
     slope: Tensor
     slope_error: Tensor
 
@@ -36,8 +40,9 @@ def _softmax(q: Tensor, k: Tensor, config: AttentionConfig, mask: Tensor, eps: f
         logits, slope = config.softcap * tanh, 1 - tanh**2
         error = error / nearest.cosh() ** 2 + eps * config.softcap
     weights = torch.softmax(logits.masked_fill(~mask[:, None], -torch.inf), -1)
-    relative = (error + (weights * error).sum(-1, keepdim=True) + eps).clamp(max=1)
-    return _Softmax(weights, relative, slope, slope_error)
+    mean = (weights * error).sum(-1)
+    relative = (error + mean[..., None] + eps).clamp(max=1)
+    return _Softmax(weights, relative, mean, slope, slope_error)
 
 
 def output_error(
@@ -50,6 +55,13 @@ def output_error(
     q, k, v = _wide(q, k, v)
     made = _softmax(q, k, config, mask, eps)
     return (made.weights * (made.weight_error + stored)) @ v.abs()
+
+
+def logsumexp_error(q: Tensor, k: Tensor, config: AttentionConfig, mask: Tensor, eps: float) -> Tensor:
+    """The error of the logsumexp ``[B, Hq, Sq]``: that of its logits, and its own rounding."""
+    q, k, _ = _wide(q, k, k)
+    made = _softmax(q, k, config, mask, eps)
+    return made.logsumexp_error + eps
 
 
 def gradient_errors(

@@ -63,13 +63,16 @@ def ours(
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Hugging Face's eager formula: products in the input dtype, softmax in float32, an additive mask."""
+    """Hugging Face's eager formula: products in the input dtype, softmax in float32, an additive mask.
+
+    As there, the output lies ``[B, S, H, D]`` in memory.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     logits = torch.matmul(q, k.transpose(2, 3)) * q.shape[3] ** -0.5
     logits = torch.tanh(logits / SOFTCAP) * SOFTCAP + mask
     weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(q.dtype)
-    return torch.matmul(weights, v)
+    return torch.matmul(weights, v).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def additive(length: int, dtype: torch.dtype) -> Tensor:

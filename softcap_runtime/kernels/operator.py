@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from softcap_runtime.kernels.engine import Call
-from softcap_runtime.kernels.torch_private import apply_function, below_autograd
+from softcap_runtime.kernels.torch_private import apply_function, below_autograd, interpreters_active
 from softcap_runtime.masks.intervals import RowIntervals
 
 LIBRARY = torch.library.Library("softcap_runtime", "DEF")
@@ -114,21 +114,25 @@ def _fake_backward(
     return _like_output(q), _like_output(k), _like_output(v)
 
 
+# Their forward takes ctx, since ``apply`` reads the signature of one without it at each call: 40 us.
+
+
 class _Attention(torch.autograd.Function):
     """The operator's derivative."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        with below_autograd():
-            return torch.ops.softcap_runtime.attention(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        if interpreters_active():
+            with below_autograd():
+                output = torch.ops.softcap_runtime.attention(*inputs)
+        else:
+            output = _forward(*inputs)
         q, k, v, lo, hi, *how, _, runtime = inputs
         ctx.save_for_backward(q, k, v, *output, lo, hi)
         ctx.how, ctx.runtime = how, runtime
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
@@ -136,21 +140,18 @@ class _Attention(torch.autograd.Function):
         if grad_out is None:
             return (None, None, None, *nothing)
         q, k, v, out, lse, lo, hi = ctx.saved_tensors
-        operator = torch.ops.softcap_runtime.attention_backward
-        return (*operator(grad_out, q, k, v, out, lse, lo, hi, *ctx.how, ctx.runtime), *nothing)
+        direct = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or interpreters_active())
+        backward = _backward if direct else torch.ops.softcap_runtime.attention_backward
+        return (*backward(grad_out, q, k, v, out, lse, lo, hi, *ctx.how, ctx.runtime), *nothing)
 
 
 class _Backward(torch.autograd.Function):
     """The end of the line: no second derivative."""
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         with below_autograd():
             return torch.ops.softcap_runtime.attention_backward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]

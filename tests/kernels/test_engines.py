@@ -25,7 +25,7 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masks.oracle import mask_cases, oracle
-from rounding import output_error
+from rounding import logsumexp_error, output_error
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
 from softcap_runtime.kernels import blocked
@@ -106,8 +106,13 @@ def test_logsumexp(runtimes: dict[str, Runtime], engine: str, case: Case) -> Non
     assert lse.shape == want.shape
     assert torch.equal(torch.isneginf(lse), torch.isneginf(want))
     seen = ~torch.isneginf(want)
-    # exp(lse) is what the backward divides by: a relative error of 2e-6 there is an absolute one of the lse.
-    assert bool(((lse - want)[seen].abs() <= 2e-6 + 2e-7 * want[seen].abs()).all())
+    error, size = (lse - want)[seen].abs(), want[seen].abs()
+    # exp(lse) is what the backward divides by: a relative error of 2e-6 there is an absolute one of the lse. That
+    # holds on average; one row in a million is near what a float32 sum of head_dim products may be off by.
+    assert error.sum() <= (2e-6 + 2e-7 * size).sum()
+    eps = sizes.head_dim * torch.finfo(torch.float32).eps / 2
+    bound = logsumexp_error(q, k, case.config, case.visible(), eps)[seen]
+    assert bool((error <= bound + 2e-7 * size).all())
 
 
 # The dense engine compiles in the process, seconds for a new shape class: one class, many masks in it.
