@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import stat
 import threading
 import time
 import weakref
@@ -165,13 +166,15 @@ def _auth_key(settings: RuntimeSettings) -> bytes | None:
     if path is None:
         return None
     try:
-        key = path.read_bytes().strip()
+        key, mode = path.read_bytes().strip(), stat.S_IMODE(path.stat().st_mode)
     except OSError as error:
         raise ValueError(
             f"cache_key_file: {path} cannot be read ({error.strerror}); fix or unset it"
         ) from None
     if not key:
         raise ValueError(f"cache_key_file: {path} is empty, expected a secret of some 32 random bytes")
+    if mode & 0o077:
+        log.warning("cache_key_file: %s is open to others (mode %04o); run: chmod 600 %s", path, mode, path)
     return key
 
 

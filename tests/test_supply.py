@@ -52,6 +52,19 @@ def test_a_secret_that_is_none(tmp_path: Path, content: bytes | None, words: str
         store_with(tmp_path / "cache", path)
 
 
+@pytest.mark.parametrize(("mode", "warnings"), [(0o644, 1), (0o600, 0)])
+def test_a_secret_that_others_can_read_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, warnings: int
+) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(b"a secret\n")
+    path.chmod(mode)
+    assert store_with(tmp_path / "cache", path).status().authenticated
+    assert [record.message for record in caplog.records if "chmod 600" in record.message] == warnings * [
+        f"cache_key_file: {path} is open to others (mode {mode:04o}); run: chmod 600 {path}"
+    ]
+
+
 def test_garbage_collected_in_a_transaction_waits_for_nothing_and_loses_no_count(tmp_path: Path) -> None:
     """A supply has cycles: it is collected at any moment, also while its thread holds the database's lock."""
     supply = Supply(RuntimeSettings(cache_dir=tmp_path))
