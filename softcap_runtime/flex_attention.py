@@ -17,6 +17,7 @@ from softcap_runtime.config import EngineName
 from softcap_runtime.errors import EngineUnavailable, KernelNotPrewarmed
 from softcap_runtime.kernels.flex import has_flex_attention
 from softcap_runtime.kernels.general import attend_block_mask, attend_elements, elements_of
+from softcap_runtime.kernels.operator import autocast_inputs
 from softcap_runtime.masks.elements import as_additive, intervals_of_elements
 from softcap_runtime.masks.flex import block_mask, form_of, intervals_of
 from softcap_runtime.masks.intervals import RowIntervals, band, dense
@@ -99,6 +100,8 @@ def _create(length: int, window: int | None) -> BlockMask | Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Any, layer: Any, bsz: int, q_len: int, engine: EngineName | None
 ) -> Tensor:
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+        q, k, v = autocast_inputs(q, k, v)
     check_qkv(q, k, v)
     if (q.shape[0], q.shape[2]) != (bsz, q_len):
         raise ValueError(f"Q: shape {tuple(q.shape)}, expected bsz {bsz} and q_len {q_len} as given")
@@ -138,9 +141,7 @@ def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | 
         if mask.device != q.device:
             raise ValueError(f"causal_mask: on {mask.device}, expected Q's {q.device}; move it")
         elements = as_additive(mask, q_len, kv_len)
-        for size, wanted, words in zip(elements.shape, q.shape, ("batch rows", "heads"), strict=False):
-            if size not in (1, wanted):
-                raise ValueError(f"causal_mask: {size} {words}, expected 1 or Q's {wanted}")
+        _check_rows_and_heads(elements.shape, q)
         # Inside a graph nobody can look at the elements.
         found = None if torch.compiler.is_compiling() else intervals_of_elements(elements)
         return elements if found is None else found
@@ -149,6 +150,7 @@ def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | 
             f"causal_mask: {type(mask).__name__}, expected a BlockMask, a tensor or None; see "
             "create_flex_attention_causal_mask"
         )
+    _check_rows_and_heads(mask.shape, q)
     form = form_of(mask)
     if form is not None:
         return _band(q_len, kv_len, *form)
@@ -159,6 +161,12 @@ def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | 
             "lengths, or use create_flex_attention_causal_mask, which fits any"
         )
     return mask if ours is None else ours
+
+
+def _check_rows_and_heads(shape: tuple[int, ...], q: Tensor) -> None:
+    for size, wanted, words in zip(shape, q.shape[:2], ("batch rows", "heads"), strict=False):
+        if size not in (1, wanted):
+            raise ValueError(f"causal_mask: {size} {words}, expected 1 or Q's {wanted}")
 
 
 def _band(q_len: int, kv_len: int, causal: bool, window: int | None) -> RowIntervals:

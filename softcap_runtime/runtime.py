@@ -127,11 +127,7 @@ class Runtime:
         call = Call(mask, config.scale, config.softcap, engine or self.settings.engine, _wants_grad(q, k, v))
         if not (torch.compiler.is_compiling() or call.train or interpreters_active()):
             return self.forward(q, k, v, call)[0]
-        left, right = (0, 0) if mask.left is None or mask.right is None else (mask.left, mask.right)
-        out, _ = torch.ops.softcap_runtime.attention(
-            q, k, v, mask.lo, mask.hi, left, right, *call[1:], self.number
-        )
-        return out
+        return operator.attention(q, k, v, call, self.number)
 
     def prewarm(self, requests: Iterable[PrewarmRequest], progress: bool = True) -> list[PrewarmResult]:
         """Have the kernels of ``requests`` built and loaded, in parallel; a row per kernel says how it went.
@@ -209,7 +205,8 @@ class Runtime:
             if plan is None:
                 self._make_shortcut(q, k, v, config, call)
                 return None
-            return plan if q.stride(3) == k.stride(3) == v.stride(3) == 1 else None
+            plain = q.stride(3) == k.stride(3) == v.stride(3) == 1
+            return plan if plain and not (q.is_neg() or k.is_neg() or v.is_neg()) else None
         except (AttributeError, IndexError):
             return None  # not tensors of four dimensions: the checks say it properly
 
@@ -278,7 +275,8 @@ def _wants_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _rows_together(x: Tensor) -> Tensor:
-    """The kernels take any strides but that of the last dimension, which must be 1."""
+    """The kernels take any strides but that of the last dimension, which must be 1, and read what is stored."""
+    x = x.resolve_neg()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

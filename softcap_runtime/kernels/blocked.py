@@ -94,7 +94,7 @@ class _Walk:
     def __init__(self, problem: Problem) -> None:
         lo, hi = edges(problem.mask, "cpu")
         self.lo, self.hi = list(lo.unbind(0)), list(hi.unbind(0))
-        self.cols = torch.arange(problem.mask.kv_len, dtype=torch.int32)
+        self.cols = torch.arange(problem.mask.kv_len, dtype=torch.int32, device="cpu")
         self.rows = block_rows(problem.mask.q_len)
         ranges = key_ranges(problem.mask, self.rows)
         if isinstance(ranges, list):
@@ -123,13 +123,18 @@ class _Scratch:
 
     def __init__(self, heads: int, dtype: torch.dtype) -> None:
         self.heads, self.dtype = heads, dtype
-        self.buffer = torch.empty(0, dtype=dtype)
+        self.buffer = torch.empty(0, dtype=dtype, device="cpu")
 
     def view(self, groups: int, rows: int, cols: int) -> Tensor:
         size = groups * rows * cols
         if self.buffer.numel() < size:
-            self.buffer = torch.empty(size, dtype=self.dtype)
+            self.buffer = torch.empty(size, dtype=self.dtype, device="cpu")
         return self.buffer[:size].view(groups, rows, cols)
+
+
+def _zeros(*shape: int) -> Tensor:
+    # The kernels check no dtype and no device: neither may follow the process's defaults.
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
 def _grouped(x: Tensor, first: int, end: int, kv_heads: int, dtype: torch.dtype) -> Tensor:
@@ -152,7 +157,7 @@ def forward(problem: Problem, kernels: Kernels) -> Forward:
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         out = empty_output(q)
-        lse = torch.empty(q.shape[:3]) if problem.train else None
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32) if problem.train else None
         scratch = _Scratch(problem.num_heads, compute_dtype(problem.dtype))
         for row in range(problem.batch):
             k_row, v_row = walk.keys(k[row], scratch.dtype), walk.keys(v[row], scratch.dtype)
@@ -188,10 +193,10 @@ def _attend(
     """One block of queries: the weighted sum of values ``[Hkv, G * R, D]``, the weights' sum and peak ``[Hq, R]``."""
     q, k, v = qkv
     rows = block.end - block.first
-    total = torch.zeros(scratch.heads, rows)
+    total = _zeros(scratch.heads, rows)
     safe = spec.op == "block_softmax"
-    peak = torch.zeros(scratch.heads, rows) if safe else None
-    summed = torch.zeros(q.shape) if block.lo == block.hi else None
+    peak = _zeros(scratch.heads, rows) if safe else None
+    summed = _zeros(*q.shape) if block.lo == block.hi else None
     for lo, hi in _chunks(block, max(block.hi - block.lo, 1) if safe else CHUNK):
         k_part, v_part = k[:, lo:hi].to(scratch.dtype), v[:, lo:hi].to(scratch.dtype)
         weights = _logits(q, k_part, scratch.view(q.shape[0], q.shape[1], hi - lo), halves)
@@ -233,15 +238,15 @@ def backward(problem: Problem, kernels: Kernels) -> Backward:
         lse = torch.where(lse == -torch.inf, 0.0, lse)
         for row in range(problem.batch):
             k_row, v_row = k[row].to(dtype), v[row].to(dtype)
-            grad_k = torch.zeros(k_row.shape)
-            grad_v = torch.zeros(v_row.shape)
+            grad_k = _zeros(*k_row.shape)
+            grad_v = _zeros(*v_row.shape)
             for block in walk.blocks(row):
                 first, end = block.first, block.end
                 q_block = _grouped(q[row], first, end, kv_heads, dtype)
                 grad_block = _grouped(grad_out[row], first, end, kv_heads, dtype)
                 delta = (grad_out[row, :, first:end].float() * out[row, :, first:end].float()).sum(-1)
                 per_row = [lse[row, :, first:end].contiguous(), delta]
-                grad_q = torch.zeros(q_block.shape)
+                grad_q = _zeros(*q_block.shape)
                 vectors = walk.edges(row, block)
                 for lo, hi in _chunks(block, CHUNK):
                     shape = (kv_heads, q_block.shape[1], hi - lo)

@@ -29,7 +29,10 @@ class Choice(NamedTuple):
 def engine_named(name: str, device: torch.device) -> Engine:
     """The engine of that name on a device: ``blocked`` is our own kernels, of which each device type has its own."""
     own = blocked.ENGINE if device.type == "cpu" else cuda.ENGINE
-    return {engine.name: engine for engine in (flex.ENGINE, own, dense.DENSE, dense.EAGER)}[name]
+    engines = {engine.name: engine for engine in (flex.ENGINE, own, dense.DENSE, dense.EAGER)}
+    if name not in engines:
+        raise ValueError(f"engine: {name!r}, expected auto or one of {', '.join(engines)}")
+    return engines[name]
 
 
 def choose(problem: Problem, asked: str) -> Choice:

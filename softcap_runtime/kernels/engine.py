@@ -85,7 +85,7 @@ def scalars(problem: Problem) -> list[Tensor]:
     """The run-time scalars of a compiled kernel, float32: scale, and with a softcap its value and inverse."""
     cap = problem.softcap
     values = [problem.scale] if cap is None else [problem.scale, cap, 1.0 / cap]
-    return [torch.tensor(value, dtype=torch.float32) for value in values]
+    return [torch.tensor(value, dtype=torch.float32, device="cpu") for value in values]
 
 
 def empty_output(q: Tensor) -> Tensor:

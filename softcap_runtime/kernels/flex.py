@@ -73,9 +73,13 @@ def _tables(problem: Problem, kernels: Kernels) -> BlockTables:
 def _rows(problem: Problem) -> list[Tensor]:
     mask = problem.mask
     if mask.lo is None or mask.hi is None:
-        return [torch.tensor(edge, dtype=torch.int32) for edge in (mask.left, mask.right)]
+        return [_number(edge) for edge in (mask.left, mask.right)]
     row_stride = 0 if mask.lo.shape[0] == 1 else mask.q_len
-    return [mask.lo.flatten(), mask.hi.flatten(), torch.tensor(row_stride, dtype=torch.int32)]
+    return [mask.lo.flatten(), mask.hi.flatten(), _number(row_stride)]
+
+
+def _number(value: int | None) -> Tensor:
+    return torch.tensor(value, dtype=torch.int32, device="cpu")
 
 
 def _backward(problem: Problem, kernels: Kernels) -> Backward:

@@ -24,6 +24,13 @@ def attend_elements(
     Differentiable plain torch, float32 at least; a row that sees nothing gives 0. Returns ``[B, Hq, Sq, D]`` in
     q's dtype, laid out ``[B, Sq, Hq, D]`` in memory.
     """
+    with torch.autocast(q.device.type, enabled=False):  # the inputs are cast already, the sums stay float32
+        return _attend_elements(q, k, v, mask, scale, softcap)
+
+
+def _attend_elements(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None
+) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
     keys, values = (x.to(wide).repeat_interleave(groups, dim=1) for x in (k, v))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from softcap_runtime.kernels.engine import Call
+from softcap_runtime.checks import check_qkv
+from softcap_runtime.kernels.engine import Call, empty_output
 from softcap_runtime.kernels.torch_private import apply_function, below_autograd, interpreters_active
 from softcap_runtime.masks.intervals import RowIntervals
 
@@ -73,7 +74,7 @@ def _call(
     train: bool,
 ) -> Call:
     lengths = (q.shape[2], k.shape[2])
-    if lo is None:
+    if lo is None or hi is None:
         mask = RowIntervals(*lengths, left, right, None, None)
     else:
         mask = RowIntervals(*lengths, None, None, lo, hi)
@@ -95,15 +96,10 @@ def _backward(
     return grads
 
 
-def _like_output(q: Tensor) -> Tensor:
-    batch, heads, length, head_dim = q.shape
-    return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-
-
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     train = rest[-2]
     wide = torch.promote_types(q.dtype, torch.float32)
-    return _like_output(q), q.new_empty(
+    return empty_output(q), q.new_empty(
         q.shape[:3] if train else (0,), dtype=wide if train else torch.float32
     )
 
@@ -111,10 +107,45 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 def _fake_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like_output(q), _like_output(k), _like_output(v)
+    return empty_output(q), empty_output(k), empty_output(v)
 
 
 # Their forward takes ctx, since ``apply`` reads the signature of one without it at each call: 40 us.
+
+
+# Programs may call the operator by its name: it checks what the runtime's own door has made sure of.
+
+
+def _checked_forward(q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    check_qkv(q, k, v)
+    return _forward(q, k, v, *_checked_edges(lo, hi, k.shape[2]), *rest)
+
+
+def _checked_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Any, hi: Any, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_qkv(q, k, v)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for name, tensor, shape, dtype in (
+        ("grad_out", grad_out, q.shape, q.dtype),
+        ("out", out, q.shape, q.dtype),
+        ("lse", lse, q.shape[:3], wide),
+    ):
+        if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, q.device):
+            raise ValueError(
+                f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected {dtype} "
+                f"{tuple(shape)} on {q.device}, as the forward with train=True gave it"
+            )
+    return _backward(grad_out, q, k, v, out, lse, *_checked_edges(lo, hi, k.shape[2]), *rest)
+
+
+def _checked_edges(lo: Tensor | None, hi: Tensor | None, kv_len: int) -> tuple[Tensor | None, Tensor | None]:
+    """Both or none, each key one that is there; sizes and dtype are checked where an engine is bound to them."""
+    if lo is None or hi is None:
+        if lo is not hi:
+            raise ValueError(f"{'hi' if hi is None else 'lo'}: None, expected both edges of the rows or none")
+        return None, None
+    return lo.clamp(0, kv_len).contiguous(), hi.clamp(0, kv_len).contiguous()
 
 
 class _Attention(torch.autograd.Function):
@@ -130,6 +161,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, lo, hi, *how, _, runtime = inputs
         ctx.save_for_backward(q, k, v, *output, lo, hi)
         ctx.how, ctx.runtime = how, runtime
+        ctx.server = _servers.get(runtime)  # the backward is its too: it lives as long
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         return output
@@ -168,7 +200,24 @@ def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
             "softcap_runtime::attention was called with train=False on inputs that require gradients; "
             "pass train=True, or call it under torch.no_grad()"
         )
+    if not interpreters_active():
+        q, k, v, lo, hi, *rest = inputs
+        check_qkv(q, k, v)
+        inputs = (q, k, v, *_checked_edges(lo, hi, k.shape[2]), *rest)
     return apply_function(_Attention, *inputs)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tensor:
+    """The operator's output, for checked inputs of the runtime ``number``: directly where nobody looks on."""
+    mask = call.mask
+    left, right = (0, 0) if mask.left is None or mask.right is None else (mask.left, mask.right)
+    inputs = (q, k, v, mask.lo, mask.hi, left, right, *call[1:], number)
+    if torch.compiler.is_compiling() or interpreters_active():
+        output = torch.ops.softcap_runtime.attention(*inputs)
+    else:
+        output = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
+    out: Tensor = output[0]
+    return out
 
 
 def _autocast(device: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -187,8 +236,8 @@ def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     return cast[0], cast[1], cast[2]
 
 
-LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention", _checked_forward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_backward", _checked_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention", _differentiable, "Autograd")
 LIBRARY.impl("attention_backward", functools.partial(apply_function, _Backward), "Autograd")
 LIBRARY.impl("attention", functools.partial(_autocast, "cpu"), "AutocastCPU")

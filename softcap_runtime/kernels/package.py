@@ -18,10 +18,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor, nn
 
 from softcap_runtime.errors import BuildFailed
 from softcap_runtime.kernels.key import KernelSpec
@@ -31,28 +27,6 @@ log = logging.getLogger(__name__)
 BUILD_TIMEOUT_S = 900
 BUILD_FOLDER = "softcap_build_"
 LEFT_BEHIND_S = 4 * BUILD_TIMEOUT_S
-
-
-class Graph(NamedTuple):
-    """What is exported: a module, example inputs, and torch.export's ``dynamic_shapes`` for them."""
-
-    module: nn.Module
-    example: tuple[Tensor, ...]
-    dynamic: tuple[Any, ...]
-
-
-def distinct(sizes: tuple[int, ...], salt: int, dtype: torch.dtype, inner: int = 0) -> Tensor:
-    """An example tensor whose strides are tied to no size and to no other tensor's strides.
-
-    torch.export gives equal numbers one symbol; with every stride its own number each becomes an argument
-    of the kernel. ``inner`` adds a last dimension of that size with stride 1. ``salt`` must differ between
-    the tensors of one graph.
-    """
-    padded = [size + 3 * salt + 5 * place for place, size in enumerate(sizes)]
-    if inner:
-        buffer = torch.zeros(*padded, inner + 8 * salt, dtype=dtype)
-        return buffer[tuple(slice(size) for size in (*sizes, inner))]
-    return torch.zeros(padded, dtype=dtype)[tuple(slice(size) for size in sizes)]
 
 
 def find_compiler() -> str | None:

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
-CODE_FOLDERS = ("kernels/graphs",)
+# What generated code depends on: the graphs, and where the numbers that they read are written.
+CODE = ("kernels/graphs/**/*.py", "kernels/flex.py", "kernels/key.py", "masks/blocks.py")
 CPUINFO_BYTES = 16384  # one processor's block is 1-3 KB; the file of a 256-core machine is 400 KB
 
 
@@ -55,8 +56,8 @@ def _host() -> dict[str, str]:
 def _package() -> str:
     """Our version and a digest of the sources that generated code depends on."""
     digest = hashlib.sha256()
-    for folder in CODE_FOLDERS:
-        for path in sorted((PACKAGE_ROOT / folder).rglob("*.py")):
+    for pattern in CODE:
+        for path in sorted(PACKAGE_ROOT.glob(pattern)):
             source = path.read_bytes()
             digest.update(f"{path.relative_to(PACKAGE_ROOT).as_posix()} {len(source)}\n".encode())
             digest.update(source)

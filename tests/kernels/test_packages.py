@@ -17,7 +17,8 @@ from helpers import HEAD_DIM, Sizes, expected, make_qkv, relative_error
 from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettings, SoftcapRuntimeError
 from softcap_runtime.kernels import flex, package, table, torch_private
 from softcap_runtime.kernels.engine import Call
-from softcap_runtime.kernels.key import KernelSpec, dtype_of
+from softcap_runtime.kernels.graphs import graph
+from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_of
 from softcap_runtime.masks.intervals import band
 from softcap_runtime.store import Key, fingerprint
 
@@ -231,16 +232,28 @@ def test_what_killed_builders_left_is_swept_by_age(tmp_path: Path, monkeypatch: 
     assert (elsewhere / "kernel.cpp").exists()
 
 
-def test_example_strides_are_all_different() -> None:
-    # torch.export gives equal numbers one symbol, and would tie strides together that are not.
-    tensors = [
-        package.distinct((2, 640, 8), 1, torch.float32, inner=64),
-        package.distinct((2, 896, 4), 2, torch.float32, inner=64),
-        package.distinct((2, 896, 4), 3, torch.float32, inner=64),
-    ]
-    strides = [stride for x in tensors for stride in x.stride()[:-1]]
-    assert len(set(strides)) == len(strides)
-    assert all(x.stride(-1) == 1 for x in tensors)
+@pytest.mark.parametrize("mask", ["band", "intervals"])
+def test_no_head_dim_ties_strides_of_the_example_together(mask: MaskKind) -> None:
+    """torch.export gives equal numbers one symbol: the kernel would read one tensor with another's stride."""
+    for head_dim in range(1, 521):
+        example = graph(KernelSpec("flex_forward", "cpu", "float32", head_dim, True, mask)).example
+        strided = [x for x in example if x.dim() > 1]
+        assert len(strided) == 7
+        strides = [stride for x in strided for stride in sorted(x.stride())[1:]]
+        sizes = {size for x in strided for size in x.shape}
+        assert len({*strides} - sizes) == len(strides), head_dim
+        for x in strided:
+            products = {size * step for size, step in zip(x.shape, x.stride(), strict=True) if size > 1}
+            assert not products & {*x.stride()}, head_dim
+
+
+@pytest.mark.parametrize("head_dim", [32, 152])
+def test_a_small_and_an_odd_head_dim(cache_dir: Path, head_dim: int, seed: int) -> None:
+    runtime = Runtime(RuntimeSettings(cache_dir=cache_dir, engine="flex"))
+    config = AttentionConfig(softcap=50.0, scale=head_dim**-0.5, window=140)
+    for length in (5, 129, 300):
+        q, k, v = make_qkv(Sizes(2, 4, 2, length, length, head_dim), layout="transposed")
+        assert relative_error(runtime.attention(q, k, v, config), expected(q, k, v, config)) <= 2e-6
 
 
 def test_dtype_names() -> None:

@@ -40,14 +40,22 @@ def test_it_is_the_same_in_another_process() -> None:
 def test_any_change_of_our_kernels_changes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module(), "PACKAGE_ROOT", tmp_path)
     seen = [module()._package()]
-    folder = tmp_path / module().CODE_FOLDERS[0]
+    folder = tmp_path / "kernels/graphs"
     (folder / "deep").mkdir(parents=True)
     for name, text in [("a.py", "x = 1"), ("a.py", "x = 2"), ("deep/b.py", "x = 2"), ("c.py", "")]:
         (folder / name).write_text(text)
         seen.append(module()._package())
     (folder / "a.py").rename(folder / "d.py")
     seen.append(module()._package())
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks/blocks.py").write_text("BLOCK = 64")
+    seen.append(module()._package())
     assert len(set(seen)) == len(seen)
+
+
+def test_what_generated_code_reads_is_part_of_it() -> None:
+    for pattern in module().CODE:
+        assert list(module().PACKAGE_ROOT.glob(pattern)), pattern
 
 
 def test_only_the_start_of_cpuinfo_is_read_and_flags_in_any_order(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from softcap_runtime.kernels.graphs import block, flex
+from softcap_runtime.kernels.graphs.example import Graph
 from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.kernels.package import Graph
 
 _MAKERS = {
     "flex_forward": flex.flex_forward,

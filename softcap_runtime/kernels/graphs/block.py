@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from softcap_runtime.kernels.graphs.example import Graph
 from softcap_runtime.kernels.graphs.softcap import capped, tanh
 from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.kernels.package import Graph
 
 
 def _visible(lo: Tensor, hi: Tensor, cols: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from softcap_runtime.kernels.flex import MAX_ROWS
+from softcap_runtime.kernels.graphs.example import Graph, distinct
 from softcap_runtime.kernels.graphs.softcap import capped
 from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.kernels.package import Graph, distinct
 from softcap_runtime.masks.blocks import BLOCK
 
 
@@ -63,14 +63,18 @@ def flex_forward(spec: KernelSpec) -> Graph:
     dim = torch.export.Dim.DYNAMIC
     dtype, head_dim = spec.torch_dtype, spec.head_dim
 
-    def heads(batch: int, count: int, length: int, salt: int) -> Tensor:
-        # Memory order B, S, H, D, as projections produce it: the output takes q's order.
-        return distinct((batch, length, count), salt, dtype, inner=head_dim).transpose(1, 2)
+    batch, num_heads, num_kv_heads, q_len, kv_len, q_blocks, kv_blocks = 2, 8, 4, 640, 896, 5, 7
+    taken = {batch, num_heads, num_kv_heads, q_len, kv_len, q_blocks, kv_blocks}
 
-    q, k, v = heads(2, 8, 640, 1), heads(2, 4, 896, 2), heads(2, 4, 896, 3)
+    def heads(count: int, length: int) -> Tensor:
+        # Memory order B, S, H, D, as projections produce it: the output takes q's order.
+        return distinct((batch, length, count, head_dim), taken, dtype).transpose(1, 2)
+
+    q, k, v = heads(num_heads, q_len), heads(num_kv_heads, kv_len), heads(num_kv_heads, kv_len)
     tables: list[Tensor] = []
-    for salt in (4, 5):
-        tables += [distinct((2, 1, 5), salt, torch.int32), distinct((2, 1, 5, 7), salt + 2, torch.int32)]
+    for _ in range(2):
+        tables.append(distinct((batch, 1, q_blocks), taken, torch.int32))
+        tables.append(distinct((batch, 1, q_blocks, kv_blocks), taken, torch.int32))
     scalar = torch.zeros((), dtype=torch.int32)
     if spec.mask == "band":
         rows = [scalar, scalar.clone()]
