@@ -16,11 +16,11 @@ from softcap_runtime.checks import check_qkv
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
 from softcap_runtime.kernels import operator
 from softcap_runtime.kernels.engine import Call
-from softcap_runtime.kernels.torch_private import constant_in_graphs, interpreters_active
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
 from softcap_runtime.plans import Plan, PlanKey, Plans
 from softcap_runtime.supply import Supply
+from softcap_runtime.torch_private import constant_in_graphs, interpreters_active
 
 if TYPE_CHECKING:
     from softcap_runtime.prewarm import PrewarmResult

@@ -325,3 +325,43 @@ assert not s.Runtime.get().supply.supplied
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "window", "tril", "holes", "bias"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_mixed_inputs_under_autocast(function: Any, kind: str, seed: int) -> None:
+    """Rotary embeddings leave q and k in float32 where v comes from a bf16 product; all kinds of mask alike."""
+    q, k, v = make_qkv(Sizes(2, 4, 2, 60, 60))
+    tril = torch.ones(60, 60, dtype=torch.bool).tril()
+    holes = tril & ((torch.rand(60, 60) > 0.5) | torch.eye(60, dtype=torch.bool))
+    bias = torch.randn(60, 60)
+    mask = {
+        "none": None,
+        "causal": create_flex_attention_causal_mask(60),
+        "window": create_flex_attention_sliding_window_mask(60, 9),
+        "tril": tril,
+        "holes": holes,
+        "bias": bias.masked_fill(~tril, -torch.inf),
+    }[kind]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = function(q, k, v.bfloat16(), mask, LAYER, 2, 60)
+    assert out.dtype == torch.bfloat16
+    rounded = [x.bfloat16() for x in (q, k, v)]
+    want = function(*(x.double() for x in rounded), mask, LAYER, 2, 60)
+    if kind in ("none", "causal", "tril"):
+        assert relative_error(want, wanted(*rounded)) <= 1e-12
+    assert relative_error(out, want) <= 4e-3  # bf16
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_block_mask_for_other_rows_or_heads(function: Any, seed: int) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    q, k, v = make_qkv(Sizes(2, 4, 2, 40, 40))
+    for batch, heads, words in (
+        (3, None, "3 batch rows, expected 1 or Q's 2"),
+        (None, 3, "3 heads, expected 1"),
+    ):
+        mask = create_block_mask(lambda b, h, i, j: i >= j, batch, heads, 40, 40, device="cpu")
+        with pytest.raises(ValueError, match=f"^causal_mask: {words}"):
+            function(q, k, v, mask, LAYER, 2, 40)

@@ -25,9 +25,9 @@ from softcap_runtime.kernels.engine import (
     scalars,
 )
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
-from softcap_runtime.kernels.torch_private import cpu_has_amx
 from softcap_runtime.masks.blocks import key_ranges
 from softcap_runtime.masks.intervals import edges
+from softcap_runtime.torch_private import cpu_has_amx
 
 # exp(64) is 6e27: a million such weights times values of 1e4 are still 1e3 times below float32's largest number,
 # and exp(-64) is far above its smallest.

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from softcap_runtime.checks import check_qkv
 from softcap_runtime.kernels.engine import Call, empty_output
-from softcap_runtime.kernels.torch_private import apply_function, below_autograd, interpreters_active
 from softcap_runtime.masks.intervals import RowIntervals
+from softcap_runtime.torch_private import apply_function, below_autograd, interpreters_active
 
 LIBRARY = torch.library.Library("softcap_runtime", "DEF")
 

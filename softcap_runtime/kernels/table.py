@@ -11,8 +11,8 @@ from softcap_runtime.errors import SoftcapRuntimeError
 from softcap_runtime.kernels.engine import Runner
 from softcap_runtime.kernels.jit import compile_runner, compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.kernels.torch_private import load_package
 from softcap_runtime.masks.memo import MaskMemo
+from softcap_runtime.torch_private import load_package
 
 # Block tables of band masks that are kept: those of 32 windows over a million tokens, or of any number of usual ones.
 MASK_BYTES = 64 * 2**20

@@ -1,7 +1,8 @@
 """Checks of mask arguments, before any kernel runs: one line that names the argument and its value.
 
 Shapes, dtypes and devices are always checked. What can only be seen in the data is checked for CPU tensors
-alone: reading a GPU's would wait for it. There, bad data gives a wrong mask, never a read out of bounds.
+alone: reading a GPU's would wait for it. There, bad data gives a wrong mask, never a read out of bounds. In a
+graph that is traced the check is a part of it, less wordy; that of spans is left out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from softcap_runtime.torch_private import assert_in_graph
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -42,6 +45,10 @@ def check_mask_arguments(
         _check_tensor("attention_mask", attention_mask, batch, (kv_len,), device, (torch.bool, *_INTEGERS))
         if data_is_readable(attention_mask):
             _check_padding(attention_mask)
+        elif attention_mask.device.type == "cpu":
+            assert_in_graph(
+                (_runs(attention_mask != 0) <= 1).all(), "attention_mask: holes, expected one run of 1"
+            )
     if document_ids is not None:
         _check_tensor("document_ids", document_ids, batch, (kv_len,), device, _INTEGERS)
         if q_len > kv_len:
@@ -51,6 +58,9 @@ def check_mask_arguments(
             )
         if data_is_readable(document_ids):
             _check_documents(document_ids)
+        elif document_ids.device.type == "cpu":
+            rises = (document_ids[:, 1:] >= document_ids[:, :-1]).all()
+            assert_in_graph(rises, "document_ids: decreasing, expected ids that never decrease")
     if prefix_lengths is not None:
         _check_tensor("prefix_lengths", prefix_lengths, batch, (), device, _INTEGERS)
         _check_range("prefix_lengths", prefix_lengths, 0, kv_len, "between 0 and the number of keys")
@@ -99,7 +109,11 @@ def _check_tensor(
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
     _check_dtype(name, tensor, dtypes)
-    if tuple(tensor.shape[1:]) != shape or tensor.dim() == 0 or tensor.shape[0] not in (1, batch):
+    # Size by size: dynamo takes a symbol for unequal to a number when it looks for one in a tuple.
+    fits = tensor.dim() == 1 + len(shape) and all(
+        tensor.shape[1 + at] == size for at, size in enumerate(shape)
+    )
+    if not fits or (tensor.shape[0] != 1 and tensor.shape[0] != batch):
         wanted = ", ".join("slots" if size < 0 else str(size) for size in (batch, *shape))
         raise ValueError(
             f"{name}: shape {tuple(tensor.shape)}, expected ({wanted}); give each batch row its own"
@@ -111,7 +125,12 @@ def _check_tensor(
 
 
 def _check_range(name: str, lengths: Tensor, low: int, high: int, words: str) -> None:
+    if lengths.device.type != "cpu":
+        return
     if not data_is_readable(lengths):
+        assert_in_graph(
+            ((lengths >= low) & (lengths <= high)).all(), f"{name}: out of range, expected {words}"
+        )
         return
     for row, length in enumerate(lengths.tolist()):
         if not low <= length <= high:
@@ -127,14 +146,18 @@ def _check_padding(attention_mask: Tensor) -> None:
             raise ValueError(
                 f"attention_mask: {bad}, expected 0 (padding) or 1; pass mask != 0 if that is meant"
             )
-    # Runs of visible keys: those that begin behind a hidden key, and one at the very start.
-    begins = (seen[:, 1:] & ~seen[:, :-1]).sum(1, dtype=torch.int32) + seen[:, 0]
+    begins = _runs(seen)
     if bool((begins > 1).any()):
         row = int(begins.argmax())
         raise ValueError(
             f"attention_mask: {int(begins[row])} separate runs of 1 in batch row {row}, expected one, with "
             "padding before or after it; a mask with holes needs a BlockMask of your own"
         )
+
+
+def _runs(seen: Tensor) -> Tensor:
+    """Runs of visible keys per batch row: those that begin behind a hidden key, and one at the very start."""
+    return (seen[:, 1:] & ~seen[:, :-1]).sum(1, dtype=torch.int32) + seen[:, 0]
 
 
 def _check_documents(document_ids: Tensor) -> None:

@@ -62,6 +62,48 @@ def test_no_graph_break_and_no_recompile_per_length(
     assert len(backend.graphs) == 1
 
 
+def test_spans_inside_a_graph(runtime: Runtime, seed: int) -> None:
+    """Where batch, slots and the two ends of a span are one number too."""
+    for batch, slots in ((2, 1), (2, 2), (3, 2)):
+        torch._dynamo.reset()
+        inputs = make_qkv(Sizes(batch, 4, 2, 50, 50))
+        spans = torch.zeros(batch, slots, 2, dtype=torch.int64)
+        spans[:, 0, 1] = torch.randint(2, 50, (batch,))
+        compiled = torch.compile(
+            lambda q, k, v, s: runtime.attention(q, k, v, CONFIG, spans=s),
+            fullgraph=True,
+            dynamic=True,
+            backend="eager",
+        )
+        assert relative_error(compiled(*inputs, spans), expected(*inputs, CONFIG, spans=spans)) <= 2e-6
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("attention_mask", [[0, 1, 1, 1], [1, 1, 1, 0]], [[0, 1, 1, 1], [1, 0, 1, 1]]),
+        ("document_ids", [[0, 0, 4, 5], [0, 1, 1, 1]], [[0, 0, 4, 5], [0, 1, 0, 0]]),
+        ("cache_lengths", [4, 4], [4, 5]),
+        ("prefix_lengths", [0, 4], [-1, 4]),
+    ],
+)
+def test_data_that_no_mask_can_have_raises_inside_a_graph(
+    runtime: Runtime, backend: str, name: str, good: list[Any], bad: list[Any], seed: int
+) -> None:
+    compiled = torch.compile(
+        lambda q, k, v, m: runtime.attention(q, k, v, CONFIG, **{name: m}),
+        fullgraph=True,
+        dynamic=True,
+        backend=backend,
+    )
+    inputs = make_qkv(Sizes(2, 4, 2, 4, 4))
+    mask = torch.tensor(good)
+    assert relative_error(compiled(*inputs, mask), expected(*inputs, CONFIG, **{name: mask})) <= 2e-6
+    with pytest.raises(RuntimeError, match=f"{name}: .*, expected"):
+        compiled(*inputs, torch.tensor(bad))
+
+
 def test_static_sizes_through_inductor(runtime: Runtime, seed: int) -> None:
     """Everything for real: AOTAutograd, the fake implementations, Inductor's wrapper."""
     masks = random_masks(2, 50)

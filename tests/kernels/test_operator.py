@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
 from functools import partial
 
 import pytest
@@ -230,3 +232,103 @@ def test_a_runtime_that_is_gone_is_replaced_by_the_process_own(
     # A program exported in another process brings the number of a runtime that does not exist here.
     inputs = arguments(own_runtime, "eager", False, False)
     assert torch.equal(OP(*inputs[:-1], 10**9)[0], OP(*inputs)[0])
+
+
+def test_it_follows_none_of_torchs_defaults(runtimes: dict[str, Runtime], seed: int) -> None:
+    """Kernels read memory as the dtype they were built for, whatever dtype and device are the process's own."""
+    inputs, grad_out = make_qkv(Sizes(2, 4, 2, 70, 140)), torch.randn(2, 4, 70, 64)
+    padding = torch.ones(2, 140, dtype=torch.int64)
+    padding[0, :90] = 0
+
+    def results(engine: str) -> list[Tensor]:
+        runtime = Runtime(runtimes[engine].settings)  # no plan is made yet
+        found = []
+        for softcap, masks in ((50.0, {}), (50.0, {"attention_mask": padding}), (None, {})):
+            config = AttentionConfig(softcap=softcap, scale=0.125, window=99)
+            found.append(runtime.attention(*inputs, config, **masks))
+            if engine != "flex":
+                out, grads = gradients(
+                    lambda *x, c=config, m=masks: runtime.attention(*x, c, **m), inputs, grad_out
+                )
+                found += [out, *grads]
+        return found
+
+    for engine in ("flex", "blocked", "eager"):
+        want = results(engine)
+        for dtype, device in ((torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")):
+            torch.set_default_dtype(dtype)
+            try:
+                with torch.device(device):
+                    got = results(engine)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (engine, dtype, device)
+
+
+@pytest.mark.parametrize("engine", ["flex", "blocked", "eager", "auto"])
+def test_a_call_by_name_is_checked(runtime: Runtime, engine: str, seed: int) -> None:
+    q, k, v, _, _, *rest = arguments(runtime, engine, masked=False, train=False)
+    lo = torch.zeros(1, 19, dtype=torch.int32)
+    for words, call in (
+        ("v: head_dim 3, expected q's 64", (q, k, v[..., :3], None, None)),
+        ("v: shape", (q, k, v[:, :, :9], None, None)),
+        ("k: batch 1, expected q's 2", (q, k[:1], v[:1], None, None)),
+        ("k.dtype: torch.bfloat16, expected q's", (q, k.bfloat16(), v, None, None)),
+        ("hi: None, expected both edges", (q, k, v, lo, None)),
+        (r"mask.lo: torch.int64 \(1, 19\), expected int32", (q, k, v, lo.long(), lo.long())),
+        (r"mask.lo: torch.int32 \(1, 18\), expected", (q, k, v, lo[:, 1:], lo[:, 1:])),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            OP(*call, *rest)
+        assert "\n" not in str(caught.value)
+    # Edges past the keys show the keys that are there; their strides may be any.
+    wide = torch.stack([lo[0] - 5, lo[0] + 10**6], 1)
+    out = OP(q, k, v, wide[None, :, 0], wide[None, :, 1], *rest)[0]
+    assert relative_error(out, expected(q, k, v, CONFIG.model_copy(update={"causal": False}))) <= 2e-6
+
+
+def test_an_engine_that_is_none(runtime: Runtime, seed: int) -> None:
+    *head, _, train, number = arguments(runtime, "auto", masked=False, train=False)
+    with pytest.raises(ValueError, match="engine: 'xx', expected auto or one of flex, blocked, dense, eager"):
+        OP(*head, "xx", train, number)
+
+
+def test_a_backward_by_name_is_checked(runtime: Runtime, seed: int) -> None:
+    *head, _, number = (
+        x.detach() if isinstance(x, Tensor) else x for x in arguments(runtime, "auto", True, True)
+    )
+    out, lse = OP(*head, True, number)
+    backward = torch.ops.softcap_runtime.attention_backward
+    for name, (grad_out, saved, logsumexp) in {
+        "grad_out": (out[:, :, :7], out, lse),
+        "out": (out, out.bfloat16(), lse),
+        "lse": (out, out, lse[:, :, :7]),
+    }.items():
+        with pytest.raises(
+            ValueError, match=f"^{name}: .* expected .* as the forward with train=True gave it"
+        ):
+            backward(grad_out, *head[:3], saved, logsumexp, *head[3:], number)
+
+
+def test_a_backward_runs_where_its_forward_ran(runtime: Runtime, seed: int) -> None:
+    inputs = [x.requires_grad_() for x in make_qkv(Sizes(1, 2, 1, 40, 40))]
+    passing = Runtime(runtime.settings)
+    out = passing.attention(*inputs, CONFIG)
+    alive = weakref.ref(passing)
+    del passing
+    gc.collect()
+    assert alive() is not None
+    out.sum().backward()
+    plans = [plan for key, plan in alive().plans.items() if key.train]
+    assert [plan.hits for plan in plans] == [1]
+    del out, plans
+    gc.collect()
+    assert alive() is None
+
+
+def test_tensors_that_are_negated_when_read(runtimes: dict[str, Runtime], seed: int) -> None:
+    q, k, v = make_qkv(Sizes(1, 4, 2, 90, 90))
+    for engine in ("flex", "blocked", "eager"):
+        for _ in range(3):  # the third finds the short way
+            out = runtimes[engine].attention(torch._neg_view(q), k, torch._neg_view(v), CONFIG)
+            assert relative_error(out, expected(-q, k, -v, CONFIG)) <= 2e-6

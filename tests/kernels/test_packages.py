@@ -14,8 +14,15 @@ import pytest
 import torch
 from helpers import HEAD_DIM, Sizes, expected, make_qkv, relative_error
 
-from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettings, SoftcapRuntimeError
-from softcap_runtime.kernels import flex, package, table, torch_private
+from softcap_runtime import (
+    AttentionConfig,
+    BuildFailed,
+    Runtime,
+    RuntimeSettings,
+    SoftcapRuntimeError,
+    torch_private,
+)
+from softcap_runtime.kernels import flex, package, table
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.kernels.graphs import graph
 from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_of

@@ -37,6 +37,17 @@ def constant_in_graphs(function: Callable[[], bool]) -> Callable[[], bool]:
     return function
 
 
+def assert_in_graph(condition: Tensor, message: str) -> None:
+    """Have the program that is being traced raise RuntimeError(message) when it runs and ``condition`` is False.
+
+    Private: ``torch._assert_async``; of the public checks none takes a tensor that nobody has read. Gone: bad data
+    inside a graph gives a wrong mask and no error.
+    """
+    check = getattr(torch, "_assert_async", None)
+    if check is not None and not public_only():
+        check(condition, message)
+
+
 def load_package(data: bytes, device: torch.device) -> Runner:
     """Load an AOTInductor package (the bytes of a .pt2 file) and return its ``run(inputs) -> outputs``.
 
