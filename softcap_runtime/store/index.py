@@ -115,6 +115,7 @@ class Index(diskcache.Cache):
         for name, value in schema.SETTINGS.items():
             setattr(self, name, value)
         schema.check_journal(folder)
+        schema.check_header(folder)
         self._inode = self._current_inode()
         mode = "rw" if writable else "ro"
         self._connection = sqlite3.connect(

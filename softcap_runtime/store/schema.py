@@ -10,7 +10,7 @@ import sqlite3
 from pathlib import Path
 
 DBNAME = "cache.db"
-USER_VERSION = 1
+USER_VERSION = 1  # the next one differs in two bits or more: one bit is damage, not another version
 
 _TABLES = {
     "Settings": "CREATE TABLE Settings ( key TEXT NOT NULL UNIQUE, value)",
@@ -84,6 +84,18 @@ def check_journal(folder: Path) -> None:
         return
 
 
+def check_header(folder: Path) -> None:
+    """Refuse numbers of the file's header that SQLite takes for a newer format, left alone or read-only for ever.
+
+    Raises sqlite3.DatabaseError, OSError. Source of the places: "Database File Format" of SQLite's documentation.
+    """
+    with open(folder / DBNAME, "rb") as database:
+        header = database.read(100)
+    write_version, schema_format = header[18:19], header[44:48]
+    if write_version > b"\x02" or schema_format > b"\x00\x00\x00\x04":
+        raise sqlite3.DatabaseError("its header is damaged")
+
+
 def check_schema(connection: sqlite3.Connection) -> None:
     """Compare tables, indexes, triggers and Settings with the expected ones.
 
@@ -95,7 +107,8 @@ def check_schema(connection: sqlite3.Connection) -> None:
         for name, sql in connection.execute("SELECT name, sql FROM sqlite_master LIMIT 100")
         if name != "sqlite_autoindex_Settings_1"
     }
-    if isinstance(version, int) and version > USER_VERSION and "Cache" in found:
+    newer = isinstance(version, int) and USER_VERSION < version <= USER_VERSION + 1000
+    if newer and (version ^ USER_VERSION).bit_count() > 1 and "Cache" in found:
         raise OtherVersion(
             f"made by a newer version of this package (schema {version}, ours is {USER_VERSION})"
         )

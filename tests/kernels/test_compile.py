@@ -45,8 +45,9 @@ def test_no_graph_break_and_no_recompile_per_length(
         return runtime.attention(q * 1.0, k, v, CONFIG, **masks) * 2.0
 
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=backend)
-    # Not 4 or 64: torch gives sizes that are equal at first one symbol, and compiles anew where they part.
-    lengths = [length for length in range(3, 300) if length not in (4, HEAD_DIM)]
+    # Not 64: torch gives sizes that are equal at first one symbol, and compiles anew where they part. Not a few
+    # tokens: where no row sees two keys, the gradients of q and k are nothing but rounding.
+    lengths = [length for length in range(16, 300) if length != HEAD_DIM]
     for length in random.sample(lengths, 8):
         inputs = make_qkv(Sizes(2, 4, 2, length, length))
         masks = random_masks(2, length) if masked else {}

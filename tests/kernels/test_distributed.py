@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -84,12 +83,8 @@ def test_ranks_prewarm_each_kernel_once(runtime: Runtime, tmp_path: Path) -> Non
     specs = [KernelSpec(op, "cpu", "float32", 0, True, "") for op in ("block_forward", "block_backward")]
     for spec in specs:
         (tmp_path / spec.op).write_bytes(package_of(runtime, spec))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     script = Path(__file__).with_name("torchrun_prewarm.py")
-    address = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), *address]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     done = subprocess.run(
         [*launch, str(script), str(tmp_path)],
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,9 +246,10 @@ def bf16_tiles(warm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ru
 
 
 def test_bf16_products(bf16_tiles: Runtime, seed: int) -> None:
-    ids = (torch.rand(2, 500) < 0.01).cumsum(1)
+    # No document of a few tokens: there ds is a difference of equals, and its relative error has no bound.
+    ids = torch.stack([(torch.arange(500) + shift) // 60 for shift in random.sample(range(20, 31), 2)])
     mask = torch.ones(2, 500, dtype=torch.int64)
-    mask[1, 300:] = 0
+    mask[1, 310:] = 0
     for head_dim in (64, 256):
         config = AttentionConfig(softcap=50.0, scale=head_dim**-0.5)
         inputs = make_qkv(Sizes(2, 4, 2, 500, 500, head_dim), torch.bfloat16)

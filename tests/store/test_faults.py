@@ -253,6 +253,32 @@ def test_damaged_database(folder: Path, damage: str, running: bool) -> None:
     assert_healed(store, folder, "abcdef")
 
 
+@pytest.mark.parametrize(
+    ("place", "bit"),
+    [
+        (18, 1 << 5),
+        (47, 1 << 6),
+        (44, 1),
+        (60, 1),
+        (61, 16),
+        (62, 1 << 7),
+        *((63, 1 << bit) for bit in range(8)),
+    ],
+)
+def test_flipped_bits_of_the_header_that_look_like_a_newer_format(folder: Path, place: int, bit: int) -> None:
+    fill(folder, "ab")
+    database = folder / "cache.db"
+    damaged = bytearray(database.read_bytes())
+    damaged[place] ^= bit
+    database.write_bytes(damaged)
+    store = Store(folder, 100 * MB)
+    kept = (
+        [payload(name) for name in "ab"] if place >= 60 else [None, None]
+    )  # of an unknown format nothing is
+    assert [store.load(key(name)) for name in "ab"] in (kept, [payload(name) for name in "ab"])
+    assert_healed(store, folder, "ab")
+
+
 def test_flipped_bits(folder: Path, tmp_path: Path, seed: int) -> None:
     """At random places: never a wrong byte, and no entry is lost but the one that was hit."""
     fill(folder, "abcd")
