@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -16,12 +15,6 @@ class Cap(NamedTuple):
 
     softcap: float | None
     scale: float
-
-
-def check_positive(name: str, value: float | None) -> None:
-    """Raise ValueError unless ``value`` is None or a finite number above 0."""
-    if value is not None and not 0 < value < math.inf:
-        raise ValueError(f"{name}: {value}, expected a finite number above 0")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

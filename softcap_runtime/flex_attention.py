@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import Cap, check_positive, check_qkv
-from softcap_runtime.config import EngineName
+from softcap_runtime.checks import Cap, check_qkv
+from softcap_runtime.config import EngineName, check_positive
 from softcap_runtime.errors import EngineUnavailable, KernelNotPrewarmed
 from softcap_runtime.kernels.flex import has_flex_attention
 from softcap_runtime.kernels.general import attend_block_mask, attend_elements, elements_of

@@ -198,6 +198,16 @@ def test_a_pattern_of_sliding_layers(tmp_path: Path) -> None:
     assert (only.config.window, only.num_kv_heads, only.config.softcap) == (32, 4, None)
 
 
+def test_layers_of_linear_attention_need_no_kernel(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    fields = {"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": 8}
+    path.write_text(json.dumps({**fields, "layer_types": ["linear_attention", "full_attention"]}))
+    assert [one.config for one in requests_for(path)] == [AttentionConfig(scale=8**-0.5)]
+    path.write_text(json.dumps({**fields, "layer_types": ["linear_attention"] * 2}))
+    with pytest.raises(ValueError, match="'linear_attention'"):
+        requests_for(path)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -211,7 +221,15 @@ def test_a_pattern_of_sliding_layers(tmp_path: Path) -> None:
             '{"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": 8, "layer_types":3, "sliding_window":4}',
             "cannot be used",
         ),
-        ('{"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": "x"}', "cannot be used"),
+        ('{"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": "x"}', "head_dim: 'x'"),
+        (
+            '{"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": 8, "sliding_window_pattern": 0}',
+            "sliding_window_pattern: 0",
+        ),
+        (
+            '{"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": 8, "num_key_value_heads": "x"}',
+            "num_key_value_heads: 'x'",
+        ),
     ],
 )
 def test_bad_model_files_are_told_in_one_line(tmp_path: Path, text: str | None, words: str) -> None:

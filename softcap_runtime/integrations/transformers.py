@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import Cap, check_positive, check_qkv
+from softcap_runtime.checks import Cap, check_qkv
+from softcap_runtime.config import check_positive
 from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, intersect, read
 from softcap_runtime.integrations.hf_probe import probe
 from softcap_runtime.kernels.operator import autocast_inputs
