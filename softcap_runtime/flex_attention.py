@@ -122,6 +122,10 @@ def _layer(layer: Any, head_dim: int) -> Cap:
     config = getattr(layer, "config", None)
     if config is None:
         raise ValueError(f"self: {type(layer).__name__} has no config; pass the attention layer")
+    if isinstance(config, dict):
+        raise TypeError(
+            "self.config: dict, expected an object with attributes; pass SimpleNamespace(**config) or the model's"
+        )
     softcap = getattr(config, "attn_logit_softcapping", None)
     scalar = getattr(config, "query_pre_attn_scalar", None)
     check_positive("self.config.attn_logit_softcapping", softcap)
