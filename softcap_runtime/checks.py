@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from softcap_runtime.config import AttentionConfig
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -15,6 +17,15 @@ class Cap(NamedTuple):
 
     softcap: float | None
     scale: float
+
+
+def check_config(config: Any) -> None:
+    """Raise TypeError for what is no AttentionConfig."""
+    if not isinstance(config, AttentionConfig):
+        raise TypeError(
+            f"config: {type(config).__name__}, expected an AttentionConfig; make one with AttentionConfig(scale=...) "
+            "or AttentionConfig.from_hf(model.config)"
+        )
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
