@@ -68,8 +68,16 @@ def _one_line_errors(model: str) -> Iterator[None]:
         raise ValueError(f"{model}: " + "; ".join(parts)) from None
 
 
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError("expected a path whose ~ is a user's home folder") from None
+
+
 PositiveNumber = Annotated[float, BeforeValidator(_no_bool), AfterValidator(_in_range)]
 PositiveInt = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+UserPath = Annotated[Path, AfterValidator(_expanded)]
 
 
 class AttentionConfig(BaseModel):
@@ -222,7 +230,7 @@ def default_cache_dir() -> Path:
 
 
 class RuntimeSettings(BaseSettings):
-    """Settings of a runtime; each is read from ``SOFTCAP_<NAME>`` where it is not given.
+    """Settings of a runtime; each is read from ``SOFTCAP_<NAME>`` where it is not given (empty counts as unset).
 
     ``cache_dir``: folder of the kernel cache. ``cache_size_limit``: its size in bytes (``"4GB"`` works); the
     least recently used entries leave first. ``cache_key_file``: a file whose bytes authenticate entries
@@ -234,11 +242,13 @@ class RuntimeSettings(BaseSettings):
     ``softcap * 5e-4``; nothing changes on the CPU.
     """
 
-    model_config = SettingsConfigDict(env_prefix="SOFTCAP_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="SOFTCAP_", env_ignore_empty=True, frozen=True, extra="forbid"
+    )
 
-    cache_dir: Path = Field(default_factory=default_cache_dir)
+    cache_dir: UserPath = Field(default_factory=default_cache_dir)
     cache_size_limit: ByteSize = Field(default=ByteSize(2 * 1024**3), gt=0)
-    cache_key_file: Path | None = None
+    cache_key_file: UserPath | None = None
     jit: Literal["allow", "warn", "forbid"] = "allow"
     build: Literal["block", "background"] = "block"
     engine: EngineName = "auto"

@@ -132,6 +132,23 @@ def test_bad_softcap_approx(monkeypatch: pytest.MonkeyPatch) -> None:
     one_line_error(RuntimeSettings, "softcap_approx", "maybe")
 
 
+@pytest.mark.parametrize("name", ["CACHE_DIR", "CACHE_KEY_FILE", "CACHE_SIZE_LIMIT", "JIT", "APPROX"])
+def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv(f"SOFTCAP_{name}", raising=False)
+    default = RuntimeSettings()
+    monkeypatch.setenv(f"SOFTCAP_{name}", "")
+    assert RuntimeSettings() == default
+
+
+@pytest.mark.parametrize("name", ["cache_dir", "cache_key_file"])
+def test_paths_of_the_users_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert getattr(RuntimeSettings(**{name: Path("~/here")}), name) == tmp_path / "here"
+    monkeypatch.setenv(f"SOFTCAP_{name.upper()}", "~/there")
+    assert getattr(RuntimeSettings(), name) == tmp_path / "there"
+    one_line_error(lambda: RuntimeSettings(**{name: "~no such user/x"}), name, "~no such user")
+
+
 def test_default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CACHE_DIR", "CACHE_SIZE_LIMIT", "JIT", "BUILD", "ENGINE", "APPROX"):
         monkeypatch.delenv(f"SOFTCAP_{name}", raising=False)
