@@ -68,6 +68,13 @@ def _one_line_errors(model: str) -> Iterator[None]:
         raise ValueError(f"{model}: " + "; ".join(parts)) from None
 
 
+def _torch_name(value: Any) -> Any:
+    """``torch.float32`` and ``torch.device("cpu")`` as the strings that a request keeps."""
+    if f"{type(value).__module__}.{type(value).__name__}" in ("torch.dtype", "torch.device"):
+        return str(value).removeprefix("torch.")
+    return value
+
+
 def _expanded(path: Path) -> Path:
     try:
         return path.expanduser()
@@ -202,7 +209,7 @@ class PrewarmRequest(BaseModel):
 
     ``config``: the attention of the layer. ``num_heads``, ``num_kv_heads``, ``head_dim``: of the layer.
     ``seq_lens``: lengths that will be used; kernels take any length, these get their masks too.
-    ``dtype``, ``device``: of q, k and v. ``train``: whether gradients will be asked for.
+    ``dtype``, ``device``: of q, k and v, torch's own or their names. ``train``: whether gradients will be asked for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -212,8 +219,8 @@ class PrewarmRequest(BaseModel):
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
     seq_lens: tuple[PositiveInt, ...] = ()
-    dtype: DtypeName = "bfloat16"
-    device: str = "cpu"
+    dtype: Annotated[DtypeName, BeforeValidator(_torch_name)] = "bfloat16"
+    device: Annotated[str, BeforeValidator(_torch_name)] = "cpu"
     train: bool = False
 
     def __init__(self, **fields: Any) -> None:

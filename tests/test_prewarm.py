@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,28 @@ def test_bad_requests_raise_before_anything_is_built(tmp_path: Path, monkeypatch
     with pytest.raises(EngineUnavailable, match="flex"):
         Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex")).prewarm([request(train=True)], False)
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("requests", "words"),
+    [
+        (request(), "requests: PrewarmRequest, expected several PrewarmRequests"),
+        (None, "requests: NoneType, expected"),
+        ([request(), request().model_dump()], r"requests\[1\]: dict, expected a PrewarmRequest"),
+        (iter([request().config]), r"requests\[0\]: AttentionConfig"),
+    ],
+)
+def test_what_is_no_request(tmp_path: Path, requests: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words) as caught:
+        Runtime(RuntimeSettings(cache_dir=tmp_path)).prewarm(requests, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_requests_take_dtypes_and_devices_of_torch() -> None:
+    wanted = request(dtype="float16", device="cuda:1")
+    assert request(dtype=torch.float16, device=torch.device("cuda", 1)) == wanted
+    with pytest.raises(ValueError, match=r"dtype: .* \(got 'float64'\)"):
+        request(dtype=torch.float64)
 
 
 def test_prewarmed_lengths_have_their_plans(warm_cache: Path, seed: int) -> None:
