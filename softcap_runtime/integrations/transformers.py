@@ -189,8 +189,12 @@ def _refuse(module: Any, attention_mask: Any, dropout: float, kwargs: dict[str, 
         raise ValueError(
             f"dropout: {dropout} on attention weights has no kernel; set attention_dropout=0 in the config"
         )
+    asked = kwargs
+    if "output_attentions" not in kwargs:  # a call's argument stands above the config
+        config = getattr(module, "config", None)
+        asked = {**kwargs, "output_attentions": getattr(config, "output_attentions", None)}
     for name, why in _REFUSED.items():
-        if kwargs.get(name) is not None and kwargs[name] is not False:
+        if asked.get(name) is not None and asked[name] is not False:
             raise ValueError(f"{name}: {why}; {instead}")
     if attention_mask is not None and not isinstance(attention_mask, HfMask):
         shape = tuple(getattr(attention_mask, "shape", ()))

@@ -259,6 +259,15 @@ def test_refused_by_name(what: str, seed: int, monkeypatch: pytest.MonkeyPatch) 
     assert "\n" not in str(raised.value)
 
 
+def test_weights_asked_for_in_the_config(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gemma(seed, output_attentions=True)
+    model.set_attn_implementation(NAME)
+    assert model(tokens(1, 6), output_attentions=False).logits.isfinite().all(), "the call's word counts"
+    monkeypatch.setattr(Runtime, "attend", lambda *_: pytest.fail("a kernel ran"))
+    with pytest.raises(ValueError, match=r"output_attentions: .*attn_implementation='eager'"):
+        model(tokens(1, 6))
+
+
 def test_mask_of_another_length_raises(runtime: Runtime, seed: int) -> None:
     model = gemma(seed, attn_implementation=NAME)
     mask = transformers.masking_utils.create_causal_mask(
