@@ -107,9 +107,7 @@ def interval_mask(
     if attention_mask is not None:
         padding = attention_mask[:, kv_offset : kv_offset + kv_length]
         padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
-        check_mask_arguments(
-            q_length, kv_length, batch_size, padding.device, causal=False, attention_mask=padding
-        )
+        _check_padding(q_length, kv_length, batch_size, padding)
     place = Place(q_length, kv_length, end, kv_offset, padding, device)
     if torch.compiler.is_dynamo_compiling():
         if use_vmap is not False:  # transformers before 5 doesn't say; where the graph breaks, parts are read
@@ -124,6 +122,21 @@ def interval_mask(
         shown = row_intervals(q_length, kv_length, causal=False, window=None, attention_mask=padding)
         mask = intersect(mask, shown, device)
     return HfMask(*mask)
+
+
+def _check_padding(q_length: int, kv_length: int, batch_size: int, padding: Tensor) -> None:
+    try:
+        check_mask_arguments(
+            q_length, kv_length, batch_size, padding.device, causal=False, attention_mask=padding
+        )
+    except ValueError as error:
+        problem, holes, _ = str(error).partition("; a mask with holes")
+        if not holes:
+            raise
+        # What helps elsewhere, a BlockMask, has no way through a model.
+        raise ValueError(
+            f"{problem}; remove the tokens between, or use attn_implementation='eager'"
+        ) from None
 
 
 def _shows_all(padding: Tensor, mask: RowIntervals) -> bool:

@@ -242,6 +242,11 @@ REFUSED = {
     "head mask": ({}, {"head_mask": torch.ones(4)}, "head_mask: .*attn_implementation='eager'"),
     "sinks": ({}, {"s_aux": torch.ones(4)}, "s_aux: .*attn_implementation='eager'"),
     "weights": ({}, {"output_attentions": True}, "output_attentions: .*attn_implementation='eager'"),
+    "holes": (
+        {},
+        {"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]])},
+        "attention_mask: 2 separate runs .*; remove the tokens between, or use attn_implementation='eager'",
+    ),
     "own mask": (
         {},
         {"attention_mask": torch.zeros(1, 1, 6, 6)},
