@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from softcap_runtime.config import AttentionConfig
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -18,10 +19,13 @@ class Cap(NamedTuple):
     scale: float
 
 
-def check_positive(name: str, value: float | None) -> None:
-    """Raise ValueError unless ``value`` is None or a finite number above 0."""
-    if value is not None and not 0 < value < math.inf:
-        raise ValueError(f"{name}: {value}, expected a finite number above 0")
+def check_config(config: Any) -> None:
+    """Raise TypeError for what is no AttentionConfig."""
+    if not isinstance(config, AttentionConfig):
+        raise TypeError(
+            f"config: {type(config).__name__}, expected an AttentionConfig; make one with AttentionConfig(scale=...) "
+            "or AttentionConfig.from_hf(model.config)"
+        )
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -5,11 +5,10 @@ This module imports nothing else of the package.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, SupportsIndex
 
 import platformdirs
 from pydantic import (
@@ -26,6 +25,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 EngineName = Literal["auto", "flex", "blocked", "dense", "eager"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 SLIDING = "sliding_attention"
+FULL = "full_attention"
+# Kernels compute in float32, which must hold a number, its inverse, and a few times either.
+SMALLEST, LARGEST = 1e-37, 1e37
 
 
 def _no_bool(value: Any) -> Any:
@@ -34,10 +36,22 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
-def _finite_positive(value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError("expected a finite number above 0")
+def _in_range(value: float) -> float:
+    if not SMALLEST <= value <= LARGEST:
+        raise ValueError(f"expected a number from {SMALLEST} to {LARGEST}")
     return value
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise TypeError or ValueError unless ``value`` is None or a number from SMALLEST to LARGEST."""
+    is_number = not isinstance(value, bool)
+    try:
+        fits = value is None or SMALLEST <= value <= LARGEST
+    except TypeError:
+        is_number = fits = False
+    if not (is_number and fits):
+        wrong = ValueError if is_number else TypeError
+        raise wrong(f"{name}: {value!r}, expected a number from {SMALLEST} to {LARGEST}")
 
 
 @contextmanager
@@ -54,8 +68,23 @@ def _one_line_errors(model: str) -> Iterator[None]:
         raise ValueError(f"{model}: " + "; ".join(parts)) from None
 
 
-PositiveNumber = Annotated[float, BeforeValidator(_no_bool), AfterValidator(_finite_positive)]
+def _torch_name(value: Any) -> Any:
+    """``torch.float32`` and ``torch.device("cpu")`` as the strings that a request keeps."""
+    if f"{type(value).__module__}.{type(value).__name__}" in ("torch.dtype", "torch.device"):
+        return str(value).removeprefix("torch.")
+    return value
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError("expected a path whose ~ is a user's home folder") from None
+
+
+PositiveNumber = Annotated[float, BeforeValidator(_no_bool), AfterValidator(_in_range)]
 PositiveInt = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+UserPath = Annotated[Path, AfterValidator(_expanded)]
 
 
 class AttentionConfig(BaseModel):
@@ -92,50 +121,87 @@ class AttentionConfig(BaseModel):
         window is kept only where ``layer_types[layer_idx]`` is ``"sliding_attention"``; without it the
         config describes a global layer if ``layer_types`` mixes kinds.
 
-        Raises ValueError when a field is missing or ``layer_idx`` is out of range.
+        Raises ValueError or TypeError when a field is missing or holds what it cannot, when ``layer_idx`` is out
+        of range, or when the layer is neither full nor sliding attention.
         """
         get_text = getattr(config, "get_text_config", None)
         config = get_text() if callable(get_text) else config
-        return cls(
-            softcap=getattr(config, "attn_logit_softcapping", None),
-            scale=_hf_scale(config),
-            window=_hf_window(config, layer_idx),
-        )
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        check_positive("attn_logit_softcapping", softcap)
+        return cls(softcap=softcap, scale=_hf_scale(config), window=_hf_window(config, layer_idx))
+
+
+def hf_count(config: Any, name: str) -> int:
+    """The field ``name`` of a Hugging Face config. Raises TypeError or ValueError unless it is an int above 0."""
+    value: Any = getattr(config, name, None)
+    wanted = f"{name}: {value!r}, expected an integer of at least 1; correct the model's config"
+    if not _is_integer(value):
+        raise TypeError(wanted)
+    if int(value) < 1:
+        raise ValueError(wanted)
+    return int(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
 
 
 def _hf_scale(config: Any) -> float:
     scalar = getattr(config, "query_pre_attn_scalar", None)
     if scalar is None:
         scalar = hf_head_dim(config)
+    check_positive("query_pre_attn_scalar", scalar)
     return float(scalar) ** -0.5
 
 
 def hf_head_dim(config: Any) -> int:
     """``head_dim`` of a Hugging Face config, or ``hidden_size // num_attention_heads`` where it has none."""
-    head_dim = getattr(config, "head_dim", None)
-    if head_dim is not None:
-        return int(head_dim)
-    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    if hidden is None or heads is None:
+    if getattr(config, "head_dim", None) is not None:
+        return hf_count(config, "head_dim")
+    names = ("hidden_size", "num_attention_heads")
+    if any(getattr(config, name, None) is None for name in names):
         raise ValueError(
             f"config: {type(config).__name__} has none of query_pre_attn_scalar, head_dim, or hidden_size with "
             "num_attention_heads; pass a Hugging Face attention config or build AttentionConfig(scale=...)"
         )
-    return int(hidden) // int(heads)
+    hidden, heads = (hf_count(config, name) for name in names)
+    if hidden < heads:
+        raise ValueError(f"hidden_size: {hidden}, expected at least num_attention_heads, which is {heads}")
+    return hidden // heads
 
 
 def _hf_window(config: Any, layer_idx: int | None) -> int | None:
+    kinds = _hf_kinds(config, layer_idx)
     window = getattr(config, "sliding_window", None)
     if window is None or getattr(config, "use_sliding_window", True) is False:
         return None
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return int(window)
+    window = hf_count(config, "sliding_window")
+    return window if all(kind == SLIDING for kind in kinds) else None
+
+
+def _hf_kinds(config: Any, layer_idx: int | None) -> list[str]:
+    """The kind of the layer asked for, of all layers where none is, and nothing where the config doesn't say."""
+    kinds = getattr(config, "layer_types", None)
+    if not (kinds is None or isinstance(kinds, (list, tuple))):
+        raise TypeError(f"layer_types: {kinds!r}, expected a list of {FULL!r} and {SLIDING!r}")
     if layer_idx is None:
-        return int(window) if all(kind == SLIDING for kind in layer_types) else None
-    if not 0 <= layer_idx < len(layer_types):
-        raise ValueError(f"layer_idx: {layer_idx} is outside the model's {len(layer_types)} layers")
-    return int(window) if layer_types[layer_idx] == SLIDING else None
+        return list(kinds or ())
+    if not _is_integer(layer_idx):
+        raise TypeError(f"layer_idx: {layer_idx!r}, expected an integer, or None for a global layer")
+    count = len(kinds) if kinds is not None else None
+    if kinds is None and getattr(config, "num_hidden_layers", None) is not None:
+        count = hf_count(config, "num_hidden_layers")
+    if layer_idx < 0 or (count is not None and layer_idx >= count):
+        most = "" if count is None else f" and less than the model's {count} layers"
+        raise ValueError(f"layer_idx: {layer_idx}, expected at least 0{most}")
+    if kinds is None:
+        return []
+    if kinds[layer_idx] not in (FULL, SLIDING):
+        raise ValueError(
+            f"layer_types[{layer_idx}]: {kinds[layer_idx]!r}, expected {FULL!r} or {SLIDING!r}; "
+            "no AttentionConfig describes such a layer"
+        )
+    return [kinds[layer_idx]]
 
 
 class PrewarmRequest(BaseModel):
@@ -143,7 +209,7 @@ class PrewarmRequest(BaseModel):
 
     ``config``: the attention of the layer. ``num_heads``, ``num_kv_heads``, ``head_dim``: of the layer.
     ``seq_lens``: lengths that will be used; kernels take any length, these get their masks too.
-    ``dtype``, ``device``: of q, k and v. ``train``: whether gradients will be asked for.
+    ``dtype``, ``device``: of q, k and v, torch's own or their names. ``train``: whether gradients will be asked for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -153,8 +219,8 @@ class PrewarmRequest(BaseModel):
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
     seq_lens: tuple[PositiveInt, ...] = ()
-    dtype: DtypeName = "bfloat16"
-    device: str = "cpu"
+    dtype: Annotated[DtypeName, BeforeValidator(_torch_name)] = "bfloat16"
+    device: Annotated[str, BeforeValidator(_torch_name)] = "cpu"
     train: bool = False
 
     def __init__(self, **fields: Any) -> None:
@@ -171,7 +237,7 @@ def default_cache_dir() -> Path:
 
 
 class RuntimeSettings(BaseSettings):
-    """Settings of a runtime; each is read from ``SOFTCAP_<NAME>`` where it is not given.
+    """Settings of a runtime; each is read from ``SOFTCAP_<NAME>`` where it is not given (empty counts as unset).
 
     ``cache_dir``: folder of the kernel cache. ``cache_size_limit``: its size in bytes (``"4GB"`` works); the
     least recently used entries leave first. ``cache_key_file``: a file whose bytes authenticate entries
@@ -183,11 +249,13 @@ class RuntimeSettings(BaseSettings):
     ``softcap * 5e-4``; nothing changes on the CPU.
     """
 
-    model_config = SettingsConfigDict(env_prefix="SOFTCAP_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="SOFTCAP_", env_ignore_empty=True, frozen=True, extra="forbid"
+    )
 
-    cache_dir: Path = Field(default_factory=default_cache_dir)
+    cache_dir: UserPath = Field(default_factory=default_cache_dir)
     cache_size_limit: ByteSize = Field(default=ByteSize(2 * 1024**3), gt=0)
-    cache_key_file: Path | None = None
+    cache_key_file: UserPath | None = None
     jit: Literal["allow", "warn", "forbid"] = "allow"
     build: Literal["block", "background"] = "block"
     engine: EngineName = "auto"

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import Cap, check_positive, check_qkv
-from softcap_runtime.config import EngineName
+from softcap_runtime.checks import Cap, check_qkv
+from softcap_runtime.config import EngineName, check_positive
 from softcap_runtime.errors import EngineUnavailable, KernelNotPrewarmed
 from softcap_runtime.kernels.flex import has_flex_attention
 from softcap_runtime.kernels.general import attend_block_mask, attend_elements, elements_of
@@ -125,6 +125,10 @@ def _layer(layer: Any, head_dim: int) -> Cap:
     config = getattr(layer, "config", None)
     if config is None:
         raise ValueError(f"self: {type(layer).__name__} has no config; pass the attention layer")
+    if isinstance(config, dict):
+        raise TypeError(
+            "self.config: dict, expected an object with attributes; pass SimpleNamespace(**config) or the model's"
+        )
     softcap = getattr(config, "attn_logit_softcapping", None)
     scalar = getattr(config, "query_pre_attn_scalar", None)
     check_positive("self.config.attn_logit_softcapping", softcap)

@@ -8,9 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from softcap_runtime.config import SLIDING, AttentionConfig, DtypeName, PrewarmRequest, hf_head_dim
-
-FULL = "full_attention"
+from softcap_runtime.config import (
+    FULL,
+    SLIDING,
+    AttentionConfig,
+    DtypeName,
+    PrewarmRequest,
+    hf_count,
+    hf_head_dim,
+)
 
 
 class Shape(NamedTuple):
@@ -86,27 +92,25 @@ def _read_shape(path: Path) -> Shape:
 
 
 def _shape(model: Any) -> Shape:
-    heads = _integer(model, "num_attention_heads")
-    layers = _integer(model, "num_hidden_layers")
+    heads = hf_count(model, "num_attention_heads")
+    layers = hf_count(model, "num_hidden_layers")
     if getattr(model, "layer_types", None) is None:
         model.layer_types = _layer_types(model, layers)
-    distinct = dict.fromkeys(AttentionConfig.from_hf(model, layer_idx=layer) for layer in range(layers))
-    kv_heads = heads if getattr(model, "num_key_value_heads", None) is None else model.num_key_value_heads
-    return Shape(tuple(distinct), heads, int(kv_heads), hf_head_dim(model))
-
-
-def _integer(model: Any, name: str) -> int:
-    value = getattr(model, name, None)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: {value!r}, expected an integer of at least 1")
-    return value
+    kinds = model.layer_types
+    # Layers of linear attention run no kernel of ours.
+    ours = [at for at in range(layers) if kinds is None or kinds[at : at + 1] != ["linear_attention"]]
+    distinct = dict.fromkeys(AttentionConfig.from_hf(model, layer_idx=at) for at in ours or range(layers))
+    grouped = getattr(model, "num_key_value_heads", None) is not None
+    kv_heads = hf_count(model, "num_key_value_heads") if grouped else heads
+    return Shape(tuple(distinct), heads, kv_heads, hf_head_dim(model))
 
 
 def _layer_types(model: Any, layers: int) -> list[str] | None:
     """The kinds of layers of a config from before ``layer_types``, by the rules of the models' own code."""
-    pattern = getattr(model, "sliding_window_pattern", None)
-    if pattern is None and getattr(model, "model_type", None) == "gemma2":
+    if getattr(model, "sliding_window_pattern", None) is not None:
+        pattern = hf_count(model, "sliding_window_pattern")
+    elif getattr(model, "model_type", None) == "gemma2":
         pattern = 2
-    if pattern is None:
+    else:
         return None
     return [SLIDING if (layer + 1) % pattern else FULL for layer in range(layers)]

@@ -54,9 +54,11 @@ def prewarm(runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool
     need the same one wait for its file lock, then load it. A rank returns when all its kernels are published: while
     one stands in a collective, no other waits for a builder.
 
-    Raises ValueError for heads that do not divide or a device that is not there, EngineUnavailable when the
-    engine of the settings cannot serve a request; both before anything is built.
+    Raises TypeError for what is no PrewarmRequest, ValueError for heads that do not divide or a device that is
+    not there, EngineUnavailable when the engine of the settings cannot serve a request; all before anything is
+    built.
     """
+    requests = _checked(requests)
     specs = {request: kernels_of(request, runtime.settings.engine) for request in requests}
     distinct = list(dict.fromkeys(spec for each in specs.values() for spec in each))
     with _shown(len(distinct), progress and bool(distinct)) as shown, ThreadPoolExecutor(_cores()) as pool:
@@ -70,6 +72,22 @@ def prewarm(runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool
         if not failed.intersection(each):
             _bind_lengths(runtime, request)
     return results
+
+
+def _checked(requests: Iterable[PrewarmRequest]) -> list[PrewarmRequest]:
+    # A request is iterable itself: pydantic's models give their fields.
+    if isinstance(requests, PrewarmRequest) or not isinstance(requests, Iterable):
+        raise TypeError(
+            f"requests: {type(requests).__name__}, expected several PrewarmRequests; put them into a list"
+        )
+    listed = list(requests)
+    for place, request in enumerate(listed):
+        if not isinstance(request, PrewarmRequest):
+            raise TypeError(
+                f"requests[{place}]: {type(request).__name__}, expected a PrewarmRequest; make one with "
+                "PrewarmRequest(config=..., num_heads=..., num_kv_heads=..., head_dim=...)"
+            )
+    return listed
 
 
 def kernels_of(request: PrewarmRequest, engine: str) -> list[KernelSpec]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import check_qkv
+from softcap_runtime.checks import check_config, check_qkv
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
 from softcap_runtime.kernels import operator
 from softcap_runtime.kernels.engine import Call
@@ -207,8 +207,8 @@ class Runtime:
                 return None
             plain = q.stride(3) == k.stride(3) == v.stride(3) == 1
             return plan if plain and not (q.is_neg() or k.is_neg() or v.is_neg()) else None
-        except (AttributeError, IndexError):
-            return None  # not tensors of four dimensions: the checks say it properly
+        except (AttributeError, IndexError, TypeError):
+            return None  # not tensors of four dimensions, or no config: the checks say it properly
 
     def _make_shortcut(
         self, q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, arguments: object
@@ -245,7 +245,8 @@ def _intervals(
     spans: Tensor | None,
     cache_lengths: Tensor | None,
 ) -> RowIntervals:
-    """Check the mask arguments and intersect them with the config's."""
+    """Check the config and the mask arguments, and intersect these with the config's."""
+    check_config(config)
     q_len, kv_len = q.shape[2], k.shape[2]
     given = {
         "attention_mask": attention_mask,

@@ -56,7 +56,7 @@ class RuntimeStats(_Frozen):
     took. ``bytes``: ``package_bytes`` of loaded packages and ``mask_bytes`` of masks that are kept.
     ``background_pending``, ``background_failed``: builds behind calls that another engine serves meanwhile,
     the latter with the error of each kernel. ``cache_dir`` and ``cache_fault``: the folder, and why it is not
-    used.
+    used, or could not be: a folder that no call needed yet is looked at, not made.
     """
 
     hits: int
@@ -100,7 +100,7 @@ def collect(runtime: Runtime) -> RuntimeStats:
         background_pending=supply.pending,
         background_failed={" ".join(map(str, spec)): error for spec, error in supply.failed.items()},
         cache_dir=str(supply.store.folder),
-        cache_fault=supply.store.fault,
+        cache_fault=supply.store.database.foreseen(),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from helpers import Sizes, make_qkv
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, EngineUnavailable, Runtime, RuntimeSettings
+from softcap_runtime.checks import Cap
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
 
@@ -149,9 +151,14 @@ def test_bad_masks(unused: Runtime, name: str, value: Any, error: type[Exception
     refused(unused, error, [f"{name}: ", *words], q, k, v, CONFIG, **{name: value})
 
 
-def test_a_config_that_is_none(unused: Runtime) -> None:
-    with pytest.raises((TypeError, AttributeError)):
-        unused.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), None)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "config", [None, CONFIG.model_dump(), SimpleNamespace(**CONFIG.model_dump()), Cap(50.0, 0.125)]
+)
+def test_a_config_of_another_type(unused: Runtime, config: Any) -> None:
+    inputs = make_qkv(Sizes(1, 2, 1, 4, 4))
+    words = [f"config: {type(config).__name__}, expected an AttentionConfig"]
+    refused(unused, TypeError, words, *inputs, config)
+    refused(unused, TypeError, words, *inputs, config, attention_mask=torch.ones(1, 4, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("engine", ["flex", "blocked", "dense"])

@@ -48,7 +48,9 @@ def test_frozen() -> None:
 
 
 @pytest.mark.parametrize("name", ["softcap", "scale"])
-@pytest.mark.parametrize("value", [0, 0.0, -1.0, math.nan, math.inf, -math.inf, True, "wide", [1.0]])
+@pytest.mark.parametrize(
+    "value", [0, -1.0, 1e-46, 1e-38, 1e38, 1e39, math.nan, math.inf, -math.inf, True, "wide", [1.0]]
+)
 def test_bad_numbers(name: str, value: Any) -> None:
     one_line_error(lambda: AttentionConfig(**{"scale": 0.1, name: value}), name, repr(value))
 
@@ -84,7 +86,7 @@ def test_bad_requests(name: str, value: Any) -> None:
 
 
 def one_line_error(make: Any, *words: str) -> None:
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises((TypeError, ValueError)) as raised:
         make()
     text = str(raised.value)
     assert "\n" not in text
@@ -128,6 +130,23 @@ def test_bad_softcap_approx(monkeypatch: pytest.MonkeyPatch) -> None:
     one_line_error(lambda: RuntimeSettings(softcap_approx="maybe"), "softcap_approx", "maybe")
     monkeypatch.setenv("SOFTCAP_APPROX", "maybe")
     one_line_error(RuntimeSettings, "softcap_approx", "maybe")
+
+
+@pytest.mark.parametrize("name", ["CACHE_DIR", "CACHE_KEY_FILE", "CACHE_SIZE_LIMIT", "JIT", "APPROX"])
+def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv(f"SOFTCAP_{name}", raising=False)
+    default = RuntimeSettings()
+    monkeypatch.setenv(f"SOFTCAP_{name}", "")
+    assert RuntimeSettings() == default
+
+
+@pytest.mark.parametrize("name", ["cache_dir", "cache_key_file"])
+def test_paths_of_the_users_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert getattr(RuntimeSettings(**{name: Path("~/here")}), name) == tmp_path / "here"
+    monkeypatch.setenv(f"SOFTCAP_{name.upper()}", "~/there")
+    assert getattr(RuntimeSettings(), name) == tmp_path / "there"
+    one_line_error(lambda: RuntimeSettings(**{name: "~no such user/x"}), name, "~no such user")
 
 
 def test_default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,3 +201,40 @@ def test_from_any_object() -> None:
         "softcap",
         "-1.0",
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "layer", "words"),
+    [
+        ({"query_pre_attn_scalar": 0}, None, "query_pre_attn_scalar: 0"),
+        ({"query_pre_attn_scalar": -256}, None, "query_pre_attn_scalar: -256"),
+        ({"query_pre_attn_scalar": "abc"}, None, "query_pre_attn_scalar: 'abc'"),
+        ({"query_pre_attn_scalar": True}, None, "query_pre_attn_scalar: True"),
+        ({"attn_logit_softcapping": "50"}, None, "attn_logit_softcapping: '50'"),
+        ({"head_dim": 0}, None, "head_dim: 0"),
+        ({"head_dim": "x"}, None, "head_dim: 'x'"),
+        ({"head_dim": None, "hidden_size": 64, "num_attention_heads": 0}, None, "num_attention_heads: 0"),
+        ({"head_dim": None, "hidden_size": 0, "num_attention_heads": 4}, None, "hidden_size: 0"),
+        ({"head_dim": None, "hidden_size": 4, "num_attention_heads": 8}, None, "hidden_size: 4"),
+        ({"sliding_window": "x"}, None, "sliding_window: 'x'"),
+        ({"sliding_window": 0}, None, "sliding_window: 0"),
+        ({}, "0", "layer_idx: '0'"),
+        ({}, True, "layer_idx: True"),
+        ({}, -1, "layer_idx: -1"),
+        ({"num_hidden_layers": 4}, 4, "layer_idx: 4, expected at least 0 and less than the model's 4 layers"),
+        ({"layer_types": ["full_attention"] * 2}, 2, "layer_idx: 2"),
+        ({"num_hidden_layers": "4"}, 0, "num_hidden_layers: '4'"),
+        ({"layer_types": "full_attention"}, 0, "layer_types: 'full_attention'"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, 1, "layer_types[1]: 'chunked_attention'"),
+        ({"layer_types": ["linear_attention"], "sliding_window": 9}, 0, "layer_types[0]: 'linear_attention'"),
+    ],
+)
+def test_odd_fields_of_a_model(fields: dict[str, Any], layer: Any, words: str) -> None:
+    model = SimpleNamespace(**{"head_dim": 64, **fields})
+    one_line_error(lambda: AttentionConfig.from_hf(model, layer), words, "expected")
+
+
+def test_other_layers_of_a_model_with_odd_kinds() -> None:
+    kinds = ["full_attention", "chunked_attention", "sliding_attention"]
+    model = SimpleNamespace(head_dim=64, sliding_window=9, layer_types=kinds)
+    assert [AttentionConfig.from_hf(model, layer).window for layer in (None, 0, 2)] == [None, None, 9]

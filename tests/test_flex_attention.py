@@ -253,6 +253,21 @@ def test_both_doors_give_the_same(own_runtime: Runtime, seed: int) -> None:
             ValueError,
             "query_pre_attn_scalar: 0",
         ),
+        (
+            {"self": SimpleNamespace(config=SimpleNamespace(attn_logit_softcapping="50"))},
+            TypeError,
+            r"self\.config\.attn_logit_softcapping: '50', expected a number",
+        ),
+        (
+            {"self": SimpleNamespace(config=SimpleNamespace(attn_logit_softcapping=1e39))},
+            ValueError,
+            r"self\.config\.attn_logit_softcapping: 1e\+39",
+        ),
+        (
+            {"self": SimpleNamespace(config={"attn_logit_softcapping": 50.0})},
+            TypeError,
+            r"self\.config: dict, expected an object",
+        ),
     ],
 )
 def test_bad_input(function: Any, change: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,28 @@ def test_bad_requests_raise_before_anything_is_built(tmp_path: Path, monkeypatch
     assert asked == []
 
 
+@pytest.mark.parametrize(
+    ("requests", "words"),
+    [
+        (request(), "requests: PrewarmRequest, expected several PrewarmRequests"),
+        (None, "requests: NoneType, expected"),
+        ([request(), request().model_dump()], r"requests\[1\]: dict, expected a PrewarmRequest"),
+        (iter([request().config]), r"requests\[0\]: AttentionConfig"),
+    ],
+)
+def test_what_is_no_request(tmp_path: Path, requests: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words) as caught:
+        Runtime(RuntimeSettings(cache_dir=tmp_path)).prewarm(requests, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_requests_take_dtypes_and_devices_of_torch() -> None:
+    wanted = request(dtype="float16", device="cuda:1")
+    assert request(dtype=torch.float16, device=torch.device("cuda", 1)) == wanted
+    with pytest.raises(ValueError, match=r"dtype: .* \(got 'float64'\)"):
+        request(dtype=torch.float64)
+
+
 def test_prewarmed_lengths_have_their_plans(warm_cache: Path, seed: int) -> None:
     lengths = random.sample(range(1, 700), 3)
     runtime = Runtime(RuntimeSettings(cache_dir=warm_cache, jit="forbid"))
@@ -198,6 +221,16 @@ def test_a_pattern_of_sliding_layers(tmp_path: Path) -> None:
     assert (only.config.window, only.num_kv_heads, only.config.softcap) == (32, 4, None)
 
 
+def test_layers_of_linear_attention_need_no_kernel(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    fields = {"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": 8}
+    path.write_text(json.dumps({**fields, "layer_types": ["linear_attention", "full_attention"]}))
+    assert [one.config for one in requests_for(path)] == [AttentionConfig(scale=8**-0.5)]
+    path.write_text(json.dumps({**fields, "layer_types": ["linear_attention"] * 2}))
+    with pytest.raises(ValueError, match="'linear_attention'"):
+        requests_for(path)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -211,7 +244,15 @@ def test_a_pattern_of_sliding_layers(tmp_path: Path) -> None:
             '{"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": 8, "layer_types":3, "sliding_window":4}',
             "cannot be used",
         ),
-        ('{"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": "x"}', "cannot be used"),
+        ('{"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": "x"}', "head_dim: 'x'"),
+        (
+            '{"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": 8, "sliding_window_pattern": 0}',
+            "sliding_window_pattern: 0",
+        ),
+        (
+            '{"num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": 8, "num_key_value_heads": "x"}',
+            "num_key_value_heads: 'x'",
+        ),
     ],
 )
 def test_bad_model_files_are_told_in_one_line(tmp_path: Path, text: str | None, words: str) -> None:

@@ -99,3 +99,23 @@ def test_a_folder_that_cannot_be_used_is_shown(tmp_path: Path, monkeypatch: pyte
     assert "is a file" in (stats.cache_fault or "")
     assert (stats.builds, stats.kernels[0].source, stats.kernels[0].plans) == (1, "built", 0)
     assert stats.build_seconds == stats.kernels[0].seconds
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("file", "file is a file"),
+        ("file/cache", "file is a file"),
+        ("open", "chmod go-w"),
+        ("new/cache", None),
+    ],
+)
+def test_a_folder_is_looked_at_before_it_is_needed(tmp_path: Path, folder: str, words: str | None) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path / folder, engine="eager"))
+    call(runtime, 8)
+    fault = runtime.stats().cache_fault
+    assert fault is None if words is None else words in (fault or "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "open"]

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import Cap, check_positive, check_qkv
+from softcap_runtime.checks import Cap, check_qkv
+from softcap_runtime.config import check_positive
 from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, intersect, read
 from softcap_runtime.integrations.hf_probe import probe
 from softcap_runtime.kernels.operator import autocast_inputs
@@ -106,9 +107,7 @@ def interval_mask(
     if attention_mask is not None:
         padding = attention_mask[:, kv_offset : kv_offset + kv_length]
         padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
-        check_mask_arguments(
-            q_length, kv_length, batch_size, padding.device, causal=False, attention_mask=padding
-        )
+        _check_padding(q_length, kv_length, batch_size, padding)
     place = Place(q_length, kv_length, end, kv_offset, padding, device)
     if torch.compiler.is_dynamo_compiling():
         if use_vmap is not False:  # transformers before 5 doesn't say; where the graph breaks, parts are read
@@ -123,6 +122,21 @@ def interval_mask(
         shown = row_intervals(q_length, kv_length, causal=False, window=None, attention_mask=padding)
         mask = intersect(mask, shown, device)
     return HfMask(*mask)
+
+
+def _check_padding(q_length: int, kv_length: int, batch_size: int, padding: Tensor) -> None:
+    try:
+        check_mask_arguments(
+            q_length, kv_length, batch_size, padding.device, causal=False, attention_mask=padding
+        )
+    except ValueError as error:
+        problem, holes, _ = str(error).partition("; a mask with holes")
+        if not holes:
+            raise
+        # What helps elsewhere, a BlockMask, has no way through a model.
+        raise ValueError(
+            f"{problem}; remove the tokens between, or use attn_implementation='eager'"
+        ) from None
 
 
 def _shows_all(padding: Tensor, mask: RowIntervals) -> bool:
@@ -188,8 +202,12 @@ def _refuse(module: Any, attention_mask: Any, dropout: float, kwargs: dict[str, 
         raise ValueError(
             f"dropout: {dropout} on attention weights has no kernel; set attention_dropout=0 in the config"
         )
+    asked = kwargs
+    if "output_attentions" not in kwargs:  # a call's argument stands above the config
+        config = getattr(module, "config", None)
+        asked = {**kwargs, "output_attentions": getattr(config, "output_attentions", None)}
     for name, why in _REFUSED.items():
-        if kwargs.get(name) is not None and kwargs[name] is not False:
+        if asked.get(name) is not None and asked[name] is not False:
             raise ValueError(f"{name}: {why}; {instead}")
     if attention_mask is not None and not isinstance(attention_mask, HfMask):
         shape = tuple(getattr(attention_mask, "shape", ()))

@@ -54,6 +54,12 @@ class Database:
         """The oldest fault that lasts."""
         return next(iter(self._faults.values()), None)
 
+    def foreseen(self) -> str | None:
+        """``fault``; before the first use, what stands in the way of it. Opens and creates nothing."""
+        if self._index is not None or self.fault is not None:
+            return self.fault
+        return trust.foresee(self.folder)
+
     def use(self, what: str, action: Callable[[Index], T], default: T) -> T:
         """Run ``action`` on the open index; after a disk fault note it and give ``default``.
 

@@ -48,6 +48,18 @@ def check(folder: Path, lstat: LStat = os.lstat) -> Verdict:
     return Verdict(problem, os.access(folder, os.W_OK | os.X_OK, effective_ids=True), owner, mode)
 
 
+def foresee(folder: Path) -> str | None:
+    """Why ``folder``, which may not be there yet, could not be used, in one line; creates nothing. Never raises."""
+    if os.path.lexists(folder):
+        return check(folder).problem
+    above = next(path for path in folder.parents if os.path.lexists(path))
+    if not above.is_dir():
+        return f"cache folder {folder}: {above} is a file, expected a folder; remove it or set another one"
+    if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
+        return f"cache folder {folder} cannot be made in {above}: it is read-only; set another one"
+    return None
+
+
 def make_private(folder: Path) -> None:
     """Create ``folder`` and what is missing above it with mode 0700 whatever the umask. Raises OSError."""
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]

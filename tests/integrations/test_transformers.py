@@ -242,6 +242,11 @@ REFUSED = {
     "head mask": ({}, {"head_mask": torch.ones(4)}, "head_mask: .*attn_implementation='eager'"),
     "sinks": ({}, {"s_aux": torch.ones(4)}, "s_aux: .*attn_implementation='eager'"),
     "weights": ({}, {"output_attentions": True}, "output_attentions: .*attn_implementation='eager'"),
+    "holes": (
+        {},
+        {"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1]])},
+        "attention_mask: 2 separate runs .*; remove the tokens between, or use attn_implementation='eager'",
+    ),
     "own mask": (
         {},
         {"attention_mask": torch.zeros(1, 1, 6, 6)},
@@ -257,6 +262,15 @@ def test_refused_by_name(what: str, seed: int, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match=words) as raised:
         gemma(seed, attn_implementation=NAME, **fields).train()(tokens(1, 6), **inputs)
     assert "\n" not in str(raised.value)
+
+
+def test_weights_asked_for_in_the_config(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gemma(seed, output_attentions=True)
+    model.set_attn_implementation(NAME)
+    assert model(tokens(1, 6), output_attentions=False).logits.isfinite().all(), "the call's word counts"
+    monkeypatch.setattr(Runtime, "attend", lambda *_: pytest.fail("a kernel ran"))
+    with pytest.raises(ValueError, match=r"output_attentions: .*attn_implementation='eager'"):
+        model(tokens(1, 6))
 
 
 def test_mask_of_another_length_raises(runtime: Runtime, seed: int) -> None:
