@@ -76,11 +76,6 @@ class Plans:
                 self._evictions = evictions
             self._plans[key] = plan
 
-    def forget(self) -> None:
-        """Let go of every plan; the counts stay."""
-        with self._lock:
-            self._forget()
-
     def items(self) -> Iterator[tuple[PlanKey, Plan]]:
         """A snapshot of what is remembered."""
         return iter(list(self._plans.items()))

@@ -64,6 +64,10 @@ class Supply:
         if not missing:
             return Chosen(choice.engine, choice.reason, True)
         if self.settings.jit == "forbid":
+            if compiles_in_process(missing[0]):
+                raise KernelNotPrewarmed(
+                    f"{_words(missing[0])} is compiled in each process; call Runtime.prewarm in this one first"
+                )
             raise KernelNotPrewarmed(
                 f"{_words(missing[0])} is not in the cache; run: {self.command(problem)}"
             )

@@ -6,8 +6,9 @@ import os
 import random
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,17 +77,24 @@ SHARED_KERNELS = [
 
 
 @pytest.fixture(scope="session")
-def warm_cache(cache_dir: Path) -> Iterator[Path]:
-    """The session's cache, with the shared kernels being built in the background.
-
-    A test that needs a kernel which is not there yet waits for it, or builds it itself.
-    """
+def builds(cache_dir: Path) -> Iterator[list[Future[Any]]]:
+    """The shared kernels, being built in the background."""
     supply = Runtime(RuntimeSettings(cache_dir=cache_dir)).supply
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for spec in SHARED_KERNELS:
-            pool.submit(supply.obtain, spec)
-        yield cache_dir
+        yield [pool.submit(supply.obtain, spec) for spec in SHARED_KERNELS]
         pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def warm_cache(cache_dir: Path, builds: list[Future[Any]]) -> Path:
+    """The session's cache. A test that needs a kernel which is not there yet waits for it, or builds it itself."""
+    return cache_dir
+
+
+@pytest.fixture(scope="session")
+def all_kernels(builds: list[Future[Any]]) -> None:
+    """Waits for the shared kernels: for tests that count builds, or put something else in the compiler's place."""
+    wait(builds)
 
 
 @pytest.fixture(scope="session")

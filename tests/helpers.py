@@ -58,9 +58,6 @@ def make_qkv(
     )
 
 
-MASK_NAMES = ("attention_mask", "document_ids", "prefix_lengths", "spans", "cache_lengths")
-
-
 def visible(q_len: int, kv_len: int, *, causal: bool, window: int | None, **masks: Tensor | None) -> Tensor:
     """The mask from the words of the specification, all S x S of it: bool ``[B or 1, Sq, Skv]``.
 
@@ -241,11 +238,6 @@ def masks(draw: st.DrawFn, sizes: Sizes) -> dict[str, Tensor]:
     if "attention_mask" in found and draw(st.booleans()):
         found["attention_mask"] = found["attention_mask"].bool()
     return found
-
-
-def kernel_sources(runtime: Runtime) -> dict[Any, str]:
-    """The kernels that a runtime has come by, and how."""
-    return {spec: one.source for spec, one in runtime.supply.supplied.items()}
 
 
 def package_of(runtime: Runtime, spec: KernelSpec) -> bytes:

@@ -20,6 +20,8 @@ from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.store import Key, Store, fingerprint
 from softcap_runtime.store.schema import DBNAME
 
+pytestmark = pytest.mark.usefixtures("all_kernels")
+
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = ["--num-heads", "4", "--num-kv-heads", "2", "--head-dim", str(HEAD_DIM), "--scale", "0.125"]
 Command = Callable[..., tuple[int, str, str]]

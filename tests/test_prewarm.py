@@ -28,6 +28,8 @@ from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.presets import PRESETS, requests_for
 from softcap_runtime.prewarm import kernel_name
 
+pytestmark = pytest.mark.usefixtures("all_kernels")
+
 CONFIG = AttentionConfig(softcap=50.0, scale=HEAD_DIM**-0.5, window=100)
 
 

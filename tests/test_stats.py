@@ -14,6 +14,8 @@ from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettin
 from softcap_runtime.kernels import package
 from softcap_runtime.kernels.key import KernelSpec
 
+pytestmark = pytest.mark.usefixtures("all_kernels")
+
 CONFIG = AttentionConfig(softcap=50.0, scale=HEAD_DIM**-0.5)
 
 

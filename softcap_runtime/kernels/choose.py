@@ -79,6 +79,9 @@ def _automatic(problem: Problem) -> Choice:
 
 
 def _only_reason(engine: Engine, problem: Problem) -> str:
+    if engine is dense.DENSE and not packages_work():
+        return f"torch {torch.__version__} has no other compiled engine (2.6 and newer have)"
     if engine is dense.DENSE:
-        return f"torch {torch.__version__} on {problem.device.type} has no other compiled engine for this"
+        refusals = (engine_named(name, problem.device).refuses(problem) for name in ("blocked", "flex"))
+        return "; ".join(refusal for refusal in refusals if refusal)
     return "gradients" if problem.train else "the fastest on this device"

@@ -63,6 +63,6 @@ def _loaded(spec: KernelSpec, data: bytes) -> Runner:
         return load_package(data, torch.device(spec.device))
     except Exception as error:
         raise SoftcapRuntimeError(
-            f"the package of kernel {spec.op} does not load ({str(error).splitlines()[0]}); "
+            f"the package of kernel {spec.op} does not load ({(str(error) or repr(error)).splitlines()[0]}); "
             "run: softcap-runtime clear"
         ) from error

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import HEAD_DIM, LAYOUTS, Sizes, expected, make_qkv, relative_error
 
-from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime, RuntimeSettings
+from softcap_runtime import AttentionConfig, KernelNotPrewarmed, PrewarmRequest, Runtime, RuntimeSettings
 from softcap_runtime.kernels.key import KernelSpec
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
@@ -79,3 +79,13 @@ def test_prewarming_tells_that_its_kernels_are_compiled_here(tmp_path: Path) -> 
     supplied = runtime.supply.obtain(KernelSpec("dense_forward", "cpu", "float32", 0, True, ""))
     assert (kernel.source, kernel.bytes) == (supplied.source, supplied.bytes) == ("compiled", 0)
     assert runtime.stats().builds == runtime.stats().loads == 0
+
+
+def test_forbid_says_where_a_kernel_of_this_process_comes_from(tmp_path: Path) -> None:
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="dense", jit="forbid"))
+    inputs = make_qkv(Sizes(2, 4, 2, 20, 20))
+    with pytest.raises(KernelNotPrewarmed, match=r"call Runtime\.prewarm in this one first$"):
+        runtime.attention(*inputs, CONFIG)
+    request = PrewarmRequest(config=CONFIG, num_heads=4, num_kv_heads=2, head_dim=HEAD_DIM, dtype="float32")
+    runtime.prewarm([request], progress=False)
+    assert relative_error(runtime.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6

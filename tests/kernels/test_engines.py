@@ -81,7 +81,9 @@ def test_any_mask_in_blocks_of_many_chunks(warm_cache: Any, runtimes: dict[str, 
 @given(case=cases(), cap=st.floats(0.1, 1000.0))
 def test_any_mask_in_half_precision(runtimes: dict[str, Runtime], case: Case, cap: float) -> None:
     case = case._replace(config=case.config.model_copy(update={"softcap": cap}))
-    for engine, tolerance in (("flex", 3e-3), ("blocked", 4e-3), ("eager", 3e-3)):
+    # Products in bf16 (CPUs with AMX) round once more: 4.08e-3 was seen over one head of few rows.
+    tiles = blocked.compute_dtype(torch.bfloat16) == torch.bfloat16
+    for engine, tolerance in (("flex", 3e-3), ("blocked", 5e-3 if tiles else 4e-3), ("eager", 3e-3)):
         check(runtimes[engine], case, torch.bfloat16, tolerance)
     plain = case._replace(masks={})
     for engine in PACKAGED:

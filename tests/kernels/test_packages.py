@@ -29,6 +29,8 @@ from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_of
 from softcap_runtime.masks.intervals import band
 from softcap_runtime.store import Key, fingerprint
 
+pytestmark = pytest.mark.usefixtures("all_kernels")
+
 BAND = KernelSpec("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
 UNCAPPED = BAND._replace(capped=False)
 CONFIGS = {BAND: AttentionConfig(softcap=50.0, scale=0.5), UNCAPPED: AttentionConfig(scale=0.5)}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from workers import results_of
 
-from softcap_runtime.store import Key, Store, schema
+from softcap_runtime.store import Key, Store, database, schema
 
 FINGERPRINT = {"cpu": "AVX512", "torch": "2"}
 MB = 2**20
@@ -46,6 +46,7 @@ def slow_build(name: str, seconds: float, record: str) -> Callable[[], bytes]:
 
 
 def need_three(folder: str, record: str, barrier: Any, results: Any) -> None:
+    database.BUSY_SECONDS = 60.0  # a disk that stalls for 3 s would cost counts
     barrier.wait(60)
     store = Store(folder, 100 * MB)
     loaded = [store.load_or_build(key(name), slow_build(name, 0.3, record)) for name in "abc"]
