@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, dense, edges, row_intervals
+from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, clipped, dense, edges, row_intervals
 from softcap_runtime.masks.validate import data_is_readable
 
 MaskFunction = Callable[..., Any]
@@ -90,14 +90,6 @@ def _unite(a: RowIntervals, b: RowIntervals, device: torch.device) -> RowInterva
     return clipped(a.q_len, a.kv_len, torch.minimum(a_lo, b_lo), torch.maximum(a_hi, b_hi))
 
 
-def clipped(q_len: int, kv_len: int, lo: Tensor, hi: Tensor) -> RowIntervals:
-    """Vectors of edges as row intervals: within the keys, an empty row in the form that drops out of extrema."""
-    lo, hi = torch.broadcast_tensors(lo.clamp(min=0), hi.clamp(max=kv_len))
-    empty = lo >= hi
-    lo, hi = lo.masked_fill(empty, kv_len), hi.masked_fill(empty, 0)
-    return RowIntervals(q_len, kv_len, None, None, lo.contiguous(), hi.contiguous())
-
-
 def _reach(place: Place, left: int, right: int) -> RowIntervals:
     """Each row sees the keys from ``left`` to before ``right`` of its own position."""
     q_len, kv_len, end = place.q_len, place.kv_len, place.end
@@ -163,7 +155,8 @@ def check_readings(utils: Any) -> None:
     Raises RuntimeError naming a part whose meaning has changed; parts that this version lacks are skipped.
     """
     size = 7
-    ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2]])
+    cpu = torch.device("cpu")  # models are made under a default device of their own
+    ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2]], device=cpu)
     makers: dict[str, Callable[[Callable[..., MaskFunction]], MaskFunction]] = {
         "causal_mask_function": lambda part: part,
         "bidirectional_mask_function": lambda part: part,
@@ -172,12 +165,9 @@ def check_readings(utils: Any) -> None:
         "packed_sequence_mask_function": lambda part: part(ids),
         "blockwise_overlay": lambda part: part(ids - 1),
     }
-    place = Place(size, size, size, 0, None, torch.device("cpu"))
-    batch, rows, keys = (
-        torch.zeros(1, 1, dtype=torch.int64),
-        torch.arange(size)[:, None],
-        torch.arange(size)[None],
-    )
+    place = Place(size, size, size, 0, None, cpu)
+    positions = torch.arange(size, device=cpu)
+    batch, rows, keys = torch.zeros(1, 1, dtype=torch.int64, device=cpu), positions[:, None], positions[None]
     for name, make in makers.items():
         part = getattr(utils, name, None)
         if part is None:

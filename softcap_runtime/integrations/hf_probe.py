@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softcap_runtime.integrations.hf_masks import MaskFunction, Place, clipped
-from softcap_runtime.masks.intervals import RowIntervals
+from softcap_runtime.integrations.hf_masks import MaskFunction, Place
+from softcap_runtime.masks.intervals import RowIntervals, clipped
 
 FAN = 64
 # Five steps of these strides reach 2**30 keys, as far as a mask can (UNBOUNDED).

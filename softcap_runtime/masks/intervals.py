@@ -105,12 +105,11 @@ def row_intervals(
         if ends is not None:
             hi = torch.minimum(hi, at_keys(ends))
     if attention_mask is not None:
-        first, last = _padding_edges(attention_mask)
+        first, last = padding_edges(attention_mask)
         lo, hi = torch.maximum(lo, first), torch.minimum(hi, last)
     if cache_lengths is not None:
         hi = torch.minimum(hi, cache_lengths.to(torch.int32)[:, None])
-    lo, hi = _clipped(kv_len, lo, hi)
-    return RowIntervals(q_len, kv_len, None, None, lo.contiguous(), hi.contiguous())
+    return clipped(q_len, kv_len, lo, hi)
 
 
 def edges(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -125,6 +124,12 @@ def edges(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, 
 def dense(intervals: RowIntervals, device: torch.device | str) -> Tensor:
     """The mask element by element: bool ``[B or 1, q_len, kv_len]``, True where row i sees key j."""
     return visible(*edges(intervals, device), intervals.kv_len)
+
+
+def clipped(q_len: int, kv_len: int, lo: Tensor, hi: Tensor) -> RowIntervals:
+    """Edges ``[B or 1, q_len]`` as row intervals: within the keys, an empty row as one that no extremum takes."""
+    lo, hi = _clipped(kv_len, lo, hi)
+    return RowIntervals(q_len, kv_len, None, None, lo.contiguous(), hi.contiguous())
 
 
 def _clipped(kv_len: int, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +157,7 @@ class _Lookup(NamedTuple):
         return found.masked_fill(self.positions < 0, 0)
 
 
-def _padding_edges(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+def padding_edges(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """First visible key and one past the last, int32 ``[B, 1]``; (kv_len, 0) where there is none."""
     kv_len = attention_mask.shape[1]
     keys = torch.arange(kv_len, dtype=torch.int32, device=attention_mask.device)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcap_runtime.masks.intervals import padding_edges
 from softcap_runtime.torch_private import assert_in_graph
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -46,9 +47,9 @@ def check_mask_arguments(
         if data_is_readable(attention_mask):
             _check_padding(attention_mask)
         elif attention_mask.device.type == "cpu":
-            assert_in_graph(
-                (_runs(attention_mask != 0) <= 1).all(), "attention_mask: holes, expected one run of 1"
-            )
+            first, last = padding_edges(attention_mask)
+            whole = (attention_mask != 0).sum(1, keepdim=True) >= last - first
+            assert_in_graph(whole.all(), "attention_mask: holes, expected one run of 1")
     if document_ids is not None:
         _check_tensor("document_ids", document_ids, batch, (kv_len,), device, _INTEGERS)
         if q_len > kv_len:
@@ -59,8 +60,8 @@ def check_mask_arguments(
         if data_is_readable(document_ids):
             _check_documents(document_ids)
         elif document_ids.device.type == "cpu":
-            rises = (document_ids[:, 1:] >= document_ids[:, :-1]).all()
-            assert_in_graph(rises, "document_ids: decreasing, expected ids that never decrease")
+            rises = document_ids.cummax(1).values == document_ids
+            assert_in_graph(rises.all(), "document_ids: decreasing, expected ids that never decrease")
     if prefix_lengths is not None:
         _check_tensor("prefix_lengths", prefix_lengths, batch, (), device, _INTEGERS)
         _check_range("prefix_lengths", prefix_lengths, 0, kv_len, "between 0 and the number of keys")
@@ -146,18 +147,14 @@ def _check_padding(attention_mask: Tensor) -> None:
             raise ValueError(
                 f"attention_mask: {bad}, expected 0 (padding) or 1; pass mask != 0 if that is meant"
             )
-    begins = _runs(seen)
+    # Runs of visible keys: those that begin behind a hidden key, and one at the very start.
+    begins = (seen[:, 1:] & ~seen[:, :-1]).sum(1, dtype=torch.int32) + seen[:, 0]
     if bool((begins > 1).any()):
         row = int(begins.argmax())
         raise ValueError(
             f"attention_mask: {int(begins[row])} separate runs of 1 in batch row {row}, expected one, with "
             "padding before or after it; a mask with holes needs a BlockMask of your own"
         )
-
-
-def _runs(seen: Tensor) -> Tensor:
-    """Runs of visible keys per batch row: those that begin behind a hidden key, and one at the very start."""
-    return (seen[:, 1:] & ~seen[:, :-1]).sum(1, dtype=torch.int32) + seen[:, 0]
 
 
 def _check_documents(document_ids: Tensor) -> None:

@@ -256,8 +256,8 @@ def test_no_head_dim_ties_strides_of_the_example_together(mask: MaskKind) -> Non
             assert not products & {*x.stride()}, head_dim
 
 
-@pytest.mark.parametrize("head_dim", [32, 152])
-def test_a_small_and_an_odd_head_dim(cache_dir: Path, head_dim: int, seed: int) -> None:
+def test_a_head_dim_whose_strides_meet_others(cache_dir: Path, seed: int) -> None:
+    head_dim = 32
     runtime = Runtime(RuntimeSettings(cache_dir=cache_dir, engine="flex"))
     config = AttentionConfig(softcap=50.0, scale=head_dim**-0.5, window=140)
     for length in (5, 129, 300):

@@ -276,6 +276,8 @@ def test_flipped_bits_of_the_header_that_look_like_a_newer_format(folder: Path, 
         [payload(name) for name in "ab"] if place >= 60 else [None, None]
     )  # of an unknown format nothing is
     assert [store.load(key(name)) for name in "ab"] in (kept, [payload(name) for name in "ab"])
+    for name in "ab":
+        assert store.load_or_build(key(name), lambda name=name: payload(name)).data == payload(name)
     assert_healed(store, folder, "ab")
 
 
