@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import Cap, check_qkv
+from softcap_runtime.checks import Cap
 from softcap_runtime.config import EngineName, check_positive
 from softcap_runtime.errors import EngineUnavailable, KernelNotPrewarmed
 from softcap_runtime.kernels.flex import has_flex_attention
 from softcap_runtime.kernels.general import attend_block_mask, attend_elements, elements_of
-from softcap_runtime.kernels.operator import autocast_inputs
+from softcap_runtime.kernels.operator import checked_inputs
 from softcap_runtime.masks.elements import as_additive, intervals_of_elements
 from softcap_runtime.masks.flex import block_mask, form_of, intervals_of
 from softcap_runtime.masks.intervals import RowIntervals, band, dense
@@ -100,9 +100,7 @@ def _create(length: int, window: int | None) -> BlockMask | Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Any, layer: Any, bsz: int, q_len: int, engine: EngineName | None
 ) -> Tensor:
-    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
-        q, k, v = autocast_inputs(q, k, v)
-    check_qkv(q, k, v)
+    q, k, v = checked_inputs(q, k, v)
     if (q.shape[0], q.shape[2]) != (bsz, q_len):
         raise ValueError(f"Q: shape {tuple(q.shape)}, expected bsz {bsz} and q_len {q_len} as given")
     config = _layer(layer, q.shape[3])

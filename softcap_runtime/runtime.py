@@ -105,9 +105,7 @@ class Runtime:
             if plan is not None:
                 plan.hits += 1
                 return plan.forward(q, k, v)[0]
-        if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
-            q, k, v = operator.autocast_inputs(q, k, v)
-        check_qkv(q, k, v)
+        q, k, v = operator.checked_inputs(q, k, v)
         return self.attend(q, k, v, config, _intervals(q, k, config, *masks))
 
     def attend(

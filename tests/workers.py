@@ -7,11 +7,11 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 
-def results_of(workers: Sequence[BaseProcess], results: Any) -> list[Any]:
+def results_of(workers: Sequence[BaseProcess], results: Any, timeout: float = 120) -> list[Any]:
     """Start all, take what each puts on the queue ``results``, and see that each ends well."""
     for worker in workers:
         worker.start()
-    found = [results.get(timeout=120) for _ in workers]
+    found = [results.get(timeout=timeout) for _ in workers]
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0

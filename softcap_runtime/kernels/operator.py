@@ -236,6 +236,14 @@ def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     return cast[0], cast[1], cast[2]
 
 
+def checked_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a caller handed in, cast as autocast asks, once ``check_qkv`` finds nothing wrong with it."""
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+        q, k, v = autocast_inputs(q, k, v)
+    check_qkv(q, k, v)
+    return q, k, v
+
+
 LIBRARY.impl("attention", _checked_forward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_backward", _checked_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention", _differentiable, "Autograd")

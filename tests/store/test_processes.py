@@ -167,12 +167,7 @@ def test_fork_shares_no_connection_and_loses_no_count(folder: Path, held: bool) 
         thread.start()
     try:
         children = [context.Process(target=use_in_child, args=(store, results)) for _ in range(4)]
-        for child in children:
-            child.start()
-        outcomes = [results.get(timeout=60) for _ in children]
-        for child in children:
-            child.join(60)
-            assert child.exitcode == 0
+        outcomes = results_of(children, results, timeout=60)
     finally:
         stop.set()
         for thread in threads:
