@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import math
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -183,3 +184,45 @@ def cpu_has_amx() -> bool:
             return "amx_bf16" in info.read(16384)
     except OSError:
         return False
+
+
+def has_flex_backward() -> bool:
+    """Whether ``flex_backward`` can be called; imports nothing more than flex itself does."""
+    try:
+        from torch._higher_order_ops.flex_attention import create_fw_bw_graph, flex_attention_backward
+    except ImportError:
+        return False
+    return callable(create_fw_bw_graph) and callable(flex_attention_backward) and not public_only()
+
+
+def flex_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    score_mod: Callable[..., Tensor],
+    score_arguments: Sequence[Tensor],
+    block_mask: Any,
+    mask_arguments: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``flex_attention(..., scale=1.0)`` from its output and natural logsumexp, to be compiled.
+
+    ``score_mod`` and the mask's ``mask_mod`` take their tensors as further arguments.
+
+    Private: ``flex_attention_backward`` and ``create_fw_bw_graph`` of ``torch._higher_order_ops.flex_attention``.
+    flex gives its backward to autograd alone, and an operator's backward, which runs below autograd, has tensors
+    only. Gone or switched off: the flex engine does not train, and other engines serve.
+    """
+    from torch._higher_order_ops.flex_attention import create_fw_bw_graph, flex_attention_backward
+
+    b, h, i, j = (q.new_zeros((), dtype=torch.int) for _ in range(4))
+    with torch.enable_grad():  # it traces the score's derivative, whatever the mode of the caller
+        example = (q.new_zeros((), requires_grad=True), b, h, i, j)
+        forward, joint = create_fw_bw_graph(score_mod, example, tuple(score_arguments))  # type: ignore[arg-type]
+    grads = flex_attention_backward(
+        q, k, v, out, lse / math.log(2), grad_out, torch.zeros_like(lse), forward, joint,  # type: ignore[arg-type]
+        block_mask.as_tuple(), 1.0, {}, tuple(score_arguments), tuple(mask_arguments),
+    )  # fmt: skip
+    return grads[0], grads[1], grads[2]

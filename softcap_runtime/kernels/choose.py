@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from softcap_runtime.errors import EngineUnavailable
-from softcap_runtime.kernels import blocked, cuda, dense, flex
+from softcap_runtime.kernels import blocked, cuda, dense, flex, flex_cuda
 from softcap_runtime.kernels.engine import Engine, Problem
 
 # Logits of one batch row (heads x rows x keys) below which one call of the flex kernel beats the blocked engine's loop.
@@ -27,9 +27,9 @@ class Choice(NamedTuple):
 
 
 def engine_named(name: str, device: torch.device) -> Engine:
-    """The engine of that name on a device: ``blocked`` is our own kernels, of which each device type has its own."""
-    own = blocked.ENGINE if device.type == "cpu" else cuda.ENGINE
-    engines = {engine.name: engine for engine in (flex.ENGINE, own, dense.DENSE, dense.EAGER)}
+    """The engine of that name on a device: ``flex`` and ``blocked`` have a form of their own on each device type."""
+    own = (flex.ENGINE, blocked.ENGINE) if device.type == "cpu" else (flex_cuda.ENGINE, cuda.ENGINE)
+    engines = {engine.name: engine for engine in (*own, dense.DENSE, dense.EAGER)}
     if name not in engines:
         raise ValueError(f"engine: {name!r}, expected auto or one of {', '.join(engines)}")
     return engines[name]
@@ -53,9 +53,11 @@ def candidates(problem: Problem) -> list[Engine]:
     """The engines that ``auto`` may pick for any length of this kind of problem: what prewarm prepares."""
     if problem.dtype == torch.float64:
         return [dense.EAGER]
-    names = ("flex", "blocked") if packages_work() else ()
+    names = ("blocked", "flex") if packages_work() else ()
     options = [engine_named(name, problem.device) for name in names]
-    return [engine for engine in options if engine.refuses(problem) is None] or [dense.DENSE]
+    options = [engine for engine in options if engine.refuses(problem) is None] or [dense.DENSE]
+    # On a CPU the lengths decide between the two.
+    return options if problem.device.type == "cpu" else options[:1]
 
 
 def packages_work() -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, empty_output
+from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, laid_out
 from softcap_runtime.kernels.gpu_options import HEAD_DIMS
 
 
@@ -51,7 +51,7 @@ def _filled(x: Tensor) -> Tensor:
 
 def _cut(x: Tensor, like: Tensor) -> Tensor:
     """A kernel's result without the columns that ``_filled`` gave ``like``, in the layout of an output."""
-    return x if x.shape == like.shape else empty_output(like).copy_(x[..., : like.shape[-1]])
+    return x if x.shape == like.shape else laid_out(x[..., : like.shape[-1]], like)
 
 
 def forward(problem: Problem, kernels: Kernels) -> Forward:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime import reference
-from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, empty_output
+from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, laid_out
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
 from softcap_runtime.masks.intervals import edges
 
@@ -76,13 +76,8 @@ def _arguments(problem: Problem) -> list[Tensor | None]:
     return [*edges(problem.mask, problem.device), number(problem.scale), cap]
 
 
-def _lay_out(x: Tensor, q: Tensor) -> Tensor:
-    return empty_output(q).copy_(x)
-
-
 def _lay_out_all(grads: Iterable[Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v as the operator says that they lie: code compiled around it relies on that."""
-    grad_q, grad_k, grad_v = (_lay_out(grad, x) for grad, x in zip(grads, tensors[1:4], strict=True))
+    grad_q, grad_k, grad_v = (laid_out(grad, x) for grad, x in zip(grads, tensors[1:4], strict=True))
     return grad_q, grad_k, grad_v
 
 
@@ -95,7 +90,7 @@ def _eager_forward(problem: Problem, kernels: Kernels) -> Forward:
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         out, lse = attend(q, k, v, *fixed)  # type: ignore[arg-type]
-        return _lay_out(out, q), lse
+        return laid_out(out, q), lse
 
     return run
 
@@ -129,7 +124,7 @@ def _dense_forward(problem: Problem, kernels: Kernels) -> Forward:
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         out, lse = compiled([q, k, v, *fixed])  # type: ignore[list-item]
-        return _lay_out(out, q), lse
+        return laid_out(out, q), lse
 
     return run
 

@@ -1,6 +1,7 @@
-"""The flex engine: PyTorch's ``flex_attention``, compiled once for every length, window, cap and scale.
+"""The flex engine on the CPU: PyTorch's ``flex_attention``, compiled once for every length, window, cap and scale.
 
-On the CPU it has no backward and no logsumexp (torch 2.13), so it serves inference only.
+flex has no backward and no logsumexp there (torch 2.13), so it serves inference only. ``flex_cuda`` is its
+counterpart, which trains.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _refuses(problem: Problem) -> str | None:
 def forward(problem: Problem, kernels: Kernels) -> Forward:
     """Bind the kernel to the mask's block tables; it returns out ``[B, Hq, Sq, D]`` and no logsumexp."""
     run_kernel = kernels.runner(_spec(problem))
-    fixed = [*_tables(problem, kernels), *_rows(problem), *scalars(problem)]
+    fixed = [*key_tables(problem, kernels), *mask_arguments(problem), *scalars(problem)]
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         return run_kernel([q, k, v, *fixed])[0], None
@@ -63,23 +64,38 @@ def forward(problem: Problem, kernels: Kernels) -> Forward:
     return run
 
 
-def _tables(problem: Problem, kernels: Kernels) -> BlockTables:
+def key_tables(problem: Problem, kernels: Kernels) -> BlockTables:
+    """The block tables over the keys; those of a band are kept."""
     mask, device = problem.mask, problem.device
     if mask.lo is not None:
         return block_tables(mask, device)
     return kernels.masks.get_or_make((mask, device), lambda: block_tables(mask, device))
 
 
-def _rows(problem: Problem) -> list[Tensor]:
-    mask = problem.mask
+def mask_arguments(problem: Problem) -> list[Tensor]:
+    """What ``in_band`` or ``in_intervals`` reads of the problem's mask."""
+    mask, device = problem.mask, problem.device
     if mask.lo is None or mask.hi is None:
-        return [_number(edge) for edge in (mask.left, mask.right)]
+        return [_number(edge, device) for edge in (mask.left, mask.right)]
     row_stride = 0 if mask.lo.shape[0] == 1 else mask.q_len
-    return [mask.lo.flatten(), mask.hi.flatten(), _number(row_stride)]
+    return [mask.lo.flatten(), mask.hi.flatten(), _number(row_stride, device)]
 
 
-def _number(value: int | None) -> Tensor:
-    return torch.tensor(value, dtype=torch.int32, device="cpu")
+def in_band(b: Tensor, h: Tensor, i: Tensor, j: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """A band's elements, for flex: row i sees ``i + left <= j < i + right``."""
+    return (j >= i + left) & (j < i + right)
+
+
+def in_intervals(
+    b: Tensor, h: Tensor, i: Tensor, j: Tensor, lo: Tensor, hi: Tensor, row_stride: Tensor
+) -> Tensor:
+    """The elements of intervals, for flex: row i of batch b sees ``lo[b * row_stride + i] <= j < hi[...]``."""
+    row = b * row_stride + i
+    return (j >= lo[row]) & (j < hi[row])
+
+
+def _number(value: int | None, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.int32, device=device)
 
 
 def _backward(problem: Problem, kernels: Kernels) -> Backward:

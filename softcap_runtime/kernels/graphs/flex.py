@@ -1,7 +1,6 @@
 """The flex kernel as a graph to export: every size, stride, cap and scale is a run-time argument.
 
-Two variants, by how a row finds its keys. ``band``: two scalars, row i sees ``i + left <= j < i + right``.
-``intervals``: two flat int32 vectors, row i of batch b sees ``lo[b * row_stride + i] <= j < hi[...]``.
+Two variants, by how a row finds its keys: ``band``, two scalars, and ``intervals``, two flat int32 vectors.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from softcap_runtime.kernels.flex import MAX_ROWS
+from softcap_runtime.kernels.flex import MAX_ROWS, in_band, in_intervals
 from softcap_runtime.kernels.graphs.example import Graph, distinct
 from softcap_runtime.kernels.graphs.softcap import capped
 from softcap_runtime.kernels.key import KernelSpec
@@ -35,12 +34,10 @@ class FlexForward(nn.Module):
             logit = score * scalars[0]
             return capped(logit, scalars[1], scalars[2]) if self.spec.capped else logit
 
-        def band(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (j >= i + rows[0]) & (j < i + rows[1])
+        visible = in_band if self.spec.mask == "band" else in_intervals
 
-        def intervals(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            row = b * rows[2] + i
-            return (j >= rows[0][row]) & (j < rows[1][row])
+        def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return visible(b, h, i, j, *rows)
 
         block_mask = BlockMask(
             seq_lengths=(q.shape[2], k.shape[2]),
@@ -53,7 +50,7 @@ class FlexForward(nn.Module):
             full_q_num_blocks=None,
             full_q_indices=None,
             BLOCK_SIZE=(BLOCK, BLOCK),
-            mask_mod=band if self.spec.mask == "band" else intervals,
+            mask_mod=mask_mod,
         )
         return flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=1.0, enable_gqa=True)  # type: ignore[return-value]
 
