@@ -189,10 +189,14 @@ def cpu_has_amx() -> bool:
 def has_flex_backward() -> bool:
     """Whether ``flex_backward`` can be called; imports nothing more than flex itself does."""
     try:
-        from torch._higher_order_ops.flex_attention import create_fw_bw_graph, flex_attention_backward
+        from torch._higher_order_ops.flex_attention import (  # noqa: F401
+            create_fw_bw_graph,
+            flex_attention_backward,
+        )
+        from torch.nn.attention.flex_attention import _apply_kernel_options  # noqa: F401
     except ImportError:
         return False
-    return callable(create_fw_bw_graph) and callable(flex_attention_backward) and not public_only()
+    return not public_only()
 
 
 def flex_backward(
@@ -211,18 +215,21 @@ def flex_backward(
 
     ``score_mod`` and the mask's ``mask_mod`` take their tensors as further arguments.
 
-    Private: ``flex_attention_backward`` and ``create_fw_bw_graph`` of ``torch._higher_order_ops.flex_attention``.
-    flex gives its backward to autograd alone, and an operator's backward, which runs below autograd, has tensors
-    only. Gone or switched off: the flex engine does not train, and other engines serve.
+    Private: ``flex_attention_backward`` and ``create_fw_bw_graph`` of ``torch._higher_order_ops.flex_attention``,
+    and ``_apply_kernel_options``, which knows what options flex's kernels ask for. flex gives its backward to autograd
+    alone, and an operator's backward, which runs below autograd, has tensors only. Gone or switched off: the flex
+    engine does not train, and other engines serve.
     """
     from torch._higher_order_ops.flex_attention import create_fw_bw_graph, flex_attention_backward
+    from torch.nn.attention.flex_attention import _apply_kernel_options
 
     b, h, i, j = (q.new_zeros((), dtype=torch.int) for _ in range(4))
     with torch.enable_grad():  # it traces the score's derivative, whatever the mode of the caller
         example = (q.new_zeros((), requires_grad=True), b, h, i, j)
         forward, joint = create_fw_bw_graph(score_mod, example, tuple(score_arguments))  # type: ignore[arg-type]
+    options: Any = _apply_kernel_options(q, k, v, True, None)
     grads = flex_attention_backward(
         q, k, v, out, lse / math.log(2), grad_out, torch.zeros_like(lse), forward, joint,  # type: ignore[arg-type]
-        block_mask.as_tuple(), 1.0, {}, tuple(score_arguments), tuple(mask_arguments),
+        block_mask.as_tuple(), 1.0, options, tuple(score_arguments), tuple(mask_arguments),
     )  # fmt: skip
     return grads[0], grads[1], grads[2]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from softcap_runtime.errors import EngineUnavailable
-from softcap_runtime.kernels import blocked, cuda, dense, flex, flex_cuda
+from softcap_runtime.kernels import blocked, blocked_cuda, dense, flex, flex_cuda
 from softcap_runtime.kernels.engine import Engine, Problem
 
 # Logits of one batch row (heads x rows x keys) below which one call of the flex kernel beats the blocked engine's loop.
@@ -28,7 +28,7 @@ class Choice(NamedTuple):
 
 def engine_named(name: str, device: torch.device) -> Engine:
     """The engine of that name on a device: ``flex`` and ``blocked`` have a form of their own on each device type."""
-    own = (flex.ENGINE, blocked.ENGINE) if device.type == "cpu" else (flex_cuda.ENGINE, cuda.ENGINE)
+    own = (flex.ENGINE, blocked.ENGINE) if device.type == "cpu" else (flex_cuda.ENGINE, blocked_cuda.ENGINE)
     engines = {engine.name: engine for engine in (*own, dense.DENSE, dense.EAGER)}
     if name not in engines:
         raise ValueError(f"engine: {name!r}, expected auto or one of {', '.join(engines)}")

@@ -1,7 +1,7 @@
 """The flex engine on CUDA: PyTorch's ``flex_attention`` forward with its logsumexp, and flex's own backward from it.
 
-Both are compiled in each process, by ``torch.compile`` (see ``jit``): the sizes of heads and head_dim are constants
-of a kernel, lengths become symbols at their first change. Our Triton kernels are faster on what they serve.
+Both are compiled in each process, by ``torch.compile`` (see ``jit``), for given heads and head_dim, and any lengths.
+Our Triton kernels are faster on what they serve.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from softcap_runtime.kernels.flex import (
     key_tables,
     mask_arguments,
 )
+from softcap_runtime.kernels.gpu_options import has_triton
 from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_name
 from softcap_runtime.masks.blocks import BLOCK, query_tables
 from softcap_runtime.torch_private import flex_backward, has_flex_backward
@@ -37,6 +38,8 @@ def _refuses(problem: Problem) -> str | None:
         return f"this flex engine runs on CUDA, q is on {problem.device}"
     if not has_flex_attention():
         return f"torch {torch.__version__} has no flex_attention (2.5 and newer have)"
+    if not has_triton():
+        return "triton is not installed"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q.dtype: {problem.dtype}, the flex engine serves float32, bfloat16 and float16"
     if problem.head_dim < MIN_HEAD_DIM:
@@ -57,39 +60,49 @@ def _specs(problem: Problem) -> list[KernelSpec]:
 
 
 def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
-    """What is compiled for ``spec``."""
-    visible = in_band if spec.mask == "band" else in_intervals
+    """What is compiled for ``spec``: of q, k, v, the tables of blocks, the mask's tensors, scale, cap and 1 / cap."""
+    elements = in_band if spec.mask == "band" else in_intervals
     edges = 2 if spec.mask == "band" else 3
 
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *numbers: Tensor) -> Tensor:
-        logit = score * numbers[0]
-        return numbers[1] * torch.tanh(logit * numbers[2]) if spec.capped else logit
+    # Without types: torch traces these into graphs, which it can't cache when a type is a string, as they are here.
+    def visible(b, h, i, j, *rows):  # type: ignore[no-untyped-def]
+        return elements(b, h, i, j, *rows)
+
+    def logit(score, b, h, i, j, scale, cap=None, inv_cap=None):  # type: ignore[no-untyped-def]
+        scaled = score * scale
+        return scaled if cap is None else cap * torch.tanh(scaled * inv_cap)
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        from torch.nn.attention.flex_attention import flex_attention
+        from torch.nn.attention import flex_attention as flex
 
-        rows, numbers = rest[4 : 4 + edges], rest[4 + edges :]
-
-        def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return visible(b, h, i, j, *rows)
-
-        def mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return score_mod(score, b, h, i, j, *numbers)
-
-        mask = _block_mask(q, k, rest[:4], mask_mod)
-        return flex_attention(
-            q, k, v, score_mod=mod, block_mask=mask, scale=1.0, enable_gqa=True, return_lse=True
+        # Before torch 2.9 it was asked for by a flag, which later ones warn of.
+        asked = (
+            {"return_aux": flex.AuxRequest(lse=True)} if hasattr(flex, "AuxRequest") else {"return_lse": True}
         )
+        rows, numbers = rest[4 : 4 + edges], rest[4 + edges :]
+        mask = _block_mask(q, k, rest[:4], lambda b, h, i, j: visible(b, h, i, j, *rows))
+        out, kept = flex.flex_attention(
+            q,
+            k,
+            v,
+            score_mod=lambda score, b, h, i, j: logit(score, b, h, i, j, *numbers),
+            block_mask=mask,
+            scale=1.0,
+            enable_gqa=True,
+            **asked,
+        )
+        return out, getattr(kept, "lse", kept)
 
     def backward(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
         rows, numbers = rest[8 : 8 + edges], rest[8 + edges :]
         mask = _block_mask(q, k, rest[:8], visible)
-        return flex_backward(grad_out, q, k, v, out, lse, score_mod, numbers, mask, rows)
+        return flex_backward(grad_out, q, k, v, out, lse, logit, numbers, mask, rows)
 
     if spec.op == FORWARD:
         return forward
+    # Dynamo does not know flex's backward; the compiler behind it does.
     inside = torch.compiler.allow_in_graph(backward)
     return lambda *tensors: inside(*tensors)
 

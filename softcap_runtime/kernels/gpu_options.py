@@ -13,6 +13,7 @@ Other architectures have not been measured.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -86,6 +87,11 @@ _SINGLE: _Candidates = {
     ("decode", 128): [(16, 32, 4, 2), (16, 16, 4, 1)],
     ("decode", 256): [(16, 16, 4, 2), (16, 16, 4, 1)],
 }
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed; imports nothing."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @lru_cache(maxsize=64)
@@ -163,6 +169,11 @@ def choose(limits: DeviceLimits, dtype: torch.dtype, head_dim: int, direction: D
         f"device: {limits.shared_bytes} bytes of shared memory a block are too few for the {direction} kernel "
         f"(head_dim {head_dim}, {dtype}), expected at least 99 KB"
     )
+
+
+def options_for(q: torch.Tensor, direction: Direction) -> BlockOptions:
+    """The options of a kernel for inputs like ``q`` ``[B, H, S, D]``, on its device."""
+    return choose(device_limits(q.device.index), q.dtype, q.shape[-1], direction)
 
 
 def table(limits: DeviceLimits) -> list[tuple[torch.dtype, int, Direction, BlockOptions]]:

@@ -15,17 +15,18 @@ from softcap_runtime.kernels.key import KernelSpec
 
 
 class _Source(NamedTuple):
-    """``function(spec)`` is compiled; ``static``: its heads and head_dim are constants, not symbols."""
+    """``function(spec)`` is compiled. ``heads``: where among its inputs q is, k after it, when the compiler is to take
+    heads and head_dim for numbers; None where they are symbols."""
 
     function: Callable[[KernelSpec], Callable[..., Any]]
-    static: bool
+    heads: int | None = None
 
 
 _SOURCES = {
-    "dense_forward": _Source(lambda spec: dense.attend, False),
-    "dense_backward": _Source(lambda spec: dense.attend_backward, False),
-    flex_cuda.FORWARD: _Source(flex_cuda.function, True),
-    flex_cuda.BACKWARD: _Source(flex_cuda.function, True),
+    "dense_forward": _Source(lambda spec: dense.attend),
+    "dense_backward": _Source(lambda spec: dense.attend_backward),
+    flex_cuda.FORWARD: _Source(flex_cuda.function, 0),
+    flex_cuda.BACKWARD: _Source(flex_cuda.function, 1),
 }
 
 
@@ -37,24 +38,39 @@ def compiles_in_process(spec: KernelSpec) -> bool:
 def compile_runner(spec: KernelSpec) -> Runner:
     """A runner of functions compiled with dynamic sizes, each at its first call.
 
-    torch compiles anew for sizes of 1 and for strides that relate to sizes in another way, and raises at its limit of
-    eight recompilations a code object (``fullgraph=True``; else it would go on uncompiled in silence). So inputs are
-    made contiguous, and each pattern of ones, and of sizes that are constants, has code of its own.
+    torch compiles anew for sizes of 1 or of one number, and for strides that relate to sizes in another way, and raises
+    at its limit of eight recompilations a code object (``fullgraph=True``; else it would go on uncompiled in silence).
+    So inputs are made contiguous, and each pattern of ones, and what else is a number, has code of its own.
     """
     source = _SOURCES[spec.op]
     variants: dict[tuple[object, ...], Any] = {}
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
-        plain = [None if x is None else x.contiguous() for x in inputs]
+        plain = [None if x is None else _plain(x) for x in inputs]
         kind: tuple[object, ...] = tuple(flag for x in plain if x is not None for flag in _ones(x))
-        if source.static:
-            kind += tuple(size for x in plain[:3] if x is not None for size in (x.shape[1], x.shape[3]))
+        if source.heads is not None:
+            q, k = inputs[source.heads : source.heads + 2]
+            kind += (q.shape[1], k.shape[1], q.shape[3], q.shape[2] == k.shape[2])
+            for x in plain:
+                _make_heads_static(x)
         compiled = variants.get(kind)
         if compiled is None:
             compiled = variants.setdefault(kind, _compiled(source, spec))
         return list(compiled(*plain))
 
     return run
+
+
+def _plain(x: Tensor) -> Tensor:
+    # A contiguous tensor may have any strides where its sizes are 1: the views give it the usual ones. Detached it is
+    # no view any more, whose base torch would look at as well.
+    return x.contiguous().view(-1).view(x.shape).detach()
+
+
+def _make_heads_static(x: Tensor | None) -> None:
+    """The compiler is to take H and D of floats ``[B, H, S, D]`` and ``[B, H, S]`` for numbers."""
+    if x is not None and x.is_floating_point() and x.dim() >= 3:
+        torch._dynamo.mark_static(x, [1, 3][: x.dim() - 2])
 
 
 def _ones(x: Tensor) -> tuple[bool, ...]:
@@ -65,4 +81,4 @@ def _compiled(source: _Source, spec: KernelSpec) -> Any:
     function = source.function(spec)
     assert isinstance(function, FunctionType)
     own = FunctionType(function.__code__.replace(), function.__globals__, spec.op, None, function.__closure__)
-    return torch.compile(own, dynamic=None if source.static else True, fullgraph=True)
+    return torch.compile(own, dynamic=True, fullgraph=True)

@@ -2,12 +2,14 @@
 
 Triton's own ``kernel[grid](...)`` inspects every argument at every call, which costs 70 us and more a launch for
 kernels of forty arguments. Here everything a compilation depends on is in the constants and in ``Layout``, so a
-compiled kernel is found by a short key and launched directly.
+compiled kernel is found by a short key, once, and launched directly.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -54,9 +56,9 @@ def layout(work: int, *tensors: Tensor) -> Layout:
     return Layout(capability >= (9, 0) and work >= TMA_FROM, ALIGNED, small)
 
 
-def strides(align: int, *tensors: Tensor) -> list[int]:
-    """The batch, head and row strides of all tensors, in units of ``align`` elements."""
-    return [stride // align for tensor in tensors for stride in tensor.stride()[:3]]
+def strides(align: int, *steps: tuple[int, ...]) -> list[int]:
+    """The batch, head and row strides of tensors with the strides ``steps``, in units of ``align`` elements."""
+    return [stride // align for each in steps for stride in each[:3]]
 
 
 def tile(tensor: Tensor, rows: int, tma: bool) -> Any:
@@ -96,10 +98,10 @@ def constants(head_dim: int, dtype: torch.dtype, options: BlockOptions, where: L
     }
 
 
-def launch(
+def launcher(
     kernel: Any,
     grid: tuple[int, int, int],
-    arguments: list[Any],
+    numbers: list[Any],
     fixed: dict[str, Any],
     *,
     device: torch.device,
@@ -107,16 +109,65 @@ def launch(
     warps: int,
     stages: int = 1,
     reusable: bool = True,
-) -> None:
-    """Run ``kernel`` on the current device; ``fixed`` are its compile-time arguments in the order of its signature.
+) -> Callable[..., None]:
+    """``run(*tensors)`` launches ``kernel`` on the current device with the tensors, ``numbers`` and ``fixed``.
 
-    The first call with some ``fixed``, dtype and device compiles (or loads from Triton's cache).
+    ``fixed`` are its compile-time arguments in the order of its signature. The first launch with some ``fixed``,
+    dtype and device compiles (or loads from Triton's cache).
     """
     key = (kernel, device.index, dtype, warps, stages, *fixed.values())
-    ready = _compiled.get(key) if reusable else None
-    if ready is not None:
-        ready[grid](*arguments, *fixed.values())
-        return
-    ready = kernel[grid](*arguments, **fixed, num_warps=warps, num_stages=stages)
-    if reusable and ready is not None:  # the interpreter returns None
-        _compiled[key] = ready
+    rest = (*numbers, *fixed.values())
+    ready: Any = None
+
+    def run(*tensors: Any) -> None:
+        nonlocal ready
+        if ready is None:
+            compiled = _compiled.get(key) if reusable else None
+            if compiled is None:
+                compiled = kernel[grid](*tensors, *numbers, **fixed, num_warps=warps, num_stages=stages)
+                if reusable and compiled is not None:  # the interpreter returns None
+                    _compiled[key] = compiled
+                return
+            ready = compiled[grid]
+        # Addresses: of a tensor Triton asks the driver where it lies, at every launch.
+        ready(*(x.data_ptr() if isinstance(x, Tensor) else x for x in tensors), *rest)
+
+    return run
+
+
+def bound(bind: Callable[..., Any], tensors: tuple[Tensor, ...], *rest: Any) -> Any:
+    """``bind(*tensors, *rest)`` where kernels can read the tensors, else what binds and takes contiguous copies."""
+    plain = [readable(x) for x in tensors]
+    run = bind(*plain, *rest)
+    if all(a is b for a, b in zip(plain, tensors, strict=True)):
+        return run
+    return lambda *given: run(*(readable(x) for x in given))
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor itself where kernels can read it, else a contiguous copy (an expanded gradient, say)."""
+    steps = tensor.stride()
+    if steps[-1] == 1 and (min(steps) > 0 or tensor.numel() == 0):
+        return tensor
+    return tensor.contiguous()
+
+
+class Output:
+    """Makes uninitialised ``[B, H, S, D]`` tensors like x that lie as ``[B, S, H, D]``, in one call of torch."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.shape = x.shape
+        _, heads, length, dim = x.shape
+        self.steps = (length * heads * dim, dim, heads * dim, 1)
+        self.dtype, self.device = x.dtype, x.device
+
+    def empty(self) -> Tensor:
+        """One of them."""
+        return torch.empty_strided(self.shape, self.steps, dtype=self.dtype, device=self.device)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make ``device`` current for the launches; nothing to do where it is, which is nearly always."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

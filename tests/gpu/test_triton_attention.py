@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
-from softcap_runtime.kernels import triton_attention
+from softcap_runtime.kernels.triton_attention import bind_forward
+from softcap_runtime.kernels.triton_gradient import bind_backward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FORWARD_ERROR = {BF16: 4e-3, FP16: 6e-4, FP32: 3e-6}
 BACKWARD_ERROR = {BF16: 7e-3, FP16: 1e-3, FP32: 5e-6}
+
+
+def forward(*tensors: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+    return bind_forward(*tensors, **how)(*tensors)
+
+
+def backward(*tensors: Tensor, **how: Any) -> tuple[Tensor, ...]:
+    return bind_backward(*tensors[:5], **how)(*tensors)
 
 
 class Case(NamedTuple):
@@ -26,7 +35,7 @@ class Case(NamedTuple):
     k: Tensor
     v: Tensor
     grad: Tensor
-    options: dict[str, object]
+    options: dict[str, Any]
     mask: Tensor
 
 
@@ -49,7 +58,7 @@ def make(
     return Case(q, k, v, grad, options, reference.visible(lo, hi, keys))
 
 
-def mask_of(kind: str, batch: int, rows: int, keys: int) -> tuple[dict[str, object], Tensor, Tensor]:
+def mask_of(kind: str, batch: int, rows: int, keys: int) -> tuple[dict[str, Any], Tensor, Tensor]:
     """The arguments of a mask kind, and its intervals ``[B, rows]``."""
     at = torch.arange(rows, device="cuda", dtype=torch.int32).expand(batch, rows)
     offset = keys - rows
@@ -86,8 +95,8 @@ def relative(value: Tensor, wanted: Tensor) -> float:
 def check(case: Case, forward_error: float | None = None, backward_error: float | None = None) -> None:
     """Outputs and gradients against float64, rows and gradients that must be exactly 0 included."""
     q, k, v, grad, options, mask = case
-    out, lse = triton_attention.forward(q, k, v, **options)
-    grads = triton_attention.backward(grad, q, k, v, out, lse, **options)
+    out, lse = forward(q, k, v, **options)
+    grads = backward(grad, q, k, v, out, lse, **options)
     wide = [t.double().requires_grad_() for t in (q, k, v)]
     wanted, wanted_lse = reference.attention(*wide, mask, scale=options["scale"], softcap=options["softcap"])
     wanted_grads = torch.autograd.grad(wanted, wide, grad.double())
@@ -169,8 +178,8 @@ def test_the_approximate_tanh_and_its_error(seed: int) -> None:
     # tanh.approx.f32 is off by 2**-11 of tanh, so a logit by up to 50 * 5e-4 = 0.024.
     check(make(approx=True, dim=128), 2e-2, 3e-2)
     case = make(approx=True, dim=128)
-    exact, _ = triton_attention.forward(*case[:3], **(case.options | {"approx": False}))
-    approximate, _ = triton_attention.forward(*case[:3], **case.options)
+    exact, _ = forward(*case[:3], **(case.options | {"approx": False}))
+    approximate, _ = forward(*case[:3], **case.options)
     assert not torch.equal(exact, approximate)
 
 
@@ -200,18 +209,18 @@ def test_two_runs_agree_bit_for_bit(seed: int) -> None:
     case = make(dim=128, rows=700, keys=700, kind="documents")
 
     def run() -> list[Tensor]:
-        out, lse = triton_attention.forward(*case[:3], **case.options)
-        return [out, lse, *triton_attention.backward(case.grad, *case[:3], out, lse, **case.options)]
+        out, lse = forward(*case[:3], **case.options)
+        return [out, lse, *backward(case.grad, *case[:3], out, lse, **case.options)]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
 def test_decoding_in_a_cuda_graph(seed: int) -> None:
     case = make(heads=8, kv_heads=4, rows=1, keys=8192, dim=128, kind="left padding")
-    want, _ = triton_attention.forward(*case[:3], **case.options)
+    want, _ = forward(*case[:3], **case.options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = triton_attention.forward(*case[:3], **case.options)
+        out, _ = forward(*case[:3], **case.options)
     out.fill_(float("nan"))
     graph.replay()
     assert torch.equal(out, want)
@@ -219,11 +228,11 @@ def test_decoding_in_a_cuda_graph(seed: int) -> None:
 
 def test_training_in_a_cuda_graph(seed: int) -> None:
     case = make(dim=128, kind="documents")
-    out, lse = triton_attention.forward(*case[:3], **case.options)
-    want = triton_attention.backward(case.grad, *case[:3], out, lse, **case.options)
+    out, lse = forward(*case[:3], **case.options)
+    want = backward(case.grad, *case[:3], out, lse, **case.options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = triton_attention.backward(case.grad, *case[:3], out, lse, **case.options)
+        got = backward(case.grad, *case[:3], out, lse, **case.options)
     for value in got:
         value.fill_(float("nan"))
     graph.replay()
@@ -235,21 +244,21 @@ def test_no_host_synchronisation(seed: int) -> None:
     check(case)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out, lse = triton_attention.forward(*case[:3], **case.options)
-        triton_attention.backward(case.grad, *case[:3], out, lse, **case.options)
+        out, lse = forward(*case[:3], **case.options)
+        backward(case.grad, *case[:3], out, lse, **case.options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_two_streams(seed: int) -> None:
     cases = [make(dim=64, kind=kind) for kind in ("causal", "documents")]
-    want = [triton_attention.forward(*case[:3], **case.options)[0] for case in cases]
+    want = [forward(*case[:3], **case.options)[0] for case in cases]
     streams = [torch.cuda.Stream() for _ in cases]
     torch.cuda.synchronize()
     got = []
     for stream, case in zip(streams, cases, strict=True):
         with torch.cuda.stream(stream):
-            got.append(triton_attention.forward(*case[:3], **case.options)[0])
+            got.append(forward(*case[:3], **case.options)[0])
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
@@ -259,10 +268,10 @@ def test_inputs_on_a_device_that_is_not_current(seed: int) -> None:
     case = make(dim=64)
     moved = [t.to("cuda:1") for t in case[:4]]
     with torch.cuda.device(0):
-        out, lse = triton_attention.forward(*moved[:3], **case.options)
-        grads = triton_attention.backward(moved[3], *moved[:3], out, lse, **case.options)
+        out, lse = forward(*moved[:3], **case.options)
+        grads = backward(moved[3], *moved[:3], out, lse, **case.options)
     assert {t.device.index for t in (out, lse, *grads)} == {1}
-    want, _ = triton_attention.forward(*case[:3], **case.options)
+    want, _ = forward(*case[:3], **case.options)
     assert torch.equal(out.to("cuda:0"), want)
 
 
@@ -272,8 +281,8 @@ def test_memory_is_linear_in_the_length(seed: int) -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        out, lse = triton_attention.forward(*case[:3], **case.options)
-        grads = triton_attention.backward(case.grad, *case[:3], out, lse, **case.options)
+        out, lse = forward(*case[:3], **case.options)
+        grads = backward(case.grad, *case[:3], out, lse, **case.options)
         results = sum(t.numel() * t.element_size() for t in (out, *grads))
         return torch.cuda.max_memory_allocated() - before - results
 

@@ -97,7 +97,7 @@ def test_the_options_are_part_of_a_kernels_key(monkeypatch: pytest.MonkeyPatch) 
     ]
 
     def launch(one: Any, form: int) -> None:
-        triton_launch.launch(
+        triton_launch.launcher(
             kernel,
             (1, 1, 1),
             [],
@@ -106,7 +106,7 @@ def test_the_options_are_part_of_a_kernels_key(monkeypatch: pytest.MonkeyPatch) 
             dtype=torch.bfloat16,
             warps=one.warps,
             stages=one.stages,
-        )
+        )()
 
     for _ in range(2):
         for one in different:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from helpers import Sizes, make_qkv
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
-from softcap_runtime.kernels import cuda, triton_attention
+from softcap_runtime.kernels import blocked_cuda, triton_attention, triton_gradient
 from softcap_runtime.kernels.engine import Problem
+from softcap_runtime.kernels.triton_call import factors
 from softcap_runtime.masks.intervals import band
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
@@ -37,27 +39,27 @@ def test_the_setting_reaches_the_problem(
 def test_the_problem_reaches_both_kernels(approx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
-    def kernel(*tensors: Tensor, approx: bool, **how: Any) -> tuple[Tensor, ...]:
+    def bind(*tensors: Tensor, approx: bool, **how: Any) -> Callable[..., tuple[Tensor, ...]]:
         seen.append(approx)
-        return tensors[: 2 if len(tensors) == 3 else 3]
+        return lambda *x: x[: 2 if len(x) == 3 else 3]
 
-    monkeypatch.setattr(triton_attention, "forward", kernel)
-    monkeypatch.setattr(triton_attention, "backward", kernel)
+    monkeypatch.setattr(triton_attention, "bind_forward", bind)
+    monkeypatch.setattr(triton_gradient, "bind_backward", bind)
     mask = band(8, 8, causal=True, window=None)
     problem = Problem(torch.device("cuda"), torch.bfloat16, 1, 1, 1, 64, 0.125, 50.0, mask, True, approx)
     nothing: Any = None
     x = torch.zeros(1, 1, 8, 64)
-    cuda.forward(problem, nothing)(x, x, x)
-    cuda.backward(problem, nothing)(x, x, x, x, x, x)
+    blocked_cuda.forward(problem, nothing)(x, x, x)
+    blocked_cuda.backward(problem, nothing)(x, x, x, x, x, x)
     assert seen == [approx, approx]
 
 
 def test_each_has_a_kernel_of_its_own() -> None:
     """The form is a compile-time argument, so it is part of what Triton and our launcher look a kernel up by."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        exact, approx = (triton_attention.factors(dtype, 0.125, 50.0, how).form for how in (False, True))
+        exact, approx = (factors(dtype, 0.125, 50.0, how).form for how in (False, True))
         assert exact != approx
-        plain = [triton_attention.factors(dtype, 0.125, None, how) for how in (False, True)]
+        plain = [factors(dtype, 0.125, None, how) for how in (False, True)]
         assert plain[0] == plain[1]
 
 

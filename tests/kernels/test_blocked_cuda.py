@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from helpers import Sizes, expected, gradients, in_model_order, make_qkv, relati
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, reference
-from softcap_runtime.kernels import cuda, triton_attention
+from softcap_runtime.kernels import blocked_cuda, triton_attention, triton_gradient
 from softcap_runtime.kernels.engine import Problem
 from softcap_runtime.masks.intervals import band
 
@@ -18,7 +19,7 @@ CONFIG = AttentionConfig(softcap=50.0, scale=0.2, window=9)
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
-    assert {x.shape[-1] for x in (q, k, v)} <= set(cuda.HEAD_DIMS)
+    assert {x.shape[-1] for x in (q, k, v)} <= set(blocked_cuda.HEAD_DIMS)
     mask = visible(q.shape[2], k.shape[2], causal=True, window=CONFIG.window)
     return reference.attention(q, k, v, mask, scale=how["scale"], softcap=how["softcap"])
 
@@ -34,8 +35,8 @@ def backward_kernel(
 def test_a_head_dim_between_those_of_the_kernels(
     head_dim: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_attention, "forward", kernel)
-    monkeypatch.setattr(triton_attention, "backward", backward_kernel)
+    monkeypatch.setattr(triton_attention, "bind_forward", lambda *x, **how: partial(kernel, **how))
+    monkeypatch.setattr(triton_gradient, "bind_backward", lambda *x, **how: partial(backward_kernel, **how))
     sizes = Sizes(2, 4, 2, 20, 33, head_dim)
     q, k, v = make_qkv(sizes)
     grad_out = torch.randn(q.shape)
@@ -44,11 +45,11 @@ def test_a_head_dim_between_those_of_the_kernels(
         torch.device("cuda"), q.dtype, 2, 4, 2, head_dim, CONFIG.scale, CONFIG.softcap, mask, True
     )
     nothing: Any = None
-    out, lse = cuda.forward(problem, nothing)(q, k, v)
+    out, lse = blocked_cuda.forward(problem, nothing)(q, k, v)
     assert lse is not None
-    grads = cuda.backward(problem, nothing)(grad_out, q, k, v, out, lse)
+    grads = blocked_cuda.backward(problem, nothing)(grad_out, q, k, v, out, lse)
     want_out, want = gradients(lambda *x: expected(*x, CONFIG), (q, k, v), grad_out)
-    assert head_dim in cuda.HEAD_DIMS or in_model_order(out)
+    assert head_dim in blocked_cuda.HEAD_DIMS or in_model_order(out)
     for mine, exact, x in zip((out, *grads), (want_out, *want), (q, q, k, v), strict=True):
         assert mine.shape == x.shape
         assert relative_error(mine, exact) <= 3e-6
@@ -59,4 +60,4 @@ def test_a_head_dim_beyond_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = band(8, 8, causal=True, window=None)
     for head_dim, refused in ((256, False), (257, True)):
         problem = Problem(torch.device("cuda"), torch.float32, 1, 1, 1, head_dim, 0.1, 50.0, mask, False)
-        assert (cuda.ENGINE.refuses(problem) is not None) == refused
+        assert (blocked_cuda.ENGINE.refuses(problem) is not None) == refused

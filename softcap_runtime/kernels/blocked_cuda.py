@@ -7,20 +7,23 @@ engine would hold S x S logits.
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, laid_out
-from softcap_runtime.kernels.gpu_options import HEAD_DIMS
+from softcap_runtime.kernels.gpu_options import HEAD_DIMS, has_triton
+
+# A plan's tensors have one layout or a few; more than this number is a caller that invents them.
+MAX_LAYOUTS = 64
 
 
 def _refuses(problem: Problem) -> str | None:
     if problem.device.type != "cuda":
         return f"the Triton kernels run on CUDA, q is on {problem.device}"
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "triton is not installed"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q.dtype: {problem.dtype}, the Triton kernels serve float32, bfloat16 and float16"
@@ -42,26 +45,51 @@ def _how(problem: Problem) -> dict[str, Any]:
     }
 
 
+def _fits(problem: Problem) -> bool:
+    return problem.head_dim in HEAD_DIMS
+
+
 def _filled(x: Tensor) -> Tensor:
     """``x`` with zeros up to the next head_dim of a kernel."""
     head_dim = x.shape[-1]
     width = min(size for size in HEAD_DIMS if size >= head_dim)
-    return x if width == head_dim else torch.nn.functional.pad(x, (0, width - head_dim))
+    return torch.nn.functional.pad(x, (0, width - head_dim))
 
 
 def _cut(x: Tensor, like: Tensor) -> Tensor:
     """A kernel's result without the columns that ``_filled`` gave ``like``, in the layout of an output."""
-    return x if x.shape == like.shape else laid_out(x[..., : like.shape[-1]], like)
+    return laid_out(x[..., : like.shape[-1]], like)
+
+
+def _bound(bind: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    """A call that binds once for each layout of its tensors: their strides, and whether they are aligned."""
+    ready: dict[tuple[object, ...], Callable[..., Any]] = {}
+
+    def run(*tensors: Tensor) -> Any:
+        unaligned = 0
+        for x in tensors:
+            unaligned |= x.data_ptr() & 15
+        key = (unaligned, *[x.stride() for x in tensors])
+        bound = ready.get(key)
+        if bound is None:
+            if len(ready) >= MAX_LAYOUTS:
+                ready.clear()
+            bound = ready[key] = bind(*tensors[:5], **how)
+        return bound(*tensors)
+
+    return run
 
 
 def forward(problem: Problem, kernels: Kernels) -> Forward:
     """Bind the forward kernel to the mask and the scalars."""
     from softcap_runtime.kernels import triton_attention
 
-    how = _how(problem)
+    attend = _bound(triton_attention.bind_forward, **_how(problem))
+    if _fits(problem):
+        return attend
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, lse = triton_attention.forward(_filled(q), _filled(k), _filled(v), **how)
+        out, lse = attend(_filled(q), _filled(k), _filled(v))
         return _cut(out, q), lse
 
     return run
@@ -69,16 +97,16 @@ def forward(problem: Problem, kernels: Kernels) -> Forward:
 
 def backward(problem: Problem, kernels: Kernels) -> Backward:
     """Bind the backward kernels."""
-    from softcap_runtime.kernels import triton_attention
+    from softcap_runtime.kernels import triton_gradient
 
-    how = _how(problem)
+    differentiate = _bound(triton_gradient.bind_backward, **_how(problem))
+    if _fits(problem):
+        return differentiate
 
     def run(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grads = triton_attention.backward(
-            _filled(grad_out), _filled(q), _filled(k), _filled(v), _filled(out), lse, **how
-        )
+        grads = differentiate(*(_filled(x) for x in (grad_out, q, k, v, out)), lse)
         return _cut(grads[0], q), _cut(grads[1], k), _cut(grads[2], v)
 
     return run

@@ -1,0 +1,174 @@
+"""The gradients of ``triton_attention``: what comes before the launch of the backward kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .gpu_options import Direction, options_for, splits_backward
+from .triton_call import Factors, Mask, factors, make_mask
+from .triton_launch import Output, bound, constants, launcher, layout, on, strides, tile, vector
+
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def bind_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    left: int | None = None,
+    right: int | None = None,
+    lo: Tensor | None = None,
+    hi: Tensor | None = None,
+    approx: bool = False,
+) -> Backward:
+    """The gradients ``(dq, dk, dv)`` of ``triton_attention.bind_forward``'s results, for tensors that lie as these do.
+
+    ``grad_out`` like out; the rest as it was given to the forward. The result takes (grad_out, q, k, v, out, lse), the
+    last two as the forward returned them; its gradients are shaped as q, k and v, in their dtype, views of
+    ``[B, S, H, D]`` memory. It holds one float32 per query row beyond its inputs and outputs. Sums run in a fixed
+    order: two runs agree bit for bit.
+    """
+    mask = make_mask(left, right, lo, hi)
+    call = factors(q.dtype, scale, softcap, approx)
+    return bound(_bind_backward, (grad_out, q, k, v, out), mask, call)
+
+
+def _bind_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Mask, call: Factors
+) -> Backward:
+    batch, heads, rows, _ = q.shape
+    device = q.device
+    outputs = [Output(x) for x in (q, k, v)]
+    stats_shape = (2, batch, heads, _padded_rows(rows))
+    run_dq = _bind_dq(q, k, v, grad, out, outputs[0], mask, call)
+    directions: tuple[Direction, ...] = ("dk", "dv") if splits_backward(q.shape[-1]) else ("dkdv",)
+    run_dkdv = [_bind_dkdv(q, k, v, grad, outputs, mask, call, direction) for direction in directions]
+
+    def run(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (output.empty() for output in outputs)
+        stats = torch.empty(stats_shape, dtype=torch.float32, device=device)
+        shift, delta = stats
+        with on(device):
+            # dq first: it leaves what dk and dv need of every row in shift and delta.
+            run_dq(q, k, v, grad, out, lse, shift, delta, dq)
+            for one in run_dkdv:
+                one(q, k, v, grad, shift, delta, dk, dv)
+        return dq, dk, dv
+
+    return run
+
+
+def _bind_dq(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, output: Output, mask: Mask, call: Factors
+) -> Callable[..., None]:
+    from .triton_backward import dq_kernel
+
+    batch, heads, rows, dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    options = options_for(q, "dq")
+    where = layout(3 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, grad, out)
+    kernel = launcher(
+        dq_kernel,
+        (batch * heads * -(-rows // options.block_m), 1, 1),
+        [
+            *strides(where.align, *(x.stride() for x in (q, k, v, grad, out)), output.steps), mask.batch_stride,
+            heads, heads // kv_heads, rows, _padded_rows(rows), keys, mask.left, mask.right,
+            call.inner, call.coef, call.bias, call.gain,
+        ],
+        {"BAND": mask.lo is None, "FORM": call.form, **constants(dim, q.dtype, options, where)},
+        device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, reusable=where.reusable,
+    )  # fmt: skip
+
+    def run(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *rest: Tensor) -> None:
+        kernel(
+            tile(q, options.block_m, where.tma), tile(k, options.block_n, where.tma),
+            tile(v, options.block_n, where.tma), tile(grad, options.block_m, where.tma), *rest, mask.lo, mask.hi,
+        )  # fmt: skip
+
+    return run
+
+
+def _bind_dkdv(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, outputs: list[Output], mask: Mask, call: Factors,
+    direction: Direction,
+) -> Callable[..., None]:  # fmt: skip
+    from .triton_backward import dkdv_kernel
+
+    batch, heads, rows, dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    options = options_for(q, direction)
+    block_m, block_n = options.block_m, options.block_n
+    where = layout(4 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, grad)
+    padded_rows, blocks = _padded_rows(rows), -(-keys // block_n)
+    several = mask.batch_stride > 0  # batch rows have intervals of their own
+    kernel = launcher(
+        dkdv_kernel,
+        (batch * kv_heads * blocks, 1, 1),
+        [
+            *strides(where.align, *(x.stride() for x in (q, k, v, grad)), outputs[1].steps, outputs[2].steps),
+            padded_rows if several else 0, blocks if several else 0,
+            heads, kv_heads, heads // kv_heads, rows, padded_rows, keys, mask.left, mask.right,
+            call.inner, call.coef, call.gain,
+        ],
+        {"BAND": mask.lo is None, "FORM": call.form, "WANT_DK": direction != "dv", "WANT_DV": direction != "dk",
+         **constants(dim, q.dtype, options, where)},
+        device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, reusable=where.reusable,
+    )  # fmt: skip
+    hull = _bind_query_hull(mask, rows, keys, block_n)
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, grad: Tensor, shift: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
+    ) -> None:
+        lo, hi, first, last = hull()
+        kernel(
+            tile(q, block_m, where.tma), tile(k, block_n, where.tma), tile(v, block_n, where.tma),
+            tile(grad, block_m, where.tma), vector(shift, block_m, where.tma), vector(delta, block_m, where.tma),
+            dk, dv, vector(lo, block_m, where.tma), vector(hi, block_m, where.tma), first, last,
+        )  # fmt: skip
+
+    return run
+
+
+def _bind_query_hull(
+    mask: Mask, rows: int, keys: int, block_n: int
+) -> Callable[[], tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]:
+    """What the key blocks need of intervals: lo, hi padded, and the query rows that may see each block.
+
+    int32 ``[B or 1, padded_rows]`` twice and ``[B or 1, blocks]`` twice; four None for a band.
+    """
+    if mask.lo is None:
+        return lambda: (None, None, None, None)
+    from .triton_backward import query_hull_kernel
+
+    device, batch = mask.lo.device, mask.lo.shape[0]
+    padded_rows, blocks = _padded_rows(rows), -(-keys // block_n)
+    kernel = launcher(
+        query_hull_kernel,
+        (-(-blocks // 16), batch, 1),
+        [mask.batch_stride, rows, padded_rows, keys, blocks],
+        {"BLOCK_N": block_n, "ROWS": 512, "KEYS": 16},
+        device=device, dtype=torch.int32, warps=4,
+    )  # fmt: skip
+
+    def run() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        lo, hi = torch.empty((2, batch, padded_rows), dtype=torch.int32, device=device)
+        first, last = torch.empty((2, batch, blocks), dtype=torch.int32, device=device)
+        kernel(mask.lo, mask.hi, lo, hi, first, last)
+        return lo, hi, first, last
+
+    return run
+
+
+def _padded_rows(rows: int) -> int:
+    """Rows of a statistics vector: whole blocks of the largest block, so kernels read it without a mask."""
+    return -(-rows // 128) * 128
