@@ -28,8 +28,8 @@ from softcap_runtime.torch_private import flex_backward, has_flex_backward
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-# A tile of the tensor cores: what flex's kernels for GPUs multiply has this many columns at least.
-MIN_HEAD_DIM = 16
+# A tile of the tensor cores has 16 columns at least; at 512 flex finds no block that fits a GPU (H100, torch 2.11).
+HEAD_DIMS = range(16, 257)
 FORWARD, BACKWARD = "flex_cuda_forward", "flex_cuda_backward"
 
 
@@ -42,8 +42,8 @@ def _refuses(problem: Problem) -> str | None:
         return "triton is not installed"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q.dtype: {problem.dtype}, the flex engine serves float32, bfloat16 and float16"
-    if problem.head_dim < MIN_HEAD_DIM:
-        return f"head_dim: {problem.head_dim}, the flex engine serves {MIN_HEAD_DIM} and more on CUDA"
+    if problem.head_dim not in HEAD_DIMS:
+        return f"head_dim: {problem.head_dim}, the flex engine serves 16 to 256 on CUDA"
     if problem.train and not has_flex_backward():
         return f"torch {torch.__version__} does not show flex's backward where it is looked for"
     return None

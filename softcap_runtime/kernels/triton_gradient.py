@@ -50,6 +50,8 @@ def _bind_backward(
     stats_shape = (2, batch, heads, _padded_rows(rows))
     run_dq = _bind_dq(q, k, v, grad, out, outputs[0], mask, call)
     directions: tuple[Direction, ...] = ("dk", "dv") if splits_backward(q.shape[-1]) else ("dkdv",)
+    written = _whole_blocks(rows, options_for(q, "dq").block_m)
+    read = max(_whole_blocks(rows, options_for(q, direction).block_m) for direction in directions)
     run_dkdv = [_bind_dkdv(q, k, v, grad, outputs, mask, call, direction) for direction in directions]
 
     def run(
@@ -58,6 +60,9 @@ def _bind_backward(
         dq, dk, dv = (output.empty() for output in outputs)
         stats = torch.empty(stats_shape, dtype=torch.float32, device=device)
         shift, delta = stats
+        if written < read:  # as dq_kernel leaves rows past the end
+            shift.fill_(-torch.inf)
+            delta.zero_()
         with on(device):
             # dq first: it leaves what dk and dv need of every row in shift and delta.
             run_dq(q, k, v, grad, out, lse, shift, delta, dq)
@@ -171,4 +176,8 @@ def _bind_query_hull(
 
 def _padded_rows(rows: int) -> int:
     """Rows of a statistics vector: whole blocks of the largest block, so kernels read it without a mask."""
-    return -(-rows // 128) * 128
+    return _whole_blocks(rows, 128)
+
+
+def _whole_blocks(rows: int, block: int) -> int:
+    return -(-rows // block) * block

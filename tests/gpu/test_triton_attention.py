@@ -196,11 +196,13 @@ def test_strided_unaligned_and_expanded_inputs(seed: int) -> None:
     check(case._replace(q=transposed))
 
 
-def test_every_element_is_written(seed: int) -> None:
-    """The allocator's next block is full of NaN, so what a kernel leaves out would show."""
-    case = make(dim=128, rows=257, keys=257)
-    for _ in range(2):
-        poison = [torch.full((2, 4, 257, 128), float("nan"), device="cuda", dtype=BF16) for _ in range(8)]
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_every_element_that_is_read_is_written(seed: int, dtype: torch.dtype, dim: int) -> None:
+    """The allocator's free blocks are full of NaN, so what a kernel leaves out would show."""
+    for rows in (200, 257):
+        case = make(dim=dim, rows=rows, keys=rows, dtype=dtype)
+        poison = [torch.full((2**n,), float("nan"), device="cuda") for n in range(8, 22) for _ in range(4)]
         del poison
         check(case)
 

@@ -105,6 +105,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"device": CPU}, "runs on CUDA"),
         ({"dtype": torch.float64}, "torch.float64"),
         ({"head_dim": 8}, "head_dim: 8"),
+        ({"head_dim": 257}, "head_dim: 257"),
     ]
     assert flex_cuda.ENGINE.refuses(call) is None
     for change, words in changes:
