@@ -5,6 +5,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/setup.sh
 
+# Triton runs and compiles the GPU kernels' tests without a GPU. Beside the environment, not in it: torch imports a
+# Triton that it finds, at every start. Not every platform has a wheel; without it those tests are skipped.
+triton=3.7.1
+if [[ ! -d ".venv/triton/triton-$triton.dist-info" ]]; then
+    .venv/bin/python -m pip install --quiet --no-cache-dir --disable-pip-version-check --no-deps --upgrade \
+        --target .venv/triton "triton==$triton" ||
+        echo "test: Triton $triton can't be installed, the tests in tests/kernels/test_triton.py are skipped" >&2
+fi
+
 # What the tools and libraries write for themselves stays inside one temporary folder, gone at the end.
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT

@@ -189,10 +189,7 @@ def cpu_has_amx() -> bool:
 def has_flex_backward() -> bool:
     """Whether ``flex_backward`` can be called; imports nothing more than flex itself does."""
     try:
-        from torch._higher_order_ops.flex_attention import (  # noqa: F401
-            create_fw_bw_graph,
-            flex_attention_backward,
-        )
+        from torch._higher_order_ops.flex_attention import flex_attention_backward  # noqa: F401
         from torch.nn.attention.flex_attention import _apply_kernel_options  # noqa: F401
     except ImportError:
         return False
@@ -207,29 +204,30 @@ def flex_backward(
     out: Tensor,
     lse: Tensor,
     score_mod: Callable[..., Tensor],
+    score_gradient: Callable[..., Tensor],
     score_arguments: Sequence[Tensor],
     block_mask: Any,
     mask_arguments: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``flex_attention(..., scale=1.0)`` from its output and natural logsumexp, to be compiled.
 
-    ``score_mod`` and the mask's ``mask_mod`` take their tensors as further arguments.
+    ``score_mod`` and the mask's ``mask_mod`` take their tensors as further arguments. ``score_gradient(score, b, h,
+    i, j, grad, *score_arguments)`` is the product of ``grad`` and the derivative of ``score_mod``.
 
-    Private: ``flex_attention_backward`` and ``create_fw_bw_graph`` of ``torch._higher_order_ops.flex_attention``,
-    and ``_apply_kernel_options``, which knows what options flex's kernels ask for. flex gives its backward to autograd
-    alone, and an operator's backward, which runs below autograd, has tensors only. Gone or switched off: the flex
-    engine does not train, and other engines serve.
+    Private: ``flex_attention_backward`` of ``torch._higher_order_ops``, and ``_apply_kernel_options``, which knows what
+    flex's kernels ask for. flex gives its backward to autograd alone, and an operator's backward, which runs below
+    autograd, has tensors only. Gone or switched off: the flex engine does not train, and other engines serve.
     """
-    from torch._higher_order_ops.flex_attention import create_fw_bw_graph, flex_attention_backward
+    from torch._higher_order_ops.flex_attention import flex_attention_backward
     from torch.nn.attention.flex_attention import _apply_kernel_options
 
-    b, h, i, j = (q.new_zeros((), dtype=torch.int) for _ in range(4))
-    with torch.enable_grad():  # it traces the score's derivative, whatever the mode of the caller
-        example = (q.new_zeros((), requires_grad=True), b, h, i, j)
-        forward, joint = create_fw_bw_graph(score_mod, example, tuple(score_arguments))  # type: ignore[arg-type]
+    # As autograd would give them: of the score, the four positions, each argument. Without types: torch traces it.
+    def joint(score, b, h, i, j, grad, *arguments):  # type: ignore[no-untyped-def]
+        return [score_gradient(score, b, h, i, j, grad, *arguments), *[None] * (4 + len(arguments))]
+
     options: Any = _apply_kernel_options(q, k, v, True, None)
     grads = flex_attention_backward(
-        q, k, v, out, lse / math.log(2), grad_out, torch.zeros_like(lse), forward, joint,  # type: ignore[arg-type]
+        q, k, v, out, lse / math.log(2), grad_out, torch.zeros_like(lse), score_mod, joint,  # type: ignore[arg-type]
         block_mask.as_tuple(), 1.0, options, tuple(score_arguments), tuple(mask_arguments),
     )  # fmt: skip
     return grads[0], grads[1], grads[2]

@@ -72,6 +72,12 @@ def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
         scaled = score * scale
         return scaled if cap is None else cap * torch.tanh(scaled * inv_cap)
 
+    def gradient(score, b, h, i, j, grad, scale, cap=None, inv_cap=None):  # type: ignore[no-untyped-def]
+        if cap is None:
+            return grad * scale
+        bounded = torch.tanh(score * scale * inv_cap)
+        return grad * scale * (1 - bounded * bounded)
+
     def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         from torch.nn.attention import flex_attention as flex
 
@@ -98,7 +104,7 @@ def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
     ) -> tuple[Tensor, ...]:
         rows, numbers = rest[8 : 8 + edges], rest[8 + edges :]
         mask = _block_mask(q, k, rest[:8], visible)
-        return flex_backward(grad_out, q, k, v, out, lse, logit, numbers, mask, rows)
+        return flex_backward(grad_out, q, k, v, out, lse, logit, gradient, numbers, mask, rows)
 
     if spec.op == FORWARD:
         return forward

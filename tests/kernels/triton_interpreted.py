@@ -1,0 +1,83 @@
+"""Runs the Triton kernels on the CPU, in Triton's interpreter, and prints their errors: a line of JSON a case.
+
+A process of its own, since Triton reads TRITON_INTERPRET when it is imported. All memory that the kernels get is full
+of NaN, so whatever is read before it is written shows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcap_runtime import reference
+from softcap_runtime.kernels import gpu_options
+
+LIMITS = gpu_options.DeviceLimits(227 * 1024, (9, 0), 132)
+gpu_options.device_limits = lambda index: LIMITS  # type: ignore[assignment]
+
+from softcap_runtime.kernels.triton_attention import bind_forward  # noqa: E402
+from softcap_runtime.kernels.triton_gradient import bind_backward  # noqa: E402
+
+
+def poisoned(make: Any) -> Any:
+    def made(*shape: Any, **how: Any) -> Tensor:
+        x: Tensor = make(*shape, **how)
+        return x.fill_(float("nan") if x.is_floating_point() else 2**30)
+
+    return made
+
+
+def mask_of(kind: str, batch: int, rows: int, keys: int) -> tuple[dict[str, Any], Tensor, Tensor]:
+    at = torch.arange(rows, dtype=torch.int32).expand(batch, rows)
+    if kind == "window":
+        left, right = keys - rows - 20, keys - rows + 1
+        return {"left": left, "right": right}, at + left, at + right
+    lo, hi = at // 23 * 23, at + 1
+    if kind == "a row of nothing":
+        lo, hi = lo.clone(), hi.clone()
+        lo[:, 5], hi[:, 5] = keys, 0
+    elif kind == "shared":
+        lo, hi = lo[:1], hi[:1]
+    return {"lo": lo.contiguous(), "hi": hi.contiguous()}, lo, hi
+
+
+def errors(case: dict[str, Any]) -> dict[str, Any]:
+    batch, heads, kv_heads, rows, keys, dim = case["sizes"]
+    dtype = getattr(torch, case["dtype"])
+    q = torch.randn(batch, rows, heads, dim).to(dtype).transpose(1, 2)
+    k, v = (torch.randn(batch, kv_heads, keys, dim).to(dtype) for _ in range(2))
+    grad_out = torch.randn(batch, heads, rows, dim).to(dtype)
+    how, lo, hi = mask_of(case["mask"], batch, rows, keys)
+    how |= {"scale": dim**-0.5, "softcap": case["softcap"]}
+    empty, empty_strided = torch.empty, torch.empty_strided
+    torch.empty, torch.empty_strided = poisoned(empty), poisoned(empty_strided)
+    try:
+        forward = bind_forward(q, k, v, **how)
+        out, lse = forward(q, k, v)
+        assert torch.equal(forward(q, k, v)[0], out)
+        grads = bind_backward(grad_out, q, k, v, out, **how)(grad_out, q, k, v, out, lse)
+    finally:
+        torch.empty, torch.empty_strided = empty, empty_strided
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    mask = reference.visible(lo, hi, keys)
+    want, want_lse = reference.attention(*wide, mask, scale=how["scale"], softcap=how["softcap"])
+    exact = torch.autograd.grad(want, wide, grad_out.double())
+    pairs = zip(("out", "dq", "dk", "dv"), (out, *grads), (want, *exact), strict=True)
+    found = {name: float((mine - true).norm() / true.norm()) for name, mine, true in pairs}
+    seen = want_lse > -torch.inf
+    found["lse"] = float((lse - want_lse)[seen].abs().max())
+    found["lse of nothing"] = float((lse[~seen] > -torch.inf).sum())
+    found["layout"] = float(not all(x.transpose(1, 2).is_contiguous() for x in (out, *grads)))
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cases, seed = json.loads(sys.argv[1]), int(sys.argv[2])
+    torch.manual_seed(seed)
+    for case in cases:
+        print(json.dumps(errors(case)), flush=True)
