@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +35,7 @@ def main() -> None:
         parser.error("no CUDA device; use --smoke to see that the script works")
     settings = RuntimeSettings(engine="eager" if arguments.smoke else "auto")
     report = Report(device, arguments.smoke, Runtime(settings))
-    for part in (training_shapes, decoding, memory, overhead, packed):
+    for part in (training_shapes, decoding, memory, overhead, packed, fresh_process):
         part(report)
         print(report.tables[-1], flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -266,17 +268,68 @@ def overhead(report: Report) -> None:
     """Host time of an eager call, tiny inputs, nothing waited for."""
     q = torch.randn(1, 16, 128, 64, device=report.device).bfloat16()
     config = AttentionConfig(softcap=CAP, scale=0.125)
+    calls: dict[str, Call] = {
+        "softcap_runtime": lambda: report.runtime.attention(q, q, q, config),
+        "SDPA, no softcap": lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True),
+    }
+    if report.device == "cuda":
+        flex = stock_flex(128, None, 0.125, report.device)
+        calls["stock flex"] = lambda: flex(q, q, q)
     rows = []
     with torch.no_grad():
-        for _ in range(20):
-            report.runtime.attention(q, q, q, config)
-        taken = []
-        for _ in range(20 if report.smoke else 2000):
-            started = time.perf_counter()
-            report.runtime.attention(q, q, q, config)
-            taken.append(time.perf_counter() - started)
-    rows.append({"us a call, host": sorted(taken)[len(taken) // 2] * 1e6})
+        for who, call in calls.items():
+            for _ in range(20):
+                call()
+            taken = []
+            for _ in range(20 if report.smoke else 2000):
+                started = time.perf_counter()
+                call()
+                taken.append(time.perf_counter() - started)
+            rows.append({"who": who, "us a call, host": sorted(taken)[len(taken) // 2] * 1e6})
     report.table("call overhead", rows)
+
+
+FRESH = """
+import sys, time, torch
+device, train = sys.argv[1], sys.argv[2] == "train"
+x = torch.ones(64, 64, device=device)
+(x @ x).sum().item()
+q, k, v = (torch.randn(1, h, 2048, 256, device=device).bfloat16().requires_grad_(train) for h in (8, 4, 4))
+started = time.perf_counter()
+"""
+OURS = """
+from softcap_runtime import AttentionConfig, Runtime
+out = Runtime.get().attention(q, k, v, AttentionConfig(softcap=50.0, scale=0.0625))
+"""
+STOCK = """
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, 2048, 2048, device=device)
+cap = lambda score, b, h, i, j: 50.0 * torch.tanh(score / 50.0)
+compiled = torch.compile(flex_attention, fullgraph=True)
+out = compiled(q, k, v, score_mod=cap, block_mask=mask, scale=0.0625, enable_gqa=True)
+"""
+END = """
+if train:
+    out.sum().backward()
+out[0, 0, 0, 0].item()
+print(time.perf_counter() - started)
+"""
+
+
+def fresh_process(report: Report) -> None:
+    """Seconds from after ``import torch`` and the device's start to the first result, every cache warm."""
+    rows = []
+    for who, code in (("softcap_runtime", OURS), ("stock flex", STOCK)):
+        if who == "stock flex" and report.smoke:
+            continue
+        row: dict[str, Any] = {"who": who}
+        for what in ("inference", "train"):
+            command = [sys.executable, "-c", FRESH + code + END, report.device, what]
+            # The first fills the caches.
+            done = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(2)]
+            row[f"s to the first result, {what}"] = float(done[1].stdout.splitlines()[-1])
+        rows.append(row)
+    report.table("a fresh process, caches warm", rows)
 
 
 if __name__ == "__main__":
