@@ -49,37 +49,29 @@ def assert_in_graph(condition: Tensor, message: str) -> None:
         check(condition, message)
 
 
-def load_package(data: bytes, device: torch.device) -> Runner:
-    """Load an AOTInductor package (the bytes of a .pt2 file) and return its ``run(inputs) -> outputs``.
+def load_package(data: bytes) -> Runner:
+    """Load an AOTInductor package for the CPU (the bytes of a .pt2 file) and return its ``run(inputs) -> outputs``.
 
-    Private: ``torch._C._aoti.AOTIModelContainerRunner{Cpu,Cuda}``, which loads the shared library alone in
-    about 2 ms and imports no compiler. The bytes go to an anonymous file in memory, so what was verified is
-    what is loaded. Gone or switched off: ``torch._inductor.aoti_load_package``, about 1 s of imports.
+    Private: ``torch._C._aoti.AOTIModelContainerRunnerCpu``, which loads the shared library alone in about 2 ms and
+    imports no compiler. The bytes go to an anonymous file in memory, so what was verified is what is loaded. Gone or
+    switched off: ``torch._inductor.aoti_load_package``, about 1 s of imports.
     """
-    runner_class = _runner_class(device)
+    runner_class = getattr(getattr(torch._C, "_aoti", None), "AOTIModelContainerRunnerCpu", None)
     if runner_class is None or public_only():
-        return _load_public(data, device)
+        return _load_public(data)
     with _MemoryFile(_shared_library(data)) as path:
-        if device.type == "cpu":
-            return runner_class(path, 1).run
-        return runner_class(path, 1, f"cuda:{device.index or 0}", "").run
+        run: Runner = runner_class(path, 1).run
+        return run
 
 
-def _runner_class(device: torch.device) -> Callable[..., Any] | None:
-    name = "AOTIModelContainerRunnerCpu" if device.type == "cpu" else "AOTIModelContainerRunnerCuda"
-    return getattr(getattr(torch._C, "_aoti", None), name, None)
-
-
-def _load_public(data: bytes, device: torch.device) -> Runner:
+def _load_public(data: bytes) -> Runner:
     from torch._inductor import aoti_load_package
 
     # A name on disk, since this loader asks for one that ends so; it unpacks the file and needs it no longer.
     with tempfile.NamedTemporaryFile(suffix=".pt2") as file:
         file.write(data)
         file.flush()
-        compiled = aoti_load_package(
-            file.name, device_index=device.index or 0 if device.type == "cuda" else -1
-        )
+        compiled = aoti_load_package(file.name)
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         outputs = compiled(*inputs)

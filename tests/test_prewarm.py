@@ -49,9 +49,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, failing: str | None = None) -> lis
         return b"package of " + repr(spec).encode()
 
     monkeypatch.setattr(package, "build", build)
-    monkeypatch.setattr(
-        "softcap_runtime.kernels.table.load_package", lambda data, device: lambda inputs: inputs
-    )
+    monkeypatch.setattr("softcap_runtime.kernels.table.load_package", lambda data: lambda inputs: inputs)
     return asked
 
 

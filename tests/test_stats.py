@@ -91,9 +91,7 @@ def test_background_builds_are_pending_then_failed(tmp_path: Path, monkeypatch: 
 def test_a_folder_that_cannot_be_used_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(package, "build", lambda spec: b"package")
-    monkeypatch.setattr(
-        "softcap_runtime.kernels.table.load_package", lambda data, device: lambda inputs: inputs
-    )
+    monkeypatch.setattr("softcap_runtime.kernels.table.load_package", lambda data: lambda inputs: inputs)
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path / "file"))
     runtime.supply.obtain(KernelSpec("block_forward", "cpu", "float32", 0, True, ""))
     stats = runtime.stats()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-import torch
-
 from softcap_runtime.errors import SoftcapRuntimeError
 from softcap_runtime.kernels.engine import Runner
 from softcap_runtime.kernels.jit import compile_runner, compiles_in_process
@@ -60,7 +58,7 @@ class KernelTable:
 
 def _loaded(spec: KernelSpec, data: bytes) -> Runner:
     try:
-        return load_package(data, torch.device(spec.device))
+        return load_package(data)
     except Exception as error:
         raise SoftcapRuntimeError(
             f"the package of kernel {spec.op} does not load ({(str(error) or repr(error)).splitlines()[0]}); "

@@ -8,6 +8,9 @@ import sys
 from softcap_runtime.kernels.graphs import graph
 from softcap_runtime.kernels.key import KernelSpec
 
+# One translation unit is compiled per build: a precompiled header costs more than it saves.
+INDUCTOR_OPTIONS = {"aot_inductor.precompile_headers": False, "cpp.dynamic_threads": True}
+
 
 def compile_package(spec: KernelSpec, target: str) -> None:
     """Export the graph of ``spec`` and write its AOTInductor package to ``target``."""
@@ -20,16 +23,7 @@ def compile_package(spec: KernelSpec, target: str) -> None:
     made = graph(spec)
     with torch.no_grad():
         program = torch.export.export(made.module, made.example, dynamic_shapes=made.dynamic, strict=False)
-        aoti_compile_and_package(program, package_path=target, inductor_configs=inductor_options(spec))
-
-
-def inductor_options(spec: KernelSpec) -> dict[str, object]:
-    """Inductor's settings for one kernel."""
-    # One translation unit is compiled per build: a precompiled header costs more than it saves.
-    options: dict[str, object] = {"aot_inductor.precompile_headers": False, "cpp.dynamic_threads": True}
-    if spec.device == "cuda":
-        options["aot_inductor.embed_kernel_binary"] = True
-    return options
+        aoti_compile_and_package(program, package_path=target, inductor_configs=INDUCTOR_OPTIONS)
 
 
 if __name__ == "__main__":
