@@ -131,9 +131,10 @@ def _explicit(
 
 def _prewarm(runtime: Runtime, requests: list[PrewarmRequest]) -> None:
     from softcap_runtime import cli_tables as tables
-    from softcap_runtime.prewarm import kernels_of
+    from softcap_runtime.prewarm import kernels_of, runs_triton
 
-    if not any([kernels_of(request, runtime.settings.engine) for request in requests]):
+    engine = runtime.settings.engine
+    if not any([kernels_of(request, engine) or runs_triton(request, engine) for request in requests]):
         print("nothing to prewarm: no kernel of the engine that would serve this is kept in the cache")
         return
     store = runtime.supply.store
@@ -143,7 +144,9 @@ def _prewarm(runtime: Runtime, requests: list[PrewarmRequest]) -> None:
     store.flush()
     tables.console().print(tables.prewarm_table(results))
     if any(result.outcome == "ready" for result in results):
-        print("ready: compiled by torch in each process that uses it; there is nothing to keep on disk")
+        print(
+            "ready: compiled in each process that uses it (Triton's from its own cache); nothing to keep here"
+        )
     if store.held_in_memory:
         why = store.fault or f"{store.folder} is read-only"
         _fail(f"{store.held_in_memory} kernels could not be written: {why}", 1)

@@ -11,11 +11,13 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from softcap_runtime.config import PrewarmRequest
+from softcap_runtime.kernels import blocked_cuda
 from softcap_runtime.kernels.choose import candidates, choose
 from softcap_runtime.kernels.engine import Call, Problem
-from softcap_runtime.kernels.key import KernelSpec, dtype_of
+from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_of
 from softcap_runtime.masks.intervals import RowIntervals, band
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 Outcome = Literal["built", "loaded", "ready", "failed"]
 # Called around the work on one kernel: what shows it to people.
 Shown = Callable[[KernelSpec], AbstractContextManager[None]]
+MASKS: tuple[MaskKind, MaskKind] = ("band", "intervals")
+# Of calls on CUDA whose request names no length: long enough for the kernels that long sequences get.
+USUAL_LENGTH = 4096
 
 
 class PrewarmResult(NamedTuple):
@@ -48,7 +53,8 @@ def prewarm(runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool
     Each kernel is compiled by a child process (some 15 s of one core), as many at once as this process has
     cores. With ``progress`` a bar on standard error shows them. A failure is a row of the result and stops no
     other kernel. For the ``seq_lens`` of a request the masks are prepared as well, for a batch of 1 in this
-    process; nothing is run.
+    process; nothing is run but the Triton kernels on CUDA, which compile when they run: their calls, of a batch of 1
+    and those lengths, leave them in this process and in Triton's cache on disk.
 
     Under torchrun every rank calls this before its first collective. One rank builds a kernel while those that
     need the same one wait for its file lock, then load it. A rank returns when all its kernels are published: while
@@ -60,13 +66,20 @@ def prewarm(runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool
     """
     requests = _checked(requests)
     specs = {request: kernels_of(request, runtime.settings.engine) for request in requests}
+    calls = dict.fromkeys(
+        request.model_copy(update={"config": request.config.model_copy(update={"window": None})})
+        for request in specs
+        if runs_triton(request, runtime.settings.engine)
+    )
     distinct = list(dict.fromkeys(spec for each in specs.values() for spec in each))
-    with _shown(len(distinct), progress and bool(distinct)) as shown, ThreadPoolExecutor(_cores()) as pool:
+    total = len(distinct) + len(MASKS) * len(calls)
+    with _shown(total, progress and total > 0) as shown, ThreadPoolExecutor(_cores()) as pool:
         try:
             results = list(pool.map(lambda spec: _obtain(runtime, spec, shown), distinct))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        results += [_call_triton(runtime, request, mask, shown) for request in calls for mask in MASKS]
     failed = {result.spec for result in results if result.outcome == "failed"}
     for request, each in specs.items():
         if not failed.intersection(each):
@@ -101,6 +114,11 @@ def kernels_of(request: PrewarmRequest, engine: str) -> list[KernelSpec]:
         for one in engines:
             found.update(dict.fromkeys(one.specs(problem)))
     return list(found)
+
+
+def runs_triton(request: PrewarmRequest, engine: str) -> bool:
+    """Whether calls like ``request`` are served by Triton kernels; raises as ``prewarm`` does."""
+    return any(choose(problem, engine).engine is blocked_cuda.ENGINE for problem in _problems(request))
 
 
 def kernel_name(spec: KernelSpec) -> str:
@@ -167,6 +185,44 @@ def _obtain(runtime: Runtime, spec: KernelSpec, shown: Shown) -> PrewarmResult:
     outcomes: dict[str, Outcome] = {"built": "built", "compiled": "ready"}
     outcome = outcomes.get(supplied.source, "loaded")
     return PrewarmResult(spec, outcome, time.perf_counter() - started, supplied.bytes, None)
+
+
+def _call_triton(runtime: Runtime, request: PrewarmRequest, mask: MaskKind, shown: Shown) -> PrewarmResult:
+    """Make the calls of ``request`` under one kind of masks, with many query rows and with one."""
+    op = "triton_training" if request.train else "triton_forward"
+    capped = request.config.softcap is not None
+    device = device_of(request.device)
+    spec = KernelSpec(op, device.type, request.dtype, request.head_dim, capped, mask)
+    started = time.perf_counter()
+    with shown(spec):
+        try:
+            for length in request.seq_lens or (USUAL_LENGTH,):
+                _call_once(runtime, request, length, mask)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except Exception as error:  # as in _obtain
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            return PrewarmResult(spec, "failed", time.perf_counter() - started, 0, line)
+    return PrewarmResult(spec, "ready", time.perf_counter() - started, 0, None)
+
+
+def _call_once(runtime: Runtime, request: PrewarmRequest, length: int, mask: MaskKind) -> None:
+    device, config = device_of(request.device), request.config
+
+    def zeros(heads: int) -> Tensor:
+        shape = (1, length, heads, request.head_dim)
+        return torch.zeros(shape, dtype=dtype_of(request.dtype), device=device).transpose(1, 2)
+
+    q, k, v = zeros(request.num_heads), zeros(request.num_kv_heads), zeros(request.num_kv_heads)
+    ids = torch.zeros(1, length, dtype=torch.int32, device=device) if mask == "intervals" else None
+    with torch.no_grad():
+        for rows in (q, q[:, :, -1:]):
+            runtime.attention(rows, k, v, config, document_ids=ids)
+    if request.train:
+        with torch.enable_grad():
+            inputs = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
+            out = runtime.attention(*inputs, config, document_ids=ids)
+            torch.autograd.grad(out, inputs, torch.zeros_like(out))
 
 
 def _bind_lengths(runtime: Runtime, request: PrewarmRequest) -> None:

@@ -124,7 +124,7 @@ def test_prewarm_shows_each_kernel(command: Command, warm_cache: Path) -> None:
     code, out, _ = command(*words, "--engine", "eager")
     assert (code, out.startswith("nothing to prewarm")) == (0, True)
     code, out, _ = command(*words, "--engine", "dense")
-    assert (code, "compiled by torch in each process" in out) == (0, True)
+    assert (code, "compiled in each process" in out) == (0, True)
 
 
 def test_prewarm_fails_when_a_build_does(

@@ -23,6 +23,7 @@ from softcap_runtime import (
     Runtime,
     RuntimeSettings,
 )
+from softcap_runtime import prewarm as prewarming
 from softcap_runtime.kernels import package
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.presets import PRESETS, requests_for
@@ -31,6 +32,7 @@ from softcap_runtime.prewarm import kernel_name
 pytestmark = pytest.mark.usefixtures("all_kernels")
 
 CONFIG = AttentionConfig(softcap=50.0, scale=HEAD_DIM**-0.5, window=100)
+WIDE = CONFIG.model_copy(update={"window": None})
 
 
 def request(**changes: object) -> PrewarmRequest:
@@ -262,3 +264,28 @@ def test_bad_model_files_are_told_in_one_line(tmp_path: Path, text: str | None, 
         requests_for(tmp_path / "config.json")
     assert str(caught.value).startswith("model: ")
     assert "\n" not in str(caught.value)
+
+
+def test_what_compiles_when_it_runs_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels, with another engine in their place: each kind of mask, many rows and one, and backward."""
+    monkeypatch.setattr(prewarming, "runs_triton", lambda request, engine: True)
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="eager"))
+    wanted = [request(train=True, seq_lens=(20, 30)), request(train=True, seq_lens=(20, 30), config=WIDE)]
+    rows = runtime.prewarm(wanted, progress=True)
+    assert [(row.spec.op, row.spec.mask, row.outcome) for row in rows] == [
+        ("triton_training", "band", "ready"),
+        ("triton_training", "intervals", "ready"),
+    ]
+    plans = {(key.q_shape[2], key.k_shape[2], key.train) for key, _ in runtime.plans.items()}
+    assert plans == {
+        (rows, keys, train) for keys in (20, 30) for rows, train in ((keys, False), (1, False), (keys, True))
+    }
+
+    def fails(*arguments: object, **masks: object) -> None:
+        raise RuntimeError("out of resources\nand more")
+
+    monkeypatch.setattr(runtime, "attention", fails)
+    rows = runtime.prewarm([request()], progress=False)
+    assert [(row.spec.op, row.outcome, row.error) for row in rows] == [
+        ("triton_forward", "failed", "out of resources")
+    ] * 2

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 
 from softcap_runtime import (
     AttentionConfig,
+    PrewarmRequest,
     Runtime,
     create_flex_attention_causal_mask,
     create_flex_attention_sliding_window_mask,
@@ -157,3 +158,28 @@ def test_stats_name_engines_and_reasons(runtimes: dict[str, Runtime], seed: int)
     for name in ("auto", "flex"):
         runtimes[name].attention(q, k, v, CONFIG)
         assert all(row.reason for row in runtimes[name].stats().engines)
+
+
+@pytest.mark.parametrize("engine", ["blocked", "flex"])
+def test_two_runs_are_bit_equal(runtimes: dict[str, Runtime], engine: str, seed: int) -> None:
+    inputs, grad_out = (
+        make_qkv(Sizes(2, 4, 2, 600, 600), torch.bfloat16),
+        torch.randn(2, 4, 600, 64).bfloat16(),
+    )
+
+    def run() -> list[torch.Tensor]:
+        out, grads = gradients(lambda *x: runtimes[engine].attention(*x, CONFIG), inputs, grad_out)
+        return [out, *grads]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_prewarming_runs_what_triton_compiles(runtimes: dict[str, Runtime]) -> None:
+    request = PrewarmRequest(
+        config=CONFIG, num_heads=4, num_kv_heads=2, head_dim=128, device="cuda", train=True, seq_lens=(300,)
+    )
+    rows = runtimes["auto"].prewarm([request], progress=False)
+    assert [(row.spec.op, row.spec.mask, row.outcome) for row in rows] == [
+        ("triton_training", "band", "ready"),
+        ("triton_training", "intervals", "ready"),
+    ]
