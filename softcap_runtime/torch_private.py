@@ -178,6 +178,17 @@ def cpu_has_amx() -> bool:
         return False
 
 
+def take_for_numbers(x: Tensor, dims: list[int]) -> None:
+    """Have the compiler take these sizes of ``x`` for numbers where all others are symbols.
+
+    Private: ``torch._dynamo.mark_static``, by its module's name; torch's guide to dynamic shapes tells of it. Gone:
+    they are symbols too, and torch may compile anew or refuse.
+    """
+    mark = getattr(torch._dynamo, "mark_static", None)
+    if mark is not None and not public_only():
+        mark(x, dims)
+
+
 def has_flex_backward() -> bool:
     """Whether ``flex_backward`` can be called; imports nothing more than flex itself does."""
     try:

@@ -12,6 +12,7 @@ from torch import Tensor
 from softcap_runtime.kernels import dense, flex_cuda
 from softcap_runtime.kernels.engine import Runner
 from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.torch_private import take_for_numbers
 
 
 class _Source(NamedTuple):
@@ -70,7 +71,7 @@ def _plain(x: Tensor) -> Tensor:
 def _make_heads_static(x: Tensor | None) -> None:
     """The compiler is to take H and D of floats ``[B, H, S, D]`` and ``[B, H, S]`` for numbers."""
     if x is not None and x.is_floating_point() and x.dim() >= 3:
-        torch._dynamo.mark_static(x, [1, 3][: x.dim() - 2])
+        take_for_numbers(x, [1, 3][: x.dim() - 2])
 
 
 def _ones(x: Tensor) -> tuple[bool, ...]:
