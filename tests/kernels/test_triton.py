@@ -46,8 +46,6 @@ KERNELS: list[Compiled] = [
     (card, dtype, head_dim, direction, band)
     for card, dtype, head_dim in (
         ("sm 9.0, 227 KB", "bfloat16", 256),
-        ("sm 9.0, 227 KB", "bfloat16", 128),
-        ("sm 8.9, 99 KB", "bfloat16", 256),
         ("sm 8.9, 99 KB", "float32", 128),
     )
     for band, directions in (
