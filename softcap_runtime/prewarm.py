@@ -175,16 +175,25 @@ def _obtain(runtime: Runtime, spec: KernelSpec, shown: Shown) -> PrewarmResult:
     if supply.table.ready(spec):
         known = supply.supplied.get(spec)
         return PrewarmResult(spec, "ready", 0.0, known.bytes if known else 0, None)
+    outcomes: dict[str, Outcome] = {"built": "built", "compiled": "ready"}
+
+    def work() -> tuple[Outcome, int]:
+        supplied = supply.obtain(spec)
+        return outcomes.get(supplied.source, "loaded"), supplied.bytes
+
+    return _row(spec, shown, work)
+
+
+def _row(spec: KernelSpec, shown: Shown, work: Callable[[], tuple[Outcome, int]]) -> PrewarmResult:
+    """How ``work`` on a kernel went: its outcome and bytes."""
     started = time.perf_counter()
     with shown(spec):
         try:
-            supplied = supply.obtain(spec)
+            outcome, size = work()
         except Exception as error:  # whatever went wrong with one kernel is that kernel's row
             line = (str(error).splitlines() or [type(error).__name__])[0]
             return PrewarmResult(spec, "failed", time.perf_counter() - started, 0, line)
-    outcomes: dict[str, Outcome] = {"built": "built", "compiled": "ready"}
-    outcome = outcomes.get(supplied.source, "loaded")
-    return PrewarmResult(spec, outcome, time.perf_counter() - started, supplied.bytes, None)
+    return PrewarmResult(spec, outcome, time.perf_counter() - started, size, None)
 
 
 def _call_triton(runtime: Runtime, request: PrewarmRequest, mask: MaskKind, shown: Shown) -> PrewarmResult:
@@ -193,17 +202,15 @@ def _call_triton(runtime: Runtime, request: PrewarmRequest, mask: MaskKind, show
     capped = request.config.softcap is not None
     device = device_of(request.device)
     spec = KernelSpec(op, device.type, request.dtype, request.head_dim, capped, mask)
-    started = time.perf_counter()
-    with shown(spec):
-        try:
-            for length in request.seq_lens or (USUAL_LENGTH,):
-                _call_once(runtime, request, length, mask)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        except Exception as error:  # as in _obtain
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            return PrewarmResult(spec, "failed", time.perf_counter() - started, 0, line)
-    return PrewarmResult(spec, "ready", time.perf_counter() - started, 0, None)
+
+    def work() -> tuple[Outcome, int]:
+        for length in request.seq_lens or (USUAL_LENGTH,):
+            _call_once(runtime, request, length, mask)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return "ready", 0
+
+    return _row(spec, shown, work)
 
 
 def _call_once(runtime: Runtime, request: PrewarmRequest, length: int, mask: MaskKind) -> None:

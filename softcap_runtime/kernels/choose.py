@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -54,10 +55,11 @@ def candidates(problem: Problem) -> list[Engine]:
     if problem.dtype == torch.float64:
         return [dense.EAGER]
     names = ("blocked", "flex") if packages_work() else ()
-    options = [engine_named(name, problem.device) for name in names]
-    options = [engine for engine in options if engine.refuses(problem) is None] or [dense.DENSE]
-    # On a CPU the lengths decide between the two; on CUDA our own kernels win at all of them.
-    return options if problem.device.type == "cpu" else options[:1]
+    engines = (engine_named(name, problem.device) for name in names)
+    serving = (engine for engine in engines if engine.refuses(problem) is None)
+    # On a CPU the lengths decide between the two; on CUDA our own kernels win at all of them, and flex is not asked,
+    # which would import it.
+    return list(serving if problem.device.type == "cpu" else itertools.islice(serving, 1)) or [dense.DENSE]
 
 
 def packages_work() -> bool:

@@ -15,6 +15,7 @@ from softcap_runtime.masks.blocks import BlockTables, block_tables
 
 # The kernel's interval vectors have room for this many rows (batch x length); see graphs/flex.py.
 MAX_ROWS = 2**24
+FORWARD = "flex_forward"
 
 
 def has_flex_attention() -> bool:
@@ -23,10 +24,11 @@ def has_flex_attention() -> bool:
     return (int(version[0]), int(version[1])) >= (2, 5)
 
 
-def _spec(problem: Problem) -> KernelSpec:
+def kernel_spec(problem: Problem, op: str) -> KernelSpec:
+    """The key of flex's kernel ``op`` for a problem."""
     mask: MaskKind = "band" if problem.mask.lo is None else "intervals"
     return KernelSpec(
-        "flex_forward",
+        op,
         problem.device.type,
         dtype_name(problem.dtype),
         problem.head_dim,
@@ -36,7 +38,7 @@ def _spec(problem: Problem) -> KernelSpec:
 
 
 def _specs(problem: Problem) -> list[KernelSpec]:
-    return [_spec(problem)]
+    return [kernel_spec(problem, FORWARD)]
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -55,7 +57,7 @@ def _refuses(problem: Problem) -> str | None:
 
 def forward(problem: Problem, kernels: Kernels) -> Forward:
     """Bind the kernel to the mask's block tables; it returns out ``[B, Hq, Sq, D]`` and no logsumexp."""
-    run_kernel = kernels.runner(_spec(problem))
+    run_kernel = kernels.runner(kernel_spec(problem, FORWARD))
     fixed = [*key_tables(problem, kernels), *mask_arguments(problem), *scalars(problem)]
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -6,8 +6,7 @@ Our Triton kernels are faster on what they serve.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,16 +16,14 @@ from softcap_runtime.kernels.flex import (
     has_flex_attention,
     in_band,
     in_intervals,
+    kernel_spec,
     key_tables,
     mask_arguments,
 )
 from softcap_runtime.kernels.gpu_options import has_triton
-from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_name
-from softcap_runtime.masks.blocks import BLOCK, query_tables
+from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.masks.blocks import BlockTables, assemble, query_tables
 from softcap_runtime.torch_private import flex_backward, has_flex_backward
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 # A tile of the tensor cores has 16 columns at least; at 512 flex finds no block that fits a GPU (H100, torch 2.11).
 HEAD_DIMS = range(16, 257)
@@ -49,14 +46,8 @@ def _refuses(problem: Problem) -> str | None:
     return None
 
 
-def _spec(problem: Problem, op: str) -> KernelSpec:
-    mask: MaskKind = "band" if problem.mask.lo is None else "intervals"
-    capped = problem.softcap is not None
-    return KernelSpec(op, problem.device.type, dtype_name(problem.dtype), problem.head_dim, capped, mask)
-
-
 def _specs(problem: Problem) -> list[KernelSpec]:
-    return [_spec(problem, op) for op in ((FORWARD, BACKWARD) if problem.train else (FORWARD,))]
+    return [kernel_spec(problem, op) for op in ((FORWARD, BACKWARD) if problem.train else (FORWARD,))]
 
 
 def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
@@ -86,7 +77,12 @@ def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
             {"return_aux": flex.AuxRequest(lse=True)} if hasattr(flex, "AuxRequest") else {"return_lse": True}
         )
         rows, numbers = rest[4 : 4 + edges], rest[4 + edges :]
-        mask = _block_mask(q, k, rest[:4], lambda b, h, i, j: visible(b, h, i, j, *rows))
+        mask = assemble(
+            (q.shape[2], k.shape[2]),
+            BlockTables(*rest[:4]),
+            None,
+            lambda b, h, i, j: visible(b, h, i, j, *rows),
+        )
         out, kept = flex.flex_attention(
             q,
             k,
@@ -103,7 +99,7 @@ def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
         rows, numbers = rest[8 : 8 + edges], rest[8 + edges :]
-        mask = _block_mask(q, k, rest[:8], visible)
+        mask = assemble((q.shape[2], k.shape[2]), BlockTables(*rest[:4]), BlockTables(*rest[4:8]), visible)
         return flex_backward(grad_out, q, k, v, out, lse, logit, gradient, numbers, mask, rows)
 
     if spec.op == FORWARD:
@@ -113,28 +109,8 @@ def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
     return lambda *tensors: inside(*tensors)
 
 
-def _block_mask(q: Tensor, k: Tensor, tables: Sequence[Tensor], mask_mod: Any) -> BlockMask:
-    """Of the tables over the keys, and over the queries where there are eight."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    queries: Sequence[Tensor | None] = tables[4:] or [None] * 4
-    return BlockMask(
-        seq_lengths=(q.shape[2], k.shape[2]),
-        kv_num_blocks=tables[0],
-        kv_indices=tables[1],
-        full_kv_num_blocks=tables[2],
-        full_kv_indices=tables[3],
-        q_num_blocks=queries[0],
-        q_indices=queries[1],
-        full_q_num_blocks=queries[2],
-        full_q_indices=queries[3],
-        BLOCK_SIZE=(BLOCK, BLOCK),
-        mask_mod=mask_mod,
-    )
-
-
 def _forward(problem: Problem, kernels: Kernels) -> Forward:
-    compiled = kernels.runner(_spec(problem, FORWARD))
+    compiled = kernels.runner(kernel_spec(problem, FORWARD))
     fixed = [*key_tables(problem, kernels), *mask_arguments(problem), *scalars(problem)]
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -145,7 +121,7 @@ def _forward(problem: Problem, kernels: Kernels) -> Forward:
 
 
 def _backward(problem: Problem, kernels: Kernels) -> Backward:
-    compiled = kernels.runner(_spec(problem, BACKWARD))
+    compiled = kernels.runner(kernel_spec(problem, BACKWARD))
     queries = query_tables(problem.mask, problem.device)
     fixed = [*key_tables(problem, kernels), *queries, *mask_arguments(problem), *scalars(problem)]
 

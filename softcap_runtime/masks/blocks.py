@@ -11,12 +11,15 @@ gap. For intervals of one's own with gaps inside one block of rows, columns in t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, edges
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
 # Before torch 2.13 flex's kernels for GPUs read the full columns with the strides of the partial ones.
@@ -71,6 +74,28 @@ def query_tables(intervals: RowIntervals, device: torch.device | str) -> BlockTa
     full = _inside(columns, full_start, full_num)
     partial = _inside(columns, start, any_num) & ~full
     return BlockTables(*_ordered(partial.mT), *_ordered(full.mT))
+
+
+def assemble(
+    lengths: tuple[int, int], keys: BlockTables, queries: BlockTables | None, mask_mod: Any
+) -> BlockMask:
+    """torch's ``BlockMask`` of tables over the keys and, for flex's backward, over the queries."""
+    # Imported here: it takes a tenth of a second, and the engines need the tables alone.
+    from torch.nn.attention.flex_attention import BlockMask
+
+    return BlockMask(
+        seq_lengths=lengths,
+        kv_num_blocks=keys.partial_num,
+        kv_indices=keys.partial_idx,
+        full_kv_num_blocks=keys.full_num,
+        full_kv_indices=keys.full_idx,
+        q_num_blocks=queries and queries.partial_num,
+        q_indices=queries and queries.partial_idx,
+        full_q_num_blocks=queries and queries.full_num,
+        full_q_indices=queries and queries.full_idx,
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=mask_mod,
+    )
 
 
 def count_blocks(tables: BlockTables) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.masks.blocks import BLOCK, block_tables, query_tables
+from softcap_runtime.masks.blocks import assemble, block_tables, query_tables
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, edges
 
 if TYPE_CHECKING:
@@ -24,26 +24,11 @@ def block_mask(intervals: RowIntervals, device: torch.device | str) -> BlockMask
     that the columns of a row may come in another order. It stands for these lengths only; a mask for other
     lengths is another call, which costs microseconds.
     """
-    # Imported here: it takes a tenth of a second, and the engines need the tables alone.
-    from torch.nn.attention.flex_attention import BlockMask
-
     keys, queries = block_tables(intervals, device), query_tables(intervals, device)
     mask_mod: Any = _mask_mod(intervals, device)
     # On the function, since BlockMask hands it on wherever it copies itself (``.to``, pytrees).
     mask_mod.row_intervals = intervals
-    return BlockMask(
-        seq_lengths=(intervals.q_len, intervals.kv_len),
-        kv_num_blocks=keys.partial_num,
-        kv_indices=keys.partial_idx,
-        full_kv_num_blocks=keys.full_num,
-        full_kv_indices=keys.full_idx,
-        q_num_blocks=queries.partial_num,
-        q_indices=queries.partial_idx,
-        full_q_num_blocks=queries.full_num,
-        full_q_indices=queries.full_idx,
-        BLOCK_SIZE=(BLOCK, BLOCK),
-        mask_mod=mask_mod,
-    )
+    return assemble((intervals.q_len, intervals.kv_len), keys, queries, mask_mod)
 
 
 def intervals_of(mask: BlockMask) -> RowIntervals | None:

@@ -12,7 +12,7 @@ from softcap_runtime.kernels.flex import MAX_ROWS, in_band, in_intervals
 from softcap_runtime.kernels.graphs.example import Graph, distinct
 from softcap_runtime.kernels.graphs.softcap import capped
 from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.masks.blocks import BLOCK
+from softcap_runtime.masks.blocks import BlockTables, assemble
 
 
 class FlexForward(nn.Module):
@@ -24,7 +24,7 @@ class FlexForward(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
         """Attention ``[B, Hq, Sq, D]``, laid out ``[B, Sq, Hq, D]`` in memory as the example q is."""
-        from torch.nn.attention.flex_attention import BlockMask, flex_attention
+        from torch.nn.attention.flex_attention import flex_attention
 
         partial_num, partial_idx, full_num, full_idx, *rest_ = rest
         rows = rest_[:2] if self.spec.mask == "band" else rest_[:3]
@@ -39,19 +39,8 @@ class FlexForward(nn.Module):
         def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return visible(b, h, i, j, *rows)
 
-        block_mask = BlockMask(
-            seq_lengths=(q.shape[2], k.shape[2]),
-            kv_num_blocks=partial_num,
-            kv_indices=partial_idx,
-            full_kv_num_blocks=full_num,
-            full_kv_indices=full_idx,
-            q_num_blocks=None,
-            q_indices=None,
-            full_q_num_blocks=None,
-            full_q_indices=None,
-            BLOCK_SIZE=(BLOCK, BLOCK),
-            mask_mod=mask_mod,
-        )
+        tables = BlockTables(partial_num, partial_idx, full_num, full_idx)
+        block_mask = assemble((q.shape[2], k.shape[2]), tables, None, mask_mod)
         return flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=1.0, enable_gqa=True)  # type: ignore[return-value]
 
 
