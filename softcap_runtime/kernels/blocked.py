@@ -8,40 +8,19 @@ one chunk and its maximum is found first. Nothing of size S x S ever exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from softcap_runtime.kernels.engine import (
-    Backward,
-    Engine,
-    Forward,
-    Kernels,
-    Problem,
-    Runner,
-    empty_output,
-    scalars,
-)
+from softcap_runtime.kernels.blocked_walk import Block, Walk
+from softcap_runtime.kernels.engine import Engine, Kernels, Problem, empty_output, scalars
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
-from softcap_runtime.masks.blocks import key_ranges
-from softcap_runtime.masks.intervals import edges
+from softcap_runtime.kernels.workspace import Workspace
 from softcap_runtime.torch_private import cpu_has_amx
 
 # exp(64) is 6e27: a million such weights times values of 1e4 are still 1e3 times below float32's largest number,
 # and exp(-64) is far above its smallest.
 BOUNDED_CAP = 64.0
 CHUNK = 1024
-
-
-def block_rows(q_len: int) -> int:
-    """Query rows of a block. Smaller blocks waste less on the causal diagonal, larger ones make better products.
-
-    Forward + backward with 64 rows against 128, B1 Hq8 Hkv4 D256 float32: 8.4 against 9.2 ms at 256 tokens, 23.0
-    against 23.8 at 512, 285 against 284 at 2,048.
-    """
-    return 64 if q_len <= 512 else 128
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,57 +58,142 @@ def _refuses(problem: Problem) -> str | None:
     return None
 
 
-class _Block(NamedTuple):
-    """Query rows ``[first, end)`` against the keys ``[lo, hi)`` that any of them sees."""
+class _Pass:
+    """A problem bound to its fused kernel: what forward and backward have in common."""
 
-    first: int
-    end: int
-    lo: int
-    hi: int
+    def __init__(self, problem: Problem, kernels: Kernels, spec: KernelSpec) -> None:
+        self.problem = problem
+        self.fused = kernels.runner(spec)
+        self.dtype = compute_dtype(problem.dtype)
+        self.walk, self.numbers = Walk(problem), scalars(problem)
 
+    def grouped(self, space: Workspace, name: str, rows: Tensor) -> Tensor:
+        """``rows`` ``[Hq, R, D]`` as ``[Hkv, G * R, D]``: a group's heads share one product."""
+        heads, kv_heads = self.problem.num_heads, self.problem.num_kv_heads
+        if heads == kv_heads and rows.dtype == self.dtype:
+            return rows
+        return space.empty(name, self.dtype, *rows.shape).copy_(rows).view(kv_heads, -1, rows.shape[-1])
 
-class _Walk:
-    """The blocks of a problem, batch row by batch row, with the vectors that the fused kernels read."""
+    def logits(self, space: Workspace, name: str, q: Tensor, keys: int) -> Tensor:
+        """Room for the products of a block of queries ``[Hkv, G * R, D]`` with a chunk of keys."""
+        return space.empty(name, self.dtype, q.shape[0], q.shape[1], keys)
 
-    def __init__(self, problem: Problem) -> None:
-        lo, hi = edges(problem.mask, "cpu")
-        self.lo, self.hi = list(lo.unbind(0)), list(hi.unbind(0))
-        self.cols = torch.arange(problem.mask.kv_len, dtype=torch.int32, device="cpu")
-        self.rows = block_rows(problem.mask.q_len)
-        ranges = key_ranges(problem.mask, self.rows)
-        if isinstance(ranges, list):
-            self.ranges = [ranges]
-        else:
-            bounds = torch.stack([ranges.lo_min, ranges.hi_max], -1).tolist()
-            self.ranges = [[(a, b) if a < b else (0, 0) for a, b in row] for row in bounds]
-
-    def blocks(self, batch_row: int) -> Iterator[_Block]:
-        q_len = self.lo[0].shape[0]
-        row = self.ranges[min(batch_row, len(self.ranges) - 1)]
-        for place, (lo, hi) in enumerate(row):
-            yield _Block(place * self.rows, min((place + 1) * self.rows, q_len), lo, hi)
-
-    def keys(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``x`` in the dtype of the products, at once where several blocks read it, else chunk by chunk later."""
-        return x.to(dtype) if len(self.ranges[0]) > 1 else x
-
-    def edges(self, batch_row: int, block: _Block) -> list[Tensor]:
-        row = min(batch_row, len(self.lo) - 1)
-        return [self.lo[row][block.first : block.end], self.hi[row][block.first : block.end]]
+    def by_head(self, logits: Tensor) -> Tensor:
+        """The same logits as the fused kernel takes them: ``[Hq, R, C]``."""
+        return logits.view(self.problem.num_heads, -1, logits.shape[-1])
 
 
-class _Scratch:
-    """One buffer of logits, reused by all blocks of a call."""
+class _Forward(_Pass):
+    def __init__(self, problem: Problem, kernels: Kernels) -> None:
+        spec = _forward_spec(problem)
+        super().__init__(problem, kernels, spec)
+        self.safe = spec.op == "block_softmax"
+        self.halves = problem.dtype == torch.float32  # half precision's own rounding is far larger
 
-    def __init__(self, heads: int, dtype: torch.dtype) -> None:
-        self.heads, self.dtype = heads, dtype
-        self.buffer = torch.empty(0, dtype=dtype, device="cpu")
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = empty_output(q)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32) if self.problem.train else None
+        with Workspace() as space:
+            for row in range(self.problem.batch):
+                keys, values = self.walk.keys(k[row], self.dtype), self.walk.keys(v[row], self.dtype)
+                for block in self.walk.blocks(row):
+                    q_block = self.grouped(space, "q", q[row, :, block.first : block.end])
+                    summed, total, peak = self.attend(space, row, block, q_block, keys, values)
+                    if lse is not None:
+                        log_total = total.log()
+                        lse[row, :, block.first : block.end] = log_total if peak is None else log_total + peak
+                    # A row that sees nothing has total 0 and weights 0.
+                    total.clamp_min_(torch.finfo(torch.float32).tiny)
+                    torch.div(
+                        self.by_head(summed), total[..., None], out=out[row, :, block.first : block.end]
+                    )
+        return out, lse
 
-    def view(self, groups: int, rows: int, cols: int) -> Tensor:
-        size = groups * rows * cols
-        if self.buffer.numel() < size:
-            self.buffer = torch.empty(size, dtype=self.dtype, device="cpu")
-        return self.buffer[:size].view(groups, rows, cols)
+    def attend(
+        self, space: Workspace, batch_row: int, block: Block, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One block: the weighted sum of values ``[Hkv, G * R, D]``, the weights' sum and peak ``[Hq, R]``."""
+        heads, rows = self.problem.num_heads, block.end - block.first
+        total = _zeros(heads, rows)
+        peak = _zeros(heads, rows) if self.safe else None
+        per_row = [total] if peak is None else [total, peak]
+        summed = space.empty("summed", torch.float32, *q.shape)
+        if block.lo == block.hi:
+            summed.zero_()
+        size = max(block.hi - block.lo, 1) if self.safe else CHUNK
+        for lo, hi in block.chunks(size):
+            k_part, v_part = k[:, lo:hi].to(self.dtype), v[:, lo:hi].to(self.dtype)
+            weights = self.products(q, k_part, self.logits(space, "weights", q, hi - lo))
+            vectors = [*self.walk.edges(batch_row, block), self.walk.cols[lo:hi], *per_row, *self.numbers]
+            self.fused([self.by_head(weights), *vectors])
+            _accumulate(summed, weights, v_part, first=lo == block.lo)
+        return summed, total, peak
+
+    def products(self, q: Tensor, k: Tensor, out: Tensor) -> Tensor:
+        """``q @ k^T`` into ``out``; in halves of head_dim the sums are shorter, and so is their rounding error."""
+        if not self.halves:
+            return torch.bmm(q, k.mT, out=out)
+        middle = q.shape[-1] // 2
+        torch.bmm(q[..., :middle], k[..., :middle].mT, out=out)
+        return out.baddbmm_(q[..., middle:], k[..., middle:].mT)
+
+
+class _Backward(_Pass):
+    """Logits are computed again, block by block, from q, k and the logsumexp."""
+
+    def __init__(self, problem: Problem, kernels: Kernels) -> None:
+        super().__init__(problem, kernels, _backward_spec(problem))
+
+    def __call__(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = empty_output(q), empty_output(k), empty_output(v)
+        # A row that sees nothing has lse -inf; with 0 its hidden weights come out 0.
+        lse = torch.where(lse == -torch.inf, 0.0, lse)
+        with Workspace() as space:
+            for row in range(self.problem.batch):
+                keys, values = k[row].to(self.dtype), v[row].to(self.dtype)
+                grad_k, grad_v = grads[1][row], grads[2][row]
+                sums = _sums(space, "grad_k", grad_k), _sums(space, "grad_v", grad_v)
+                for block in self.walk.blocks(row):
+                    rows = row, slice(None), slice(block.first, block.end)
+                    q_block = self.grouped(space, "q", q[rows])
+                    grad_block = self.grouped(space, "grad_out", grad_out[rows])
+                    delta = _row_sums(space, grad_block, out[rows])
+                    per_row = [*self.walk.edges(row, block), lse[rows].contiguous(), delta]
+                    grad_q = self.differentiate(
+                        space, block, (q_block, grad_block, keys, values), per_row, sums
+                    )
+                    grads[0][rows] = self.by_head(grad_q)
+                grad_k.copy_(sums[0])  # nothing to do where the sums are the gradient
+                grad_v.copy_(sums[1])
+        return grads
+
+    def differentiate(
+        self,
+        space: Workspace,
+        block: Block,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+        per_row: list[Tensor],
+        sums: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """One block: its gradient of q ``[Hkv, G * R, D]``; those of its keys and values are added to ``sums``."""
+        q, grad_out, keys, values = tensors
+        grad_k, grad_v = sums
+        lo_hi, rest = per_row[:2], per_row[2:]
+        grad_q = space.empty("grad_q", torch.float32, *q.shape)
+        if block.lo == block.hi:
+            grad_q.zero_()
+        for lo, hi in block.chunks(CHUNK):
+            k, v = keys[:, lo:hi], values[:, lo:hi]
+            p = torch.bmm(q, k.mT, out=self.logits(space, "p", q, hi - lo))
+            ds = torch.bmm(grad_out, v.mT, out=self.logits(space, "ds", q, hi - lo))
+            blocks = [self.by_head(p), self.by_head(ds)]
+            self.fused([*blocks, *lo_hi, self.walk.cols[lo:hi], *rest, *self.numbers])
+            _accumulate(grad_v[:, lo:hi], p.mT, grad_out)
+            _accumulate(grad_k[:, lo:hi], ds.mT, q)
+            _accumulate(grad_q, ds, k, first=lo == block.lo)
+        return grad_q
 
 
 def _zeros(*shape: int) -> Tensor:
@@ -137,140 +201,26 @@ def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
-def _grouped(x: Tensor, first: int, end: int, kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """Rows ``[first, end)`` of ``[Hq, S, D]`` as ``[Hkv, G * rows, D]``: a group's heads share one product."""
-    rows = x[:, first:end].to(dtype)
-    return rows.reshape(kv_heads, -1, x.shape[-1])
+def _sums(space: Workspace, name: str, grad: Tensor) -> Tensor:
+    """Where a gradient is summed up, in float32: itself, or a wider tensor of its shape."""
+    total = grad if grad.dtype == torch.float32 else space.empty(name, torch.float32, *grad.shape)
+    return total.zero_()
 
 
-def _chunks(block: _Block, size: int) -> Iterator[tuple[int, int]]:
-    for lo in range(block.lo, block.hi, size):
-        yield lo, min(lo + size, block.hi)
+def _row_sums(space: Workspace, grad_out: Tensor, out: Tensor) -> Tensor:
+    """The sums of ``grad_out * out`` over head_dim, float32 ``[Hq, R]``; ``grad_out`` may be grouped."""
+    product = space.empty("product", torch.float32, *out.shape)
+    return torch.mul(grad_out.float().view(out.shape), out, out=product).sum(-1)
 
 
-def forward(problem: Problem, kernels: Kernels) -> Forward:
-    """Bind the forward pass; it returns out ``[B, Hq, Sq, D]`` and, for training, lse ``[B, Hq, Sq]`` float32."""
-    spec = _forward_spec(problem)
-    fused = kernels.runner(spec)
-    walk, numbers = _Walk(problem), scalars(problem)
-    halves = problem.dtype == torch.float32  # half precision's own rounding is far larger
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        out = empty_output(q)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32) if problem.train else None
-        scratch = _Scratch(problem.num_heads, compute_dtype(problem.dtype))
-        for row in range(problem.batch):
-            k_row, v_row = walk.keys(k[row], scratch.dtype), walk.keys(v[row], scratch.dtype)
-            for block in walk.blocks(row):
-                q_block = _grouped(q[row], block.first, block.end, problem.num_kv_heads, scratch.dtype)
-                vectors = walk.edges(row, block)
-                summed, total, peak = _attend(
-                    spec, fused, walk, numbers, scratch, block, vectors, (q_block, k_row, v_row), halves
-                )
-                if lse is not None:
-                    log_total = total.log()
-                    lse[row, :, block.first : block.end] = log_total if peak is None else log_total + peak
-                # A row that sees nothing has total 0 and weights 0.
-                total.clamp_min_(torch.finfo(torch.float32).tiny)
-                heads_out = summed.view(problem.num_heads, -1, problem.head_dim)
-                torch.div(heads_out, total[..., None], out=out[row, :, block.first : block.end])
-        return out, lse
-
-    return run
-
-
-def _attend(
-    spec: KernelSpec,
-    fused: Runner,
-    walk: _Walk,
-    numbers: list[Tensor],
-    scratch: _Scratch,
-    block: _Block,
-    vectors: list[Tensor],
-    qkv: tuple[Tensor, Tensor, Tensor],
-    halves: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One block of queries: the weighted sum of values ``[Hkv, G * R, D]``, the weights' sum and peak ``[Hq, R]``."""
-    q, k, v = qkv
-    rows = block.end - block.first
-    total = _zeros(scratch.heads, rows)
-    safe = spec.op == "block_softmax"
-    peak = _zeros(scratch.heads, rows) if safe else None
-    summed = _zeros(*q.shape) if block.lo == block.hi else None
-    for lo, hi in _chunks(block, max(block.hi - block.lo, 1) if safe else CHUNK):
-        k_part, v_part = k[:, lo:hi].to(scratch.dtype), v[:, lo:hi].to(scratch.dtype)
-        weights = _logits(q, k_part, scratch.view(q.shape[0], q.shape[1], hi - lo), halves)
-        per_row = [total] if peak is None else [total, peak]
-        by_head = weights.view(scratch.heads, rows, hi - lo)
-        fused([by_head, *vectors, walk.cols[lo:hi], *per_row, *numbers])
-        if summed is None:
-            summed = torch.bmm(weights, v_part).float()
-        elif scratch.dtype == torch.float32:
-            summed.baddbmm_(weights, v_part)
-        else:
-            summed += torch.bmm(weights, v_part)
-    assert summed is not None
-    return summed, total, peak
-
-
-def _logits(q: Tensor, k: Tensor, out: Tensor, halves: bool) -> Tensor:
-    """``q @ k^T`` into ``out``; in halves of head_dim the sums are shorter, and so is their rounding error."""
-    if not halves:
-        return torch.bmm(q, k.mT, out=out)
-    middle = q.shape[-1] // 2
-    torch.bmm(q[..., :middle], k[..., :middle].mT, out=out)
-    return out.baddbmm_(q[..., middle:], k[..., middle:].mT)
-
-
-def backward(problem: Problem, kernels: Kernels) -> Backward:
-    """Bind the backward pass: logits are computed again, block by block, from q, k and the logsumexp."""
-    fused = kernels.runner(_backward_spec(problem))
-    walk, numbers = _Walk(problem), scalars(problem)
-    kv_heads = problem.num_kv_heads
-
-    def run(
-        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = compute_dtype(problem.dtype)
-        grads = empty_output(q), empty_output(k), empty_output(v)
-        scratch, scratch_p = _Scratch(problem.num_heads, dtype), _Scratch(problem.num_heads, dtype)
-        # A row that sees nothing has lse -inf; with 0 its hidden weights come out 0.
-        lse = torch.where(lse == -torch.inf, 0.0, lse)
-        for row in range(problem.batch):
-            k_row, v_row = k[row].to(dtype), v[row].to(dtype)
-            grad_k = _zeros(*k_row.shape)
-            grad_v = _zeros(*v_row.shape)
-            for block in walk.blocks(row):
-                first, end = block.first, block.end
-                q_block = _grouped(q[row], first, end, kv_heads, dtype)
-                grad_block = _grouped(grad_out[row], first, end, kv_heads, dtype)
-                delta = (grad_out[row, :, first:end].float() * out[row, :, first:end].float()).sum(-1)
-                per_row = [lse[row, :, first:end].contiguous(), delta]
-                grad_q = _zeros(*q_block.shape)
-                vectors = walk.edges(row, block)
-                for lo, hi in _chunks(block, CHUNK):
-                    shape = (kv_heads, q_block.shape[1], hi - lo)
-                    k_part, v_part = k_row[:, lo:hi], v_row[:, lo:hi]
-                    p = torch.bmm(q_block, k_part.mT, out=scratch.view(*shape))
-                    ds = torch.bmm(grad_block, v_part.mT, out=scratch_p.view(*shape))
-                    by_head = (problem.num_heads, end - first, hi - lo)
-                    fused([p.view(by_head), ds.view(by_head), *vectors, walk.cols[lo:hi], *per_row, *numbers])
-                    _accumulate(grad_v[:, lo:hi], p.mT, grad_block)
-                    _accumulate(grad_k[:, lo:hi], ds.mT, q_block)
-                    _accumulate(grad_q, ds, k_part)
-                grads[0][row, :, first:end] = grad_q.view(problem.num_heads, -1, problem.head_dim)
-            grads[1][row], grads[2][row] = grad_k, grad_v
-        return grads
-
-    return run
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in float32; a bf16 product is added after, not rounded into the sum."""
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """``total += a @ b`` in float32, or ``=`` where it is the first; a bf16 product is not rounded into the sum."""
     if a.dtype == torch.float32:
-        total.baddbmm_(a, b)
+        total.baddbmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(torch.bmm(a, b))
     else:
         total += torch.bmm(a, b)
 
 
-ENGINE = Engine("blocked", _refuses, _specs, forward, backward)
+ENGINE = Engine("blocked", _refuses, _specs, _Forward, _Backward)

@@ -28,7 +28,7 @@ from masks.oracle import mask_cases, oracle
 from rounding import logsumexp_error, output_error
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
-from softcap_runtime.kernels import blocked
+from softcap_runtime.kernels import blocked, blocked_walk
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.masks.intervals import row_intervals
 
@@ -70,7 +70,7 @@ def test_any_mask_on_any_layout(runtimes: dict[str, Runtime], engine: str, case:
 def test_any_mask_in_blocks_of_many_chunks(warm_cache: Any, runtimes: dict[str, Runtime], case: Case) -> None:
     # As with thousands of tokens: many blocks of rows, and many chunks of keys per block.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked, "block_rows", lambda q_len: 8)
+        patch.setattr(blocked_walk, "block_rows", lambda q_len: 8)
         patch.setattr(blocked, "CHUNK", 8)
         fresh = Runtime(RuntimeSettings(cache_dir=warm_cache, engine="blocked"))
         fresh.supply = runtimes["blocked"].supply

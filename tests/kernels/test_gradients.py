@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from rounding import gradient_errors
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
-from softcap_runtime.kernels import blocked
+from softcap_runtime.kernels import blocked, blocked_walk
 
 TRAINS = ["blocked", "eager"]
 
@@ -71,7 +71,7 @@ def test_any_mask_in_blocks_of_many_chunks(
     warm_cache: Path, runtimes: dict[str, Runtime], case: Case
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked, "block_rows", lambda q_len: 8)
+        patch.setattr(blocked_walk, "block_rows", lambda q_len: 8)
         patch.setattr(blocked, "CHUNK", 8)
         fresh = Runtime(RuntimeSettings(cache_dir=warm_cache, engine="blocked"))
         fresh.supply = runtimes["blocked"].supply

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from softcap_runtime import Runtime
-from softcap_runtime.kernels import blocked
+from softcap_runtime.kernels.blocked import CHUNK
+from softcap_runtime.kernels.blocked_walk import block_rows
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.masks.intervals import RowIntervals, band, row_intervals
 
@@ -55,6 +56,6 @@ def test_no_tensor_is_as_large_as_the_logits(
         assert lse is not None
         runtime.backward(torch.ones_like(out), q, k, v, out, lse, call)
     # A block of rows against one chunk of keys; without a bounded cap against all keys at once.
-    keys = blocked.CHUNK if softcap is not None else SIZES.kv_len
-    assert seen.elements <= max(q.numel(), SIZES.heads * blocked.block_rows(SIZES.q_len) * keys)
+    keys = CHUNK if softcap is not None else SIZES.kv_len
+    assert seen.elements <= max(q.numel(), SIZES.heads * block_rows(SIZES.q_len) * keys)
     assert seen.elements <= SIZES.heads * SIZES.q_len * SIZES.kv_len // 16

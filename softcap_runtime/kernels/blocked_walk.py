@@ -1,0 +1,68 @@
+"""How the blocked engine cuts a problem up: blocks of query rows, each against the keys that its rows see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.kernels.engine import Problem
+from softcap_runtime.masks.blocks import key_ranges
+from softcap_runtime.masks.intervals import edges
+
+
+def block_rows(q_len: int) -> int:
+    """Query rows of a block. Smaller blocks waste less on the causal diagonal, larger ones make better products.
+
+    Forward + backward with 64 rows against 128, B1 Hq8 Hkv4 D256 float32: 8.4 against 9.2 ms at 256 tokens, 23.0
+    against 23.8 at 512, 285 against 284 at 2,048.
+    """
+    return 64 if q_len <= 512 else 128
+
+
+class Block(NamedTuple):
+    """Query rows ``[first, end)`` against the keys ``[lo, hi)`` that any of them sees."""
+
+    first: int
+    end: int
+    lo: int
+    hi: int
+
+    def chunks(self, size: int) -> Iterator[tuple[int, int]]:
+        """The keys in pieces of at most ``size``."""
+        for lo in range(self.lo, self.hi, size):
+            yield lo, min(lo + size, self.hi)
+
+
+class Walk:
+    """The blocks of a problem, batch row by batch row, with the vectors that the fused kernels read."""
+
+    def __init__(self, problem: Problem) -> None:
+        lo, hi = edges(problem.mask, "cpu")
+        self.lo, self.hi = list(lo.unbind(0)), list(hi.unbind(0))
+        self.cols = torch.arange(problem.mask.kv_len, dtype=torch.int32, device="cpu")
+        self.rows = block_rows(problem.mask.q_len)
+        ranges = key_ranges(problem.mask, self.rows)
+        if isinstance(ranges, list):
+            self.ranges = [ranges]
+        else:
+            bounds = torch.stack([ranges.lo_min, ranges.hi_max], -1).tolist()
+            self.ranges = [[(a, b) if a < b else (0, 0) for a, b in row] for row in bounds]
+
+    def blocks(self, batch_row: int) -> Iterator[Block]:
+        """The blocks of a batch row, in the order of its queries."""
+        q_len = self.lo[0].shape[0]
+        row = self.ranges[min(batch_row, len(self.ranges) - 1)]
+        for place, (lo, hi) in enumerate(row):
+            yield Block(place * self.rows, min((place + 1) * self.rows, q_len), lo, hi)
+
+    def keys(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``x`` in the dtype of the products, at once where several blocks read it, else chunk by chunk later."""
+        return x.to(dtype) if len(self.ranges[0]) > 1 else x
+
+    def edges(self, batch_row: int, block: Block) -> list[Tensor]:
+        """The first visible key of each of the block's rows, and the one past the last: int32 ``[R]`` both."""
+        row = min(batch_row, len(self.lo) - 1)
+        return [self.lo[row][block.first : block.end], self.hi[row][block.first : block.end]]
