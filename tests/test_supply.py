@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
 from pathlib import Path
 
 import pytest
@@ -67,7 +66,9 @@ def test_a_secret_that_others_can_read_is_told(
     ]
 
 
-def test_garbage_collected_in_a_transaction_waits_for_nothing_and_loses_no_count(tmp_path: Path) -> None:
+def test_garbage_collected_in_a_transaction_waits_for_nothing_and_loses_no_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A supply has cycles: it is collected at any moment, also while its thread holds the database's lock."""
     supply = Supply(RuntimeSettings(cache_dir=tmp_path))
     assert supply.store.load(KEY) is None
@@ -80,9 +81,10 @@ def test_garbage_collected_in_a_transaction_waits_for_nothing_and_loses_no_count
         return stored or b"{}"
 
     other = Store(tmp_path, 2**20)
-    started = time.monotonic()
-    assert other.database.use("count", lambda index: index.merge({}, collect) is None, False)
-    assert time.monotonic() - started < 1
+    with caplog.at_level(logging.WARNING, "softcap_runtime"):
+        assert other.database.use("count", lambda index: index.merge({}, collect) is None, False)
+    # Who waits for the transaction that it runs in gives up in the end, and says that the database is locked.
+    assert not caplog.records
     assert Store(tmp_path, 2**20).status().counters["misses"].value == 1
 
 

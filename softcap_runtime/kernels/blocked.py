@@ -152,7 +152,7 @@ class _Backward(_Pass):
         lse = torch.where(lse == -torch.inf, 0.0, lse)
         with Workspace() as space:
             for row in range(self.problem.batch):
-                keys, values = k[row].to(self.dtype), v[row].to(self.dtype)
+                keys, values = self.walk.keys(k[row], self.dtype), self.walk.keys(v[row], self.dtype)
                 grad_k, grad_v = grads[1][row], grads[2][row]
                 sums = _sums(space, "grad_k", grad_k), _sums(space, "grad_v", grad_v)
                 for block in self.walk.blocks(row):
@@ -185,7 +185,7 @@ class _Backward(_Pass):
         if block.lo == block.hi:
             grad_q.zero_()
         for lo, hi in block.chunks(CHUNK):
-            k, v = keys[:, lo:hi], values[:, lo:hi]
+            k, v = keys[:, lo:hi].to(self.dtype), values[:, lo:hi].to(self.dtype)
             p = torch.bmm(q, k.mT, out=self.logits(space, "p", q, hi - lo))
             ds = torch.bmm(grad_out, v.mT, out=self.logits(space, "ds", q, hi - lo))
             blocks = [self.by_head(p), self.by_head(ds)]

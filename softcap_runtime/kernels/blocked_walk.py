@@ -59,8 +59,14 @@ class Walk:
             yield Block(place * self.rows, min((place + 1) * self.rows, q_len), lo, hi)
 
     def keys(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``x`` in the dtype of the products, at once where several blocks read it, else chunk by chunk later."""
-        return x.to(dtype) if len(self.ranges[0]) > 1 else x
+        """``x`` ``[Hkv, Skv, D]`` as the products want it, at once where several blocks read it; else as it is.
+
+        That is in ``dtype`` and contiguous: rows that lie a projection's width apart cost 5 % of a float32 step, and
+        bf16 tiles (AMX) take three times as long for ``q k^T``.
+        """
+        if len(self.ranges[0]) == 1:
+            return x
+        return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
     def edges(self, batch_row: int, block: Block) -> list[Tensor]:
         """The first visible key of each of the block's rows, and the one past the last: int32 ``[R]`` both."""
