@@ -70,8 +70,10 @@ SHARED_KERNELS = [
         ("block_softmax", "float32", False),
         ("block_backward", "float32", True),
         ("block_backward", "float32", False),
-        ("block_forward", "bfloat16", True),
-        ("block_backward", "bfloat16", True),
+        ("block_forward_half", "float32", True),
+        ("block_forward_half", "bfloat16", True),
+        ("block_backward_half", "float32", True),
+        ("block_backward_half", "bfloat16", True),
     )
 ]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from softcap_runtime.kernels.blocked_walk import Block, Walk
 from softcap_runtime.kernels.engine import Engine, Kernels, Problem, empty_output, scalars
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
+from softcap_runtime.kernels.products import accumulate, compute_dtype, multiply_in_halves
 from softcap_runtime.kernels.workspace import Workspace
-from softcap_runtime.torch_private import cpu_has_amx
 
 # exp(64) is 6e27: a million such weights times values of 1e4 are still 1e3 times below float32's largest number,
 # and exp(-64) is far above its smallest.
@@ -23,27 +23,24 @@ BOUNDED_CAP = 64.0
 CHUNK = 1024
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the matrix products: bfloat16 only where the CPU has bf16 tiles (AMX), else float32.
-
-    Measured on an AVX-512 CPU without AMX: float32 products run at 300 GFLOP/s on two cores, bf16 at 160; with
-    AMX at 186 and 780.
-    """
-    return torch.bfloat16 if dtype == torch.bfloat16 and cpu_has_amx() else torch.float32
-
-
 def _forward_spec(problem: Problem) -> KernelSpec:
     bounded = problem.softcap is not None and problem.softcap <= BOUNDED_CAP
-    op = "block_forward" if bounded else "block_softmax"
-    return KernelSpec(op, "cpu", _name(problem), 0, problem.softcap is not None, "")
+    op = _by_precision("block_forward", problem) if bounded else "block_softmax"
+    return _spec(op, problem)
 
 
 def _backward_spec(problem: Problem) -> KernelSpec:
-    return KernelSpec("block_backward", "cpu", _name(problem), 0, problem.softcap is not None, "")
+    capped = problem.softcap is not None
+    return _spec(_by_precision("block_backward", problem) if capped else "block_backward", problem)
 
 
-def _name(problem: Problem) -> str:
-    return dtype_name(compute_dtype(problem.dtype))
+def _by_precision(op: str, problem: Problem) -> str:
+    """The kernel with the cheaper tanh where q, k and v are of half precision, whatever the products' dtype."""
+    return op if problem.dtype == torch.float32 else f"{op}_half"
+
+
+def _spec(op: str, problem: Problem) -> KernelSpec:
+    return KernelSpec(op, "cpu", dtype_name(compute_dtype(problem.dtype)), 0, problem.softcap is not None, "")
 
 
 def _specs(problem: Problem) -> list[KernelSpec]:
@@ -123,19 +120,12 @@ class _Forward(_Pass):
         size = max(block.hi - block.lo, 1) if self.safe else CHUNK
         for lo, hi in block.chunks(size):
             k_part, v_part = k[:, lo:hi].to(self.dtype), v[:, lo:hi].to(self.dtype)
-            weights = self.products(q, k_part, self.logits(space, "weights", q, hi - lo))
+            weights = self.logits(space, "weights", q, hi - lo)
+            (multiply_in_halves if self.halves else torch.bmm)(q, k_part.mT, out=weights)
             vectors = [*self.walk.edges(batch_row, block), self.walk.cols[lo:hi], *per_row, *self.numbers]
             self.fused([self.by_head(weights), *vectors])
-            _accumulate(summed, weights, v_part, first=lo == block.lo)
+            accumulate(space, summed, weights, v_part, first=lo == block.lo)
         return summed, total, peak
-
-    def products(self, q: Tensor, k: Tensor, out: Tensor) -> Tensor:
-        """``q @ k^T`` into ``out``; in halves of head_dim the sums are shorter, and so is their rounding error."""
-        if not self.halves:
-            return torch.bmm(q, k.mT, out=out)
-        middle = q.shape[-1] // 2
-        torch.bmm(q[..., :middle], k[..., :middle].mT, out=out)
-        return out.baddbmm_(q[..., middle:], k[..., middle:].mT)
 
 
 class _Backward(_Pass):
@@ -190,9 +180,9 @@ class _Backward(_Pass):
             ds = torch.bmm(grad_out, v.mT, out=self.logits(space, "ds", q, hi - lo))
             blocks = [self.by_head(p), self.by_head(ds)]
             self.fused([*blocks, *lo_hi, self.walk.cols[lo:hi], *rest, *self.numbers])
-            _accumulate(grad_v[:, lo:hi], p.mT, grad_out)
-            _accumulate(grad_k[:, lo:hi], ds.mT, q)
-            _accumulate(grad_q, ds, k, first=lo == block.lo)
+            accumulate(space, grad_v[:, lo:hi], p.mT, grad_out)
+            accumulate(space, grad_k[:, lo:hi], ds.mT, q)
+            accumulate(space, grad_q, ds, k, first=lo == block.lo)
         return grad_q
 
 
@@ -211,16 +201,6 @@ def _row_sums(space: Workspace, grad_out: Tensor, out: Tensor) -> Tensor:
     """The sums of ``grad_out * out`` over head_dim, float32 ``[Hq, R]``; ``grad_out`` may be grouped."""
     product = space.empty("product", torch.float32, *out.shape)
     return torch.mul(grad_out.float().view(out.shape), out, out=product).sum(-1)
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
-    """``total += a @ b`` in float32, or ``=`` where it is the first; a bf16 product is not rounded into the sum."""
-    if a.dtype == torch.float32:
-        total.baddbmm_(a, b, beta=0 if first else 1)
-    elif first:
-        total.copy_(torch.bmm(a, b))
-    else:
-        total += torch.bmm(a, b)
 
 
 ENGINE = Engine("blocked", _refuses, _specs, _Forward, _Backward)

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -82,6 +83,12 @@ def build(spec: KernelSpec) -> bytes:
             raise BuildFailed(f"cannot build {spec.op}: {error}") from error
         if done.returncode != 0 or not target.is_file():
             log.debug("build of %s failed:\n%s", spec, done.stderr)
+            if done.returncode < 0:
+                killer = signal.Signals(-done.returncode).name
+                raise BuildFailed(
+                    f"cannot build {spec.op}: its builder died of {killer}; if it does so again, torch cannot load "
+                    "what this compiler makes: set CXX to another, or use engine='eager'"
+                )
             raise BuildFailed(f"cannot build {spec.op} (exit {done.returncode}): {_last_words(done.stderr)}")
         return target.read_bytes()
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from softcap_runtime import AttentionConfig, EngineUnavailable, PrewarmRequest, Runtime, RuntimeSettings
 from softcap_runtime.kernels import choose as rules
+from softcap_runtime.kernels import products
 from softcap_runtime.kernels.choose import candidates, choose
 from softcap_runtime.kernels.engine import Problem
 from softcap_runtime.kernels.key import dtype_name, dtype_of
@@ -94,6 +95,18 @@ def test_who_refuses_what() -> None:
         assert "\n" not in str(raised.value)
     assert choose(base._replace(dtype=torch.float64), "eager").engine.name == "eager"
     assert choose(base._replace(dtype=torch.float64), "auto").engine.name == "eager"
+
+
+def test_bf16_tiles_make_flex_the_faster_one_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "cpu_has_amx", lambda: True)
+    base = Problem(
+        CPU, torch.bfloat16, 1, 8, 4, 256, 0.1, 50.0, band(2048, 2048, causal=True, window=None), False
+    )
+    assert choose(base, "auto").engine.name == "flex"
+    assert "tiles" in choose(base, "auto").reason
+    assert [engine.name for engine in candidates(base)] == ["flex"]
+    for change in ({"train": True}, {"dtype": torch.float32}, {"dtype": torch.float16}):
+        assert choose(base._replace(**change), "auto").engine.name == "blocked"
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -28,7 +28,7 @@ from masks.oracle import mask_cases, oracle
 from rounding import logsumexp_error, output_error
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
-from softcap_runtime.kernels import blocked, blocked_walk
+from softcap_runtime.kernels import blocked, blocked_walk, products
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.masks.intervals import row_intervals
 
@@ -82,7 +82,7 @@ def test_any_mask_in_blocks_of_many_chunks(warm_cache: Any, runtimes: dict[str, 
 def test_any_mask_in_half_precision(runtimes: dict[str, Runtime], case: Case, cap: float) -> None:
     case = case._replace(config=case.config.model_copy(update={"softcap": cap}))
     # Products in bf16 (CPUs with AMX) round once more: 4.08e-3 was seen over one head of few rows.
-    tiles = blocked.compute_dtype(torch.bfloat16) == torch.bfloat16
+    tiles = products.compute_dtype(torch.bfloat16) == torch.bfloat16
     for engine, tolerance in (("flex", 3e-3), ("blocked", 5e-3 if tiles else 4e-3), ("eager", 3e-3)):
         check(runtimes[engine], case, torch.bfloat16, tolerance)
     plain = case._replace(masks={})

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from rounding import gradient_errors
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
-from softcap_runtime.kernels import blocked, blocked_walk
+from softcap_runtime.kernels import blocked, blocked_walk, products
 
 TRAINS = ["blocked", "eager"]
 
@@ -239,7 +239,7 @@ def test_expanded_gradient(runtime: Runtime, seed: int) -> None:
 @pytest.fixture
 def bf16_tiles(warm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     """The blocked engine as it runs where the CPU multiplies bf16 in tiles, on any CPU."""
-    monkeypatch.setattr(blocked, "cpu_has_amx", lambda: True)
+    monkeypatch.setattr(products, "cpu_has_amx", lambda: True)
     runtime = Runtime(RuntimeSettings(cache_dir=warm_cache, engine="blocked"))
     yield runtime
     assert {spec.dtype for spec in runtime.supply.supplied} <= {"bfloat16"}

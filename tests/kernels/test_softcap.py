@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from softcap_runtime.kernels.graphs.softcap import capped, tanh
+from softcap_runtime.kernels.graphs.softcap import HALF_LIMIT, capped, tanh, tanh_half
 
 
 def test_every_size_of_argument(seed: int) -> None:
@@ -37,3 +37,15 @@ def test_bounds_and_symmetry(seed: int) -> None:
     for cap in (0.1, 50.0, 1000.0):
         one = torch.tensor(cap)
         assert bool((capped(y * cap, one, 1 / one).abs() <= one).all())
+
+
+def test_the_one_for_half_precision(seed: int) -> None:
+    y = torch.cat([torch.randn(200_000) * 10.0**power for power in range(-8, 5)])
+    y = torch.cat([y, torch.linspace(-10, 10, 400_001)])
+    want = y.double().tanh()
+    error = (tanh_half(y).double() - want).abs() / want.abs().clamp(min=1e-300)
+    assert float(error.max()) <= 5e-6  # the fit's 4.6e-6 and float32's roundings
+    assert torch.equal(tanh_half(-y), -tanh_half(y))
+    saturated = tanh_half(torch.tensor([HALF_LIMIT, 30.0, torch.inf]))
+    assert float((1 - saturated * saturated).abs().max()) <= 2.4e-7  # two of float32's steps below 1
+    assert tanh_half(torch.tensor(torch.nan)).isnan()

@@ -9,8 +9,10 @@ from softcap_runtime.kernels.key import KernelSpec
 _MAKERS = {
     "flex_forward": flex.flex_forward,
     "block_forward": block.block_forward,
+    "block_forward_half": block.block_forward_half,
     "block_softmax": block.block_softmax,
     "block_backward": block.block_backward,
+    "block_backward_half": block.block_backward_half,
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softcap_runtime.kernels.graphs.example import Graph
-from softcap_runtime.kernels.graphs.softcap import capped, tanh
+from softcap_runtime.kernels.graphs.softcap import capped, tanh, tanh_half
 from softcap_runtime.kernels.key import KernelSpec
 
 
@@ -28,14 +28,19 @@ class BlockForward(nn.Module):
 
     The softcap bounds the logits, so exp needs no running maximum: sums of e^64 stay far inside float32. What is summed
     is what the next product reads: in bfloat16 a row of few keys is off by its weights' rounding otherwise.
+    ``half``: q, k and v are of half precision.
     """
+
+    def __init__(self, half: bool) -> None:
+        super().__init__()
+        self.half = half
 
     def forward(
         self, s: Tensor, lo: Tensor, hi: Tensor, cols: Tensor, total: Tensor, *scalars: Tensor
     ) -> None:
         """One block of keys; blocks of one row add up in ``total`` ``[N, R]`` in any order."""
         scale, cap, inv_cap = scalars
-        weight = torch.exp(capped(_float(s) * scale, cap, inv_cap))
+        weight = torch.exp(capped(_float(s) * scale, cap, inv_cap, self.half))
         weight = torch.where(_visible(lo, hi, cols), weight, 0.0).to(s.dtype)
         total.add_(_float(weight).sum(-1))
         s.copy_(weight)
@@ -72,11 +77,13 @@ class BlockBackward(nn.Module):
 
     With logit = cap * tanh(scale * s / cap): ``p = exp(logit - lse)`` and
     ``ds = scale * p * (grad_p - delta) * (1 - (logit / cap)^2)``, delta the row sums of grad_out * out.
+    ``half``: q, k and v are of half precision.
     """
 
-    def __init__(self, spec: KernelSpec) -> None:
+    def __init__(self, spec: KernelSpec, half: bool) -> None:
         super().__init__()
         self.capped = spec.capped
+        self.tanh = tanh_half if half else tanh
 
     def forward(
         self,
@@ -94,7 +101,7 @@ class BlockBackward(nn.Module):
         logit = _float(s) * scale
         slope = scale
         if self.capped:
-            bounded = tanh(logit * scalars[2])
+            bounded = self.tanh(logit * scalars[2])
             logit = scalars[1] * bounded
             slope = scale * (1 - bounded * bounded)
         # Masked before exp: a hidden logit may lie far above the row's logsumexp, and inf * 0 is NaN.
@@ -122,7 +129,12 @@ def _block(spec: KernelSpec, count: int, vectors: int, module: nn.Module) -> Gra
 
 def block_forward(spec: KernelSpec) -> Graph:
     """The graph of op ``block_forward``."""
-    return _block(spec, 1, 1, BlockForward())
+    return _block(spec, 1, 1, BlockForward(half=False))
+
+
+def block_forward_half(spec: KernelSpec) -> Graph:
+    """The graph of op ``block_forward_half``."""
+    return _block(spec, 1, 1, BlockForward(half=True))
 
 
 def block_softmax(spec: KernelSpec) -> Graph:
@@ -132,4 +144,9 @@ def block_softmax(spec: KernelSpec) -> Graph:
 
 def block_backward(spec: KernelSpec) -> Graph:
     """The graph of op ``block_backward``."""
-    return _block(spec, 2, 2, BlockBackward(spec))
+    return _block(spec, 2, 2, BlockBackward(spec, half=False))
+
+
+def block_backward_half(spec: KernelSpec) -> Graph:
+    """The graph of op ``block_backward_half``."""
+    return _block(spec, 2, 2, BlockBackward(spec, half=True))

@@ -29,10 +29,11 @@ class FlexForward(nn.Module):
         partial_num, partial_idx, full_num, full_idx, *rest_ = rest
         rows = rest_[:2] if self.spec.mask == "band" else rest_[:3]
         scalars = rest_[len(rows) :]
+        half = self.spec.torch_dtype != torch.float32
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             logit = score * scalars[0]
-            return capped(logit, scalars[1], scalars[2]) if self.spec.capped else logit
+            return capped(logit, scalars[1], scalars[2], half) if self.spec.capped else logit
 
         visible = in_band if self.spec.mask == "band" else in_intervals
 
