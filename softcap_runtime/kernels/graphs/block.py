@@ -33,14 +33,14 @@ class BlockForward(nn.Module):
 
     def __init__(self, half: bool) -> None:
         super().__init__()
-        self.half = half
+        self.cheap = half
 
     def forward(
         self, s: Tensor, lo: Tensor, hi: Tensor, cols: Tensor, total: Tensor, *scalars: Tensor
     ) -> None:
         """One block of keys; blocks of one row add up in ``total`` ``[N, R]`` in any order."""
         scale, cap, inv_cap = scalars
-        weight = torch.exp(capped(_float(s) * scale, cap, inv_cap, self.half))
+        weight = torch.exp(capped(_float(s) * scale, cap, inv_cap, self.cheap))
         weight = torch.where(_visible(lo, hi, cols), weight, 0.0).to(s.dtype)
         total.add_(_float(weight).sum(-1))
         s.copy_(weight)
