@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -222,6 +224,30 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(BuildFailed, match="cannot build block_forward") as raised:
         package.build(spec)
     assert "\n" not in str(raised.value)
+
+
+def test_a_builder_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where torch cannot load what the compiler made: the process that serves lives and says so."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nkill -SEGV $PPID\nsleep 1\nexit 3\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(BuildFailed, match=r"its builder died of SIGSEGV.*set CXX to another") as raised:
+        package.build(KernelSpec("block_forward", "cpu", "float32", 0, True, ""))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_builder_loads_what_it_built(tmp_path: Path) -> None:
+    spec = KernelSpec("block_forward", "cpu", "float32", 0, True, "")
+    code = (
+        "import sys; from softcap_runtime.kernels.graphs import builder\n"
+        "from softcap_runtime.kernels.key import KernelSpec\n"
+        "builder.load_package = lambda data: print('loaded', len(data))\n"
+        f"builder.compile_package({spec!r}, sys.argv[1])"
+    )
+    target = tmp_path / "kernel.pt2"
+    done = subprocess.run([sys.executable, "-c", code, target], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["loaded", str(target.stat().st_size)], done.stderr
 
 
 def test_what_killed_builders_left_is_swept_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
