@@ -30,13 +30,12 @@ def _forward_spec(problem: Problem) -> KernelSpec:
 
 
 def _backward_spec(problem: Problem) -> KernelSpec:
-    capped = problem.softcap is not None
-    return _spec(_by_precision("block_backward", problem) if capped else "block_backward", problem)
+    return _spec(_by_precision("block_backward", problem), problem)
 
 
 def _by_precision(op: str, problem: Problem) -> str:
-    """The kernel with the cheaper tanh where q, k and v are of half precision, whatever the products' dtype."""
-    return op if problem.dtype == torch.float32 else f"{op}_half"
+    """The kernel with the cheaper tanh where there is one and q, k and v are of half precision."""
+    return op if problem.softcap is None or problem.dtype == torch.float32 else f"{op}_half"
 
 
 def _spec(op: str, problem: Problem) -> KernelSpec:

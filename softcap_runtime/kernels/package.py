@@ -85,10 +85,13 @@ def build(spec: KernelSpec) -> bytes:
             log.debug("build of %s failed:\n%s", spec, done.stderr)
             if done.returncode < 0:
                 killer = signal.Signals(-done.returncode).name
-                raise BuildFailed(
-                    f"cannot build {spec.op}: its builder died of {killer}; if it does so again, torch cannot load "
-                    "what this compiler makes: set CXX to another, or use engine='eager'"
+                advice = (
+                    "free memory and try again"
+                    if killer == "SIGKILL"
+                    else "if it does so again, torch cannot load what this compiler makes: set CXX to another, or use "
+                    "engine='eager'"
                 )
+                raise BuildFailed(f"cannot build {spec.op}: its builder died of {killer}; {advice}")
             raise BuildFailed(f"cannot build {spec.op} (exit {done.returncode}): {_last_words(done.stderr)}")
         return target.read_bytes()
 

@@ -226,13 +226,14 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "\n" not in str(raised.value)
 
 
-def test_a_builder_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "advice"), [("SEGV", "set CXX to another"), ("KILL", "free memory")])
+def test_a_builder_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, advice: str) -> None:
     """As where torch cannot load what the compiler made: the process that serves lives and says so."""
     compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\nkill -SEGV $PPID\nsleep 1\nexit 3\n")
+    compiler.write_text(f"#!/bin/sh\nkill -{name} $PPID\nsleep 1\nexit 3\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(BuildFailed, match=r"its builder died of SIGSEGV.*set CXX to another") as raised:
+    with pytest.raises(BuildFailed, match=f"its builder died of SIG{name}; .*{advice}") as raised:
         package.build(KernelSpec("block_forward", "cpu", "float32", 0, True, ""))
     assert "\n" not in str(raised.value)
 
