@@ -33,14 +33,14 @@ class BlockForward(nn.Module):
 
     def __init__(self, half: bool) -> None:
         super().__init__()
-        self.cheap = half
+        self.tanh = tanh_half if half else tanh
 
     def forward(
         self, s: Tensor, lo: Tensor, hi: Tensor, cols: Tensor, total: Tensor, *scalars: Tensor
     ) -> None:
         """One block of keys; blocks of one row add up in ``total`` ``[N, R]`` in any order."""
         scale, cap, inv_cap = scalars
-        weight = torch.exp(capped(_float(s) * scale, cap, inv_cap, self.cheap))
+        weight = torch.exp(capped(_float(s) * scale, cap, inv_cap, self.tanh))
         weight = torch.where(_visible(lo, hi, cols), weight, 0.0).to(s.dtype)
         total.add_(_float(weight).sum(-1))
         s.copy_(weight)
@@ -127,14 +127,9 @@ def _block(spec: KernelSpec, count: int, vectors: int, module: nn.Module) -> Gra
     return Graph(module, example, (*dynamic[:named], tuple(dynamic[named:])))
 
 
-def block_forward(spec: KernelSpec) -> Graph:
-    """The graph of op ``block_forward``."""
-    return _block(spec, 1, 1, BlockForward(half=False))
-
-
-def block_forward_half(spec: KernelSpec) -> Graph:
-    """The graph of op ``block_forward_half``."""
-    return _block(spec, 1, 1, BlockForward(half=True))
+def block_forward(spec: KernelSpec, half: bool = False) -> Graph:
+    """The graph of op ``block_forward``, or of ``block_forward_half``."""
+    return _block(spec, 1, 1, BlockForward(half))
 
 
 def block_softmax(spec: KernelSpec) -> Graph:
@@ -142,11 +137,6 @@ def block_softmax(spec: KernelSpec) -> Graph:
     return _block(spec, 1, 2, BlockSoftmax(spec))
 
 
-def block_backward(spec: KernelSpec) -> Graph:
-    """The graph of op ``block_backward``."""
-    return _block(spec, 2, 2, BlockBackward(spec, half=False))
-
-
-def block_backward_half(spec: KernelSpec) -> Graph:
-    """The graph of op ``block_backward_half``."""
-    return _block(spec, 2, 2, BlockBackward(spec, half=True))
+def block_backward(spec: KernelSpec, half: bool = False) -> Graph:
+    """The graph of op ``block_backward``, or of ``block_backward_half``."""
+    return _block(spec, 2, 2, BlockBackward(spec, half))

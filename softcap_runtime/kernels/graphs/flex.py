@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from softcap_runtime.kernels.flex import MAX_ROWS, in_band, in_intervals
 from softcap_runtime.kernels.graphs.example import Graph, distinct
-from softcap_runtime.kernels.graphs.softcap import capped
+from softcap_runtime.kernels.graphs.softcap import capped, tanh, tanh_half
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.masks.blocks import BlockTables, assemble
 
@@ -29,11 +29,11 @@ class FlexForward(nn.Module):
         partial_num, partial_idx, full_num, full_idx, *rest_ = rest
         rows = rest_[:2] if self.spec.mask == "band" else rest_[:3]
         scalars = rest_[len(rows) :]
-        half = self.spec.torch_dtype != torch.float32
+        bend = tanh if self.spec.torch_dtype == torch.float32 else tanh_half
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             logit = score * scalars[0]
-            return capped(logit, scalars[1], scalars[2], half) if self.spec.capped else logit
+            return capped(logit, scalars[1], scalars[2], bend) if self.spec.capped else logit
 
         visible = in_band if self.spec.mask == "band" else in_intervals
 

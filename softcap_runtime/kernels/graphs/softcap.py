@@ -5,6 +5,8 @@ Inputs of half precision are rounded by 5e-4 and more: for them a cheaper tanh s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,6 @@ def tanh_half(y: Tensor) -> Tensor:
     return y * numerator / denominator
 
 
-def capped(x: Tensor, cap: Tensor, inv_cap: Tensor, half: bool = False) -> Tensor:
+def capped(x: Tensor, cap: Tensor, inv_cap: Tensor, tanh: Callable[[Tensor], Tensor] = tanh) -> Tensor:
     """``cap * tanh(x * inv_cap)`` of a float32 logit; ``cap`` and ``inv_cap`` are float32 scalars."""
-    return cap * (tanh_half if half else tanh)(x * inv_cap)
+    return cap * tanh(x * inv_cap)
