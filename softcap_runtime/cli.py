@@ -144,9 +144,7 @@ def _prewarm(runtime: Runtime, requests: list[PrewarmRequest]) -> None:
     store.flush()
     tables.console().print(tables.prewarm_table(results))
     if any(result.outcome == "ready" for result in results):
-        print(
-            "ready: compiled in each process that uses it (Triton's from its own cache); nothing to keep here"
-        )
+        print("ready: compiled in each process that uses it; nothing to keep here")
     if store.held_in_memory:
         why = store.fault or f"{store.folder} is read-only"
         _fail(f"{store.held_in_memory} kernels could not be written: {why}", 1)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -16,8 +16,11 @@ from torch import Tensor
 from softcap_runtime.config import PrewarmRequest
 from softcap_runtime.kernels import blocked_cuda
 from softcap_runtime.kernels.choose import candidates, choose
+from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.engine import Call, Problem
+from softcap_runtime.kernels.gpu_options import decode_rows
 from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_of
+from softcap_runtime.kernels.triton_launch import TMA_FROM
 from softcap_runtime.masks.intervals import RowIntervals, band
 
 if TYPE_CHECKING:
@@ -27,8 +30,8 @@ Outcome = Literal["built", "loaded", "ready", "failed"]
 # Called around the work on one kernel: what shows it to people.
 Shown = Callable[[KernelSpec], AbstractContextManager[None]]
 MASKS: tuple[MaskKind, MaskKind] = ("band", "intervals")
-# Of calls on CUDA whose request names no length: long enough for the kernels that long sequences get.
-USUAL_LENGTH = 4096
+# Keys of the calls on a GPU: few, and so many that decoding cuts them into more than a few shares.
+SHORT, MANY_KEYS = 128, 4096
 
 
 class PrewarmResult(NamedTuple):
@@ -53,8 +56,8 @@ def prewarm(runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool
     Each kernel is compiled by a child process (some 15 s of one core), as many at once as this process has
     cores. With ``progress`` a bar on standard error shows them. A failure is a row of the result and stops no
     other kernel. For the ``seq_lens`` of a request the masks are prepared as well, for a batch of 1 in this
-    process; nothing is run but the Triton kernels on CUDA, which compile when they run: their calls, of a batch of 1
-    and those lengths, leave them in this process and in Triton's cache on disk.
+    process; nothing is run but the kernels on CUDA, which are found by making calls, of a batch of 1 and those lengths
+    among others. They are for tensors whose addresses are multiples of 16 bytes, which torch's own are.
 
     Under torchrun every rank calls this before its first collective. One rank builds a kernel while those that
     need the same one wait for its file lock, then load it. A rank returns when all its kernels are published: while
@@ -66,20 +69,21 @@ def prewarm(runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool
     """
     requests = _checked(requests)
     specs = {request: kernels_of(request, runtime.settings.engine) for request in requests}
-    calls = dict.fromkeys(
+    on_gpu = dict.fromkeys(
         request.model_copy(update={"config": request.config.model_copy(update={"window": None})})
         for request in specs
         if runs_triton(request, runtime.settings.engine)
     )
+    calls = [call for request in on_gpu for call in _calls(request)]
     distinct = list(dict.fromkeys(spec for each in specs.values() for spec in each))
-    total = len(distinct) + len(MASKS) * len(calls)
+    total = len(distinct) + len(calls)
     with _shown(total, progress and total > 0) as shown, ThreadPoolExecutor(_cores()) as pool:
         try:
             results = list(pool.map(lambda spec: _obtain(runtime, spec, shown), distinct))
+            results += _gpu_kernels(runtime, calls, pool, shown) if calls else []
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-        results += [_call_triton(runtime, request, mask, shown) for request in calls for mask in MASKS]
     failed = {result.spec for result in results if result.outcome == "failed"}
     for request, each in specs.items():
         if not failed.intersection(each):
@@ -196,40 +200,79 @@ def _row(spec: KernelSpec, shown: Shown, work: Callable[[], tuple[Outcome, int]]
     return PrewarmResult(spec, outcome, time.perf_counter() - started, size, None)
 
 
-def _call_triton(runtime: Runtime, request: PrewarmRequest, mask: MaskKind, shown: Shown) -> PrewarmResult:
-    """Make the calls of ``request`` under one kind of masks, with many query rows and with one."""
-    op = "triton_training" if request.train else "triton_forward"
-    capped = request.config.softcap is not None
-    device = device_of(request.device)
-    spec = KernelSpec(op, device.type, request.dtype, request.head_dim, capped, mask)
+class _Call(NamedTuple):
+    """A call of zeros: query ``rows`` over ``keys`` under one kind of masks."""
 
+    request: PrewarmRequest
+    rows: int
+    keys: int
+    mask: MaskKind
+
+    @property
+    def spec(self) -> KernelSpec:
+        """What progress bars and tables call it."""
+        kind = "decoding" if self.rows < self.keys else "training" if self.request.train else "forward"
+        capped = self.request.config.softcap is not None
+        return KernelSpec(f"gpu {kind}", "cuda", self.request.dtype, self.request.head_dim, capped, self.mask)
+
+
+def _calls(request: PrewarmRequest) -> list[_Call]:
+    """The calls that meet every GPU kernel which calls like ``request`` may need, at the lengths that it names too.
+
+    Kernels differ between short and long calls, and those of decoding in how many query rows they take together.
+    """
+    group = request.num_heads // request.num_kv_heads
+    most = decode_rows(dtype_of(request.dtype))
+    rows = {1, *(size // group for size in (32, 64) if size <= most)} - {0}
+    long = SHORT
+    while 2 * request.num_heads * request.head_dim * long**2 < TMA_FROM:
+        long *= 2
+    shapes = [(keys, keys) for keys in (*request.seq_lens, SHORT, long)]
+    shapes += [(count, keys) for keys in (SHORT, MANY_KEYS) for count in sorted(rows)]
+    return [_Call(request, *shape, mask) for shape in dict.fromkeys(shapes) for mask in MASKS]
+
+
+def _make(runtime: Runtime, call: _Call, shown: Shown) -> PrewarmResult:
     def work() -> tuple[Outcome, int]:
-        for length in request.seq_lens or (USUAL_LENGTH,):
-            _call_once(runtime, request, length, mask)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _run(runtime, call)
+        if torch.device(call.request.device).type == "cuda":
+            torch.cuda.synchronize(call.request.device)
         return "ready", 0
 
-    return _row(spec, shown, work)
+    return _row(call.spec, shown, work)
 
 
-def _call_once(runtime: Runtime, request: PrewarmRequest, length: int, mask: MaskKind) -> None:
-    device, config = device_of(request.device), request.config
+def _run(runtime: Runtime, call: _Call) -> None:
+    request, device = call.request, device_of(call.request.device)
 
-    def zeros(heads: int) -> Tensor:
+    def zeros(length: int, heads: int) -> Tensor:
         shape = (1, length, heads, request.head_dim)
         return torch.zeros(shape, dtype=dtype_of(request.dtype), device=device).transpose(1, 2)
 
-    q, k, v = zeros(request.num_heads), zeros(request.num_kv_heads), zeros(request.num_kv_heads)
-    ids = torch.zeros(1, length, dtype=torch.int32, device=device) if mask == "intervals" else None
+    q, k, v = zeros(call.rows, request.num_heads), *(zeros(call.keys, request.num_kv_heads) for _ in range(2))
+    ids = torch.zeros(1, call.keys, dtype=torch.int32, device=device) if call.mask == "intervals" else None
     with torch.no_grad():
-        for rows in (q, q[:, :, -1:]):
-            runtime.attention(rows, k, v, config, document_ids=ids)
-    if request.train:
+        runtime.attention(q, k, v, request.config, document_ids=ids)
+    if request.train and call.rows == call.keys:
         with torch.enable_grad():
             inputs = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
-            out = runtime.attention(*inputs, config, document_ids=ids)
+            out = runtime.attention(*inputs, request.config, document_ids=ids)
             torch.autograd.grad(out, inputs, torch.zeros_like(out))
+
+
+def _gpu_kernels(runtime: Runtime, calls: list[_Call], pool: Executor, shown: Shown) -> list[PrewarmResult]:
+    """Make ``calls``; a row for each kernel that they brought here, and for each call that failed or brought none."""
+    known = set(runtime.supply.supplied)
+    with runtime.supply.prewarming():
+        made = list(pool.map(lambda call: _make(runtime, call, shown), calls))
+    new = [
+        PrewarmResult(
+            spec.summary(), "built" if one.source == "built" else "loaded", one.seconds, one.bytes, None
+        )
+        for spec, one in list(runtime.supply.supplied.items())
+        if spec not in known and isinstance(spec, CubinSpec)
+    ]
+    return new + [row for row in made if row.outcome == "failed" or not new]
 
 
 def _bind_lengths(runtime: Runtime, request: PrewarmRequest) -> None:

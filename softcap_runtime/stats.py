@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
+from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.engine import Problem
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.masks.intervals import RowIntervals
@@ -25,7 +26,7 @@ class KernelStats(_Frozen):
 
     ``op`` to ``mask``: what it was compiled for (see ``KernelSpec``). ``source``: ``built``, ``disk``, ``memory``
     or ``compiled`` (by torch, in this process). ``seconds`` to get it, ``bytes`` of its package. ``plans``: how
-    many kinds of call (lengths, batches, heads, windows, caps, scales) share it.
+    many kinds of call (lengths, batches, heads, windows, caps, scales) share it; not counted (0) for GPU kernels.
     """
 
     op: str
@@ -114,11 +115,11 @@ def _kernels(runtime: Runtime, plans: list[tuple[PlanKey, Plan]]) -> list[Kernel
         known = supplied.get(spec)
         rows.append(
             KernelStats(
-                **spec._asdict(),
+                **(spec.summary() if isinstance(spec, CubinSpec) else spec)._asdict(),
                 source=known.source if known else "compiled",
                 seconds=known.seconds if known else 0.0,
                 bytes=known.bytes if known else 0,
-                plans=sharing[spec],
+                plans=0 if isinstance(spec, CubinSpec) else sharing[spec],
             )
         )
     return rows

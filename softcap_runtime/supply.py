@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import stat
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from softcap_runtime.config import RuntimeSettings
 from softcap_runtime.errors import KernelNotPrewarmed
-from softcap_runtime.kernels import package
+from softcap_runtime.kernels import package, triton_build
 from softcap_runtime.kernels.choose import choose, engine_named
+from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.engine import Engine, Problem
 from softcap_runtime.kernels.jit import compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
@@ -47,10 +50,11 @@ class Supply:
         self.settings = settings
         self.store = Store(settings.cache_dir, settings.cache_size_limit, auth_key=_auth_key(settings))
         weakref.finalize(self, abandon, self.store)  # it has counts that it has not written yet
-        self.table = KernelTable(self._fetch)
-        self.supplied: dict[KernelSpec, Supplied] = {}
+        self.table = KernelTable(self._fetch, self._fetch_cubin)
+        self.supplied: dict[KernelSpec | CubinSpec, Supplied] = {}
         self.failed: dict[KernelSpec, str] = {}
         self._building: set[KernelSpec] = set()
+        self._prewarming = 0
         self._guard = threading.Lock()
 
     def engine(self, problem: Problem, asked: str) -> Chosen:
@@ -93,6 +97,17 @@ class Supply:
             return self.supplied.setdefault(spec, Supplied("compiled", time.perf_counter() - started, 0))
         return self.supplied[spec]
 
+    @contextlib.contextmanager
+    def prewarming(self) -> Iterator[None]:
+        """While it lasts the GPU kernels of any call are built, whatever ``jit`` says."""
+        with self._guard:
+            self._prewarming += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._prewarming -= 1
+
     @property
     def pending(self) -> int:
         """Kernels that are being built behind calls which another engine serves meanwhile."""
@@ -116,6 +131,8 @@ class Supply:
             "dtype": dtype_name(problem.dtype),
             "device": problem.device.type,
         }
+        if problem.device.type != "cpu":  # GPU kernels are found by making calls, of this length among them
+            options["seq-len"] = problem.mask.kv_len
         if self.settings.engine != "auto":
             options["engine"] = self.settings.engine
         words += [f"--{name} {value}" for name, value in options.items() if value is not None]
@@ -144,6 +161,22 @@ class Supply:
         loaded = self.store.load_or_build(
             key, lambda: package.build(spec), lambda: {"compiler": package.compiler_version()}
         )
+        self.supplied[spec] = Supplied(loaded.source, loaded.seconds, len(loaded.data))
+        return loaded.data
+
+    def _fetch_cubin(self, problem: Problem, spec: CubinSpec) -> bytes:
+        jit = "allow" if self._prewarming else self.settings.jit
+        key = Key(spec.fields(), fingerprint("cuda", problem.device.index))
+
+        def build() -> bytes:
+            words = _words(spec.summary())
+            if jit == "forbid":
+                raise KernelNotPrewarmed(f"{words} is not in the cache; run: {self.command(problem)}")
+            if jit == "warn":
+                log.warning("building %s in a serving process; run: %s", words, self.command(problem))
+            return triton_build.build(spec)
+
+        loaded = self.store.load_or_build(key, build, lambda: {"compiler": triton_build.compiler_version()})
         self.supplied[spec] = Supplied(loaded.source, loaded.seconds, len(loaded.data))
         return loaded.data
 

@@ -162,6 +162,19 @@ _probe: Callable[[], bool] = (lambda: True) if public_only() else _make_probe()
 interpreters_active.__wrapped__ = _probe  # type: ignore[attr-defined]
 
 
+def _make_current_stream() -> Callable[[int], int]:
+    raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    if raw is None or public_only():
+        return lambda device: int(torch.cuda.current_stream(device).cuda_stream)
+    return raw
+
+
+# The handle of the stream that is current on a CUDA device, given by its index.
+# Private: ``torch._C._cuda_getCurrentRawStream``, which Inductor's kernels ask as well. Gone: the public stream
+# object, a microsecond slower.
+current_stream = _make_current_stream()
+
+
 @functools.cache
 def cpu_has_amx() -> bool:
     """Whether this CPU multiplies bf16 in tiles (AMX).

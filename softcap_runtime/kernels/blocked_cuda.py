@@ -1,12 +1,13 @@
 """The blocked engine on CUDA: our Triton kernels, forward with logsumexp and backward.
 
-Triton compiles them at their first use in a process, or takes them from its own cache on disk; none of them is in
-ours. A head_dim between theirs is filled up with zeros, which change no logit: a copy of q, k and v, where any other
-engine would hold S x S logits.
+Which kernels a call needs follows from its tensors' layout as well, so they are found at the first call of a layout:
+loaded from the cache, where Triton is not even imported, or compiled. A head_dim between theirs is filled up with
+zeros, which change no logit: a copy of q, k and v, where any other engine would hold S x S logits.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ MAX_LAYOUTS = 64
 def _refuses(problem: Problem) -> str | None:
     if problem.device.type != "cuda":
         return f"the Triton kernels run on CUDA, q is on {problem.device}"
+    if torch.version.hip is not None:
+        return "the Triton kernels are for NVIDIA GPUs, this torch is built for AMD's"
     if not has_triton():
         return "triton is not installed"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -32,9 +35,10 @@ def _refuses(problem: Problem) -> str | None:
     return None
 
 
-def _how(problem: Problem) -> dict[str, Any]:
+def _how(problem: Problem, kernels: Kernels) -> dict[str, Any]:
     mask = problem.mask
     return {
+        "find": functools.partial(kernels.function, problem),
         "scale": problem.scale,
         "softcap": problem.softcap,
         "left": mask.left,
@@ -84,7 +88,7 @@ def forward(problem: Problem, kernels: Kernels) -> Forward:
     """Bind the forward kernel to the mask and the scalars."""
     from softcap_runtime.kernels import triton_attention
 
-    attend = _bound(triton_attention.bind_forward, **_how(problem))
+    attend = _bound(triton_attention.bind_forward, **_how(problem, kernels))
     if _fits(problem):
         return attend
 
@@ -99,7 +103,7 @@ def backward(problem: Problem, kernels: Kernels) -> Backward:
     """Bind the backward kernels."""
     from softcap_runtime.kernels import triton_gradient
 
-    differentiate = _bound(triton_gradient.bind_backward, **_how(problem))
+    differentiate = _bound(triton_gradient.bind_backward, **_how(problem, kernels))
     if _fits(problem):
         return differentiate
 

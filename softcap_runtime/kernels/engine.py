@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from softcap_runtime.kernels.cubin import CubinSpec, Function
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.masks.memo import MaskMemo
@@ -64,6 +65,9 @@ class Kernels(Protocol):
 
     def runner(self, spec: KernelSpec) -> Runner:
         """The kernel of ``spec``, ready to run."""
+
+    def function(self, problem: Problem, spec: CubinSpec) -> Function:
+        """The GPU kernel of ``spec``, loaded on the device of ``problem``, which needs it."""
 
 
 class Engine(NamedTuple):

@@ -21,6 +21,8 @@ import torch
 
 Direction = Literal["forward", "dq", "dkdv", "dk", "dv", "decode"]
 HEAD_DIMS = (64, 96, 128, 256)
+# Shares that the kernel which combines those of a decoding call is compiled for.
+FEW_SPLITS, MAX_SPLITS = 8, 64
 
 
 class DeviceLimits(NamedTuple):
@@ -191,4 +193,9 @@ def table(limits: DeviceLimits) -> list[tuple[torch.dtype, int, Direction, Block
 def split_count(limits: DeviceLimits, programs: int, keys: int, block_n: int) -> int:
     """Shares to cut the keys of a decoding call into: about four programs a multiprocessor, four blocks each."""
     wanted = -(-4 * limits.multiprocessors // programs)
-    return max(1, min(wanted, keys // (4 * block_n), 64))
+    return max(1, min(wanted, keys // (4 * block_n), MAX_SPLITS))
+
+
+def most_splits(splits: int) -> int:
+    """The number of shares that a kernel must be compiled for to combine ``splits`` of them."""
+    return FEW_SPLITS if splits <= FEW_SPLITS else MAX_SPLITS

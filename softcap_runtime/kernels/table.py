@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from softcap_runtime.errors import SoftcapRuntimeError
-from softcap_runtime.kernels.engine import Runner
+from softcap_runtime.kernels.cubin import Cubin, CubinSpec, Function
+from softcap_runtime.kernels.engine import Problem, Runner
 from softcap_runtime.kernels.jit import compile_runner, compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.masks.memo import MaskMemo
@@ -19,41 +21,58 @@ MASK_BYTES = 64 * 2**20
 class KernelTable:
     """Loads each kernel once per process, whatever the number of threads that ask.
 
-    ``fetch`` gives the bytes of a kernel's package, from wherever it is kept or by building it.
+    ``fetch`` gives the bytes of a kernel's package, and ``fetch_cubin`` those of a GPU kernel for a problem that needs
+    it, from wherever they are kept or by building them.
     """
 
-    def __init__(self, fetch: Callable[[KernelSpec], bytes]) -> None:
+    def __init__(
+        self, fetch: Callable[[KernelSpec], bytes], fetch_cubin: Callable[[Problem, CubinSpec], bytes]
+    ) -> None:
         self.masks = MaskMemo(MASK_BYTES)
-        self._fetch = fetch
-        self._runners: dict[KernelSpec, Runner] = {}
+        self._fetch, self._fetch_cubin = fetch, fetch_cubin
+        self._made: dict[Any, Any] = {}
         self.renew_locks()
 
     def runner(self, spec: KernelSpec) -> Runner:
         """The kernel of ``spec``, fetched and loaded if need be; what ``fetch`` raises passes through."""
-        return self._runners.get(spec) or self._make(spec, self._fetch)
+        found: Runner = self._made.get(spec) or self._once(spec, lambda: self._load(spec, self._fetch))
+        return found
 
     def install(self, spec: KernelSpec, data: bytes) -> None:
         """Load a kernel from the bytes of its package, unless it is loaded already."""
-        self._make(spec, lambda _: data)
+        self._once(spec, lambda: self._load(spec, lambda _: data))
 
     def ready(self, spec: KernelSpec) -> bool:
         """Whether the kernel is loaded."""
-        return spec in self._runners
+        return spec in self._made
+
+    def function(self, problem: Problem, spec: CubinSpec) -> Function:
+        """A GPU kernel on the device of ``problem``; what ``fetch_cubin`` raises passes through."""
+        device = problem.device.index
+
+        def load() -> Function:
+            from softcap_runtime.kernels.cuda_driver import LoadedCubin
+
+            return LoadedCubin(Cubin.unpack(self._fetch_cubin(problem, spec)), device)
+
+        found: Function = self._once((spec, device), load)
+        return found
 
     def renew_locks(self) -> None:
         """After a fork: locks that another thread held in the parent would never be released here."""
-        self._locks: dict[KernelSpec, threading.Lock] = {}
+        self._locks: dict[Any, threading.Lock] = {}
         self._guard = threading.Lock()
 
-    def _make(self, spec: KernelSpec, fetch: Callable[[KernelSpec], bytes]) -> Runner:
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         with self._guard:
-            lock = self._locks.setdefault(spec, threading.Lock())
+            lock = self._locks.setdefault(key, threading.Lock())
         with lock:
-            found = self._runners.get(spec)
-            if found is None:
-                found = compile_runner(spec) if compiles_in_process(spec) else _loaded(spec, fetch(spec))
-                self._runners[spec] = found
-            return found
+            if key not in self._made:
+                self._made[key] = make()
+            return self._made[key]
+
+    def _load(self, spec: KernelSpec, fetch: Callable[[KernelSpec], bytes]) -> Runner:
+        return compile_runner(spec) if compiles_in_process(spec) else _loaded(spec, fetch(spec))
 
 
 def _loaded(spec: KernelSpec, data: bytes) -> Runner:

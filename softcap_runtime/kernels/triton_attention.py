@@ -1,8 +1,8 @@
 """Softcapped attention on CUDA by kernels of our own, for bands and row intervals: what comes before their launch.
 
-``bind_forward`` settles all that depends on shapes, strides and the mask, once; what it returns allocates and
-launches. Importing this module imports neither Triton nor the kernels, binding does. Nothing here waits for the
-device, so calls can be captured in a CUDA graph (after one call outside of it, which compiles).
+``bind_forward`` settles all that depends on shapes, strides and the mask, once, and finds the kernels; what it returns
+allocates and launches. Nothing here imports Triton. Nothing waits for the device, so calls can be captured in a CUDA
+graph (after one call outside of it, which loads the kernels).
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gpu_options import decode_rows, device_limits, options_for, padded, split_count
+from softcap_runtime.kernels.cubin import Find, Pointer
+
+from .gpu_options import decode_rows, device_limits, most_splits, options_for, padded, split_count
 from .triton_call import Factors, Mask, factors, make_mask
 from .triton_launch import Output, bound, constants, launcher, layout, on, strides, tile
 
@@ -25,6 +27,7 @@ def bind_forward(
     k: Tensor,
     v: Tensor,
     *,
+    find: Find,
     scale: float,
     softcap: float | None,
     left: int | None = None,
@@ -38,8 +41,8 @@ def bind_forward(
     ``q`` ``[B, Hq, Sq, D]``, ``k`` and ``v`` ``[B, Hkv, Skv, D]``, one of bfloat16, float16, float32, D in 64, 96,
     128, 256, Hq a multiple of Hkv, on one CUDA device (current or not). Row i sees the keys
     ``i + left <= j < i + right`` or, with ``lo`` and ``hi`` (int32 ``[B or 1, Sq]``), ``lo_i <= j < hi_i``.
-    ``approx`` takes tanh from the ``tanh.approx.f32`` instruction (relative error 2**-11, so up to
-    ``softcap * 5e-4`` of a logit).
+    ``find`` gives the kernels. ``approx`` takes tanh from the ``tanh.approx.f32`` instruction (relative error
+    2**-11, so up to ``softcap * 5e-4`` of a logit).
 
     The result takes tensors with the shapes, dtype, strides, and 16-byte alignment of these. It returns out
     ``[B, Hq, Sq, D]`` in q's dtype, a view of ``[B, Sq, Hq, D]`` memory, and the natural logsumexp float32
@@ -48,45 +51,44 @@ def bind_forward(
     mask = make_mask(left, right, lo, hi)
     call = factors(q.dtype, scale, softcap, approx)
     decodes = q.shape[2] * (q.shape[1] // k.shape[1]) <= decode_rows(q.dtype)
-    return bound(_bind_decode if decodes else _bind_forward, (q, k, v), mask, call)
+    return bound(_bind_decode if decodes else _bind_forward, (q, k, v), mask, call, find)
 
 
-def _bind_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors) -> Forward:
-    from .triton_forward import forward_kernel
-
+def _bind_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, find: Find) -> Forward:
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     options, device = options_for(q, "forward"), q.device
     where = layout(2 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v)
     output = Output(q)
+    interval = None if mask.lo is None else Pointer(torch.int32)
     kernel = launcher(
-        forward_kernel,
+        find,
+        "forward_kernel",
         (batch * heads * -(-rows // options.block_m), 1, 1),
+        [
+            tile(q, options.block_m, where.tma), tile(k, options.block_n, where.tma),
+            tile(v, options.block_n, where.tma), Pointer(q.dtype), Pointer(torch.float32), interval, interval,
+        ],
         [
             *strides(where.align, q.stride(), k.stride(), v.stride(), output.steps), mask.batch_stride,
             heads, heads // kv_heads, rows, keys, mask.left, mask.right,
             call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
         {"BAND": mask.lo is None, "ONLINE": call.online, "FORM": call.form, **constants(dim, q.dtype, options, where)},
-        device=device, dtype=q.dtype, warps=options.warps, stages=options.stages, reusable=where.reusable,
+        device=device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out = output.empty()
         lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
         with on(device):
-            kernel(
-                tile(q, options.block_m, where.tma), tile(k, options.block_n, where.tma),
-                tile(v, options.block_n, where.tma), out, lse, mask.lo, mask.hi,
-            )  # fmt: skip
+            kernel(q, k, v, out, lse, mask.lo, mask.hi)
         return out, lse
 
     return run
 
 
-def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors) -> Forward:
-    from .triton_decode import combine_kernel, decode_kernel
-
+def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, find: Find) -> Forward:
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     options, device = options_for(q, "decode"), q.device
@@ -95,10 +97,14 @@ def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors) -> 
     splits = split_count(limits, batch * kv_heads, mask.width(rows, keys), options.block_n)
     where = layout(0, q, k, v)
     output = Output(q)
-    same: dict[str, Any] = {"device": device, "dtype": q.dtype, "reusable": where.reusable}
+    same: dict[str, Any] = {"device": device, "dtype": q.dtype, "aligned": where.align > 1}
+    interval = None if mask.lo is None else Pointer(torch.int32)
+    half, single = Pointer(q.dtype), Pointer(torch.float32)
     share = launcher(
-        decode_kernel,
+        find,
+        "decode_kernel",
         (splits, batch * kv_heads, 1),
+        [half, half, half, single, single, interval, interval],
         [
             *strides(where.align, q.stride(), k.stride(), v.stride()), mask.batch_stride,
             heads, kv_heads, heads // kv_heads, rows, keys, splits, mask.left, mask.right,
@@ -109,10 +115,12 @@ def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors) -> 
         warps=options.warps, stages=options.stages, **same,
     )  # fmt: skip
     combine = launcher(
-        combine_kernel,
+        find,
+        "combine_kernel",
         (batch * heads * rows, 1, 1),
+        [single, single, half, single],
         [*strides(where.align, output.steps), heads, rows, splits],
-        {"D": dim, "DPAD": padded(dim), "SPLITS": padded(splits), "ALIGN": where.align},
+        {"D": dim, "DPAD": padded(dim), "SPLITS": most_splits(splits), "ALIGN": where.align},
         warps=4, **same,
     )  # fmt: skip
 

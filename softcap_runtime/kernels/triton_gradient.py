@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from softcap_runtime.kernels.cubin import Find, Parameter, Pointer
+
 from .gpu_options import Direction, options_for, splits_backward
 from .triton_call import Factors, Mask, factors, make_mask
 from .triton_launch import Output, bound, constants, launcher, layout, on, strides, tile, vector
@@ -21,6 +23,7 @@ def bind_backward(
     v: Tensor,
     out: Tensor,
     *,
+    find: Find,
     scale: float,
     softcap: float | None,
     left: int | None = None,
@@ -38,21 +41,21 @@ def bind_backward(
     """
     mask = make_mask(left, right, lo, hi)
     call = factors(q.dtype, scale, softcap, approx)
-    return bound(_bind_backward, (grad_out, q, k, v, out), mask, call)
+    return bound(_bind_backward, (grad_out, q, k, v, out), mask, call, find)
 
 
 def _bind_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Mask, call: Factors
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Mask, call: Factors, find: Find
 ) -> Backward:
     batch, heads, rows, _ = q.shape
     device = q.device
     outputs = [Output(x) for x in (q, k, v)]
     stats_shape = (2, batch, heads, _padded_rows(rows))
-    run_dq = _bind_dq(q, k, v, grad, out, outputs[0], mask, call)
+    run_dq = _bind_dq(q, k, v, grad, out, outputs[0], mask, call, find)
     directions: tuple[Direction, ...] = ("dk", "dv") if splits_backward(q.shape[-1]) else ("dkdv",)
     written = _whole_blocks(rows, options_for(q, "dq").block_m)
     read = max(_whole_blocks(rows, options_for(q, direction).block_m) for direction in directions)
-    run_dkdv = [_bind_dkdv(q, k, v, grad, outputs, mask, call, direction) for direction in directions]
+    run_dkdv = [_bind_dkdv(q, k, v, grad, outputs, mask, call, find, direction) for direction in directions]
 
     def run(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
@@ -65,7 +68,7 @@ def _bind_backward(
             delta.zero_()
         with on(device):
             # dq first: it leaves what dk and dv need of every row in shift and delta.
-            run_dq(q, k, v, grad, out, lse, shift, delta, dq)
+            run_dq(q, k, v, grad, out, lse, shift, delta, dq, mask.lo, mask.hi)
             for one in run_dkdv:
                 one(q, k, v, grad, shift, delta, dk, dv)
         return dq, dk, dv
@@ -74,41 +77,38 @@ def _bind_backward(
 
 
 def _bind_dq(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, output: Output, mask: Mask, call: Factors
-) -> Callable[..., None]:
-    from .triton_backward import dq_kernel
-
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, output: Output, mask: Mask, call: Factors,
+    find: Find,
+) -> Callable[..., None]:  # fmt: skip
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     options = options_for(q, "dq")
     where = layout(3 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, grad, out)
-    kernel = launcher(
-        dq_kernel,
+    interval = None if mask.lo is None else Pointer(torch.int32)
+    single = Pointer(torch.float32)
+    return launcher(
+        find,
+        "dq_kernel",
         (batch * heads * -(-rows // options.block_m), 1, 1),
+        [
+            tile(q, options.block_m, where.tma), tile(k, options.block_n, where.tma),
+            tile(v, options.block_n, where.tma), tile(grad, options.block_m, where.tma), Pointer(out.dtype),
+            single, single, single, Pointer(q.dtype), interval, interval,
+        ],
         [
             *strides(where.align, *(x.stride() for x in (q, k, v, grad, out)), output.steps), mask.batch_stride,
             heads, heads // kv_heads, rows, _padded_rows(rows), keys, mask.left, mask.right,
             call.inner, call.coef, call.bias, call.gain,
         ],
         {"BAND": mask.lo is None, "FORM": call.form, **constants(dim, q.dtype, options, where)},
-        device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, reusable=where.reusable,
+        device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
-
-    def run(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, *rest: Tensor) -> None:
-        kernel(
-            tile(q, options.block_m, where.tma), tile(k, options.block_n, where.tma),
-            tile(v, options.block_n, where.tma), tile(grad, options.block_m, where.tma), *rest, mask.lo, mask.hi,
-        )  # fmt: skip
-
-    return run
 
 
 def _bind_dkdv(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, outputs: list[Output], mask: Mask, call: Factors,
-    direction: Direction,
+    find: Find, direction: Direction,
 ) -> Callable[..., None]:  # fmt: skip
-    from .triton_backward import dkdv_kernel
-
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     options = options_for(q, direction)
@@ -116,9 +116,22 @@ def _bind_dkdv(
     where = layout(4 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, grad)
     padded_rows, blocks = _padded_rows(rows), -(-keys // block_n)
     several = mask.batch_stride > 0  # batch rows have intervals of their own
+
+    def statistic(dtype: torch.dtype, of: int) -> Parameter:
+        return vector(dtype, of * padded_rows, block_m, where.tma)
+
+    intervals: list[Parameter] = [None] * 4
+    if mask.lo is not None:
+        intervals = [*[statistic(torch.int32, len(mask.lo))] * 2, *[Pointer(torch.int32)] * 2]
     kernel = launcher(
-        dkdv_kernel,
+        find,
+        "dkdv_kernel",
         (batch * kv_heads * blocks, 1, 1),
+        [
+            tile(q, block_m, where.tma), tile(k, block_n, where.tma), tile(v, block_n, where.tma),
+            tile(grad, block_m, where.tma), *[statistic(torch.float32, batch * heads)] * 2,
+            *[Pointer(q.dtype)] * 2, *intervals,
+        ],
         [
             *strides(where.align, *(x.stride() for x in (q, k, v, grad)), outputs[1].steps, outputs[2].steps),
             padded_rows if several else 0, blocks if several else 0,
@@ -127,39 +140,36 @@ def _bind_dkdv(
         ],
         {"BAND": mask.lo is None, "FORM": call.form, "WANT_DK": direction != "dv", "WANT_DV": direction != "dk",
          **constants(dim, q.dtype, options, where)},
-        device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, reusable=where.reusable,
+        device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
-    hull = _bind_query_hull(mask, rows, keys, block_n)
+    hull = _bind_query_hull(mask, rows, keys, block_n, find)
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, grad: Tensor, shift: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
     ) -> None:
         lo, hi, first, last = hull()
-        kernel(
-            tile(q, block_m, where.tma), tile(k, block_n, where.tma), tile(v, block_n, where.tma),
-            tile(grad, block_m, where.tma), vector(shift, block_m, where.tma), vector(delta, block_m, where.tma),
-            dk, dv, vector(lo, block_m, where.tma), vector(hi, block_m, where.tma), first, last,
-        )  # fmt: skip
+        kernel(q, k, v, grad, shift, delta, dk, dv, lo, hi, first, last)
 
     return run
 
 
 def _bind_query_hull(
-    mask: Mask, rows: int, keys: int, block_n: int
+    mask: Mask, rows: int, keys: int, block_n: int, find: Find
 ) -> Callable[[], tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]:
     """What the key blocks need of intervals: lo, hi padded, and the query rows that may see each block.
 
-    int32 ``[B or 1, padded_rows]`` twice and ``[B or 1, blocks]`` twice; four None for a band.
+    int32 ``[B or 1, padded_rows]`` twice and ``[B or 1, blocks]`` twice, flat; four None for a band.
     """
     if mask.lo is None:
         return lambda: (None, None, None, None)
-    from .triton_backward import query_hull_kernel
-
     device, batch = mask.lo.device, mask.lo.shape[0]
     padded_rows, blocks = _padded_rows(rows), -(-keys // block_n)
+    each = _whole_blocks(batch * blocks, 4)  # addresses are multiples of 16 bytes
     kernel = launcher(
-        query_hull_kernel,
+        find,
+        "query_hull_kernel",
         (-(-blocks // 16), batch, 1),
+        [Pointer(torch.int32)] * 6,
         [mask.batch_stride, rows, padded_rows, keys, blocks],
         {"BLOCK_N": block_n, "ROWS": 512, "KEYS": 16},
         device=device, dtype=torch.int32, warps=4,
@@ -167,7 +177,7 @@ def _bind_query_hull(
 
     def run() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         lo, hi = torch.empty((2, batch, padded_rows), dtype=torch.int32, device=device)
-        first, last = torch.empty((2, batch, blocks), dtype=torch.int32, device=device)
+        first, last = torch.empty((2, each), dtype=torch.int32, device=device)
         kernel(mask.lo, mask.hi, lo, hi, first, last)
         return lo, hi, first, last
 

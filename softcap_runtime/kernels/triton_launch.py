@@ -1,8 +1,7 @@
-"""From tensors to a kernel launch: tensor descriptors, strides, and the launch itself, cheap on the host.
+"""From tensors to a bound kernel: how their addresses and strides are passed, and the compile-time arguments.
 
-Triton's own ``kernel[grid](...)`` inspects every argument at every call, which costs 70 us and more a launch for
-kernels of forty arguments. Here everything a compilation depends on is in the constants and in ``Layout``, so a
-compiled kernel is found by a short key, once, and launched directly.
+Everything that a compilation depends on is in the parameters, the numbers' types and the constants, so a kernel is
+found by its key, once for each layout of a call's tensors, and launched directly from then on.
 """
 
 from __future__ import annotations
@@ -15,30 +14,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from softcap_runtime.kernels.cubin import Find, Number, Parameter, Pointer, Tile, spec_of
+
 from .gpu_options import BlockOptions, device_limits, padded
 
 # Triton's interpreter runs the kernels on the CPU, for tests; it knows no inline assembly.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Elements that all strides must be multiples of for 16-byte loads of every dtype served.
 ALIGNED = 8
-# Multiply-adds from which a call runs long enough to hide the descriptors' cost on the host (10 us each).
+# Multiply-adds from which a call runs long enough to hide the descriptors' cost on the host (2 us each).
 TMA_FROM = 2**32
-# Strides in units of ALIGNED elements stay int32 up to here.
+# Strides in units of ALIGNED elements stay int32 up to here, and so do the tensor memory accelerator's coordinates.
 INT32_STRIDES = 2**31
-
-_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 class Layout(NamedTuple):
     """What the kernels are compiled for of the tensors' addresses and strides.
 
-    ``tma``: tiles come through the tensor memory accelerator. ``align``: the unit the strides are passed in.
-    ``reusable``: every such tensor fits one compiled kernel, so it may be found without asking Triton.
+    ``tma``: tiles come through the tensor memory accelerator. ``align``: the unit the strides are passed in; 1 where
+    an address is no multiple of 16.
     """
 
     tma: bool
     align: int
-    reusable: bool
 
 
 def layout(work: int, *tensors: Tensor) -> Layout:
@@ -46,14 +44,13 @@ def layout(work: int, *tensors: Tensor) -> Layout:
     aligned = small = True
     for tensor in tensors:
         aligned = aligned and tensor.data_ptr() % 16 == 0
-        small = small and tensor.numel() < INT32_STRIDES
         for stride, size in zip(tensor.stride()[:3], tensor.shape, strict=False):
             aligned = aligned and (size == 1 or stride % ALIGNED == 0)
             small = small and stride < INT32_STRIDES
     if not aligned:
-        return Layout(False, 1, False)
+        return Layout(False, 1)
     capability = device_limits(tensors[0].device.index).capability
-    return Layout(capability >= (9, 0) and work >= TMA_FROM, ALIGNED, small)
+    return Layout(small and capability >= (9, 0) and work >= TMA_FROM, ALIGNED)
 
 
 def strides(align: int, *steps: tuple[int, ...]) -> list[int]:
@@ -61,25 +58,19 @@ def strides(align: int, *steps: tuple[int, ...]) -> list[int]:
     return [stride // align for each in steps for stride in each[:3]]
 
 
-def tile(tensor: Tensor, rows: int, tma: bool) -> Any:
-    """What a kernel loads tiles of ``rows`` rows from: a tensor descriptor, or the tensor (a pointer)."""
+def tile(tensor: Tensor, rows: int, tma: bool) -> Parameter:
+    """What a kernel loads tiles of ``rows`` rows of ``tensor`` from."""
     if not tma:
-        return tensor
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+        return Pointer(tensor.dtype)
     width = padded(tensor.shape[-1])
     # A dimension of one element may carry any stride in torch; the descriptor wants whole 16 bytes.
     steps = [s if n > 1 else width for s, n in zip(tensor.stride()[:3], tensor.shape, strict=False)]
-    return TensorDescriptor(tensor, list(tensor.shape), [*steps, 1], [1, 1, rows, width])
+    return Tile(tensor.dtype, tuple(tensor.shape), (*steps, 1), (1, 1, rows, width))
 
 
-def vector(values: Tensor | None, rows: int, tma: bool) -> Any:
-    """As ``tile`` for ``rows`` elements of a contiguous tensor, taken as one vector."""
-    if not tma or values is None:
-        return values
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(values, [values.numel()], [1], [rows])
+def vector(dtype: torch.dtype, size: int, rows: int, tma: bool) -> Parameter:
+    """As ``tile`` for ``rows`` elements of a contiguous tensor of ``size`` elements, taken as one vector."""
+    return Tile(dtype, (size,), (1,), (rows,)) if tma else Pointer(dtype)
 
 
 def constants(head_dim: int, dtype: torch.dtype, options: BlockOptions, where: Layout) -> dict[str, Any]:
@@ -99,40 +90,36 @@ def constants(head_dim: int, dtype: torch.dtype, options: BlockOptions, where: L
 
 
 def launcher(
-    kernel: Any,
+    find: Find,
+    kernel: str,
     grid: tuple[int, int, int],
-    numbers: list[Any],
+    parameters: list[Parameter],
+    numbers: list[Number],
     fixed: dict[str, Any],
     *,
     device: torch.device,
     dtype: torch.dtype,
     warps: int,
     stages: int = 1,
-    reusable: bool = True,
+    aligned: bool = True,
 ) -> Callable[..., None]:
-    """``run(*tensors)`` launches ``kernel`` on the current device with the tensors, ``numbers`` and ``fixed``.
+    """``run(*tensors)`` launches ``kernel`` on the current device: a tensor, or None, for each of ``parameters``.
 
-    ``fixed`` are its compile-time arguments in the order of its signature. The first launch with some ``fixed``,
-    dtype and device compiles (or loads from Triton's cache).
+    ``numbers`` follow the tensors in its signature, then ``fixed``, its compile-time arguments. ``find`` loads the
+    kernel here, or has it compiled, or raises.
     """
-    key = (kernel, device.index, dtype, warps, stages, *fixed.values())
-    rest = (*numbers, *fixed.values())
-    ready: Any = None
-
-    def run(*tensors: Any) -> None:
-        nonlocal ready
-        if ready is None:
-            compiled = _compiled.get(key) if reusable else None
-            if compiled is None:
-                compiled = kernel[grid](*tensors, *numbers, **fixed, num_warps=warps, num_stages=stages)
-                if reusable and compiled is not None:  # the interpreter returns None
-                    _compiled[key] = compiled
-                return
-            ready = compiled[grid]
-        # Addresses: of a tensor Triton asks the driver where it lies, at every launch.
-        ready(*(x.data_ptr() if isinstance(x, Tensor) else x for x in tensors), *rest)
-
-    return run
+    spec = spec_of(
+        kernel,
+        parameters,
+        numbers,
+        fixed,
+        capability=device_limits(device.index).capability,
+        dtype=dtype,
+        aligned=aligned,
+        warps=warps,
+        stages=stages,
+    )
+    return find(spec).bind(grid, parameters, numbers)
 
 
 def bound(bind: Callable[..., Any], tensors: tuple[Tensor, ...], *rest: Any) -> Any:

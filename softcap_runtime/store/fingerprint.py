@@ -15,7 +15,9 @@ from pathlib import Path
 
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 # What generated code depends on: the graphs, and where the numbers that they read are written.
-CODE = ("kernels/graphs/**/*.py", "kernels/flex.py", "kernels/key.py", "masks/blocks.py")
+CPU_CODE = ("kernels/graphs/**/*.py", "kernels/flex.py", "kernels/key.py", "masks/blocks.py")
+# The block sizes are in a GPU kernel's key.
+GPU_CODE = ("kernels/cubin.py", "kernels/triton_*.py")
 CPUINFO_BYTES = 16384  # one processor's block is 1-3 KB; the file of a 256-core machine is 400 KB
 
 
@@ -27,7 +29,13 @@ def fingerprint(device_type: str, device_index: int | None = None) -> dict[str, 
     """
     if device_type == "cpu":
         return dict(_host())
-    return {**_host(), "gpu": _gpu(device_type, device_index), "triton": _version("triton")}
+    # Code for a GPU is the same whatever the machine around it.
+    return {
+        "package": _package(GPU_CODE),
+        "torch": _torch(),
+        "gpu": _gpu(device_type, device_index),
+        "triton": _version("triton"),
+    }
 
 
 def fingerprints(device_type: str) -> list[dict[str, str]]:
@@ -40,12 +48,11 @@ def fingerprints(device_type: str) -> list[dict[str, str]]:
 
 @functools.cache
 def _host() -> dict[str, str]:
-    """The fields of every fingerprint: code for a GPU comes with code that runs on the CPU."""
     import torch
 
     return {
-        "package": _package(),
-        "torch": f"{torch.__version__} {(torch.version.git_version or '')[:12]}".rstrip(),
+        "package": _package(CPU_CODE),
+        "torch": _torch(),
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "arch": os.uname().machine,
         "libc": _libc(),
@@ -53,10 +60,16 @@ def _host() -> dict[str, str]:
     }
 
 
-def _package() -> str:
+def _torch() -> str:
+    import torch
+
+    return f"{torch.__version__} {(torch.version.git_version or '')[:12]}".rstrip()
+
+
+def _package(code: tuple[str, ...]) -> str:
     """Our version and a digest of the sources that generated code depends on."""
     digest = hashlib.sha256()
-    for pattern in CODE:
+    for pattern in code:
         for path in sorted(PACKAGE_ROOT.glob(pattern)):
             source = path.read_bytes()
             digest.update(f"{path.relative_to(PACKAGE_ROOT).as_posix()} {len(source)}\n".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,8 +24,10 @@ from hypothesis import given, settings
 
 from softcap_runtime import (
     AttentionConfig,
+    KernelNotPrewarmed,
     PrewarmRequest,
     Runtime,
+    RuntimeSettings,
     create_flex_attention_causal_mask,
     create_flex_attention_sliding_window_mask,
     slow_attention_softcapping,
@@ -174,12 +177,33 @@ def test_two_runs_are_bit_equal(runtimes: dict[str, Runtime], engine: str, seed:
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-def test_prewarming_runs_what_triton_compiles(runtimes: dict[str, Runtime]) -> None:
+def test_after_prewarming_nothing_is_compiled(tmp_path: Path, seed: int) -> None:
+    """By a runtime that must not, at lengths and batches that were not named, with fresh kernels and with kept ones."""
     request = PrewarmRequest(
         config=CONFIG, num_heads=4, num_kv_heads=2, head_dim=128, device="cuda", train=True, seq_lens=(300,)
     )
-    rows = runtimes["auto"].prewarm([request], progress=False)
-    assert [(row.spec.op, row.spec.mask, row.outcome) for row in rows] == [
-        ("triton_training", "band", "ready"),
-        ("triton_training", "intervals", "ready"),
-    ]
+    for outcome in ("built", "loaded"):
+        runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="forbid"))
+        rows = runtime.prewarm([request], progress=False)
+        assert {row.outcome for row in rows} == {outcome}
+        assert all(row.bytes > 1000 for row in rows)
+        for batch, rows_, keys in (
+            (1, 300, 300),
+            (3, 77, 77),
+            (2, 1, 5000),
+            (40, 3, 99),
+            (1, 9, 700),
+            (8, 4096, 4096),
+        ):
+            for window in (None, 100):
+                config = CONFIG.model_copy(update={"window": window})
+                q, k, v = (
+                    x.bfloat16().requires_grad_() for x in make_qkv(Sizes(batch, 4, 2, rows_, keys, 128))
+                )
+                ids = torch.arange(keys).expand(batch, -1) // 50
+                for masks in ({}, {"document_ids": ids}, {"attention_mask": torch.ones(batch, keys).bool()}):
+                    runtime.attention(q, k, v, config, **masks).sum().backward()
+                    with torch.no_grad():
+                        runtime.attention(q, k, v, config, **masks)
+    with pytest.raises(KernelNotPrewarmed, match=r"--head-dim 64.* --device cuda --seq-len 200"):
+        runtime.attention(*make_qkv(Sizes(1, 4, 2, 200, 200, 64)), CONFIG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
+from softcap_runtime.kernels import triton_build
+from softcap_runtime.kernels.cubin import Cubin, CubinSpec
+from softcap_runtime.kernels.cuda_driver import LoadedCubin
 from softcap_runtime.kernels.triton_attention import bind_forward
 from softcap_runtime.kernels.triton_gradient import bind_backward
 
@@ -20,12 +24,19 @@ FORWARD_ERROR = {BF16: 4e-3, FP16: 6e-4, FP32: 3e-6}
 BACKWARD_ERROR = {BF16: 7e-3, FP16: 1e-3, FP32: 5e-6}
 
 
+@functools.cache
+def found(device: int, spec: CubinSpec) -> LoadedCubin:
+    return LoadedCubin(Cubin.unpack(triton_build.build(spec)), device)
+
+
 def forward(*tensors: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
-    return bind_forward(*tensors, **how)(*tensors)
+    find = functools.partial(found, tensors[0].device.index)
+    return bind_forward(*tensors, find=find, **how)(*tensors)
 
 
 def backward(*tensors: Tensor, **how: Any) -> tuple[Tensor, ...]:
-    return bind_backward(*tensors[:5], **how)(*tensors)
+    find = functools.partial(found, tensors[0].device.index)
+    return bind_backward(*tensors[:5], find=find, **how)(*tensors)
 
 
 class Case(NamedTuple):

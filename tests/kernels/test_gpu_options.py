@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +10,9 @@ from rich.console import Console
 
 from softcap_runtime import cli_tables, gpu_info
 from softcap_runtime.kernels import triton_launch
+from softcap_runtime.kernels.cubin import spec_of
 from softcap_runtime.kernels.gpu_options import (
+    BlockOptions,
     DeviceLimits,
     choose,
     padded,
@@ -21,6 +21,7 @@ from softcap_runtime.kernels.gpu_options import (
     splits_backward,
     table,
 )
+from softcap_runtime.store import Key
 
 CARDS = {
     "100 KB": DeviceLimits(99 * 1024, (8, 9), 128),
@@ -76,43 +77,33 @@ def test_inspect_shows_the_options_of_every_kernel(card: str, monkeypatch: pytes
     assert f"{first.block_m} x {first.block_n}" in text
 
 
-def test_the_options_are_part_of_a_kernels_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_options_are_part_of_a_kernels_key() -> None:
     """Other options, or another form of the softcap, are another kernel; the same are the same."""
-    compiled: list[dict[str, Any]] = []
-
-    class Kernel:
-        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Any]:
-            def run(*arguments: Any, **fixed: Any) -> Any:
-                compiled.append(fixed)
-                return {grid: lambda *again: None}
-
-            return run
-
-    monkeypatch.setattr(triton_launch, "_compiled", {})
-    kernel, where = Kernel(), triton_launch.Layout(False, 1, True)
     options = choose(CARDS["228 KB"], torch.bfloat16, 128, "forward")
     different = [
         options,
         *(options._replace(**{name: 2 * getattr(options, name)}) for name in options._fields),
     ]
 
-    def launch(one: Any, form: int) -> None:
-        triton_launch.launcher(
-            kernel,
-            (1, 1, 1),
-            [],
-            {"FORM": form, **triton_launch.constants(128, torch.bfloat16, one, where)},
-            device=torch.device("cuda", 0),
-            dtype=torch.bfloat16,
-            warps=one.warps,
-            stages=one.stages,
-        )()
+    def key(one: BlockOptions, form: int) -> Key:
+        fixed = triton_launch.constants(128, torch.bfloat16, one, triton_launch.Layout(False, 1))
+        return Key(
+            spec_of(
+                "forward_kernel",
+                [],
+                [],
+                {"FORM": form, **fixed},
+                capability=(9, 0),
+                dtype=torch.bfloat16,
+                aligned=False,
+                warps=one.warps,
+                stages=one.stages,
+            ).fields(),
+            {},
+        )
 
-    for _ in range(2):
-        for one in different:
-            for form in (1, 2):
-                launch(one, form)
-    assert len(compiled) == 2 * len(different)
+    keys = {key(one, form) for one in different for form in (1, 2) for _ in range(2)}
+    assert len(keys) == 2 * len(different)
 
 
 def test_inspect_leaves_out_what_a_small_card_cannot_run() -> None:

@@ -1,67 +1,74 @@
-"""Compiles the Triton kernels for cards that need not be here, and prints what they take: a line of JSON a kernel."""
+"""Compiles the GPU kernels of calls for cards that need not be here, and prints a line of JSON for each.
+
+The calls are bound as on a GPU, with tensors that have no memory: keys and parameters are the real ones.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from torch import Tensor
 
-from softcap_runtime.kernels import triton_backward, triton_decode, triton_forward
-from softcap_runtime.kernels.gpu_options import BlockOptions, padded
-from softcap_runtime.kernels.triton_launch import Layout, constants
-
-KERNELS = {
-    "forward": triton_forward.forward_kernel,
-    "decode": triton_decode.decode_kernel,
-    "dq": triton_backward.dq_kernel,
-    "dkdv": triton_backward.dkdv_kernel,
-    "dk": triton_backward.dkdv_kernel,
-    "dv": triton_backward.dkdv_kernel,
-}
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-SINGLE = ("Lse", "Shift", "Delta")
-INTEGER = ("Lo", "Hi", "First", "Last")
-REAL = ("inner", "coef", "bias", "reference", "gain")
+from softcap_runtime.kernels import gpu_options, triton_attention, triton_launch
+from softcap_runtime.kernels.cubin import Cubin, CubinSpec, Number, Parameter
+from softcap_runtime.kernels.triton_attention import bind_forward
+from softcap_runtime.kernels.triton_build import build
+from softcap_runtime.kernels.triton_gradient import bind_backward
 
 
-def compiled(case: dict[str, Any]) -> dict[str, Any]:
-    direction, dim, band = case["direction"], case["head_dim"], case["band"]
-    dtype, options = getattr(torch, case["dtype"]), BlockOptions(*case["options"])
-    kernel: Any = KERNELS[direction]
-    if direction == "decode":
-        options = options._replace(block_m=16)
-    fixed = constants(dim, dtype, options, Layout(False, 8, True)) | {"ASM": True}
-    form = 3 if dtype == torch.float32 else 1
-    fixed |= {"BAND": band, "ONLINE": False, "FORM": form}
-    fixed |= {"WANT_DK": direction != "dv", "WANT_DV": direction != "dk"}
-    signature, known, attributes = {}, {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in fixed or (band and name in INTEGER):
-            signature[name] = "constexpr"
-            known[(place,)] = fixed.get(name)
-        elif name in REAL:
-            signature[name] = "fp32"
-        elif name[0].isupper() and name not in ("Hq", "Hkv", "G", "Sq", "SqPad", "Skv"):
-            pointed = "fp32" if name in SINGLE or (direction == "decode" and name == "Out") else NAMES[dtype]
-            signature[name] = "*i32" if name in INTEGER else f"*{pointed}"
-            attributes[(place,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-    source = ASTSource(kernel, signature, known, attributes)
-    major, minor = case["capability"]
-    target = GPUTarget("cuda", 10 * major + minor, 32)
-    made: Any = triton.compile(
-        source, target=target, options={"num_warps": options.warps, "num_stages": options.stages}
-    )
-    assert made.asm["cubin"]
-    return {"shared": made.metadata.shared, "columns": padded(dim)}
+class Wanted:
+    """Collects the keys that calls ask for."""
+
+    def __init__(self) -> None:
+        self.specs: dict[CubinSpec, None] = {}
+
+    def __call__(self, spec: CubinSpec) -> Wanted:
+        self.specs[spec] = None
+        return self
+
+    def bind(
+        self, grid: tuple[int, int, int], parameters: Sequence[Parameter], numbers: Sequence[Number]
+    ) -> Callable[..., None]:
+        assert all(size > 0 for size in grid)
+        return lambda *tensors: None
+
+
+def wanted(case: dict[str, Any]) -> list[CubinSpec]:
+    """The kernels of a call's forward and backward."""
+    dtype, rows, keys = getattr(torch, case["dtype"]), case["rows"], case["keys"]
+
+    def tensor(length: int, heads: int) -> Tensor:
+        return torch.empty(1, length, heads, case["head_dim"], dtype=dtype, device="meta").transpose(1, 2)
+
+    find = Wanted()
+    how: dict[str, Any] = {"find": find, "scale": 0.1, "softcap": 50.0}
+    if case["band"]:
+        how["right"] = keys - rows + 1
+    else:
+        how |= {name: torch.zeros(1, rows, dtype=torch.int32, device="meta") for name in ("lo", "hi")}
+    q, k, v = tensor(rows, 4), tensor(keys, 2), tensor(keys, 2)
+    bind_forward(q, k, v, **how)
+    if case["train"]:
+        bind_backward(q, q, k, v, q, **how)
+    return list(find.specs)
 
 
 if __name__ == "__main__":
     for case in json.loads(sys.argv[1]):
-        print(json.dumps(compiled(case)), flush=True)
+        shared, capability, multiprocessors = case["card"]
+        limits = gpu_options.DeviceLimits(shared, tuple(capability), multiprocessors)
+        for module in (gpu_options, triton_launch, triton_attention):
+            module.device_limits = lambda index, limits=limits: limits  # type: ignore[assignment, attr-defined]
+        for spec in wanted(case):
+            made = Cubin.unpack(build(spec))
+            told = {
+                "shared": made.shared,
+                "boxes": len(made.boxes),
+                "threads": made.threads,
+                "elf": made.code[:4].hex(),
+            }
+            print(json.dumps({**told, "spec": spec.fields()}), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import os
 import subprocess
 import sys
@@ -24,7 +25,8 @@ def test_fields() -> None:
     fields = fingerprint("cpu")
     assert set(fields) == {"package", "torch", "python", "arch", "libc", "cpu"}
     assert all(type(value) is str and value for value in fields.values())
-    assert set(fingerprint("cuda")) == {*fields, "gpu", "triton"}
+    assert set(fingerprint("cuda")) == {"package", "torch", "gpu", "triton"}
+    assert fingerprint("cuda")["package"] != fields["package"]
     fields["cpu"] = "changed"
     assert fingerprint("cpu")["cpu"] != "changed"
 
@@ -39,22 +41,23 @@ def test_it_is_the_same_in_another_process() -> None:
 
 def test_any_change_of_our_kernels_changes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module(), "PACKAGE_ROOT", tmp_path)
-    seen = [module()._package()]
+    package = functools.partial(module()._package, module().CPU_CODE)
+    seen = [package()]
     folder = tmp_path / "kernels/graphs"
     (folder / "deep").mkdir(parents=True)
     for name, text in [("a.py", "x = 1"), ("a.py", "x = 2"), ("deep/b.py", "x = 2"), ("c.py", "")]:
         (folder / name).write_text(text)
-        seen.append(module()._package())
+        seen.append(package())
     (folder / "a.py").rename(folder / "d.py")
-    seen.append(module()._package())
+    seen.append(package())
     (tmp_path / "masks").mkdir()
     (tmp_path / "masks/blocks.py").write_text("BLOCK = 64")
-    seen.append(module()._package())
+    seen.append(package())
     assert len(set(seen)) == len(seen)
 
 
 def test_what_generated_code_reads_is_part_of_it() -> None:
-    for pattern in module().CODE:
+    for pattern in (*module().CPU_CODE, *module().GPU_CODE):
         assert list(module().PACKAGE_ROOT.glob(pattern)), pattern
 
 

@@ -1,0 +1,119 @@
+"""Compiles a Triton kernel ahead of time: no GPU is needed, and whoever launches the result needs no Triton."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+from softcap_runtime.errors import BuildFailed
+from softcap_runtime.kernels.cubin import Box, Cubin, CubinSpec
+
+MODULES = {
+    "forward_kernel": "triton_forward",
+    "decode_kernel": "triton_decode",
+    "combine_kernel": "triton_decode",
+    "dq_kernel": "triton_backward",
+    "dkdv_kernel": "triton_backward",
+    "query_hull_kernel": "triton_backward",
+}
+_NUMBERS = {"i": "i32", "l": "i64", "f": "fp32"}
+_BYTES = {"i": 4, "l": 8, "f": 4}
+_PARAMETER = re.compile(
+    r"\.param (?:\.align \d+ )?\.(\w+)(?: \.ptr[\w. ]*)? \w+_param_\d+(?:\[(\d+)\])?[,\n]"
+)
+
+
+def compiler_version() -> str:
+    """What compiles, as the provenance of an entry."""
+    import triton
+
+    return f"triton {triton.__version__}"
+
+
+def build(spec: CubinSpec) -> bytes:
+    """The packed ``Cubin`` of ``spec``; BuildFailed, in one line, when Triton is missing, too old or fails."""
+    try:
+        compiled = _compile(spec)
+        return _packed(spec, compiled)
+    except BuildFailed:
+        raise
+    except Exception as error:  # a compiler's errors are of any type
+        line = (str(error).splitlines() or [""])[0]
+        raise BuildFailed(
+            f"kernel {spec.kernel}: Triton failed: {type(error).__name__}: {line}; a newer Triton may help"
+        ) from error
+
+
+def kernel_of(spec: CubinSpec) -> Any:
+    """The function that Triton compiles; imports Triton."""
+    module = importlib.import_module(f"softcap_runtime.kernels.{MODULES[spec.kernel]}")
+    return getattr(module, spec.kernel)
+
+
+def _compile(spec: CubinSpec) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = kernel_of(spec)
+    types = [*spec.tensors, *(_NUMBERS[letter] for letter in spec.numbers)]
+    constants = dict(spec.constants)
+    signature, known, attributes = {}, {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        type_name = types[place] if place < len(types) else ""
+        signature[name] = type_name or "constexpr"
+        if not type_name:  # a compile-time argument, or a tensor that is left out: None
+            known[(place,)] = constants.get(name)
+        elif type_name.startswith("*") and spec.aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(kernel, signature, known, attributes),
+        target=GPUTarget("cuda", spec.capability, 32),
+        options={"num_warps": spec.warps, "num_stages": spec.stages},
+    )
+
+
+def _packed(spec: CubinSpec, compiled: Any) -> bytes:
+    metadata = compiled.metadata
+    boxes = [Box(tuple(one["block_size"]), one["swizzle"]) for one in metadata.tensordesc_meta or ()]
+    wanted = _parameter_bytes(spec)
+    found = parameter_bytes(compiled.asm["ptx"])
+    scratch = len(found) - len(wanted)
+    # How Triton lays out a kernel's parameters is its own affair: what it did is read from its assembly, and nothing
+    # is launched that disagrees.
+    if found[: len(wanted)] != wanted or set(found[len(wanted) :]) - {8} or len(boxes) != _tiles(spec):
+        raise BuildFailed(
+            f"kernel {spec.kernel}: {compiler_version()} passes parameters in a way that this version does not know; "
+            "use another Triton"
+        )
+    if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
+        raise BuildFailed(
+            f"kernel {spec.kernel}: {compiler_version()} wants scratch memory or clusters for it"
+        )
+    return Cubin(
+        metadata.name, metadata.shared, 32 * metadata.num_warps, tuple(boxes), scratch, compiled.asm["cubin"]
+    ).pack()
+
+
+def _tiles(spec: CubinSpec) -> int:
+    return sum(name.startswith("tensordesc") for name in spec.tensors)
+
+
+def _parameter_bytes(spec: CubinSpec) -> list[int]:
+    """The sizes of the parameters as ``cuda_driver`` passes them."""
+    sizes: list[int] = []
+    for name in spec.tensors:
+        if name.startswith("tensordesc"):
+            rank = name.count(",") + 1
+            sizes += [128, *[4] * rank, *[8] * rank]  # the descriptor, its shape, its strides
+        elif name:
+            sizes.append(8)
+    return sizes + [_BYTES[letter] for letter in spec.numbers]
+
+
+def parameter_bytes(ptx: str) -> list[int]:
+    """The sizes of the parameters of the kernel in a PTX text."""
+    head = ptx[ptx.index(".entry") :]
+    head = head[: head.index(")")]
+    return [int(count) if count else int(kind[1:]) // 8 for kind, count in _PARAMETER.findall(head + "\n")]
