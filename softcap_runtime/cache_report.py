@@ -36,7 +36,10 @@ def report(store: Store, softcap_approx: bool = False) -> CacheReport:
     """The state of ``store`` now. Never raises for what is on disk."""
     entries = store.entries()
     return CacheReport(
-        status=store.status(), fingerprint=fingerprint("cpu"), entries=entries, gpus=gpus(softcap_approx)
+        status=store.status(),
+        fingerprint=fingerprint("cpu"),
+        entries=entries,
+        gpus=gpus(store, softcap_approx),
     )
 
 

@@ -99,6 +99,9 @@ def prewarm(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     engine: Annotated[str | None, typer.Option(help="Only this engine's kernels.")] = None,
     train: Annotated[bool, typer.Option("--train", help="The kernels of training too.")] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure the blocks of GPU kernels and keep the best.")
+    ] = False,
 ) -> None:
     """Build or load the kernels of a model, named by --preset, --model, or its numbers."""
     numbers = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "scale": scale}
@@ -115,7 +118,7 @@ def prewarm(
         else:
             requests += requests_for(preset or model or "", **common, dtype=each)  # type: ignore[arg-type]
     settings = RuntimeSettings(**context.obj, **({} if engine is None else {"engine": engine}))
-    _prewarm(Runtime(settings), requests)
+    _prewarm(Runtime(settings), requests, tune)
 
 
 def _explicit(
@@ -129,7 +132,7 @@ def _explicit(
     return PrewarmRequest(config=config, **shape, **common)
 
 
-def _prewarm(runtime: Runtime, requests: list[PrewarmRequest]) -> None:
+def _prewarm(runtime: Runtime, requests: list[PrewarmRequest], tune: bool) -> None:
     from softcap_runtime import cli_tables as tables
     from softcap_runtime.prewarm import kernels_of, runs_triton
 
@@ -140,7 +143,7 @@ def _prewarm(runtime: Runtime, requests: list[PrewarmRequest]) -> None:
     store = runtime.supply.store
     if not store.database.can_write() and store.fault is not None:
         raise SoftcapRuntimeError(f"nothing could be kept: {store.fault}")
-    results = runtime.prewarm(requests, progress=True)
+    results = runtime.prewarm(requests, progress=True, tune=tune)
     store.flush()
     tables.console().print(tables.prewarm_table(results))
     if any(result.outcome == "ready" for result in results):

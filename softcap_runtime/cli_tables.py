@@ -130,12 +130,13 @@ def _entries_table(entries: Sequence[EntryInfo]) -> Table:
 
 def _gpu_table(gpu: Gpu) -> Table:
     title = f"{gpu.device} {gpu.name}, sm {gpu.capability}, {gpu.shared_bytes} bytes of shared memory a block"
-    columns = ("kernel", "dtype", "head_dim", "block", "warps", "stages", "shared memory")
+    columns = ("kernel", "dtype", "head_dim", "block", "warps", "stages", "shared memory", "from")
     table = Table(*columns, title=f"{title}, {gpu.tanh} tanh", title_justify="left")
     for one in gpu.kernels:
         block = f"{one.block_m} x {one.block_n}"
         numbers = (one.head_dim, block, one.warps, one.stages, one.shared_bytes)
-        table.add_row(one.kernel, one.dtype, *map(str, numbers))
+        source = "a measurement" if one.tuned else "its limits"
+        table.add_row(one.kernel, one.dtype, *map(str, numbers), source)
     return table
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from softcap_runtime import tuned
 from softcap_runtime.kernels import gpu_options
-from softcap_runtime.kernels.gpu_options import DeviceLimits
+from softcap_runtime.kernels.gpu_options import BlockOptions, DeviceLimits, Direction
 from softcap_runtime.kernels.key import dtype_name
+from softcap_runtime.store import Store
 
 
 class _Frozen(BaseModel):
@@ -17,7 +22,8 @@ class _Frozen(BaseModel):
 class GpuKernel(_Frozen):
     """One Triton kernel's options on a device; Triton compiles one kernel for each, they are part of its key.
 
-    ``block_m`` query rows and ``block_n`` keys a block, ``shared_bytes`` of shared memory at most.
+    ``block_m`` query rows and ``block_n`` keys a block, ``shared_bytes`` of shared memory at most. ``tuned``: they were
+    measured on this machine, by ``prewarm --tune``.
     """
 
     kernel: str
@@ -28,6 +34,7 @@ class GpuKernel(_Frozen):
     warps: int
     stages: int
     shared_bytes: int
+    tuned: bool
 
 
 class Gpu(_Frozen):
@@ -42,7 +49,11 @@ class Gpu(_Frozen):
     kernels: list[GpuKernel]
 
 
-def gpus(softcap_approx: bool) -> list[Gpu]:
+# What was measured for a kernel, by its dtype, head_dim and direction; None where nothing was.
+Tuned = Callable[[torch.dtype, int, Direction], BlockOptions | None]
+
+
+def gpus(store: Store, softcap_approx: bool) -> list[Gpu]:
     """The CUDA devices that this process sees."""
     return [
         describe(
@@ -50,13 +61,27 @@ def gpus(softcap_approx: bool) -> list[Gpu]:
             torch.cuda.get_device_name(index),
             gpu_options.device_limits(index),
             softcap_approx,
+            functools.partial(tuned.read, store, gpu_options.device_limits(index), index),
         )
         for index in range(torch.cuda.device_count())
     ]
 
 
-def describe(device: str, name: str, limits: DeviceLimits, softcap_approx: bool) -> Gpu:
+def describe(device: str, name: str, limits: DeviceLimits, softcap_approx: bool, measured: Tuned) -> Gpu:
     """A device with ``limits``."""
+
+    def kernel(dtype: torch.dtype, head_dim: int, direction: Direction, chosen: BlockOptions) -> GpuKernel:
+        best = measured(dtype, head_dim, direction)
+        options = best or chosen
+        return GpuKernel(
+            kernel=direction,
+            dtype=dtype_name(dtype),
+            head_dim=head_dim,
+            **options._asdict(),
+            shared_bytes=gpu_options.shared_bytes(options, dtype, head_dim, direction),
+            tuned=best is not None,
+        )
+
     return Gpu(
         device=device,
         name=name,
@@ -64,14 +89,5 @@ def describe(device: str, name: str, limits: DeviceLimits, softcap_approx: bool)
         shared_bytes=limits.shared_bytes,
         multiprocessors=limits.multiprocessors,
         tanh="approximate" if softcap_approx else "exact",
-        kernels=[
-            GpuKernel(
-                kernel=direction,
-                dtype=dtype_name(dtype),
-                head_dim=head_dim,
-                **options._asdict(),
-                shared_bytes=gpu_options.shared_bytes(options, dtype, head_dim, direction),
-            )
-            for dtype, head_dim, direction, options in gpu_options.table(limits)
-        ],
+        kernels=[kernel(*row) for row in gpu_options.table(limits)],
     )

@@ -18,10 +18,12 @@ from softcap_runtime.kernels import blocked_cuda
 from softcap_runtime.kernels.choose import candidates, choose
 from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.engine import Call, Problem
-from softcap_runtime.kernels.gpu_options import decode_rows
+from softcap_runtime.kernels.gpu_options import HEAD_DIMS, Direction, decode_rows, directions
+from softcap_runtime.kernels.gpu_tune import Shape, trials
 from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_of
 from softcap_runtime.kernels.triton_launch import TMA_FROM
 from softcap_runtime.masks.intervals import RowIntervals, band
+from softcap_runtime.tuned import measured_once
 
 if TYPE_CHECKING:
     from softcap_runtime.runtime import Runtime
@@ -50,22 +52,25 @@ class PrewarmResult(NamedTuple):
     error: str | None
 
 
-def prewarm(runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool) -> list[PrewarmResult]:
+def prewarm(
+    runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool, tune: bool
+) -> list[PrewarmResult]:
     """Load or build every kernel that calls like ``requests`` may need, whatever ``jit`` says.
 
     Each kernel is compiled by a child process (some 15 s of one core), as many at once as this process has
     cores. With ``progress`` a bar on standard error shows them. A failure is a row of the result and stops no
     other kernel. For the ``seq_lens`` of a request the masks are prepared as well, for a batch of 1 in this
     process; nothing is run but the kernels on CUDA, which are found by making calls, of a batch of 1 and those lengths
-    among others. They are for tensors whose addresses are multiples of 16 bytes, which torch's own are.
+    among others. They are for tensors whose addresses are multiples of 16 bytes, which torch's own are. ``tune``
+    measures their blocks, warps and stages first, once per machine.
 
     Under torchrun every rank calls this before its first collective. One rank builds a kernel while those that
     need the same one wait for its file lock, then load it. A rank returns when all its kernels are published: while
     one stands in a collective, no other waits for a builder.
 
     Raises TypeError for what is no PrewarmRequest, ValueError for heads that do not divide or a device that is
-    not there, EngineUnavailable when the engine of the settings cannot serve a request; all before anything is
-    built.
+    not there or ``tune`` without a request that GPU kernels serve, EngineUnavailable when the engine of the settings
+    cannot serve a request; all before anything is built.
     """
     requests = _checked(requests)
     specs = {request: kernels_of(request, runtime.settings.engine) for request in requests}
@@ -76,10 +81,17 @@ def prewarm(runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool
     )
     calls = [call for request in on_gpu for call in _calls(request)]
     distinct = list(dict.fromkeys(spec for each in specs.values() for spec in each))
-    total = len(distinct) + len(calls)
+    if tune and not on_gpu:
+        raise ValueError(
+            "tune: no request is served by kernels that have options to measure, those on CUDA have"
+        )
+    shapes = _to_tune(on_gpu) if tune else {}
+    total = len(distinct) + len(shapes) + len(calls)
     with _shown(total, progress and total > 0) as shown, ThreadPoolExecutor(_cores()) as pool:
         try:
             results = list(pool.map(lambda spec: _obtain(runtime, spec, shown), distinct))
+            results += [_tune(runtime, *one, pool, shown) for one in shapes.items()]
+            runtime.supply.table.forget_options()
             results += _gpu_kernels(runtime, calls, pool, shown) if calls else []
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -198,6 +210,50 @@ def _row(spec: KernelSpec, shown: Shown, work: Callable[[], tuple[Outcome, int]]
             line = (str(error).splitlines() or [type(error).__name__])[0]
             return PrewarmResult(spec, "failed", time.perf_counter() - started, 0, line)
     return PrewarmResult(spec, outcome, time.perf_counter() - started, size, None)
+
+
+def _to_tune(requests: Iterable[PrewarmRequest]) -> dict[tuple[str, str, int, Direction], Shape]:
+    """What options are kept for, and the calls to measure them by: the first request decides."""
+    found: dict[tuple[str, str, int, Direction], Shape] = {}
+    for one in requests:
+        device, width = device_of(one.device), min(size for size in HEAD_DIMS if size >= one.head_dim)
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        shape = Shape(
+            device,
+            dtype_of(one.dtype),
+            one.num_heads,
+            one.num_kv_heads,
+            width,
+            max(one.seq_lens, default=MANY_KEYS),
+            one.config.scale,
+            one.config.softcap,
+        )
+        for direction in directions(width, one.train):
+            found.setdefault((str(device), one.dtype, width, direction), shape)
+    return found
+
+
+def _tune(
+    runtime: Runtime, key: tuple[str, str, int, Direction], shape: Shape, pool: Executor, shown: Shown
+) -> PrewarmResult:
+    """Have the best options of a kernel measured, or find those that were."""
+    direction = key[3]
+    capped = shape.softcap is not None
+    spec = KernelSpec(f"tuned {direction}", "cuda", key[1], shape.head_dim, capped, "")
+
+    def work() -> tuple[Outcome, int]:
+        done = measured_once(
+            runtime.supply.store,
+            shape.device.index,
+            shape.dtype,
+            shape.head_dim,
+            direction,
+            lambda: trials(shape, direction, pool),
+        )
+        return ("built" if done.source == "built" else "loaded"), len(done.data)
+
+    return _row(spec, shown, work)
 
 
 class _Call(NamedTuple):

@@ -127,14 +127,18 @@ class Runtime:
             return self.forward(q, k, v, call)[0]
         return operator.attention(q, k, v, call, self.number)
 
-    def prewarm(self, requests: Iterable[PrewarmRequest], progress: bool = True) -> list[PrewarmResult]:
+    def prewarm(
+        self, requests: Iterable[PrewarmRequest], progress: bool = True, tune: bool = False
+    ) -> list[PrewarmResult]:
         """Have the kernels of ``requests`` built and loaded, in parallel; a row per kernel says how it went.
 
-        ``progress`` shows a bar. A kernel that fails is reported in its row and stops no other.
+        ``progress`` shows a bar. ``tune`` measures a few block sizes of each GPU kernel first and keeps the best, once
+        per machine: calls that are bound from then on use them. A kernel that fails is reported in its row and stops
+        no other.
         """
         from softcap_runtime.prewarm import prewarm
 
-        return prewarm(self, requests, progress=progress)
+        return prewarm(self, requests, progress=progress, tune=tune)
 
     def stats(self) -> RuntimeStats:
         """Hits, misses, builds, loads, seconds and bytes of this process."""

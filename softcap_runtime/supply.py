@@ -12,12 +12,16 @@ import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
+
+from softcap_runtime import tuned
 from softcap_runtime.config import RuntimeSettings
 from softcap_runtime.errors import KernelNotPrewarmed
 from softcap_runtime.kernels import package, triton_build
 from softcap_runtime.kernels.choose import choose, engine_named
 from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.engine import Engine, Problem
+from softcap_runtime.kernels.gpu_options import BlockOptions, Direction, device_limits
 from softcap_runtime.kernels.jit import compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
 from softcap_runtime.kernels.table import KernelTable
@@ -50,7 +54,7 @@ class Supply:
         self.settings = settings
         self.store = Store(settings.cache_dir, settings.cache_size_limit, auth_key=_auth_key(settings))
         weakref.finalize(self, abandon, self.store)  # it has counts that it has not written yet
-        self.table = KernelTable(self._fetch, self._fetch_cubin)
+        self.table = KernelTable(self._fetch, self._fetch_cubin, self._tuned)
         self.supplied: dict[KernelSpec | CubinSpec, Supplied] = {}
         self.failed: dict[KernelSpec, str] = {}
         self._building: set[KernelSpec] = set()
@@ -179,6 +183,11 @@ class Supply:
         loaded = self.store.load_or_build(key, build, lambda: {"compiler": triton_build.compiler_version()})
         self.supplied[spec] = Supplied(loaded.source, loaded.seconds, len(loaded.data))
         return loaded.data
+
+    def _tuned(
+        self, device: int, dtype: torch.dtype, head_dim: int, direction: Direction
+    ) -> BlockOptions | None:
+        return tuned.read(self.store, device_limits(device), device, dtype, head_dim, direction)
 
     def _build_in_background(self, missing: list[KernelSpec]) -> None:
         with self._guard:

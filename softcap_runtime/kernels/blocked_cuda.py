@@ -7,15 +7,15 @@ zeros, which change no logit: a copy of q, k and v, where any other engine would
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from softcap_runtime.kernels.cubin import CubinSpec, Function
 from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, laid_out
-from softcap_runtime.kernels.gpu_options import HEAD_DIMS, has_triton
+from softcap_runtime.kernels.gpu_options import HEAD_DIMS, BlockOptions, Direction, has_triton
 
 # A plan's tensors have one layout or a few; more than this number is a caller that invents them.
 MAX_LAYOUTS = 64
@@ -35,10 +35,23 @@ def _refuses(problem: Problem) -> str | None:
     return None
 
 
+class _GpuKernels(NamedTuple):
+    """``GpuKernels`` for the calls of one problem."""
+
+    kernels: Kernels
+    problem: Problem
+
+    def function(self, spec: CubinSpec) -> Function:
+        return self.kernels.function(self.problem, spec)
+
+    def options(self, q: Tensor, direction: Direction) -> BlockOptions:
+        return self.kernels.options(q.device.index, q.dtype, q.shape[-1], direction)
+
+
 def _how(problem: Problem, kernels: Kernels) -> dict[str, Any]:
     mask = problem.mask
     return {
-        "find": functools.partial(kernels.function, problem),
+        "kernels": _GpuKernels(kernels, problem),
         "scale": problem.scale,
         "softcap": problem.softcap,
         "left": mask.left,

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
+from softcap_runtime.kernels.gpu_options import BlockOptions, Direction
 from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_name
 
 # Triton's names of the dtypes that kernels point to.
@@ -165,5 +167,11 @@ class Function(Protocol):
         """``run(*tensors)`` launches it on the device's current stream: one tensor, or None, for each parameter."""
 
 
-# Where a call finds its kernels: loaded, built, or refused with an error.
-Find = Callable[[CubinSpec], Function]
+class GpuKernels(Protocol):
+    """Where a call on a GPU finds its kernels."""
+
+    def function(self, spec: CubinSpec) -> Function:
+        """The kernel of ``spec``: loaded, built, or refused with an error."""
+
+    def options(self, q: Tensor, direction: Direction) -> BlockOptions:
+        """The blocks, warps and stages of a kernel for inputs like ``q`` ``[B, H, S, D]``."""

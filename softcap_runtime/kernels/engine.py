@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.kernels.cubin import CubinSpec, Function
+from softcap_runtime.kernels.gpu_options import BlockOptions, Direction
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.masks.memo import MaskMemo
@@ -68,6 +69,9 @@ class Kernels(Protocol):
 
     def function(self, problem: Problem, spec: CubinSpec) -> Function:
         """The GPU kernel of ``spec``, loaded on the device of ``problem``, which needs it."""
+
+    def options(self, device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:
+        """The options of a GPU kernel on a device."""
 
 
 class Engine(NamedTuple):

@@ -21,6 +21,8 @@ import torch
 
 Direction = Literal["forward", "dq", "dkdv", "dk", "dv", "decode"]
 HEAD_DIMS = (64, 96, 128, 256)
+# A statistic of the query rows is padded to whole blocks of so many, the largest block there is.
+PADDED_ROWS = 128
 # Shares that the kernel which combines those of a decoding call is compiled for.
 FEW_SPLITS, MAX_SPLITS = 8, 64
 
@@ -173,9 +175,36 @@ def choose(limits: DeviceLimits, dtype: torch.dtype, head_dim: int, direction: D
     )
 
 
-def options_for(q: torch.Tensor, direction: Direction) -> BlockOptions:
-    """The options of a kernel for inputs like ``q`` ``[B, H, S, D]``, on its device."""
-    return choose(device_limits(q.device.index), q.dtype, q.shape[-1], direction)
+def variants(
+    limits: DeviceLimits, dtype: torch.dtype, head_dim: int, direction: Direction
+) -> list[BlockOptions]:
+    """What ``choose`` gives, then the options near it that fit the device: worth a measurement."""
+    first = choose(limits, dtype, head_dim, direction)
+    m, n, warps, stages = first
+    listed = candidates(limits.capability, dtype, head_dim, direction)
+    near = [
+        *((rows, n, warps, stages) for rows in (m // 2, 2 * m)),
+        *((m, keys, warps, stages) for keys in (n // 2, 2 * n)),
+        *((rows, n, 12 - warps, stages) for rows in (m, 2 * m)),
+        *((m, n, warps, count) for count in (stages - 1, stages + 1)),
+    ]
+    # A decoding block has as many rows as its call; longer blocks than PADDED_ROWS read past their statistics.
+    rows = (m, m) if direction == "decode" else (16, PADDED_ROWS)
+    fit = [
+        one
+        for one in (*listed, *(BlockOptions(*values) for values in near))
+        if rows[0] <= one.block_m <= rows[1]
+        and one.block_n in (16, 32, 64, 128)
+        and one.stages > 0
+        and shared_bytes(one, dtype, head_dim, direction) <= limits.shared_bytes
+    ]
+    return list(dict.fromkeys([first, *fit]))
+
+
+def directions(head_dim: int, train: bool) -> list[Direction]:
+    """The kernels that have options, of inference or of training too."""
+    backward: list[Direction] = ["dq", *(("dk", "dv") if splits_backward(head_dim) else ("dkdv",))]  # type: ignore[list-item]
+    return ["forward", "decode", *(backward if train else ())]
 
 
 def table(limits: DeviceLimits) -> list[tuple[torch.dtype, int, Direction, BlockOptions]]:
@@ -183,8 +212,7 @@ def table(limits: DeviceLimits) -> list[tuple[torch.dtype, int, Direction, Block
     rows: list[tuple[torch.dtype, int, Direction, BlockOptions]] = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for head_dim in HEAD_DIMS:
-            backward: tuple[Direction, ...] = ("dk", "dv") if splits_backward(head_dim) else ("dkdv",)
-            for direction in ("forward", "decode", "dq", *backward):
+            for direction in directions(head_dim, train=True):
                 with contextlib.suppress(ValueError):  # too little shared memory for any block
                     rows.append((dtype, head_dim, direction, choose(limits, dtype, head_dim, direction)))
     return rows

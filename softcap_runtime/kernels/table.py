@@ -6,9 +6,13 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from softcap_runtime.errors import SoftcapRuntimeError
+from softcap_runtime.kernels import gpu_options
 from softcap_runtime.kernels.cubin import Cubin, CubinSpec, Function
 from softcap_runtime.kernels.engine import Problem, Runner
+from softcap_runtime.kernels.gpu_options import BlockOptions, Direction
 from softcap_runtime.kernels.jit import compile_runner, compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.masks.memo import MaskMemo
@@ -22,14 +26,19 @@ class KernelTable:
     """Loads each kernel once per process, whatever the number of threads that ask.
 
     ``fetch`` gives the bytes of a kernel's package, and ``fetch_cubin`` those of a GPU kernel for a problem that needs
-    it, from wherever they are kept or by building them.
+    it, from wherever they are kept or by building them. ``tuned`` gives what a measurement chose for a device, dtype,
+    head_dim and kernel, or None.
     """
 
     def __init__(
-        self, fetch: Callable[[KernelSpec], bytes], fetch_cubin: Callable[[Problem, CubinSpec], bytes]
+        self,
+        fetch: Callable[[KernelSpec], bytes],
+        fetch_cubin: Callable[[Problem, CubinSpec], bytes],
+        tuned: Callable[[int, torch.dtype, int, Direction], BlockOptions | None],
     ) -> None:
         self.masks = MaskMemo(MASK_BYTES)
-        self._fetch, self._fetch_cubin = fetch, fetch_cubin
+        self._fetch, self._fetch_cubin, self._tuned = fetch, fetch_cubin, tuned
+        self._options: dict[tuple[int, torch.dtype, int, Direction], BlockOptions] = {}
         self._made: dict[Any, Any] = {}
         self.renew_locks()
 
@@ -57,6 +66,19 @@ class KernelTable:
 
         found: Function = self._once((spec, device), load)
         return found
+
+    def options(self, device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:
+        """The options of a GPU kernel: what was measured on this machine, else chosen by the device's limits."""
+        key = (device, dtype, head_dim, direction)
+        found = self._options.get(key)
+        if found is None:
+            found = self._tuned(*key) or gpu_options.choose(gpu_options.device_limits(device), *key[1:])
+            self._options[key] = found
+        return found
+
+    def forget_options(self) -> None:
+        """After a measurement: calls that are bound from now on take what it chose."""
+        self._options.clear()
 
     def renew_locks(self) -> None:
         """After a fork: locks that another thread held in the parent would never be released here."""

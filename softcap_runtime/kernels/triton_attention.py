@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.kernels.cubin import Find, Pointer
+from softcap_runtime.kernels.cubin import GpuKernels, Pointer
 
-from .gpu_options import decode_rows, device_limits, most_splits, options_for, padded, split_count
+from .gpu_options import decode_rows, device_limits, most_splits, padded, split_count
 from .triton_call import Factors, Mask, factors, make_mask
 from .triton_launch import Output, bound, constants, launcher, layout, on, strides, tile
 
@@ -27,7 +27,7 @@ def bind_forward(
     k: Tensor,
     v: Tensor,
     *,
-    find: Find,
+    kernels: GpuKernels,
     scale: float,
     softcap: float | None,
     left: int | None = None,
@@ -41,7 +41,7 @@ def bind_forward(
     ``q`` ``[B, Hq, Sq, D]``, ``k`` and ``v`` ``[B, Hkv, Skv, D]``, one of bfloat16, float16, float32, D in 64, 96,
     128, 256, Hq a multiple of Hkv, on one CUDA device (current or not). Row i sees the keys
     ``i + left <= j < i + right`` or, with ``lo`` and ``hi`` (int32 ``[B or 1, Sq]``), ``lo_i <= j < hi_i``.
-    ``find`` gives the kernels. ``approx`` takes tanh from the ``tanh.approx.f32`` instruction (relative error
+    ``approx`` takes tanh from the ``tanh.approx.f32`` instruction (relative error
     2**-11, so up to ``softcap * 5e-4`` of a logit).
 
     The result takes tensors with the shapes, dtype, strides, and 16-byte alignment of these. It returns out
@@ -51,18 +51,18 @@ def bind_forward(
     mask = make_mask(left, right, lo, hi)
     call = factors(q.dtype, scale, softcap, approx)
     decodes = q.shape[2] * (q.shape[1] // k.shape[1]) <= decode_rows(q.dtype)
-    return bound(_bind_decode if decodes else _bind_forward, (q, k, v), mask, call, find)
+    return bound(_bind_decode if decodes else _bind_forward, (q, k, v), mask, call, kernels)
 
 
-def _bind_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, find: Find) -> Forward:
+def _bind_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, kernels: GpuKernels) -> Forward:
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    options, device = options_for(q, "forward"), q.device
+    options, device = kernels.options(q, "forward"), q.device
     where = layout(2 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v)
     output = Output(q)
     interval = None if mask.lo is None else Pointer(torch.int32)
     kernel = launcher(
-        find,
+        kernels,
         "forward_kernel",
         (batch * heads * -(-rows // options.block_m), 1, 1),
         [
@@ -88,10 +88,10 @@ def _bind_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, fi
     return run
 
 
-def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, find: Find) -> Forward:
+def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, kernels: GpuKernels) -> Forward:
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    options, device = options_for(q, "decode"), q.device
+    options, device = kernels.options(q, "decode"), q.device
     packed = max(options.block_m, padded(heads // kv_heads * rows))
     limits = device_limits(device.index)
     splits = split_count(limits, batch * kv_heads, mask.width(rows, keys), options.block_n)
@@ -101,7 +101,7 @@ def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, fin
     interval = None if mask.lo is None else Pointer(torch.int32)
     half, single = Pointer(q.dtype), Pointer(torch.float32)
     share = launcher(
-        find,
+        kernels,
         "decode_kernel",
         (splits, batch * kv_heads, 1),
         [half, half, half, single, single, interval, interval],
@@ -115,7 +115,7 @@ def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, fin
         warps=options.warps, stages=options.stages, **same,
     )  # fmt: skip
     combine = launcher(
-        find,
+        kernels,
         "combine_kernel",
         (batch * heads * rows, 1, 1),
         [single, single, half, single],

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softcap_runtime.kernels.cubin import Find, Parameter, Pointer
+from softcap_runtime.kernels.cubin import GpuKernels, Parameter, Pointer
 
-from .gpu_options import Direction, options_for, splits_backward
+from .gpu_options import PADDED_ROWS, Direction, splits_backward
 from .triton_call import Factors, Mask, factors, make_mask
 from .triton_launch import Output, bound, constants, launcher, layout, on, strides, tile, vector
 
@@ -23,7 +23,7 @@ def bind_backward(
     v: Tensor,
     out: Tensor,
     *,
-    find: Find,
+    kernels: GpuKernels,
     scale: float,
     softcap: float | None,
     left: int | None = None,
@@ -41,21 +41,23 @@ def bind_backward(
     """
     mask = make_mask(left, right, lo, hi)
     call = factors(q.dtype, scale, softcap, approx)
-    return bound(_bind_backward, (grad_out, q, k, v, out), mask, call, find)
+    return bound(_bind_backward, (grad_out, q, k, v, out), mask, call, kernels)
 
 
 def _bind_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Mask, call: Factors, find: Find
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Mask, call: Factors, kernels: GpuKernels
 ) -> Backward:
     batch, heads, rows, _ = q.shape
     device = q.device
     outputs = [Output(x) for x in (q, k, v)]
     stats_shape = (2, batch, heads, _padded_rows(rows))
-    run_dq = _bind_dq(q, k, v, grad, out, outputs[0], mask, call, find)
+    run_dq = _bind_dq(q, k, v, grad, out, outputs[0], mask, call, kernels)
     directions: tuple[Direction, ...] = ("dk", "dv") if splits_backward(q.shape[-1]) else ("dkdv",)
-    written = _whole_blocks(rows, options_for(q, "dq").block_m)
-    read = max(_whole_blocks(rows, options_for(q, direction).block_m) for direction in directions)
-    run_dkdv = [_bind_dkdv(q, k, v, grad, outputs, mask, call, find, direction) for direction in directions]
+    written = _whole_blocks(rows, kernels.options(q, "dq").block_m)
+    read = max(_whole_blocks(rows, kernels.options(q, direction).block_m) for direction in directions)
+    run_dkdv = [
+        _bind_dkdv(q, k, v, grad, outputs, mask, call, kernels, direction) for direction in directions
+    ]
 
     def run(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
@@ -78,16 +80,16 @@ def _bind_backward(
 
 def _bind_dq(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, output: Output, mask: Mask, call: Factors,
-    find: Find,
+    kernels: GpuKernels,
 ) -> Callable[..., None]:  # fmt: skip
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    options = options_for(q, "dq")
+    options = kernels.options(q, "dq")
     where = layout(3 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, grad, out)
     interval = None if mask.lo is None else Pointer(torch.int32)
     single = Pointer(torch.float32)
     return launcher(
-        find,
+        kernels,
         "dq_kernel",
         (batch * heads * -(-rows // options.block_m), 1, 1),
         [
@@ -107,11 +109,11 @@ def _bind_dq(
 
 def _bind_dkdv(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, outputs: list[Output], mask: Mask, call: Factors,
-    find: Find, direction: Direction,
+    kernels: GpuKernels, direction: Direction,
 ) -> Callable[..., None]:  # fmt: skip
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    options = options_for(q, direction)
+    options = kernels.options(q, direction)
     block_m, block_n = options.block_m, options.block_n
     where = layout(4 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, grad)
     padded_rows, blocks = _padded_rows(rows), -(-keys // block_n)
@@ -124,7 +126,7 @@ def _bind_dkdv(
     if mask.lo is not None:
         intervals = [*[statistic(torch.int32, len(mask.lo))] * 2, *[Pointer(torch.int32)] * 2]
     kernel = launcher(
-        find,
+        kernels,
         "dkdv_kernel",
         (batch * kv_heads * blocks, 1, 1),
         [
@@ -142,7 +144,7 @@ def _bind_dkdv(
          **constants(dim, q.dtype, options, where)},
         device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
-    hull = _bind_query_hull(mask, rows, keys, block_n, find)
+    hull = _bind_query_hull(mask, rows, keys, block_n, kernels)
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, grad: Tensor, shift: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
@@ -154,7 +156,7 @@ def _bind_dkdv(
 
 
 def _bind_query_hull(
-    mask: Mask, rows: int, keys: int, block_n: int, find: Find
+    mask: Mask, rows: int, keys: int, block_n: int, kernels: GpuKernels
 ) -> Callable[[], tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]:
     """What the key blocks need of intervals: lo, hi padded, and the query rows that may see each block.
 
@@ -166,7 +168,7 @@ def _bind_query_hull(
     padded_rows, blocks = _padded_rows(rows), -(-keys // block_n)
     each = _whole_blocks(batch * blocks, 4)  # addresses are multiples of 16 bytes
     kernel = launcher(
-        find,
+        kernels,
         "query_hull_kernel",
         (-(-blocks // 16), batch, 1),
         [Pointer(torch.int32)] * 6,
@@ -186,7 +188,7 @@ def _bind_query_hull(
 
 def _padded_rows(rows: int) -> int:
     """Rows of a statistics vector: whole blocks of the largest block, so kernels read it without a mask."""
-    return _whole_blocks(rows, 128)
+    return _whole_blocks(rows, PADDED_ROWS)
 
 
 def _whole_blocks(rows: int, block: int) -> int:

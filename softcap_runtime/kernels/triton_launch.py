@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softcap_runtime.kernels.cubin import Find, Number, Parameter, Pointer, Tile, spec_of
+from softcap_runtime.kernels.cubin import GpuKernels, Number, Parameter, Pointer, Tile, spec_of
 
 from .gpu_options import BlockOptions, device_limits, padded
 
@@ -90,7 +90,7 @@ def constants(head_dim: int, dtype: torch.dtype, options: BlockOptions, where: L
 
 
 def launcher(
-    find: Find,
+    kernels: GpuKernels,
     kernel: str,
     grid: tuple[int, int, int],
     parameters: list[Parameter],
@@ -105,8 +105,7 @@ def launcher(
 ) -> Callable[..., None]:
     """``run(*tensors)`` launches ``kernel`` on the current device: a tensor, or None, for each of ``parameters``.
 
-    ``numbers`` follow the tensors in its signature, then ``fixed``, its compile-time arguments. ``find`` loads the
-    kernel here, or has it compiled, or raises.
+    ``numbers`` follow the tensors in its signature, then ``fixed``, its compile-time arguments.
     """
     spec = spec_of(
         kernel,
@@ -119,7 +118,7 @@ def launcher(
         warps=warps,
         stages=stages,
     )
-    return find(spec).bind(grid, parameters, numbers)
+    return kernels.function(spec).bind(grid, parameters, numbers)
 
 
 def bound(bind: Callable[..., Any], tensors: tuple[Tensor, ...], *rest: Any) -> Any:

@@ -33,6 +33,7 @@ from softcap_runtime import (
     slow_attention_softcapping,
     slow_inference_attention_softcapping,
 )
+from softcap_runtime.kernels.gpu_options import device_limits, variants
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125, window=100)
@@ -207,3 +208,26 @@ def test_after_prewarming_nothing_is_compiled(tmp_path: Path, seed: int) -> None
                         runtime.attention(q, k, v, config, **masks)
     with pytest.raises(KernelNotPrewarmed, match=r"--head-dim 64.* --device cuda --seq-len 200"):
         runtime.attention(*make_qkv(Sizes(1, 4, 2, 200, 200, 64)), CONFIG)
+
+
+def test_tuning_measures_once_and_stays_right(tmp_path: Path, seed: int) -> None:
+    request = PrewarmRequest(
+        config=CONFIG, num_heads=4, num_kv_heads=2, head_dim=64, device="cuda", train=True, seq_lens=(1024,)
+    )
+    kinds = ["forward", "decode", "dq", "dkdv"]
+    for outcome in ("built", "loaded"):
+        runtime = Runtime(RuntimeSettings(cache_dir=tmp_path))
+        rows = runtime.prewarm([request], progress=False, tune=True)
+        assert [row.spec.op for row in rows[:4]] == [f"tuned {kind}" for kind in kinds]
+        assert {row.outcome for row in rows} == {outcome}
+        limits = device_limits(torch.cuda.current_device())
+        for kind in kinds:
+            chosen = runtime.supply.table.options(0, torch.bfloat16, 64, kind)  # type: ignore[arg-type]
+            assert chosen in variants(limits, torch.bfloat16, 64, kind)  # type: ignore[arg-type]
+        for q_len, kv_len in ((300, 300), (2, 700)):
+            check(
+                runtime, Case(Sizes(2, 4, 2, q_len, kv_len), CONFIG, {}, "transposed", seed), torch.bfloat16
+            )
+    tried = [entry for entry in runtime.supply.store.entries() if entry.fields["op"] == "tuned_options"]
+    assert len(tried) == len(kinds)
+    assert all(len(entry.provenance) > 1 for entry in tried)

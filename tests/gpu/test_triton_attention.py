@@ -15,6 +15,7 @@ from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
 from softcap_runtime.kernels import triton_build
 from softcap_runtime.kernels.cubin import Cubin, CubinSpec
 from softcap_runtime.kernels.cuda_driver import LoadedCubin
+from softcap_runtime.kernels.gpu_options import BlockOptions, Direction, choose, device_limits
 from softcap_runtime.kernels.triton_attention import bind_forward
 from softcap_runtime.kernels.triton_gradient import bind_backward
 
@@ -25,18 +26,26 @@ BACKWARD_ERROR = {BF16: 7e-3, FP16: 1e-3, FP32: 5e-6}
 
 
 @functools.cache
-def found(device: int, spec: CubinSpec) -> LoadedCubin:
+def loaded(device: int, spec: CubinSpec) -> LoadedCubin:
     return LoadedCubin(Cubin.unpack(triton_build.build(spec)), device)
 
 
+class Kernels(NamedTuple):
+    device: int
+
+    def function(self, spec: CubinSpec) -> LoadedCubin:
+        return loaded(self.device, spec)
+
+    def options(self, q: Tensor, direction: Direction) -> BlockOptions:
+        return choose(device_limits(self.device), q.dtype, q.shape[-1], direction)
+
+
 def forward(*tensors: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
-    find = functools.partial(found, tensors[0].device.index)
-    return bind_forward(*tensors, find=find, **how)(*tensors)
+    return bind_forward(*tensors, kernels=Kernels(tensors[0].device.index), **how)(*tensors)
 
 
 def backward(*tensors: Tensor, **how: Any) -> tuple[Tensor, ...]:
-    find = functools.partial(found, tensors[0].device.index)
-    return bind_backward(*tensors[:5], find=find, **how)(*tensors)
+    return bind_backward(*tensors[:5], kernels=Kernels(tensors[0].device.index), **how)(*tensors)
 
 
 class Case(NamedTuple):

@@ -12,14 +12,17 @@ from softcap_runtime import cli_tables, gpu_info
 from softcap_runtime.kernels import triton_launch
 from softcap_runtime.kernels.cubin import spec_of
 from softcap_runtime.kernels.gpu_options import (
+    PADDED_ROWS,
     BlockOptions,
     DeviceLimits,
     choose,
+    directions,
     padded,
     shared_bytes,
     split_count,
     splits_backward,
     table,
+    variants,
 )
 from softcap_runtime.store import Key
 
@@ -60,18 +63,25 @@ def test_decoding_splits_the_keys_until_the_card_is_full() -> None:
 @pytest.mark.parametrize("card", CARDS)
 def test_inspect_shows_the_options_of_every_kernel(card: str, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = CARDS[card]
-    found = gpu_info.describe("cuda:0", "a card", limits, softcap_approx=True)
+    best = variants(limits, torch.float16, 128, "dq")[-1]
+
+    def measured(*kernel: object) -> BlockOptions | None:
+        return best if kernel == (torch.float16, 128, "dq") else None
+
+    found = gpu_info.describe("cuda:0", "a card", limits, softcap_approx=True, measured=measured)
     assert len(found.kernels) == len(table(limits)) == 3 * (3 * 4 + 5)
     assert len({(one.kernel, one.dtype, one.head_dim) for one in found.kernels}) == len(found.kernels)
     for one in found.kernels:
         dtype = getattr(torch, one.dtype)
         options = choose(limits, dtype, one.head_dim, one.kernel)  # type: ignore[arg-type]
-        assert (one.block_m, one.block_n, one.warps, one.stages) == options
+        assert one.tuned == ((one.dtype, one.head_dim, one.kernel) == ("float16", 128, "dq"))
+        assert (one.block_m, one.block_n, one.warps, one.stages) == (best if one.tuned else options)
         assert one.shared_bytes <= found.shared_bytes == limits.shared_bytes
     out = io.StringIO()
     Console(file=out, width=160).print(cli_tables._gpu_table(found))
     text = out.getvalue()
     assert "cuda:0 a card" in text
+    assert text.count("a measurement") == 1
     assert "approximate tanh" in " ".join(text.split())
     first = found.kernels[0]
     assert f"{first.block_m} x {first.block_n}" in text
@@ -106,10 +116,27 @@ def test_the_options_are_part_of_a_kernels_key() -> None:
     assert len(keys) == 2 * len(different)
 
 
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_what_is_worth_a_measurement_can_run(card: str, dtype: torch.dtype, head_dim: int) -> None:
+    limits = CARDS[card]
+    for direction in directions(head_dim, train=True):
+        found = variants(limits, dtype, head_dim, direction)
+        assert found[0] == choose(limits, dtype, head_dim, direction)
+        assert len(set(found)) == len(found) > 1
+        for one in found:
+            assert shared_bytes(one, dtype, head_dim, direction) <= limits.shared_bytes
+            assert padded(one.block_m) == one.block_m <= PADDED_ROWS
+            assert padded(one.block_n) == one.block_n >= 16
+            assert one.warps in (4, 8)
+            assert one.stages >= 1
+            assert direction != "decode" or one.block_m == found[0].block_m
+
+
 def test_inspect_leaves_out_what_a_small_card_cannot_run() -> None:
     small = DeviceLimits(64 * 1024, (7, 5), 40)
-    shown = {
-        (one.kernel, one.dtype, one.head_dim) for one in gpu_info.describe("cuda:0", "", small, False).kernels
-    }
+    found = gpu_info.describe("cuda:0", "", small, False, lambda *kernel: None)
+    shown = {(one.kernel, one.dtype, one.head_dim) for one in found.kernels}
     assert ("forward", "bfloat16", 64) in shown
     assert len(shown) < len(table(CARDS["100 KB"]))

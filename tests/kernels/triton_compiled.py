@@ -23,12 +23,16 @@ from softcap_runtime.kernels.triton_gradient import bind_backward
 class Wanted:
     """Collects the keys that calls ask for."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: gpu_options.DeviceLimits) -> None:
         self.specs: dict[CubinSpec, None] = {}
+        self.limits = limits
 
-    def __call__(self, spec: CubinSpec) -> Wanted:
+    def function(self, spec: CubinSpec) -> Wanted:
         self.specs[spec] = None
         return self
+
+    def options(self, q: Tensor, direction: gpu_options.Direction) -> gpu_options.BlockOptions:
+        return gpu_options.choose(self.limits, q.dtype, q.shape[-1], direction)
 
     def bind(
         self, grid: tuple[int, int, int], parameters: Sequence[Parameter], numbers: Sequence[Number]
@@ -37,15 +41,15 @@ class Wanted:
         return lambda *tensors: None
 
 
-def wanted(case: dict[str, Any]) -> list[CubinSpec]:
+def wanted(case: dict[str, Any], limits: gpu_options.DeviceLimits) -> list[CubinSpec]:
     """The kernels of a call's forward and backward."""
     dtype, rows, keys = getattr(torch, case["dtype"]), case["rows"], case["keys"]
 
     def tensor(length: int, heads: int) -> Tensor:
         return torch.empty(1, length, heads, case["head_dim"], dtype=dtype, device="meta").transpose(1, 2)
 
-    find = Wanted()
-    how: dict[str, Any] = {"find": find, "scale": 0.1, "softcap": 50.0}
+    kernels = Wanted(limits)
+    how: dict[str, Any] = {"kernels": kernels, "scale": 0.1, "softcap": 50.0}
     if case["band"]:
         how["right"] = keys - rows + 1
     else:
@@ -54,16 +58,16 @@ def wanted(case: dict[str, Any]) -> list[CubinSpec]:
     bind_forward(q, k, v, **how)
     if case["train"]:
         bind_backward(q, q, k, v, q, **how)
-    return list(find.specs)
+    return list(kernels.specs)
 
 
 if __name__ == "__main__":
     for case in json.loads(sys.argv[1]):
         shared, capability, multiprocessors = case["card"]
         limits = gpu_options.DeviceLimits(shared, tuple(capability), multiprocessors)
-        for module in (gpu_options, triton_launch, triton_attention):
+        for module in (triton_launch, triton_attention):
             module.device_limits = lambda index, limits=limits: limits  # type: ignore[assignment, attr-defined]
-        for spec in wanted(case):
+        for spec in wanted(case, limits):
             made = Cubin.unpack(build(spec))
             told = {
                 "shared": made.shared,

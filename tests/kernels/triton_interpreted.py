@@ -26,6 +26,16 @@ from softcap_runtime.kernels.triton_build import kernel_of  # noqa: E402
 from softcap_runtime.kernels.triton_gradient import bind_backward  # noqa: E402
 
 
+class Kernels:
+    """Where the calls find their kernels."""
+
+    def function(self, spec: CubinSpec) -> Interpreted:
+        return Interpreted(spec)
+
+    def options(self, q: Tensor, direction: gpu_options.Direction) -> gpu_options.BlockOptions:
+        return gpu_options.choose(LIMITS, q.dtype, q.shape[-1], direction)
+
+
 class Interpreted:
     """A kernel that Triton's interpreter runs, in the place of a loaded one."""
 
@@ -77,10 +87,10 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
     empty, empty_strided = torch.empty, torch.empty_strided
     torch.empty, torch.empty_strided = poisoned(empty), poisoned(empty_strided)
     try:
-        forward = bind_forward(q, k, v, find=Interpreted, **how)
+        forward = bind_forward(q, k, v, kernels=Kernels(), **how)
         out, lse = forward(q, k, v)
         assert torch.equal(forward(q, k, v)[0], out)
-        grads = bind_backward(grad_out, q, k, v, out, find=Interpreted, **how)(grad_out, q, k, v, out, lse)
+        grads = bind_backward(grad_out, q, k, v, out, kernels=Kernels(), **how)(grad_out, q, k, v, out, lse)
     finally:
         torch.empty, torch.empty_strided = empty, empty_strided
     wide = [x.double().requires_grad_() for x in (q, k, v)]

@@ -1,0 +1,144 @@
+"""Times a GPU kernel under the options near those that its device's limits suggest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.kernels import triton_build
+from softcap_runtime.kernels.cubin import Cubin, CubinSpec, Function
+from softcap_runtime.kernels.gpu_options import BlockOptions, Direction, choose, device_limits, variants
+from softcap_runtime.kernels.triton_attention import bind_forward
+from softcap_runtime.kernels.triton_gradient import bind_backward
+
+log = logging.getLogger(__name__)
+
+ROUNDS = 15
+DECODED_KEYS, DECODED_BATCH = 8192, 8
+# Other options may change the order of a sum, and no more: bf16's rounding, with room.
+CLOSE = 1e-2
+
+
+class Shape(NamedTuple):
+    """The calls to be fast for: causal, ``length`` tokens, a batch of one."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    length: int
+    scale: float
+    softcap: float | None
+
+
+class Trial(NamedTuple):
+    """Options and what a call takes under them."""
+
+    options: BlockOptions
+    milliseconds: float
+
+
+class _Kernels:
+    """``GpuKernels`` with the options of one kernel given. What it compiles is not kept: most of it loses."""
+
+    def __init__(self, direction: Direction, options: BlockOptions) -> None:
+        self._given = direction, options
+
+    def function(self, spec: CubinSpec) -> Function:
+        from softcap_runtime.kernels.cuda_driver import LoadedCubin
+
+        return LoadedCubin(Cubin.unpack(triton_build.build(spec)), torch.cuda.current_device())
+
+    def options(self, q: Tensor, direction: Direction) -> BlockOptions:
+        if direction == self._given[0]:
+            return self._given[1]
+        return choose(device_limits(q.device.index), q.dtype, q.shape[-1], direction)
+
+
+def trials(shape: Shape, direction: Direction, pool: Executor) -> list[Trial]:
+    """Every variant of a kernel that runs and agrees with the first, the one that the device's limits suggest.
+
+    ``pool`` compiles them, several at once; they are timed one after the other. A variant that fails is logged.
+    """
+    limits = device_limits(shape.device.index or 0)
+    tensors = _tensors(shape, direction)
+
+    def prepare(options: BlockOptions) -> Callable[[], tuple[Tensor, ...]] | None:
+        try:
+            with torch.cuda.device(shape.device):
+                return _bind(shape, direction, options, tensors)
+        except Exception as error:  # a compiler's or the driver's, of any type
+            log.info("%s with %s does not run: %s", direction, options, error)
+            return None
+
+    options = variants(limits, shape.dtype, shape.head_dim, direction)
+    ready = [(one, run) for one, run in zip(options, pool.map(prepare, options), strict=True) if run]
+    if not ready:
+        raise RuntimeError(f"no variant of the {direction} kernel runs on {shape.device}")
+    found: list[Trial] = []
+    with torch.cuda.device(shape.device):
+        want = [x.clone() for x in ready[0][1]()]
+        for one, run in ready:
+            if all(_close(a, b) for a, b in zip(run(), want, strict=True)):
+                found.append(Trial(one, _milliseconds(run)))
+            else:
+                log.warning("%s with %s differs from %s and is not used", direction, one, ready[0][0])
+    return found
+
+
+def _tensors(shape: Shape, direction: Direction) -> list[Tensor]:
+    """grad_out, q, k, v as projections make them."""
+    batch = DECODED_BATCH if direction == "decode" else 1
+    rows, keys = (1, DECODED_KEYS) if direction == "decode" else (shape.length, shape.length)
+
+    def draw(length: int, heads: int) -> Tensor:
+        x = torch.randn(batch, length, heads, shape.head_dim, device=shape.device)
+        return x.to(shape.dtype).transpose(1, 2)
+
+    return [
+        draw(rows, shape.num_heads),
+        draw(rows, shape.num_heads),
+        draw(keys, shape.num_kv_heads),
+        draw(keys, shape.num_kv_heads),
+    ]
+
+
+def _bind(
+    shape: Shape, direction: Direction, options: BlockOptions, tensors: list[Tensor]
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that spends its time in the kernel: the forward, or the whole backward."""
+    grad_out, q, k, v = tensors
+    kernels = _Kernels(direction, options)
+    how: dict[str, Any] = {"kernels": kernels, "scale": shape.scale, "softcap": shape.softcap}
+    how["right"] = k.shape[2] - q.shape[2] + 1
+    attend = bind_forward(q, k, v, **how)
+    if direction in ("forward", "decode"):
+        return lambda: attend(q, k, v)[:1]
+    out, lse = attend(q, k, v)
+    differentiate = bind_backward(grad_out, q, k, v, out, **how)
+    return lambda: differentiate(grad_out, q, k, v, out, lse)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a.double() - b.double()).norm() <= CLOSE * b.double().norm())
+
+
+def _milliseconds(run: Callable[[], Any]) -> float:
+    """The median of a call's times on the device."""
+    for _ in range(3):
+        run()
+    taken = []
+    for _ in range(ROUNDS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()  # type: ignore[no-untyped-call]
+        run()
+        end.record()  # type: ignore[no-untyped-call]
+        end.synchronize()  # type: ignore[no-untyped-call]
+        taken.append(begin.elapsed_time(end))  # type: ignore[no-untyped-call]
+    return sorted(taken)[ROUNDS // 2]
