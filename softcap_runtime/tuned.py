@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from softcap_runtime.kernels.gpu_options import BlockOptions, DeviceLimits, Direction, variants
-from softcap_runtime.kernels.gpu_tune import Trial
 from softcap_runtime.kernels.key import dtype_name
 from softcap_runtime.store import Key, Store, fingerprint
 from softcap_runtime.store.store import Loaded
+
+if TYPE_CHECKING:
+    from softcap_runtime.kernels.gpu_tune import Trial
 
 log = logging.getLogger(__name__)
 
