@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Two measurements of one kernel differ by so much.
+NOISE = 0.97
+
 
 def _key(device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -> Key:
     fields: dict[str, str | int | bool] = {
@@ -68,7 +71,9 @@ def measured_once(
     def build() -> bytes:
         trials.extend(measure())
         best = min(trials, key=lambda trial: trial.milliseconds)
-        return json.dumps(best.options).encode()
+        # The first are what the limits suggest: measured by hand, and not given up for noise.
+        kept = best if best.milliseconds < NOISE * trials[0].milliseconds else trials[0]
+        return json.dumps(kept.options).encode()
 
     def describe() -> dict[str, str]:
         return {

@@ -54,12 +54,17 @@ def test_the_best_is_kept_once_and_used(own: Supply) -> None:
     }
 
 
+def test_noise_changes_nothing(own: Supply) -> None:
+    tuned.measured_once(own.store, *WHAT, lambda: [Trial(VARIANTS[0], 1.0), Trial(VARIANTS[1], 0.98)])
+    assert own.table.options(*WHAT) == VARIANTS[0]
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"null", b"[1, 2]", b'"a"', b"[64, 48, 4, 2]", b"[128, 128, 8, 99]", b"\xff"]
 )
 def test_anything_odd_is_not_used(own: Supply, data: bytes, caplog: pytest.LogCaptureFixture) -> None:
     own.store.load_or_build(tuned._key(*WHAT), lambda: data)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "softcap_runtime"):
         assert own.table.options(*WHAT) == VARIANTS[0]
     assert ["tuned options of forward" in record.message for record in caplog.records] == [True]
 
@@ -80,7 +85,7 @@ def test_a_variant_that_fails_or_differs_is_left_out(
         return lambda: (torch.full((4,), 2.0 if options == VARIANTS[2] else 1.0),)
 
     monkeypatch.setattr(gpu_tune, "_bind", bind)
-    with ThreadPoolExecutor(2) as pool, caplog.at_level(logging.INFO):
+    with ThreadPoolExecutor(2) as pool, caplog.at_level(logging.INFO, "softcap_runtime"):
         found = gpu_tune.trials(SHAPE, "forward", pool)
         assert [one.options for one in found] == [VARIANTS[0], *VARIANTS[3:]]
         assert [one.milliseconds for one in found] == list(range(100, 100 + len(found)))

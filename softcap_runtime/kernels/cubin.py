@@ -84,7 +84,7 @@ class CubinSpec(NamedTuple):
         """The kernel in the words of all others."""
         known = dict(self.constants)
         mask: MaskKind = "" if "BAND" not in known else "band" if known["BAND"] else "intervals"
-        head_dim, capped = int(known.get("D", 0)), bool(known.get("FORM", 0))
+        head_dim, capped = int(known.get("D", 0)), known.get("FORM", 1) != 0
         return KernelSpec(self.kernel, "cuda", self.dtype, head_dim, capped, mask)
 
 

@@ -95,14 +95,20 @@ class LoadedCubin:
         function, device = self.function, self.device
         shape = (*grid, self.cubin.threads, 1, 1, self.cubin.shared)
 
+        def send(tensors: tuple[Tensor | None, ...]) -> int:
+            for place, write in space.writers:
+                status = write(tensors[place].data_ptr())  # type: ignore[union-attr]
+                if status:
+                    return status
+            status = launch(function, *shape, current_stream(device), space.table, None)
+            return status
+
         def run(*tensors: Tensor | None) -> None:
             with lock:  # the driver copies the parameters before it returns
-                for place, write in space.writers:
-                    write(tensors[place].data_ptr())  # type: ignore[union-attr]
-                status = launch(function, *shape, current_stream(device), space.table, None)
+                status = send(tensors)
                 if status == CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not used the device yet
                     _check(_driver().cuCtxSetCurrent(self.context), "entering a context")
-                    status = launch(function, *shape, current_stream(device), space.table, None)
+                    status = send(tensors)
             if status:
                 _check(status, f"launching kernel {self.cubin.name}")
 
@@ -112,11 +118,12 @@ class LoadedCubin:
 class _Parameters:
     """A launch's parameters in memory: ``table`` of their addresses, ``writers`` of what changes from call to call.
 
-    A writer is a tensor's place among the arguments and a function that takes its address.
+    A writer is a tensor's place among the arguments and a function that takes its address and returns the driver's
+    status, or None.
     """
 
     def __init__(self, parameters: Sequence[Parameter], numbers: Sequence[Number], cubin: Cubin) -> None:
-        self.writers: list[tuple[int, Callable[[int], None]]] = []
+        self.writers: list[tuple[int, Callable[[int], int | None]]] = []
         self._memory = ctypes.create_string_buffer(
             TENSOR_MAP_ALIGNMENT * (4 * len(parameters) + len(numbers) + cubin.scratch + 1)
         )
@@ -156,25 +163,26 @@ class _Parameters:
             self._add("q", stride)
 
 
-def _tensor_map(target: int, tile: Tile, box: Box) -> Callable[[int], None]:
-    """A function that writes to ``target`` the tensor map of a tile's tensor at an address; innermost sizes first."""
+def _tensor_map(target: int, tile: Tile, box: Box) -> Callable[[int], int]:
+    """A function that writes to ``target`` the tensor map of a tile's tensor at an address, and returns the status."""
     rank, itemsize = len(tile.shape), tile.dtype.itemsize
+    # The driver takes the innermost dimension first, and no stride for it.
     sizes = (c_uint64 * rank)(*reversed(tile.shape))
     steps = (c_uint64 * rank)(*(stride * itemsize for stride in reversed(tile.strides[:-1])))
     blocks = (c_uint32 * rank)(*reversed(box.sizes))
     ones = (c_uint32 * rank)(*[1] * rank)
     encode, written = _driver().cuTensorMapEncodeTiled, 0
 
-    def write(address: int) -> None:
+    def write(address: int) -> int:
         nonlocal written
         if address == written:  # the same tensor again, or another where it lay
-            return
-        status = encode(
+            return 0
+        status: int = encode(
             c_void_p(target), CU_TENSOR_MAP_DATA_TYPE[tile.dtype], rank, c_void_p(address), sizes, steps, blocks,
             ones, CU_TENSOR_MAP_INTERLEAVE_NONE, box.swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )  # fmt: skip
-        _check(status, f"describing a tensor of shape {tile.shape}")
-        written = address
+        written = 0 if status else address
+        return status
 
     return write

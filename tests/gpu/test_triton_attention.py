@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -310,3 +311,16 @@ def test_memory_is_linear_in_the_length(seed: int) -> None:
 
     assert peak(8192) < 2.2 * peak(4096)
     assert peak(8192) < 8 * 2 * 8192 * 4
+
+
+def test_a_thread_that_has_not_used_the_device(seed: int) -> None:
+    case = make(heads=16, kv_heads=8, rows=1500, keys=1500, dim=128)  # long enough for tensor maps
+    want, _ = forward(*case[:3], **case.options)
+    run = bind_forward(*case[:3], kernels=Kernels(0), **case.options)
+    torch.cuda.synchronize()
+    got: list[Tensor] = []
+    thread = threading.Thread(target=lambda: got.append(run(*case[:3])[0]))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert torch.equal(got[0], want)

@@ -118,6 +118,7 @@ class Driver:
         self.maps: list[tuple[Any, ...]] = []
         self.entered = 0
         self.statuses: list[int] = []
+        self.map_statuses: list[int] = []
         self.attributes: list[int] = []
 
     def cuLaunchKernel(self, function: Any, *rest: Any) -> int:
@@ -130,6 +131,8 @@ class Driver:
     def cuTensorMapEncodeTiled(self, target: Any, *rest: Any) -> int:
         assert target.value % cuda_driver.TENSOR_MAP_ALIGNMENT == 0
         kind, rank, address, sizes, steps, blocks, _, *modes = rest
+        if self.map_statuses:
+            return self.map_statuses.pop()
         self.maps.append((kind, rank, address.value, list(sizes), list(steps)[:-1], list(blocks), modes))
         ctypes.c_uint64.from_address(target.value).value = 4711
         return 0
@@ -184,7 +187,10 @@ def test_a_thread_without_a_context_gets_one(driver: Driver) -> None:
     run = cuda_driver.LoadedCubin(CUBIN, 0).bind((1, 1, 1), [TILE, Pointer(torch.float32)], [7, 2**40, 0.5])
     driver.statuses = [0, cuda_driver.CUDA_ERROR_INVALID_CONTEXT]
     run(torch.zeros(8), torch.zeros(8))
-    assert (driver.entered, len(driver.launches)) == (1, 2)
+    assert (driver.entered, len(driver.launches), len(driver.maps)) == (1, 2, 1)
+    driver.map_statuses = [cuda_driver.CUDA_ERROR_INVALID_CONTEXT]
+    run(torch.zeros(16), torch.zeros(8))
+    assert (driver.entered, len(driver.launches), len(driver.maps)) == (2, 3, 2)
     driver.statuses = [719]
     with pytest.raises(
         RuntimeError, match=r"launching kernel a_kernel failed with CUDA_ERROR_OF_THE_TEST \(719\)"
@@ -241,7 +247,7 @@ def test_forbidden_it_names_the_command(tmp_path: Path, built: list[CubinSpec]) 
 def test_a_warning_is_logged(
     tmp_path: Path, built: list[CubinSpec], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "softcap_runtime"):
         supply(tmp_path, jit="warn").table.function(PROBLEM, spec())
     assert ["building kernel forward_kernel" in record.message for record in caplog.records] == [True]
     assert built == [spec()]
