@@ -54,3 +54,19 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v: shape {tuple(v.shape)}, expected k's {tuple(k.shape)}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"q: {q.shape[1]} heads, expected a multiple of the {k.shape[1]} key heads")
+
+
+def device_of(name: str) -> torch.device:
+    """The torch device of a request. Raises ValueError when the name is none, or the device is not there."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, ValueError):
+        raise ValueError(f"device: {name!r}, expected a torch device such as 'cpu' or 'cuda:0'") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: {name!r}, expected cpu or cuda")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise ValueError(
+            f"device: {name!r}, but this process sees {count} CUDA devices; use 'cpu' or run there"
+        )
+    return device

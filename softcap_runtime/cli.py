@@ -16,6 +16,7 @@ import torch
 import typer
 from torch import Tensor
 
+from softcap_runtime.checks import device_of
 from softcap_runtime.config import AttentionConfig, PrewarmRequest, RuntimeSettings
 from softcap_runtime.errors import EngineUnavailable, SoftcapRuntimeError
 from softcap_runtime.presets import PRESETS, requests_for
@@ -222,7 +223,7 @@ def export_(
 ) -> None:
     """Write the kernels that fit this environment into one file, for machines like this one."""
     store = _store(context)
-    count = store.export_bundle(file, fingerprint(_device_type(device)))
+    count = store.export_bundle(file, fingerprint(device_of(device).type))
     if not count:
         raise SoftcapRuntimeError(
             store.fault or f"{store.folder} has nothing for this environment and {device}; prewarm first"
@@ -237,7 +238,7 @@ def import_(
     device: Annotated[str, typer.Option(help="Whose kernels: cpu or cuda.")] = "cpu",
 ) -> None:
     """Take the kernels of a bundle that fit this environment; exit code 1 if any does not."""
-    expected = fingerprint(_device_type(device))
+    expected = fingerprint(device_of(device).type)
     try:
         done = _store(context).import_bundle(file, expected)
     except ValueError as error:  # a bundle that is none, or was changed, is no bad usage
@@ -283,12 +284,6 @@ def _document_ids(lengths: str, seq_len: int) -> Tensor:
     if int(counts.sum()) != seq_len:
         raise UsageError(f"--documents: they hold {int(counts.sum())} tokens, expected --seq-len {seq_len}")
     return torch.repeat_interleave(torch.arange(len(words)), counts)[None]
-
-
-def _device_type(device: str) -> str:
-    from softcap_runtime.prewarm import device_of
-
-    return device_of(device).type
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from softcap_runtime.cache_report import CacheReport
 from softcap_runtime.gpu_info import Gpu
-from softcap_runtime.prewarm import PrewarmResult, kernel_name
+from softcap_runtime.prewarm_rows import PrewarmResult, kernel_name
 from softcap_runtime.store.entry import printable
 from softcap_runtime.store.report import Counter, EntryInfo, Explanation, Problem
 

@@ -23,7 +23,7 @@ from softcap_runtime.supply import Supply
 from softcap_runtime.torch_private import constant_in_graphs, interpreters_active
 
 if TYPE_CHECKING:
-    from softcap_runtime.prewarm import PrewarmResult
+    from softcap_runtime.prewarm_rows import PrewarmResult
     from softcap_runtime.stats import RuntimeStats
 
 _numbers = itertools.count(1)

@@ -137,6 +137,8 @@ class Supply:
         }
         if problem.device.type != "cpu":  # GPU kernels are found by making calls, of this length among them
             options["seq-len"] = problem.mask.kv_len
+            if self.settings.softcap_approx:
+                words.insert(0, "SOFTCAP_APPROX=1")
         if self.settings.engine != "auto":
             options["engine"] = self.settings.engine
         words += [f"--{name} {value}" for name, value in options.items() if value is not None]

@@ -22,13 +22,14 @@ from softcap_runtime import (
     PrewarmRequest,
     Runtime,
     RuntimeSettings,
+    prewarm_gpu,
 )
 from softcap_runtime import prewarm as prewarming
 from softcap_runtime.kernels import package
 from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.presets import PRESETS, requests_for
-from softcap_runtime.prewarm import kernel_name
+from softcap_runtime.prewarm_rows import kernel_name
 from softcap_runtime.supply import Supplied
 
 pytestmark = pytest.mark.usefixtures("all_kernels")
@@ -271,8 +272,8 @@ def test_bad_model_files_are_told_in_one_line(tmp_path: Path, text: str | None, 
 def test_gpu_kernels_are_found_by_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With another engine in their place: each kind of mask, short and long, many rows and few, and backward."""
     monkeypatch.setattr(prewarming, "runs_triton", lambda request, engine: True)
-    monkeypatch.setattr(prewarming, "MANY_KEYS", 200)
-    monkeypatch.setattr(prewarming, "TMA_FROM", 1)
+    monkeypatch.setattr(prewarm_gpu, "MANY_KEYS", 200)
+    monkeypatch.setattr(prewarm_gpu, "TMA_FROM", 1)
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="eager"))
     common = {"train": True, "seq_lens": (20, 30), "dtype": "bfloat16"}
     wanted = [request(**common), request(**common, config=WIDE)]

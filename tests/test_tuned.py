@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime, RuntimeSettings, cli, supply, tuned
+from softcap_runtime import (
+    AttentionConfig,
+    PrewarmRequest,
+    Runtime,
+    RuntimeSettings,
+    cli,
+    prewarm_gpu,
+    supply,
+    tuned,
+)
 from softcap_runtime import prewarm as prewarming
 from softcap_runtime.kernels import gpu_options, gpu_tune
 from softcap_runtime.kernels.gpu_options import BlockOptions, DeviceLimits, choose, variants
@@ -107,11 +116,12 @@ def test_prewarm_measures_what_its_requests_need(
             Trial(one, index) for index, one in enumerate(variants(LIMITS, *shape[1:2], shape[4], direction))
         ]
 
-    monkeypatch.setattr(prewarming, "trials", trials)
+    monkeypatch.setattr(prewarm_gpu, "trials", trials)
     monkeypatch.setattr(prewarming, "runs_triton", lambda request, engine: True)
     monkeypatch.setattr(prewarming, "kernels_of", lambda request, engine: [])
-    monkeypatch.setattr(prewarming, "_calls", lambda request: [])
+    monkeypatch.setattr(prewarm_gpu, "calls_of", lambda request: [])
     monkeypatch.setattr(prewarming, "_bind_lengths", lambda runtime, request: None)
+    monkeypatch.setattr(prewarm_gpu, "device_of", torch.device)
     monkeypatch.setattr(prewarming, "device_of", torch.device)
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path))
     common: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 200, "device": "cuda:0"}

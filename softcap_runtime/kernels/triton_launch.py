@@ -154,6 +154,6 @@ class Output:
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Make ``device`` current for the launches; nothing to do where it is, which is nearly always."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    if device.type != "cuda" or torch.cuda.device_count() == 1 or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)

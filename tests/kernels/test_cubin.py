@@ -236,6 +236,11 @@ def test_forbidden_it_names_the_command(tmp_path: Path, built: list[CubinSpec]) 
     with pytest.raises(KernelNotPrewarmed, match="--device cuda --seq-len 300") as caught:
         forbidding.table.function(PROBLEM, spec())
     assert str(caught.value).startswith("kernel forward_kernel (bfloat16, cuda, head_dim 128, band) is not")
+    approximate = supply(tmp_path, jit="forbid", softcap_approx=True)
+    with pytest.raises(
+        KernelNotPrewarmed, match=r"run: SOFTCAP_APPROX=1 SOFTCAP_CACHE_DIR=\S+ softcap-runtime"
+    ):
+        approximate.table.function(PROBLEM, spec())
     assert not built
     with forbidding.prewarming():
         forbidding.table.function(PROBLEM, spec())
