@@ -212,7 +212,8 @@ class PrewarmRequest(BaseModel):
     ``dtype``, ``device``: of q, k and v, torch's own or their names. ``train``: whether gradients will be asked for.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A process that serves makes none: its validator is built when one is made.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     config: AttentionConfig
     num_heads: PositiveInt

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from softcap_runtime.checks import check_qkv
 from softcap_runtime.kernels.engine import Call, empty_output
+from softcap_runtime.kernels.flops import register_formulas
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.torch_private import apply_function, below_autograd, interpreters_active
 
@@ -252,18 +252,4 @@ LIBRARY.impl("attention", functools.partial(_autocast, "cpu"), "AutocastCPU")
 LIBRARY.impl("attention", functools.partial(_autocast, "cuda"), "AutocastCUDA")
 torch.library.register_fake("softcap_runtime::attention", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("softcap_runtime::attention_backward", _fake_backward, lib=LIBRARY)
-
-
-# As torch counts its own attention: every query against every key, two products forward and five backward.
-
-
-@register_flop_formula(torch.ops.softcap_runtime.attention)
-def _forward_flops(q_shape: Any, k_shape: Any, v_shape: Any, *rest: Any, **named: Any) -> int:
-    batch, heads, q_len, head_dim = q_shape
-    return 4 * batch * heads * q_len * k_shape[2] * head_dim
-
-
-@register_flop_formula(torch.ops.softcap_runtime.attention_backward)
-def _backward_flops(grad_shape: Any, q_shape: Any, k_shape: Any, *rest: Any, **named: Any) -> int:
-    batch, heads, q_len, head_dim = q_shape
-    return 10 * batch * heads * q_len * k_shape[2] * head_dim
+register_formulas()

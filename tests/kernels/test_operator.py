@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import subprocess
+import sys
 import weakref
 from functools import partial
 
@@ -149,6 +151,27 @@ def test_flops(runtime: Runtime, seed: int) -> None:
             q, k, v, CONFIG
         )  # a shape that was served before takes no shortcut past the counter
     assert counter.get_total_flops() == 2 * product
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import softcap_runtime, sys; assert COUNTER not in sys.modules; import torch.utils.flop_counter as counter",
+        "import torch.utils.flop_counter as counter; import softcap_runtime",
+        "import softcap_runtime, importlib.util; importlib.util.find_spec(COUNTER); "
+        "import torch.utils.flop_counter as counter",
+    ],
+)
+def test_the_formulas_are_there_when_somebody_counts(code: str) -> None:
+    """Whichever comes first; our own import does not bring the counter, which brings Triton."""
+    code = f"import sys, torch; COUNTER = 'torch.utils.flop_counter'; {code}; known = counter.flop_registry; "
+    code += "print(sum('softcap_runtime' in str(op) for op in known), len(sys.meta_path))"
+    plain = "import sys, torch, pydantic; print(len(sys.meta_path))"
+    outputs = [
+        subprocess.run([sys.executable, "-c", one], capture_output=True, text=True, check=True, timeout=120)
+        for one in (code, plain)
+    ]
+    assert outputs[0].stdout.split() == ["2", outputs[1].stdout.strip()]
 
 
 @pytest.mark.parametrize("inputs", ["float32", "mixed", "bfloat16", "float64"])
