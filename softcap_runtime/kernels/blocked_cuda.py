@@ -15,7 +15,14 @@ from torch import Tensor
 
 from softcap_runtime.kernels.cubin import CubinSpec, Function
 from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, laid_out
-from softcap_runtime.kernels.gpu_options import HEAD_DIMS, BlockOptions, Direction, has_triton
+from softcap_runtime.kernels.gpu_options import (
+    HEAD_DIMS,
+    OLDEST_TRITON,
+    BlockOptions,
+    Direction,
+    has_triton,
+    triton_version,
+)
 
 # A plan's tensors have one layout or a few; more than this number is a caller that invents them.
 MAX_LAYOUTS = 64
@@ -28,6 +35,10 @@ def _refuses(problem: Problem) -> str | None:
         return "the Triton kernels are for NVIDIA GPUs, this torch is built for AMD's"
     if not has_triton():
         return "triton is not installed"
+    if triton_version() < OLDEST_TRITON:
+        return "triton {}.{} is too old, {}.{} and newer compile the kernels".format(
+            *triton_version(), *OLDEST_TRITON
+        )
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q.dtype: {problem.dtype}, the Triton kernels serve float32, bfloat16 and float16"
     if problem.head_dim > max(HEAD_DIMS):

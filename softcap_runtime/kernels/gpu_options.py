@@ -13,6 +13,7 @@ Other architectures have not been measured.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -21,6 +22,8 @@ import torch
 
 Direction = Literal["forward", "dq", "dkdv", "dk", "dv", "decode"]
 HEAD_DIMS = (64, 96, 128, 256)
+# What compiles the kernels at all (it comes with torch 2.7), and what compiles them for tensor maps.
+OLDEST_TRITON, TRITON_WITH_DESCRIPTORS = (3, 3), (3, 4)
 # A statistic of the query rows is padded to whole blocks of so many, the largest block there is.
 PADDED_ROWS = 128
 # Shares that the kernel which combines those of a decoding call is compiled for.
@@ -96,6 +99,16 @@ _SINGLE: _Candidates = {
 def has_triton() -> bool:
     """Whether Triton is installed; imports nothing."""
     return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache(maxsize=1)
+def triton_version() -> tuple[int, int]:
+    """Major and minor of the Triton that is installed, (99, 0) for a build without a version; imports nothing."""
+    try:
+        major, minor = importlib.metadata.version("triton").split(".")[:2]
+        return int(major), int(minor)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return 99, 0
 
 
 @lru_cache(maxsize=64)

@@ -76,7 +76,10 @@ def _compile(spec: CubinSpec) -> Any:
 
 def _packed(spec: CubinSpec, compiled: Any) -> bytes:
     metadata = compiled.metadata
-    boxes = [Box(tuple(one["block_size"]), one["swizzle"]) for one in metadata.tensordesc_meta or ()]
+    # Triton 3.3 has no descriptors to tell of, 3.4 no memory for a profiler.
+    descriptors = getattr(metadata, "tensordesc_meta", None) or ()
+    memory = metadata.global_scratch_size + getattr(metadata, "profile_scratch_size", 0)
+    boxes = [Box(tuple(one["block_size"]), one["swizzle"]) for one in descriptors]
     wanted = _parameter_bytes(spec)
     found = parameter_bytes(compiled.asm["ptx"])
     scratch = len(found) - len(wanted)
@@ -87,7 +90,7 @@ def _packed(spec: CubinSpec, compiled: Any) -> bytes:
             f"kernel {spec.kernel}: {compiler_version()} passes parameters in a way that this version does not know; "
             "use another Triton"
         )
-    if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
+    if memory or metadata.num_ctas != 1:
         raise BuildFailed(
             f"kernel {spec.kernel}: {compiler_version()} wants scratch memory or clusters for it"
         )

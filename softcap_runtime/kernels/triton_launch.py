@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softcap_runtime.kernels.cubin import GpuKernels, Number, Parameter, Pointer, Tile, spec_of
 
-from .gpu_options import BlockOptions, device_limits, padded
+from .gpu_options import TRITON_WITH_DESCRIPTORS, BlockOptions, device_limits, padded, triton_version
 
 # Triton's interpreter runs the kernels on the CPU, for tests; it knows no inline assembly.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,8 +24,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ALIGNED = 8
 # Multiply-adds from which a call runs long enough to hide the descriptors' cost on the host (2 us each).
 TMA_FROM = 2**32
-# Strides in units of ALIGNED elements stay int32 up to here, and so do the tensor memory accelerator's coordinates.
-INT32_STRIDES = 2**31
 
 
 class Layout(NamedTuple):
@@ -41,16 +39,13 @@ class Layout(NamedTuple):
 
 def layout(work: int, *tensors: Tensor) -> Layout:
     """The layout of a call of ``work`` multiply-adds that reads or writes ``tensors`` ``[B, H, S, D]``."""
-    aligned = small = True
     for tensor in tensors:
-        aligned = aligned and tensor.data_ptr() % 16 == 0
-        for stride, size in zip(tensor.stride()[:3], tensor.shape, strict=False):
-            aligned = aligned and (size == 1 or stride % ALIGNED == 0)
-            small = small and stride < INT32_STRIDES
-    if not aligned:
-        return Layout(False, 1)
+        steps = zip(tensor.stride()[:3], tensor.shape, strict=False)
+        if tensor.data_ptr() % 16 or any(size > 1 and stride % ALIGNED for stride, size in steps):
+            return Layout(False, 1)
     capability = device_limits(tensors[0].device.index).capability
-    return Layout(small and capability >= (9, 0) and work >= TMA_FROM, ALIGNED)
+    tma = work >= TMA_FROM and capability >= (9, 0) and triton_version() >= TRITON_WITH_DESCRIPTORS
+    return Layout(tma, ALIGNED)
 
 
 def strides(align: int, *steps: tuple[int, ...]) -> list[int]:

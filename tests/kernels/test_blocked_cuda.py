@@ -14,6 +14,7 @@ from torch import Tensor
 from softcap_runtime import AttentionConfig, reference
 from softcap_runtime.kernels import blocked_cuda, triton_attention, triton_gradient
 from softcap_runtime.kernels.engine import Problem
+from softcap_runtime.kernels.gpu_options import triton_version
 from softcap_runtime.masks.intervals import band
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.2, window=9)
@@ -62,3 +63,15 @@ def test_a_head_dim_beyond_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for head_dim, refused in ((256, False), (257, True)):
         problem = Problem(torch.device("cuda"), torch.float32, 1, 1, 1, head_dim, 0.1, 50.0, mask, False)
         assert (blocked_cuda.ENGINE.refuses(problem) is not None) == refused
+
+
+def test_an_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    mask = band(8, 8, causal=True, window=None)
+    problem = Problem(torch.device("cuda"), torch.float32, 1, 1, 1, 64, 0.1, 50.0, mask, False)
+    for version, refused in (("3.2.0", True), ("3.3.1", False), ("4.0.0+git1", False), ("unknown", False)):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, version=version: version)
+        triton_version.cache_clear()
+        answer = blocked_cuda.ENGINE.refuses(problem)
+        assert (answer is not None and "triton 3.2 is too old" in answer) == refused
+    triton_version.cache_clear()
