@@ -14,7 +14,7 @@ from torch import Tensor
 from softcap_runtime.kernels.blocked_walk import Block, Walk
 from softcap_runtime.kernels.engine import Engine, Kernels, Problem, empty_output, scalars
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
-from softcap_runtime.kernels.products import accumulate, compute_dtype, multiply_in_halves
+from softcap_runtime.kernels.products import accumulate, compute_dtype, multiply_in_parts
 from softcap_runtime.kernels.workspace import Workspace
 
 # exp(64) is 6e27: a million such weights times values of 1e4 are still 1e3 times below float32's largest number,
@@ -84,7 +84,7 @@ class _Forward(_Pass):
         spec = _forward_spec(problem)
         super().__init__(problem, kernels, spec)
         self.safe = spec.op == "block_softmax"
-        self.halves = problem.dtype == torch.float32  # half precision's own rounding is far larger
+        self.parts = problem.dtype == torch.float32  # half precision's own rounding is far larger
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         out = empty_output(q)
@@ -120,7 +120,7 @@ class _Forward(_Pass):
         for lo, hi in block.chunks(size):
             k_part, v_part = k[:, lo:hi].to(self.dtype), v[:, lo:hi].to(self.dtype)
             weights = self.logits(space, "weights", q, hi - lo)
-            (multiply_in_halves if self.halves else torch.bmm)(q, k_part.mT, out=weights)
+            (multiply_in_parts if self.parts else torch.bmm)(q, k_part.mT, out=weights)
             vectors = [*self.walk.edges(batch_row, block), self.walk.cols[lo:hi], *per_row, *self.numbers]
             self.fused([self.by_head(weights), *vectors])
             accumulate(space, summed, weights, v_part, first=lo == block.lo)

@@ -18,11 +18,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 and cpu_has_amx() else torch.float32
 
 
-def multiply_in_halves(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``a @ b`` into ``out`` in two sums over the inner dimension: shorter sums, and so less rounding."""
-    middle = a.shape[-1] // 2
-    torch.bmm(a[..., :middle], b[:, :middle], out=out)
-    return out.baddbmm_(a[..., middle:], b[:, middle:])
+# Terms of a sum at most. At head_dim 256 sums of 128 leave 0.85 of eager code's error on a CPU with AVX-512, 1.005 on
+# one with AVX2, whose library cuts such sums as well; of 64, 0.77.
+PART = 64
+
+
+def multiply_in_parts(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``a @ b`` into ``out`` in several sums over the inner dimension: shorter sums, and so less rounding."""
+    inner = a.shape[-1]
+    size = min(-(-inner // 2), PART)
+    torch.bmm(a[..., :size], b[:, :size], out=out)
+    for start in range(size, inner, size):
+        out.baddbmm_(a[..., start : start + size], b[:, start : start + size])
+    return out
 
 
 def accumulate(space: Workspace, total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
