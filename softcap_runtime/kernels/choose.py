@@ -94,7 +94,7 @@ def _only_reason(engine: Engine, problem: Problem) -> str:
     if engine is dense.DENSE and not packages_work():
         return f"torch {torch.__version__} has no other compiled engine (2.6 and newer have)"
     if engine is blocked_cuda.ENGINE:
-        return "the fastest on CUDA: 2.0 to 2.9 times flex"  # one H200, docs/gpu_report.md
+        return "the fastest on CUDA: 2.0 to 3.1 times flex"  # one H100, docs/gpu_report.md
     if engine is flex.ENGINE and _in_tiles(problem):
         # Two cores of a Xeon with AMX, D256: 44 against 69 ms at 2,048 tokens, 202 against 186 at 4,096.
         return "bf16 tiles: 1.6 to 2.4 times the blocked engine up to 2,048 tokens, and half its error"
