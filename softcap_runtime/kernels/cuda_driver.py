@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 import threading
 from collections.abc import Callable, Sequence
-from ctypes import byref, c_char_p, c_int, c_uint, c_uint32, c_uint64, c_void_p
+from ctypes import byref, c_char_p, c_float, c_int, c_int32, c_int64, c_uint, c_uint32, c_uint64, c_void_p
 
 import torch
 from torch import Tensor
@@ -29,6 +28,9 @@ CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2
 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0
 CU_TENSOR_MAP_DATA_TYPE = {torch.int32: 3, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT = 128, 64
+# ``cubin.letter``'s letters.
+_Kind = type[c_float] | type[c_int32] | type[c_int64]
+_NUMBERS: dict[str, _Kind] = {"f": c_float, "i": c_int32, "l": c_int64}
 # Shared memory that a kernel may take without asking.
 USUAL_SHARED = 48 * 1024
 
@@ -100,8 +102,7 @@ class LoadedCubin:
                 status = write(tensors[place].data_ptr())  # type: ignore[union-attr]
                 if status:
                     return status
-            status = launch(function, *shape, current_stream(device), space.table, None)
-            return status
+            return int(launch(function, *shape, current_stream(device), space.table, None))
 
         def run(*tensors: Tensor | None) -> None:
             with lock:  # the driver copies the parameters before it returns
@@ -137,9 +138,9 @@ class _Parameters:
                 slot = c_uint64.from_buffer(self._memory, self._place(8))
                 self.writers.append((place, functools.partial(setattr, slot, "value")))
         for number in numbers:
-            self._add({"f": "f", "i": "i", "l": "q"}[letter(number)], number)
+            self._add(_NUMBERS[letter(number)], number)
         for _ in range(cubin.scratch):
-            self._add("q", 0)
+            self._add(c_int64, 0)
         self.table = (c_void_p * len(self._addresses))(*self._addresses)
 
     def _place(self, size: int, alignment: int = 8) -> int:
@@ -149,8 +150,8 @@ class _Parameters:
         self._addresses.append(ctypes.addressof(self._memory) + offset)
         return offset
 
-    def _add(self, code: str, number: Number) -> None:
-        struct.pack_into(code, self._memory, self._place(struct.calcsize(code)), number)
+    def _add(self, kind: _Kind, number: Number) -> None:
+        kind.from_buffer(self._memory, self._place(ctypes.sizeof(kind))).value = number
 
     def _add_tile(self, place: int, tile: Tile, box: Box) -> None:
         """A tensor map; and the shape and strides that Triton passes after it, which its kernels do not read."""
@@ -158,9 +159,9 @@ class _Parameters:
         target = ctypes.addressof(self._memory) + offset
         self.writers.append((place, _tensor_map(target, tile, box)))
         for size in tile.shape:
-            self._add("i", size)
+            self._add(c_int32, size)
         for stride in tile.strides:
-            self._add("q", stride)
+            self._add(c_int64, stride)
 
 
 def _tensor_map(target: int, tile: Tile, box: Box) -> Callable[[int], int]:

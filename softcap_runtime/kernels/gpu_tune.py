@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softcap_runtime.kernels import triton_build
 from softcap_runtime.kernels.cubin import Cubin, CubinSpec, Function
+from softcap_runtime.kernels.cuda_driver import LoadedCubin
 from softcap_runtime.kernels.gpu_options import BlockOptions, Direction, choose, device_limits, variants
 from softcap_runtime.kernels.triton_attention import bind_forward
 from softcap_runtime.kernels.triton_gradient import bind_backward
@@ -51,8 +52,6 @@ class _Kernels:
         self._given = direction, options
 
     def function(self, spec: CubinSpec) -> Function:
-        from softcap_runtime.kernels.cuda_driver import LoadedCubin
-
         return LoadedCubin(Cubin.unpack(triton_build.build(spec)), torch.cuda.current_device())
 
     def options(self, q: Tensor, direction: Direction) -> BlockOptions:

@@ -11,6 +11,7 @@ import torch
 from softcap_runtime.errors import SoftcapRuntimeError
 from softcap_runtime.kernels import gpu_options
 from softcap_runtime.kernels.cubin import Cubin, CubinSpec, Function
+from softcap_runtime.kernels.cuda_driver import LoadedCubin
 from softcap_runtime.kernels.engine import Problem, Runner
 from softcap_runtime.kernels.gpu_options import BlockOptions, Direction
 from softcap_runtime.kernels.jit import compile_runner, compiles_in_process
@@ -60,8 +61,6 @@ class KernelTable:
         device = problem.device.index
 
         def load() -> Function:
-            from softcap_runtime.kernels.cuda_driver import LoadedCubin
-
             return LoadedCubin(Cubin.unpack(self._fetch_cubin(problem, spec)), device)
 
         found: Function = self._once((spec, device), load)

@@ -51,6 +51,7 @@ class Factors(NamedTuple):
 @lru_cache(maxsize=256)
 def factors(dtype: torch.dtype, scale: float, softcap: float | None, approx: bool) -> Factors:
     """The form of the softcap and its constants; see ``triton_common`` for the identities."""
+    scale = float(scale)  # all of them are floats: a kernel is compiled for the types of its numbers
     if softcap is None:
         return Factors(0, scale * LOG2E, 0.0, 0.0, 0.0, scale, True)
     # float16 weights underflow against a fixed reference (its smallest is exp(-16.6)), so they follow a maximum.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,15 @@ def test_a_launch_passes_what_the_kernel_reads(driver: Driver) -> None:
     assert modes == [0, 3, 2, 0]
     run(q[64:], out, None)
     assert driver.maps[1][2] == q.data_ptr() + 128
+
+
+def test_numbers_as_far_as_float32_goes(driver: Driver) -> None:
+    """A cap near 0 leads beyond: the kernel gets infinity, as from any product in float32."""
+    run = cuda_driver.LoadedCubin(CUBIN, 0).bind(
+        (1, 1, 1), [TILE, Pointer(torch.float32)], [-7, -(2**40), 1e39]
+    )
+    run(torch.zeros(8), torch.zeros(8))
+    assert driver.launches[0][2][10:13] == [-7, -(2**40), math.inf]
 
 
 def test_a_thread_without_a_context_gets_one(driver: Driver) -> None:
