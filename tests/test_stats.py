@@ -12,7 +12,9 @@ from helpers import HEAD_DIM
 
 from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettings
 from softcap_runtime.kernels import package
+from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.supply import Supplied
 
 pytestmark = pytest.mark.usefixtures("all_kernels")
 
@@ -119,3 +121,16 @@ def test_a_folder_is_looked_at_before_it_is_needed(tmp_path: Path, folder: str, 
     fault = runtime.stats().cache_fault
     assert fault is None if words is None else words in (fault or "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "open"]
+
+
+def test_gpu_kernels_are_shown_in_the_words_of_all_others(tmp_path: Path) -> None:
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path))
+    constants = (("BAND", False), ("FORM", 1), ("D", 128))
+    for stages, source in ((2, "built"), (3, "disk")):
+        spec = CubinSpec("forward_kernel", 90, "bfloat16", ("*bf16",), "if", True, constants, 4, stages)
+        runtime.supply.supplied[spec] = Supplied(source, 1.5, 1000)
+    stats = runtime.stats()
+    assert [(one.op, one.device, one.dtype, one.head_dim, one.capped, one.mask) for one in stats.kernels] == [
+        ("forward_kernel", "cuda", "bfloat16", 128, True, "intervals")
+    ] * 2
+    assert (stats.builds, stats.loads, stats.package_bytes) == (1, 1, 2000)
