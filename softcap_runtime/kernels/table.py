@@ -63,7 +63,8 @@ class KernelTable:
         def load() -> Function:
             return LoadedCubin(Cubin.unpack(self._fetch_cubin(problem, spec)), device)
 
-        found: Function = self._once((spec, device), load)
+        key = (spec, device)
+        found: Function = self._made.get(key) or self._once(key, load)
         return found
 
     def options(self, device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:

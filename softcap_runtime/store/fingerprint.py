@@ -30,12 +30,7 @@ def fingerprint(device_type: str, device_index: int | None = None) -> dict[str, 
     if device_type == "cpu":
         return dict(_host())
     # Code for a GPU is the same whatever the machine around it.
-    return {
-        "package": _package(GPU_CODE),
-        "torch": _torch(),
-        "gpu": _gpu(device_type, device_index),
-        "triton": _version("triton"),
-    }
+    return {**_around_gpus(), "gpu": _gpu(device_type, device_index)}
 
 
 def fingerprints(device_type: str) -> list[dict[str, str]]:
@@ -58,6 +53,11 @@ def _host() -> dict[str, str]:
         "libc": _libc(),
         "cpu": f"{torch.backends.cpu.get_cpu_capability()} {_cpu_flags_digest()}",
     }
+
+
+@functools.cache
+def _around_gpus() -> dict[str, str]:
+    return {"package": _package(GPU_CODE), "torch": _torch(), "triton": _version("triton")}
 
 
 def _torch() -> str:
