@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from softcap_runtime import torch_features
 from softcap_runtime.checks import Cap
 from softcap_runtime.config import EngineName, check_positive
 from softcap_runtime.errors import EngineUnavailable, KernelNotPrewarmed
-from softcap_runtime.kernels.flex import has_flex_attention
 from softcap_runtime.kernels.general import attend_block_mask, attend_elements, elements_of
 from softcap_runtime.kernels.operator import checked_inputs
 from softcap_runtime.masks.elements import as_additive, intervals_of_elements
@@ -26,7 +26,7 @@ from softcap_runtime.runtime import Runtime
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-HAS_FLEX_ATTENTION: bool = has_flex_attention()
+HAS_FLEX_ATTENTION: bool = torch_features.FLEX_ATTENTION
 """Whether this torch has ``flex_attention`` (2.5 and newer). Without it the masks below are dense tensors."""
 
 
@@ -157,16 +157,22 @@ def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | 
     if form is not None:
         return _band(q_len, kv_len, *form)
     ours = intervals_of(mask)
-    if tuple(mask.shape[-2:]) != (q_len, kv_len):
+    if ours is None and not torch_features.MASK_LENGTHS:
+        raise EngineUnavailable(
+            f"causal_mask: a BlockMask of your own needs torch 2.6 or newer, this is {torch.__version__}; pass a "
+            "dense mask"
+        )
+    lengths = tuple(mask.shape[-2:]) if ours is None else (ours.q_len, ours.kv_len)
+    if lengths != (q_len, kv_len):
         raise ValueError(
-            f"causal_mask: a BlockMask for {tuple(mask.shape[-2:])}, expected {(q_len, kv_len)}; make it for these "
+            f"causal_mask: a BlockMask for {lengths}, expected {(q_len, kv_len)}; make it for these "
             "lengths, or use create_flex_attention_causal_mask, which fits any"
         )
     return mask if ours is None else ours
 
 
 def _check_rows_and_heads(shape: tuple[int, ...], q: Tensor) -> None:
-    for size, wanted, words in zip(shape, q.shape[:2], ("batch rows", "heads"), strict=False):
+    for size, wanted, words in zip(shape[:2], q.shape[:2], ("batch rows", "heads"), strict=True):
         if size not in (1, wanted):
             raise ValueError(f"causal_mask: {size} {words}, expected 1 or Q's {wanted}")
 

@@ -15,7 +15,14 @@ from helpers import HEAD_DIM, LAYOUTS, Sizes, expected, gradients, make_qkv, rel
 from torch import Tensor
 
 import softcap_runtime
-from softcap_runtime import AttentionConfig, EngineUnavailable, KernelNotPrewarmed, Runtime, RuntimeSettings
+from softcap_runtime import (
+    AttentionConfig,
+    EngineUnavailable,
+    KernelNotPrewarmed,
+    Runtime,
+    RuntimeSettings,
+    torch_features,
+)
 from softcap_runtime import flex_attention as documented
 from softcap_runtime.flex_attention import (
     create_flex_attention_causal_mask,
@@ -23,7 +30,6 @@ from softcap_runtime.flex_attention import (
     slow_attention_softcapping,
     slow_inference_attention_softcapping,
 )
-from softcap_runtime.kernels import flex
 
 FUNCTIONS = [slow_attention_softcapping, slow_inference_attention_softcapping]
 SCALAR = 50  # query_pre_attn_scalar: not the head_dim, to tell them apart
@@ -291,7 +297,7 @@ def test_a_torch_without_flex(
 ) -> None:
     """The create functions give dense masks, the others take them, and no engine is flex."""
     monkeypatch.setattr(documented, "HAS_FLEX_ATTENTION", False)
-    monkeypatch.setattr(flex, "has_flex_attention", lambda: False)
+    monkeypatch.setattr(torch_features, "FLEX_ATTENTION", False)
     runtime = Runtime(runtimes["auto"].settings)
     monkeypatch.setattr(Runtime, "_own", runtime)
     q, k, v = make_qkv(Sizes(1, 4, 2, 100, 100))

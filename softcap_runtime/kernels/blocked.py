@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from softcap_runtime import torch_features
 from softcap_runtime.kernels.blocked_walk import Block, Walk
 from softcap_runtime.kernels.engine import Engine, Kernels, Problem, empty_output, scalars
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
@@ -51,6 +52,8 @@ def _refuses(problem: Problem) -> str | None:
         return f"the blocked engine runs on the CPU, q is on {problem.device}"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q.dtype: {problem.dtype}, the blocked engine serves float32, bfloat16 and float16"
+    if not torch_features.PACKAGES:
+        return f"torch {torch.__version__} cannot compile kernels ahead of time (2.6 and newer can)"
     return None
 
 

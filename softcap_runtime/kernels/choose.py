@@ -55,8 +55,7 @@ def candidates(problem: Problem) -> list[Engine]:
     """The engines that ``auto`` may pick for any length of this kind of problem: what prewarm prepares."""
     if problem.dtype == torch.float64:
         return [dense.EAGER]
-    names = ("blocked", "flex") if packages_work() else ()
-    engines = (engine_named(name, problem.device) for name in names)
+    engines = (engine_named(name, problem.device) for name in ("blocked", "flex"))
     serving = (engine for engine in engines if engine.refuses(problem) is None)
     if problem.device.type != "cpu":
         # Our own kernels win at all lengths, and flex is not asked, which would import it.
@@ -64,12 +63,6 @@ def candidates(problem: Problem) -> list[Engine]:
     # Without bf16 tiles the lengths decide between the two.
     both = list(serving) or [dense.DENSE]
     return [flex.ENGINE] if flex.ENGINE in both and _in_tiles(problem) else both
-
-
-def packages_work() -> bool:
-    """Whether this torch builds and loads ahead-of-time packages (2.6 and newer); imports nothing."""
-    version = torch.__version__.split("+")[0].split(".")
-    return (int(version[0]), int(version[1])) >= (2, 6)
 
 
 def _automatic(problem: Problem) -> Choice:
@@ -91,8 +84,6 @@ def _in_tiles(problem: Problem) -> bool:
 
 
 def _only_reason(engine: Engine, problem: Problem) -> str:
-    if engine is dense.DENSE and not packages_work():
-        return f"torch {torch.__version__} has no other compiled engine (2.6 and newer have)"
     if engine is blocked_cuda.ENGINE:
         return "the fastest on CUDA: 2.0 to 3.1 times flex"  # one H100, docs/gpu_report.md
     if engine is flex.ENGINE and _in_tiles(problem):

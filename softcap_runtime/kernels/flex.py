@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from softcap_runtime import torch_features
 from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, scalars
 from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_name
 from softcap_runtime.masks.blocks import BlockTables, block_tables
@@ -16,12 +17,6 @@ from softcap_runtime.masks.blocks import BlockTables, block_tables
 # The kernel's interval vectors have room for this many rows (batch x length); see graphs/flex.py.
 MAX_ROWS = 2**24
 FORWARD = "flex_forward"
-
-
-def has_flex_attention() -> bool:
-    """Whether this torch has ``torch.nn.attention.flex_attention`` (2.5 and newer); imports nothing."""
-    version = torch.__version__.split("+")[0].split(".")
-    return (int(version[0]), int(version[1])) >= (2, 5)
 
 
 def kernel_spec(problem: Problem, op: str) -> KernelSpec:
@@ -42,8 +37,10 @@ def _specs(problem: Problem) -> list[KernelSpec]:
 
 
 def _refuses(problem: Problem) -> str | None:
-    if not has_flex_attention():
+    if not torch_features.FLEX_ATTENTION:
         return f"torch {torch.__version__} has no flex_attention (2.5 and newer have)"
+    if not torch_features.FLEX_PACKAGES:
+        return f"torch {torch.__version__} cannot compile flex_attention ahead of time (2.9 and newer can)"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q.dtype: {problem.dtype}, the flex engine serves float32, bfloat16 and float16"
     if problem.train:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from softcap_runtime import torch_features
 from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, laid_out, scalars
 from softcap_runtime.kernels.flex import (
-    has_flex_attention,
     in_band,
     in_intervals,
     kernel_spec,
@@ -33,8 +33,8 @@ FORWARD, BACKWARD = "flex_cuda_forward", "flex_cuda_backward"
 def _refuses(problem: Problem) -> str | None:
     if problem.device.type != "cuda":
         return f"this flex engine runs on CUDA, q is on {problem.device}"
-    if not has_flex_attention():
-        return f"torch {torch.__version__} has no flex_attention (2.5 and newer have)"
+    if not torch_features.FLEX_ON_CUDA:
+        return f"torch {torch.__version__} is too old for the flex engine on CUDA (2.7 and newer serve)"
     if not has_triton():
         return "triton is not installed"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):

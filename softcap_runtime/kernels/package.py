@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import stat
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 BUILD_TIMEOUT_S = 900
 BUILD_FOLDER = "softcap_build_"
+# How Python and compilers begin the line that says what went wrong; advice after it may name errors as well.
+_ERROR = re.compile(r"^[\w.]*(Error|Exception)\b|\berror: ")
 LEFT_BEHIND_S = 4 * BUILD_TIMEOUT_S
 
 
@@ -121,5 +124,5 @@ def _child_environment(folder: str) -> dict[str, str]:
 
 def _last_words(stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if "error" in line.lower()]
+    errors = [line for line in lines if _ERROR.search(line)] or [x for x in lines if "error" in x.lower()]
     return (errors or lines or ["no output"])[-1][:500]

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from softcap_runtime import torch_features
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, edges
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
-# Before torch 2.13 flex's kernels for GPUs read the full columns with the strides of the partial ones.
-_ONE_STRIDE = torch.__version__ < "2.13"
 
 
 class BlockTables(NamedTuple):
@@ -83,16 +82,18 @@ def assemble(
     # Imported here: it takes a tenth of a second, and the engines need the tables alone.
     from torch.nn.attention.flex_attention import BlockMask
 
+    queries = queries or keys  # not read by a forward, and torch 2.8 and older want some
+    size: dict[str, Any] = {"seq_lengths": lengths} if torch_features.MASK_LENGTHS else {}
     return BlockMask(
-        seq_lengths=lengths,
+        **size,
         kv_num_blocks=keys.partial_num,
         kv_indices=keys.partial_idx,
         full_kv_num_blocks=keys.full_num,
         full_kv_indices=keys.full_idx,
-        q_num_blocks=queries and queries.partial_num,
-        q_indices=queries and queries.partial_idx,
-        full_q_num_blocks=queries and queries.full_num,
-        full_q_indices=queries and queries.full_idx,
+        q_num_blocks=queries.partial_num,
+        q_indices=queries.partial_idx,
+        full_q_num_blocks=queries.full_num,
+        full_q_indices=queries.full_idx,
         BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=mask_mod,
     )
@@ -169,7 +170,8 @@ def _band_tables(q_len: int, kv_len: int, left: int, right: int, device: torch.d
         else:
             partial_idx = _overlapping(table, table.new_zeros(cols - width), cols)
     full_idx = _band_full_columns(full_start, cols, whole_cols, full_start_at, full_end_at)
-    if partial_idx.device.type != "cpu" and _ONE_STRIDE and partial_idx.stride() != full_idx.stride():
+    own_strides = partial_idx.device.type == "cpu" or torch_features.MASK_STRIDES
+    if not own_strides and partial_idx.stride() != full_idx.stride():
         partial_idx, full_idx = partial_idx.contiguous(), full_idx.contiguous()
     return BlockTables((any_num - full_num)[None, None], partial_idx, full_num[None, None], full_idx)
 

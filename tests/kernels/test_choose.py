@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softcap_runtime import AttentionConfig, EngineUnavailable, PrewarmRequest, Runtime, RuntimeSettings
+from softcap_runtime import (
+    AttentionConfig,
+    EngineUnavailable,
+    PrewarmRequest,
+    Runtime,
+    RuntimeSettings,
+    torch_features,
+)
 from softcap_runtime.kernels import choose as rules
 from softcap_runtime.kernels import products
 from softcap_runtime.kernels.choose import candidates, choose
@@ -111,7 +118,8 @@ def test_bf16_tiles_make_flex_the_faster_one_for_inference(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("train", [False, True])
 def test_a_torch_without_packages_gets_the_dense_engine(monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
-    monkeypatch.setattr(rules, "packages_work", lambda: False)
+    monkeypatch.setattr(torch_features, "PACKAGES", False)
+    monkeypatch.setattr(torch_features, "FLEX_PACKAGES", False)
     problem = Problem(CPU, torch.float32, 1, 2, 1, 64, 0.1, 50.0, band(8, 8, causal=True, window=None), train)
     choice = choose(problem, "auto")
     assert choice.engine.name == "dense"
