@@ -88,11 +88,14 @@ def row_intervals(
     if cache_lengths is not None:
         positions = positions + (cache_lengths.to(torch.int32)[:, None] - kv_len)
     two_way = prefix_lengths is not None or spans is not None
-    at_keys = _Lookup(positions, kv_len, aligned=cache_lengths is None and q_len <= kv_len)
+    last_keys = cache_lengths is None and q_len <= kv_len
+
+    def at_queries(per_key: Tensor) -> Tensor:
+        return _at_positions(per_key, positions, kv_len, last_keys)
 
     hi = positions + 1 if causal else torch.full_like(positions, kv_len)
     if causal and two_way:
-        hi = torch.maximum(hi, at_keys(_span_ends(kv_len, prefix_lengths, spans)))
+        hi = torch.maximum(hi, at_queries(_span_ends(kv_len, prefix_lengths, spans)))
     lo = torch.zeros_like(positions)
     if window is not None:
         reach = min(window, UNBOUNDED)
@@ -101,9 +104,9 @@ def row_intervals(
             hi = torch.minimum(hi, positions + reach)
     if document_ids is not None:
         starts, ends = _document_edges(document_ids, ends=two_way or not causal)
-        lo = torch.maximum(lo, at_keys(starts))
+        lo = torch.maximum(lo, at_queries(starts))
         if ends is not None:
-            hi = torch.minimum(hi, at_keys(ends))
+            hi = torch.minimum(hi, at_queries(ends))
     if attention_mask is not None:
         first, last = padding_edges(attention_mask)
         lo, hi = torch.maximum(lo, first), torch.minimum(hi, last)
@@ -138,23 +141,17 @@ def _clipped(kv_len: int, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     return lo.masked_fill(empty, kv_len), hi.masked_fill(empty, 0)
 
 
-class _Lookup(NamedTuple):
-    """Reads vectors ``[B, kv_len]`` at the query positions: by a slice where these are the last keys.
+def _at_positions(values: Tensor, positions: Tensor, kv_len: int, last_keys: bool) -> Tensor:
+    """Vectors ``[B, kv_len]`` read at the query positions: by a slice where these are the ``last_keys``.
 
     Positions before the first key (more queries than keys, or than the cache holds) read 0.
     """
-
-    positions: Tensor
-    kv_len: int
-    aligned: bool
-
-    def __call__(self, values: Tensor) -> Tensor:
-        if self.aligned:
-            return values[:, self.kv_len - self.positions.shape[1] :]
-        index = self.positions.clamp(0, self.kv_len - 1).to(torch.int64)
-        batch = max(values.shape[0], index.shape[0])
-        found = values.expand(batch, -1).gather(1, index.expand(batch, -1))
-        return found.masked_fill(self.positions < 0, 0)
+    if last_keys:
+        return values[:, kv_len - positions.shape[1] :]
+    index = positions.clamp(0, kv_len - 1).to(torch.int64)
+    batch = max(values.shape[0], index.shape[0])
+    found = values.expand(batch, -1).gather(1, index.expand(batch, -1))
+    return found.masked_fill(positions < 0, 0)
 
 
 def padding_edges(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
