@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from softcap_runtime import AttentionConfig, Runtime, reference
+from softcap_runtime import AttentionConfig, Runtime, reference, torch_features
 from softcap_runtime.kernels.key import KernelSpec
 
 LAYOUTS = ("transposed", "contiguous", "fused", "expanded", "strided")
@@ -132,6 +133,12 @@ def gradients(run: Any, inputs: tuple[Tensor, ...], grad_out: Tensor) -> tuple[T
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = run(*leaves)
     return out.detach(), torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
+
+
+# For tests whose figures are those of flex beside the blocked engine.
+NEEDS_FLEX = pytest.mark.skipif(
+    not torch_features.FLEX_PACKAGES, reason="this torch cannot compile flex_attention ahead of time"
+)
 
 
 class Block(torch.nn.Module):

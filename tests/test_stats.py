@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import HEAD_DIM
+from helpers import HEAD_DIM, NEEDS_FLEX
 
 from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettings
 from softcap_runtime.kernels import package
@@ -55,6 +55,7 @@ def test_calls_are_hits_or_misses_and_kernels_are_shared(warm_cache: Path, seed:
     assert {row.mask: row.plans for row in more.kernels} == {"band": 5, "intervals": 0}
 
 
+@NEEDS_FLEX
 def test_each_engine_has_its_row(warm_cache: Path, seed: int) -> None:
     runtime = Runtime(RuntimeSettings(cache_dir=warm_cache))
     for length in (1, 20, 1024):

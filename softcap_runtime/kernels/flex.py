@@ -37,10 +37,6 @@ def _specs(problem: Problem) -> list[KernelSpec]:
 
 
 def _refuses(problem: Problem) -> str | None:
-    if not torch_features.FLEX_ATTENTION:
-        return f"torch {torch.__version__} has no flex_attention (2.5 and newer have)"
-    if not torch_features.FLEX_PACKAGES:
-        return f"torch {torch.__version__} cannot compile flex_attention ahead of time (2.9 and newer can)"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q.dtype: {problem.dtype}, the flex engine serves float32, bfloat16 and float16"
     if problem.train:
@@ -49,6 +45,10 @@ def _refuses(problem: Problem) -> str | None:
         return f"the flex engine runs on the CPU, q is on {problem.device}"
     if problem.mask.lo is not None and problem.mask.lo.numel() > MAX_ROWS:
         return f"the mask has {problem.mask.lo.numel()} rows, the flex engine takes {MAX_ROWS}"
+    if not torch_features.FLEX_ATTENTION:
+        return f"torch {torch.__version__} has no flex_attention (2.5 and newer have)"
+    if not torch_features.FLEX_PACKAGES:
+        return f"torch {torch.__version__} cannot compile flex_attention ahead of time (2.9 and newer can)"
     return None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import NEEDS_FLEX
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -104,6 +105,7 @@ def test_who_refuses_what() -> None:
     assert choose(base._replace(dtype=torch.float64), "auto").engine.name == "eager"
 
 
+@NEEDS_FLEX
 def test_bf16_tiles_make_flex_the_faster_one_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "cpu_has_amx", lambda: True)
     base = Problem(
@@ -126,6 +128,7 @@ def test_a_torch_without_packages_gets_the_dense_engine(monkeypatch: pytest.Monk
     assert torch.__version__ in choice.reason
 
 
+@NEEDS_FLEX
 def test_stats_tell_engines_and_reasons(runtime: Runtime, seed: int) -> None:
     fresh = Runtime(RuntimeSettings(cache_dir=runtime.settings.cache_dir))
     config = AttentionConfig(softcap=50.0, scale=0.125)

@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import Block, Sizes, expected, gradients, in_model_order, make_qkv, relative_error
+from helpers import NEEDS_FLEX, Block, Sizes, expected, gradients, in_model_order, make_qkv, relative_error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,7 +52,7 @@ def arguments(
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("engine", ["auto", "flex", "blocked", "eager"])
+@pytest.mark.parametrize("engine", ["auto", pytest.param("flex", marks=NEEDS_FLEX), "blocked", "eager"])
 def test_opcheck(runtime: Runtime, engine: str, masked: bool, train: bool, seed: int) -> None:
     if engine == "flex" and train:  # refused, see test_checks
         return
