@@ -14,20 +14,34 @@ import pytest
 import torch
 from helpers import HEAD_DIM
 
-from softcap_runtime import EngineUnavailable, Runtime, RuntimeSettings, torch_features
+from softcap_runtime import BuildFailed, EngineUnavailable, Runtime, RuntimeSettings, torch_features
 from softcap_runtime.kernels.key import KernelSpec
+
+# What an older torch lacks, by the words in which it is refused.
+LACKING = [
+    words
+    for there, *refusals in (
+        (torch_features.FLEX_PACKAGES, "'flex' cannot serve", "cannot build flex_forward"),
+        (torch_features.PACKAGES, "'blocked' cannot serve", "cannot build block_"),
+        (torch_features.MASK_LENGTHS, "a BlockMask of your own needs"),
+    )
+    if not there
+    for words in refusals
+]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """An older torch has fewer engines: a test that asks for one of the others is skipped with its refusal."""
+    """A test that asks for what an older torch lacks is skipped, with the package's own refusal."""
     try:
         return (yield)
-    except EngineUnavailable as error:
-        lacking = {"flex": torch_features.FLEX_PACKAGES, "blocked": torch_features.PACKAGES}
-        if any(f"'{name}' cannot serve" in str(error) and not there for name, there in lacking.items()):
+    except (EngineUnavailable, BuildFailed) as error:
+        if any(words in str(error) for words in LACKING):
             pytest.skip(str(error))
         raise
+
+
+pytest_runtest_setup = pytest_runtest_call  # what a test asks for, its fixtures may ask for first
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM
+from helpers import HEAD_DIM, NEEDS_FLEX
 
 from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime
 
@@ -79,6 +79,7 @@ def prewarmed(runtime: Runtime) -> Path:
     return Path(runtime.settings.cache_dir)
 
 
+@NEEDS_FLEX
 def test_a_warm_process_compiles_nothing(prewarmed: Path, tmp_path: Path, seed: int) -> None:
     end = f"""
 assert not {LOADED}, {LOADED}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM
+from helpers import HEAD_DIM, NEEDS_FLEX
 
 from softcap_runtime import (
     AttentionConfig,
@@ -58,6 +58,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, failing: str | None = None) -> lis
     return asked
 
 
+@NEEDS_FLEX
 def test_every_kernel_of_the_candidates_is_built_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,6 +81,7 @@ def test_every_kernel_of_the_candidates_is_built_once(
     assert len(asked) == 3
 
 
+@NEEDS_FLEX
 def test_training_adds_kernels_and_an_engine_narrows_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +99,7 @@ def test_training_adds_kernels_and_an_engine_narrows_them(
     )
 
 
+@NEEDS_FLEX
 def test_a_failure_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(monkeypatch, failing="intervals")
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path))

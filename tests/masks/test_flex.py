@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from softcap_runtime import torch_features
 from softcap_runtime.masks import RowIntervals, band, block_mask, dense, form_of, intervals_of, row_intervals
 
 from .oracle import listed
@@ -15,6 +16,8 @@ flex = pytest.importorskip("torch.nn.attention.flex_attention")
 
 
 def assert_same_as_torch(intervals: RowIntervals) -> None:
+    if not torch_features.MASK_LENGTHS and (intervals.q_len % 128 or intervals.kv_len % 128):
+        pytest.skip("this torch's masks are of whole blocks")
     ours = block_mask(intervals, "cpu")
     batch = ours.kv_num_blocks.shape[0]
     theirs = flex.create_block_mask(
