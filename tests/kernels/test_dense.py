@@ -10,7 +10,14 @@ import pytest
 import torch
 from helpers import HEAD_DIM, LAYOUTS, Sizes, expected, make_qkv, relative_error
 
-from softcap_runtime import AttentionConfig, KernelNotPrewarmed, PrewarmRequest, Runtime, RuntimeSettings
+from softcap_runtime import (
+    AttentionConfig,
+    KernelNotPrewarmed,
+    PrewarmRequest,
+    Runtime,
+    RuntimeSettings,
+    torch_features,
+)
 from softcap_runtime.kernels.key import KernelSpec
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
@@ -24,12 +31,11 @@ def dense(cache_dir: Path) -> Iterator[Runtime]:
 
 
 def test_a_recompile_limit_raises(dense: Runtime, seed: int) -> None:
-    from torch._dynamo.exc import FailOnRecompileLimitHit
-
-    with torch._dynamo.config.patch(recompile_limit=1):
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({limit: 1}):
         inputs = make_qkv(Sizes(2, 4, 2, 20, 20))
         assert relative_error(dense.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
-        with pytest.raises(FailOnRecompileLimitHit):
+        with pytest.raises(Exception, match="_limit reached|fullgraph=True"):
             dense.attention(*make_qkv(Sizes(2, 4, 2, 15, 20)), CONFIG)  # rows and keys were one number before
 
 
@@ -45,7 +51,8 @@ def test_lengths_windows_and_caps_share_one_compilation(dense: Runtime, seed: in
                 softcap=random.uniform(1, 100), scale=random.uniform(0.1, 0.2), window=random.randint(1, 50)
             )
             inputs = make_qkv(Sizes(random.choice([2, 5]), 8, 2, length - random.randint(0, 9), length))
-            assert relative_error(dense.attention(*inputs, config), expected(*inputs, config)) <= 2e-6
+            tolerance = 2e-6 if torch_features.EXACT_TANH else 2e-6 + 1.2e-7 * config.softcap
+            assert relative_error(dense.attention(*inputs, config), expected(*inputs, config)) <= tolerance
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 

@@ -53,6 +53,7 @@ def test_too_large_is_not_kept() -> None:
 
 
 def test_block_masks_are_weighed_with_what_their_mask_mod_holds() -> None:
+    pytest.importorskip("torch.nn.attention.flex_attention")
     memo = MaskMemo(limit_bytes=2**20)
     small = memo.get_or_make(1, lambda: block_mask(band(128, 128, causal=True, window=None), "cpu"))
     assert 0 < memo.bytes < 1000
