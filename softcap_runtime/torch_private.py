@@ -42,7 +42,7 @@ def assert_in_graph(condition: Tensor, message: str) -> None:
     """Have the program that is being traced raise RuntimeError(message) when it runs and ``condition`` is False.
 
     Private: ``torch._assert_async``; of the public checks none takes a tensor that nobody has read. Gone: bad data
-    inside a graph gives a wrong mask and no error.
+    inside a graph gives a wrong mask and no error, as with the Inductor of torch before 2.9, which drops the check.
     """
     check = getattr(torch, "_assert_async", None)
     if check is not None and not public_only():

@@ -35,7 +35,7 @@ def test_a_recompile_limit_raises(dense: Runtime, seed: int) -> None:
     with torch._dynamo.config.patch({limit: 1}):
         inputs = make_qkv(Sizes(2, 4, 2, 20, 20))
         assert relative_error(dense.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
-        with pytest.raises(Exception, match="_limit reached|fullgraph=True"):
+        with pytest.raises(Exception, match=r"_limit reached|fullgraph=True"):
             dense.attention(*make_qkv(Sizes(2, 4, 2, 15, 20)), CONFIG)  # rows and keys were one number before
 
 
