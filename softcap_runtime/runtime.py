@@ -100,6 +100,7 @@ class Runtime:
         for cannot serve the call, KernelNotPrewarmed under ``jit="forbid"``, BuildFailed when the compiler fails.
         """
         masks = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths)
+        # In this order: before torch 2.13 the compiler takes no comparison of a tensor with None.
         if not torch.compiler.is_compiling() and masks == _NO_MASKS:
             plan = self._shortcut(q, k, v, config)
             if plan is not None:
