@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM, Sizes, expected, make_qkv, relative_error
+from helpers import HEAD_DIM, NEEDS_FLEX, Sizes, expected, make_qkv, relative_error
 
 from softcap_runtime import (
     AttentionConfig,
@@ -177,6 +177,7 @@ def test_packages_of_another_environment(
     monkeypatch.undo()
 
 
+@NEEDS_FLEX
 def test_bytes_that_are_verified_but_no_package(
     tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
