@@ -181,7 +181,7 @@ def attention_forward(
         check_positive("sliding_window", sliding_window)
         mask = band(*lengths, causal=causal, window=sliding_window)
         return runtime.attend(query, key, value, cap, mask).transpose(1, 2), None
-    if lengths != attention_mask[:2]:
+    if lengths != (attention_mask.q_len, attention_mask.kv_len):
         raise ValueError(
             f"attention_mask: made for {attention_mask.q_len} rows over {attention_mask.kv_len} keys, but the "
             f"layer has {lengths[0]} over {lengths[1]}; its cache and its mask disagree"
