@@ -135,6 +135,12 @@ def gradients(run: Any, inputs: tuple[Tensor, ...], grad_out: Tensor) -> tuple[T
     return out.detach(), torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
 
 
+def dense_tolerance(config: AttentionConfig) -> float:
+    """Of the dense engine in float32; a tanh that is off by float32's step at 1 moves logits by so much of the cap."""
+    assert config.softcap is not None
+    return 2e-6 if torch_features.EXACT_TANH else 2e-6 + 1.2e-7 * config.softcap
+
+
 # For tests whose figures are those of flex beside the blocked engine.
 NEEDS_FLEX = pytest.mark.skipif(
     not torch_features.FLEX_PACKAGES, reason="this torch cannot compile flex_attention ahead of time"

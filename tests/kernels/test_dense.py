@@ -8,16 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import HEAD_DIM, LAYOUTS, Sizes, expected, make_qkv, relative_error
+from helpers import HEAD_DIM, LAYOUTS, Sizes, dense_tolerance, expected, make_qkv, relative_error
 
-from softcap_runtime import (
-    AttentionConfig,
-    KernelNotPrewarmed,
-    PrewarmRequest,
-    Runtime,
-    RuntimeSettings,
-    torch_features,
-)
+from softcap_runtime import AttentionConfig, KernelNotPrewarmed, PrewarmRequest, Runtime, RuntimeSettings
 from softcap_runtime.kernels.key import KernelSpec
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
@@ -31,11 +24,14 @@ def dense(cache_dir: Path) -> Iterator[Runtime]:
 
 
 def test_a_recompile_limit_raises(dense: Runtime, seed: int) -> None:
+    # As versions of torch name them, the newest first.
+    names = ("FailOnRecompileLimitHit", "RecompileLimitExceeded", "CacheLimitExceeded")
+    error = next(getattr(torch._dynamo.exc, name) for name in names if hasattr(torch._dynamo.exc, name))
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     with torch._dynamo.config.patch({limit: 1}):
         inputs = make_qkv(Sizes(2, 4, 2, 20, 20))
         assert relative_error(dense.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
-        with pytest.raises(Exception, match=r"_limit reached|fullgraph=True"):
+        with pytest.raises(error):
             dense.attention(*make_qkv(Sizes(2, 4, 2, 15, 20)), CONFIG)  # rows and keys were one number before
 
 
@@ -51,8 +47,8 @@ def test_lengths_windows_and_caps_share_one_compilation(dense: Runtime, seed: in
                 softcap=random.uniform(1, 100), scale=random.uniform(0.1, 0.2), window=random.randint(1, 50)
             )
             inputs = make_qkv(Sizes(random.choice([2, 5]), 8, 2, length - random.randint(0, 9), length))
-            tolerance = 2e-6 if torch_features.EXACT_TANH else 2e-6 + 1.2e-7 * config.softcap
-            assert relative_error(dense.attention(*inputs, config), expected(*inputs, config)) <= tolerance
+            error = relative_error(dense.attention(*inputs, config), expected(*inputs, config))
+            assert error <= dense_tolerance(config)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 

@@ -14,6 +14,7 @@ from helpers import (
     Case,
     Sizes,
     cases,
+    dense_tolerance,
     expected,
     hf_eager,
     in_model_order,
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 from masks.oracle import mask_cases, oracle
 from rounding import logsumexp_error, output_error
 
-from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference, torch_features
+from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
 from softcap_runtime.kernels import blocked, blocked_walk, products
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.masks.intervals import row_intervals
@@ -133,8 +134,8 @@ def test_any_mask_on_the_dense_engine(
         causal=causal,
     )
     made = data.draw(masks(sizes))
-    tolerance = 2e-6 if torch_features.EXACT_TANH else 2e-6 + 1.2e-7 * config.softcap
-    check(runtimes["dense"], Case(sizes, config, made, "transposed", seed), torch.float32, tolerance)
+    case = Case(sizes, config, made, "transposed", seed)
+    check(runtimes["dense"], case, torch.float32, dense_tolerance(config))
 
 
 @pytest.mark.parametrize("engine", PACKAGED)

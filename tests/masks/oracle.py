@@ -67,7 +67,7 @@ def listed(num: Tensor, idx: Tensor) -> Tensor:
     """The blocks that one pair of tables lists: bool ``[B, rows, cols]``; a block listed twice fails."""
     assert num.dtype == idx.dtype == torch.int32
     assert num.shape == idx.shape[:3]
-    assert idx.stride(-1) == 1 or idx.shape[-1] == 1
+    assert idx.stride(-1) == 1
     batch, _, rows, cols = idx.shape
     assert int(idx.min()) >= 0
     assert int(idx.max()) < cols
