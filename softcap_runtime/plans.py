@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softcap_runtime.kernels.engine import Backward, Call, Engine, Forward
+from softcap_runtime.kernels.engine import Backward, Call, Engine, Forward, Problem
 
 # Beyond this number all plans are let go; making one again costs some 100 us.
 MAX_PLANS = 4096
@@ -18,7 +18,7 @@ MAX_PLANS = 4096
 class PlanKey(NamedTuple):
     """Everything that a call can differ in, the contents of its tensors aside.
 
-    Only calls under a band mask are remembered: what is in interval tensors can't be told by looking at them.
+    ``edges``: the shape, dtype and device of each vector of a mask of row intervals; empty for a band.
     """
 
     q_shape: torch.Size
@@ -27,6 +27,7 @@ class PlanKey(NamedTuple):
     device: torch.device
     left: int | None
     right: int | None
+    edges: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
     scale: float
     softcap: float | None
     engine: str
@@ -36,16 +37,19 @@ class PlanKey(NamedTuple):
     def of(cls, q: Tensor, k: Tensor, call: Call) -> PlanKey:
         """The key of a call's plan."""
         mask = call.mask
-        return cls(q.shape, k.shape, q.dtype, q.device, mask.left, mask.right, *call[1:])
+        edges = tuple((x.shape, x.dtype, x.device) for x in mask.vectors)
+        return cls(q.shape, k.shape, q.dtype, q.device, mask.left, mask.right, edges, *call[1:])
 
 
 class Plan:
-    """A call's way to its kernel, bound to mask and scalars: from then on a call is one dictionary look-up."""
+    """A call's way to its kernel, bound to band and scalars: from then on a call is one dictionary look-up."""
 
-    __slots__ = ("backward", "engine", "forward", "hits", "reason")
+    __slots__ = ("backward", "engine", "forward", "hits", "problem", "reason")
 
-    def __init__(self, engine: Engine, reason: str, forward: Forward, backward: Backward | None) -> None:
-        self.engine, self.reason = engine, reason
+    def __init__(
+        self, engine: Engine, reason: str, problem: Problem, forward: Forward, backward: Backward | None
+    ) -> None:
+        self.engine, self.reason, self.problem = engine, reason, problem
         self.forward, self.backward = forward, backward
         self.hits = 0
 

@@ -150,7 +150,7 @@ class Runtime:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         """Out and, for training, the logsumexp: what the operator calls, below autograd."""
         q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
-        return self.plan(q, k, call).forward(q, k, v)
+        return self.plan(q, k, call).forward(q, k, v, *call.mask.vectors)
 
     def backward(
         self,
@@ -166,24 +166,24 @@ class Runtime:
         grad_out, q, k, v, out = map(_rows_together, (grad_out, q, k, v, out))
         backward = self.plan(q, k, call).backward
         assert backward is not None
-        return backward(grad_out, q, k, v, out, lse)
+        return backward(grad_out, q, k, v, out, lse, *call.mask.vectors)
 
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
-        """How a call is served, its kernels loaded; reads shapes, dtype and device of ``q`` and ``k`` alone."""
-        band = call.mask.lo is None
+        """How a call is served, its kernels loaded; reads shapes, dtypes and devices alone."""
         key = PlanKey.of(q, k, call)
-        plan = self.plans.get(key) if band else None
+        plan = self.plans.get(key)
         if plan is not None:
             plan.hits += 1
         else:
             self.plans.misses += 1
-            _check_edges(q, call.mask)
+            _check_mask(q, k, call.mask)
+            call = call._replace(mask=call.mask.form)  # a plan keeps no mask's contents alive
             problem = call.problem(q, k, self.settings.softcap_approx)
             engine, reason, lasting = self.supply.engine(problem, call.engine)
             table = self.supply.table
             backward = engine.backward(problem, table) if call.train else None
-            plan = Plan(engine, reason, engine.forward(problem, table), backward)
-            if band and lasting:
+            plan = Plan(engine, reason, problem, engine.forward(problem, table), backward)
+            if lasting:
                 self.plans.remember(key, plan, table.masks.evictions)
         return plan
 
@@ -264,13 +264,21 @@ def _intervals(
     return row_intervals(q_len, kv_len, causal=config.causal, window=config.window, **given)
 
 
-def _check_edges(q: Tensor, mask: RowIntervals) -> None:
+def _check_mask(q: Tensor, k: Tensor, mask: RowIntervals) -> None:
     """Kernels read the interval vectors without looking at their sizes: a wrong one is memory out of bounds."""
-    wanted = ((1, mask.q_len), (q.shape[0], mask.q_len))
-    for name, edge in (("lo", mask.lo), ("hi", mask.hi)):
-        if edge is not None and (edge.shape not in wanted or edge.dtype != torch.int32):
+    lengths = (q.shape[2], k.shape[2])
+    if (mask.q_len, mask.kv_len) != lengths:
+        raise ValueError(
+            f"mask: made for {mask.q_len} queries over {mask.kv_len} keys, expected {lengths[0]} over {lengths[1]}"
+        )
+    wanted = list(dict.fromkeys([torch.Size((1, mask.q_len)), torch.Size((q.shape[0], mask.q_len))]))
+    if mask.lo is not None and mask.lo.shape in wanted:
+        wanted = [mask.lo.shape]  # hi is sized as lo is
+    for name, edge in zip(("lo", "hi"), mask.vectors, strict=False):
+        if edge.shape not in wanted or (edge.dtype, edge.device) != (torch.int32, q.device):
             raise ValueError(
-                f"mask.{name}: {edge.dtype} {tuple(edge.shape)}, expected int32 {wanted[0]} or {wanted[1]}"
+                f"mask.{name}: {edge.dtype} {tuple(edge.shape)} on {edge.device}, expected int32 "
+                f"{' or '.join(str(tuple(shape)) for shape in wanted)} on {q.device}"
             )
 
 

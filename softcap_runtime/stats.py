@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from softcap_runtime.kernels.cubin import CubinSpec
-from softcap_runtime.kernels.engine import Problem
 from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.masks.intervals import RowIntervals
 
 if TYPE_CHECKING:
-    from softcap_runtime.plans import Plan, PlanKey
+    from softcap_runtime.plans import Plan
     from softcap_runtime.runtime import Runtime
 
 
@@ -51,8 +49,8 @@ class EngineStats(_Frozen):
 
 
 class RuntimeStats(_Frozen):
-    """``hits`` and ``misses``: calls that found their plan, and look-ups that had to make one (masks with
-    tensors of their own are bound anew for each call, and prewarming a length is one look-up).
+    """``hits`` and ``misses``: calls that found their plan, and look-ups that had to make one (prewarming a length
+    is one).
     ``builds`` and ``loads``: kernels that were compiled, and that came from the cache, with the seconds each
     took. ``bytes``: ``package_bytes`` of loaded packages and ``mask_bytes`` of masks that are kept.
     ``background_pending``, ``background_failed``: builds behind calls that another engine serves meanwhile,
@@ -79,7 +77,7 @@ class RuntimeStats(_Frozen):
 
 def collect(runtime: Runtime) -> RuntimeStats:
     """The state of ``runtime`` now; it runs nothing and takes about a millisecond per 100 plans."""
-    plans = list(runtime.plans.items())
+    plans = [plan for _, plan in runtime.plans.items()]
     supply = runtime.supply
     supplied = dict(supply.supplied)
     built = [one for one in supplied.values() if one.source == "built"]
@@ -105,10 +103,10 @@ def collect(runtime: Runtime) -> RuntimeStats:
     )
 
 
-def _kernels(runtime: Runtime, plans: list[tuple[PlanKey, Plan]]) -> list[KernelStats]:
+def _kernels(runtime: Runtime, plans: list[Plan]) -> list[KernelStats]:
     sharing: Counter[KernelSpec] = Counter()
-    for key, plan in plans:
-        sharing.update(set(plan.engine.specs(_problem(key))))
+    for plan in plans:
+        sharing.update(set(plan.engine.specs(plan.problem)))
     supplied = dict(runtime.supply.supplied)
     rows = []
     for spec in dict.fromkeys([*supplied, *sharing]):
@@ -125,10 +123,10 @@ def _kernels(runtime: Runtime, plans: list[tuple[PlanKey, Plan]]) -> list[Kernel
     return rows
 
 
-def _engines(plans: list[tuple[PlanKey, Plan]]) -> list[EngineStats]:
+def _engines(plans: list[Plan]) -> list[EngineStats]:
     kinds: Counter[tuple[str, str]] = Counter()
     calls: Counter[tuple[str, str]] = Counter()
-    for _, plan in plans:
+    for plan in plans:
         which = plan.engine.name, plan.reason
         kinds[which] += 1
         calls[which] += plan.hits
@@ -136,11 +134,3 @@ def _engines(plans: list[tuple[PlanKey, Plan]]) -> list[EngineStats]:
         EngineStats(engine=engine, reason=reason, plans=count, calls=calls[engine, reason])
         for (engine, reason), count in kinds.items()
     ]
-
-
-def _problem(key: PlanKey) -> Problem:
-    batch, heads, q_len, head_dim = key.q_shape
-    mask = RowIntervals(q_len, key.k_shape[2], key.left, key.right, None, None)
-    return Problem(
-        key.device, key.dtype, batch, heads, key.k_shape[1], head_dim, key.scale, key.softcap, mask, key.train
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +30,7 @@ from softcap_runtime import (
 from softcap_runtime.kernels import package
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.masks.intervals import band
+from softcap_runtime.masks.intervals import band, row_intervals
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
 BAND = KernelSpec("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
@@ -355,6 +357,40 @@ def test_plans_are_bounded(runtimes: dict[str, Runtime], monkeypatch: pytest.Mon
             assert relative_error(runtime.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
             assert len(list(runtime.plans.items())) <= 5
     assert runtime.stats().misses == 26
+
+
+def test_a_plan_serves_every_mask_of_its_form(runtimes: dict[str, Runtime], seed: int) -> None:
+    """Contents come with the call: none is kept, and each is the one that is seen."""
+    for engine in ("flex", "blocked", "dense", "eager"):
+        runtime = Runtime(runtimes[engine].settings)
+        inputs = [x.requires_grad_(engine != "flex") for x in make_qkv(Sizes(2, 4, 2, 70, 70))]
+        kept = []
+        for _ in range(4):
+            ids = (torch.rand(2, 70) < 0.1).cumsum(1)
+            mask = row_intervals(70, 70, causal=True, window=None, document_ids=ids)
+            out = runtime.attend(*inputs, CONFIG, mask)
+            want = expected(*inputs, CONFIG, document_ids=ids)
+            assert relative_error(out, want) <= 2e-6
+            if out.requires_grad:
+                grad_out = torch.randn_like(out)
+                mine = torch.autograd.grad(out, inputs, grad_out)
+                exact = torch.autograd.grad(want, inputs, grad_out.to(want.dtype))
+                assert all(relative_error(a, b) <= 3e-6 for a, b in zip(mine, exact, strict=True))
+            kept += [weakref.ref(x) for x in mask.vectors]
+            del mask, out
+        gc.collect()
+        assert not any(vector() is not None for vector in kept)
+        assert runtime.stats().misses == 1
+
+
+def test_a_mask_of_other_lengths(runtime: Runtime, seed: int) -> None:
+    q, k, v = make_qkv(Sizes(1, 2, 1, 9, 20))
+    for mask in (
+        band(9, 19, causal=True, window=None),
+        row_intervals(20, 20, causal=True, window=None, document_ids=torch.zeros(1, 20, dtype=torch.int32)),
+    ):
+        with pytest.raises(ValueError, match=r"^mask: made for .* queries over .* keys, expected 9 over 20$"):
+            runtime.attend(q, k, v, CONFIG, mask)
 
 
 # Lengths, windows, caps and masks are arguments of few kernels

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softcap_runtime import torch_features
 from softcap_runtime.kernels.blocked_walk import Block, Walk
-from softcap_runtime.kernels.engine import Engine, Kernels, Problem, empty_output, scalars
+from softcap_runtime.kernels.engine import Engine, Kernels, Problem, empty_output, per_mask, scalars
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
 from softcap_runtime.kernels.products import accumulate, compute_dtype, multiply_in_parts
 from softcap_runtime.kernels.workspace import Workspace
@@ -205,4 +205,4 @@ def _row_sums(space: Workspace, grad_out: Tensor, out: Tensor) -> Tensor:
     return torch.mul(grad_out.float().view(out.shape), out, out=product).sum(-1)
 
 
-ENGINE = Engine("blocked", _refuses, _specs, _Forward, _Backward)
+ENGINE = Engine("blocked", _refuses, _specs, per_mask(_Forward), per_mask(_Backward))

@@ -67,8 +67,6 @@ def _how(problem: Problem, kernels: Kernels) -> dict[str, Any]:
         "softcap": problem.softcap,
         "left": mask.left,
         "right": mask.right,
-        "lo": mask.lo,
-        "hi": mask.hi,
         "approx": problem.softcap_approx,
     }
 
@@ -94,30 +92,27 @@ def _bound(bind: Callable[..., Any], **how: Any) -> Callable[..., Any]:
     ready: dict[tuple[object, ...], Callable[..., Any]] = {}
 
     def run(*tensors: Tensor) -> Any:
-        unaligned = 0
-        for x in tensors:
-            unaligned |= x.data_ptr() & 15
-        key = (unaligned, *[x.stride() for x in tensors])
+        key = (*[x.data_ptr() & 15 for x in tensors], *[x.stride() for x in tensors])
         bound = ready.get(key)
         if bound is None:
             if len(ready) >= MAX_LAYOUTS:
                 ready.clear()
-            bound = ready[key] = bind(*tensors[:5], **how)
+            bound = ready[key] = bind(*tensors, **how)
         return bound(*tensors)
 
     return run
 
 
 def forward(problem: Problem, kernels: Kernels) -> Forward:
-    """Bind the forward kernel to the mask and the scalars."""
+    """Bind the forward kernel to the scalars and the mask's form."""
     from softcap_runtime.kernels import triton_attention
 
     attend = _bound(triton_attention.bind_forward, **_how(problem, kernels))
     if _fits(problem):
         return attend
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, lse = attend(_filled(q), _filled(k), _filled(v))
+    def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> tuple[Tensor, Tensor | None]:
+        out, lse = attend(_filled(q), _filled(k), _filled(v), *edges)
         return _cut(out, q), lse
 
     return run
@@ -132,9 +127,9 @@ def backward(problem: Problem, kernels: Kernels) -> Backward:
         return differentiate
 
     def run(
-        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grads = differentiate(*(_filled(x) for x in (grad_out, q, k, v, out)), lse)
+        grads = differentiate(*(_filled(x) for x in (grad_out, q, k, v, out)), lse, *edges)
         return _cut(grads[0], q), _cut(grads[1], k), _cut(grads[2], v)
 
     return run

@@ -28,8 +28,6 @@ CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2
 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0
 CU_TENSOR_MAP_DATA_TYPE = {torch.int32: 3, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
 TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT = 128, 64
-# Calls of one kernel that are kept bound; more is a caller whose lengths never repeat.
-MAX_BOUND = 256
 # ``cubin.letter``'s letters.
 _Kind = type[c_float] | type[c_int32] | type[c_int64]
 _NUMBERS: dict[str, _Kind] = {"f": c_float, "i": c_int32, "l": c_int64}
@@ -72,7 +70,6 @@ class LoadedCubin:
         self.cubin, self.device = cubin, device
         self.context = _primary_context(device)
         self.function = c_void_p()
-        self._bound: dict[tuple[object, ...], Callable[..., None]] = {}
         driver, module = _driver(), c_void_p()
         _check(driver.cuCtxPushCurrent_v2(self.context), "entering a context")
         try:
@@ -94,22 +91,7 @@ class LoadedCubin:
     def bind(
         self, grid: tuple[int, int, int], parameters: Sequence[Parameter], numbers: Sequence[Number]
     ) -> Callable[..., None]:
-        """See ``cubin.Function``. Threads may share the result; launches of one do not overlap on the host.
-
-        What was bound is kept: a mask with tensors of its own has its call bound anew each time, and to lay out the
-        parameters takes ten times as long as to find them.
-        """
-        key = (grid, *parameters, *numbers)
-        run = self._bound.get(key)
-        if run is None:
-            if len(self._bound) >= MAX_BOUND:
-                self._bound.clear()
-            run = self._bound[key] = self._bind(grid, parameters, numbers)
-        return run
-
-    def _bind(
-        self, grid: tuple[int, int, int], parameters: Sequence[Parameter], numbers: Sequence[Number]
-    ) -> Callable[..., None]:
+        """See ``cubin.Function``. Threads may share the result; launches of one do not overlap on the host."""
         space = _Parameters(parameters, numbers, self.cubin)
         launch, lock = _driver().cuLaunchKernel, threading.Lock()
         function, device = self.function, self.device

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from softcap_runtime import reference
-from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, laid_out
+from softcap_runtime.kernels.engine import (
+    Engine,
+    Kernels,
+    MaskedBackward,
+    MaskedForward,
+    Problem,
+    laid_out,
+    per_mask,
+)
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
 from softcap_runtime.masks.intervals import edges
 
@@ -85,7 +93,7 @@ def _eager_refuses(problem: Problem) -> str | None:
     return None if problem.dtype.is_floating_point else f"q.dtype: {problem.dtype}, expected a float dtype"
 
 
-def _eager_forward(problem: Problem, kernels: Kernels) -> Forward:
+def _eager_forward(problem: Problem, kernels: Kernels) -> MaskedForward:
     fixed = _arguments(problem)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -95,7 +103,7 @@ def _eager_forward(problem: Problem, kernels: Kernels) -> Forward:
     return run
 
 
-def _eager_backward(problem: Problem, kernels: Kernels) -> Backward:
+def _eager_backward(problem: Problem, kernels: Kernels) -> MaskedBackward:
     fixed = _arguments(problem)
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +127,7 @@ def _dense_refuses(problem: Problem) -> str | None:
     return None
 
 
-def _dense_forward(problem: Problem, kernels: Kernels) -> Forward:
+def _dense_forward(problem: Problem, kernels: Kernels) -> MaskedForward:
     fixed, compiled = _arguments(problem), kernels.runner(_dense_spec(problem, "dense_forward"))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -129,7 +137,7 @@ def _dense_forward(problem: Problem, kernels: Kernels) -> Forward:
     return run
 
 
-def _dense_backward(problem: Problem, kernels: Kernels) -> Backward:
+def _dense_backward(problem: Problem, kernels: Kernels) -> MaskedBackward:
     fixed, compiled = _arguments(problem), kernels.runner(_dense_spec(problem, "dense_backward"))
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,5 +146,7 @@ def _dense_backward(problem: Problem, kernels: Kernels) -> Backward:
     return run
 
 
-EAGER = Engine("eager", _eager_refuses, lambda problem: [], _eager_forward, _eager_backward)
-DENSE = Engine("dense", _dense_refuses, _dense_specs, _dense_forward, _dense_backward)
+EAGER = Engine(
+    "eager", _eager_refuses, lambda problem: [], per_mask(_eager_forward), per_mask(_eager_backward)
+)
+DENSE = Engine("dense", _dense_refuses, _dense_specs, per_mask(_dense_forward), per_mask(_dense_backward))

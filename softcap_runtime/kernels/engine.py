@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,17 +15,29 @@ from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.masks.memo import MaskMemo
 
 Runner = Callable[[list[Tensor]], list[Tensor]]
-Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-Backward = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
-]  # grad_out, q, k, v, out, lse -> grad_q, grad_k, grad_v
+
+
+class Forward(Protocol):
+    """What computes attention; ``edges``: ``lo`` and ``hi`` of a mask of row intervals, nothing for a band."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Out and, for training, the logsumexp."""
+
+
+class Backward(Protocol):
+    """Its derivative; ``edges`` as in ``Forward``."""
+
+    def __call__(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of q, k and v."""
 
 
 class Problem(NamedTuple):
-    """One attention call, all but the contents of q, k and v.
+    """One attention call, all but the contents of its tensors.
 
-    ``mask`` holds the lengths; ``train`` whether the logsumexp is wanted for a backward to come;
-    ``softcap_approx`` is that of the settings.
+    ``mask`` holds the lengths, and of row intervals the form alone; ``train`` whether the logsumexp is wanted for a
+    backward to come; ``softcap_approx`` is that of the settings.
     """
 
     device: torch.device
@@ -79,7 +91,8 @@ class Engine(NamedTuple):
 
     ``refuses``: why it cannot serve a problem, or None when it can. ``specs``: the compiled kernels that it
     needs for one, by its dtype, heads and ``train`` alone, never its lengths. ``forward`` and ``backward``:
-    bind a problem to its kernels and return what computes it; ``q``, ``k``, ``v`` have last stride 1.
+    bind a problem to its kernels and return what computes it, under any intervals of the mask's form; ``q``, ``k``,
+    ``v`` have last stride 1.
     """
 
     name: str
@@ -87,6 +100,32 @@ class Engine(NamedTuple):
     specs: Callable[[Problem], list[KernelSpec]]
     forward: Callable[[Problem, Kernels], Forward]
     backward: Callable[[Problem, Kernels], Backward]
+
+
+MaskedForward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # of q, k, v
+MaskedBackward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
+]  # of grad_out, q, k, v, out, lse
+
+
+def per_mask(bind: Callable[[Problem, Kernels], Any]) -> Callable[[Problem, Kernels], Any]:
+    """Of a ``bind`` that reads its mask: a band is bound once, intervals anew at each call, which brings them.
+
+    What ``bind`` returns takes no edges: a MaskedForward or MaskedBackward.
+    """
+
+    def bind_late(problem: Problem, kernels: Kernels) -> Any:
+        mask = problem.mask
+        if mask.lo is None:
+            return bind(problem, kernels)
+
+        def run(*tensors: Tensor) -> Any:
+            *rest, lo, hi = tensors
+            return bind(problem._replace(mask=mask._replace(lo=lo, hi=hi)), kernels)(*rest)
+
+        return run
+
+    return bind_late
 
 
 def scalars(problem: Problem) -> list[Tensor]:

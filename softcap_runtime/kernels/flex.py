@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from softcap_runtime import torch_features
-from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, scalars
+from softcap_runtime.kernels.engine import (
+    Backward,
+    Engine,
+    Kernels,
+    MaskedForward,
+    Problem,
+    per_mask,
+    scalars,
+)
 from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_name
 from softcap_runtime.masks.blocks import BlockTables, block_tables
 
@@ -52,7 +60,7 @@ def _refuses(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem, kernels: Kernels) -> Forward:
+def _forward(problem: Problem, kernels: Kernels) -> MaskedForward:
     """Bind the kernel to the mask's block tables; it returns out ``[B, Hq, Sq, D]`` and no logsumexp."""
     run_kernel = kernels.runner(kernel_spec(problem, FORWARD))
     fixed = [*key_tables(problem, kernels), *mask_arguments(problem), *scalars(problem)]
@@ -101,4 +109,4 @@ def _backward(problem: Problem, kernels: Kernels) -> Backward:
     raise AssertionError("unreachable: the engine refuses training")
 
 
-ENGINE = Engine("flex", _refuses, _specs, forward, _backward)
+ENGINE = Engine("flex", _refuses, _specs, per_mask(_forward), _backward)

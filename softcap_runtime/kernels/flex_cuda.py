@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from softcap_runtime import torch_features
-from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, laid_out, scalars
+from softcap_runtime.kernels.engine import (
+    Engine,
+    Kernels,
+    MaskedBackward,
+    MaskedForward,
+    Problem,
+    laid_out,
+    per_mask,
+    scalars,
+)
 from softcap_runtime.kernels.flex import (
     in_band,
     in_intervals,
@@ -109,7 +118,7 @@ def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
     return lambda *tensors: inside(*tensors)
 
 
-def _forward(problem: Problem, kernels: Kernels) -> Forward:
+def _forward(problem: Problem, kernels: Kernels) -> MaskedForward:
     compiled = kernels.runner(kernel_spec(problem, FORWARD))
     fixed = [*key_tables(problem, kernels), *mask_arguments(problem), *scalars(problem)]
 
@@ -120,7 +129,7 @@ def _forward(problem: Problem, kernels: Kernels) -> Forward:
     return run
 
 
-def _backward(problem: Problem, kernels: Kernels) -> Backward:
+def _backward(problem: Problem, kernels: Kernels) -> MaskedBackward:
     compiled = kernels.runner(kernel_spec(problem, BACKWARD))
     queries = query_tables(problem.mask, problem.device)
     fixed = [*key_tables(problem, kernels), *queries, *mask_arguments(problem), *scalars(problem)]
@@ -133,4 +142,4 @@ def _backward(problem: Problem, kernels: Kernels) -> Backward:
     return run
 
 
-ENGINE = Engine("flex", _refuses, _specs, _forward, _backward)
+ENGINE = Engine("flex", _refuses, _specs, per_mask(_forward), per_mask(_backward))

@@ -120,7 +120,7 @@ def _bind(
     if direction in ("forward", "decode"):
         return lambda: attend(q, k, v)[:1]
     out, lse = attend(q, k, v)
-    differentiate = bind_backward(grad_out, q, k, v, out, **how)
+    differentiate = bind_backward(grad_out, q, k, v, out, lse, **how)
     return lambda: differentiate(grad_out, q, k, v, out, lse)
 
 

@@ -136,7 +136,7 @@ def _checked_backward(
                 f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected {dtype} "
                 f"{tuple(shape)} on {q.device}, as the forward with train=True gave it"
             )
-    return _backward(grad_out, q, k, v, out, lse, *_checked_edges(lo, hi, k.shape[2]), *rest)
+    return _backward(grad_out, q, k, v, out, lse.contiguous(), *_checked_edges(lo, hi, k.shape[2]), *rest)
 
 
 def _checked_edges(lo: Tensor | None, hi: Tensor | None, kv_len: int) -> tuple[Tensor | None, Tensor | None]:

@@ -17,30 +17,28 @@ from softcap_runtime.kernels.cubin import GpuKernels, Pointer
 
 from .gpu_options import decode_rows, device_limits, most_splits, padded, split_count
 from .triton_call import Factors, Mask, factors, make_mask
-from .triton_launch import Output, bound, constants, launcher, layout, on, strides, tile
+from .triton_launch import NO_EDGES, Output, constants, launcher, layout, on, readable, reading, strides, tile
 
-Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Forward = Callable[..., tuple[Tensor, Tensor]]  # of q, k, v and the edges
 
 
 def bind_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
+    *edges: Tensor,
     kernels: GpuKernels,
     scale: float,
     softcap: float | None,
     left: int | None = None,
     right: int | None = None,
-    lo: Tensor | None = None,
-    hi: Tensor | None = None,
     approx: bool = False,
 ) -> Forward:
-    """Softcapped attention and its logsumexp, for tensors that lie as q, k and v do.
+    """Softcapped attention and its logsumexp, for tensors that lie as these do.
 
     ``q`` ``[B, Hq, Sq, D]``, ``k`` and ``v`` ``[B, Hkv, Skv, D]``, one of bfloat16, float16, float32, D in 64, 96,
     128, 256, Hq a multiple of Hkv, on one CUDA device (current or not). Row i sees the keys
-    ``i + left <= j < i + right`` or, with ``lo`` and ``hi`` (int32 ``[B or 1, Sq]``), ``lo_i <= j < hi_i``.
+    ``i + left <= j < i + right`` or, with ``edges`` ``lo`` and ``hi`` (int32 ``[B or 1, Sq]``), ``lo_i <= j < hi_i``.
     ``approx`` takes tanh from the ``tanh.approx.f32`` instruction (relative error
     2**-11, so up to ``softcap * 5e-4`` of a logit).
 
@@ -48,10 +46,11 @@ def bind_forward(
     ``[B, Hq, Sq, D]`` in q's dtype, a view of ``[B, Sq, Hq, D]`` memory, and the natural logsumexp float32
     ``[B, Hq, Sq]``; a row that sees nothing gives 0 and -inf.
     """
-    mask = make_mask(left, right, lo, hi)
+    mask = make_mask(left, right, edges)
     call = factors(q.dtype, scale, softcap, approx)
     decodes = q.shape[2] * (q.shape[1] // k.shape[1]) <= decode_rows(q.dtype)
-    return bound(_bind_decode if decodes else _bind_forward, (q, k, v), mask, call, kernels)
+    bind = _bind_decode if decodes else _bind_forward
+    return reading(bind(readable(q), readable(k), readable(v), mask, call, kernels), (q, k, v, *edges))
 
 
 def _bind_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, kernels: GpuKernels) -> Forward:
@@ -60,29 +59,29 @@ def _bind_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, ke
     options, device = kernels.options(q, "forward"), q.device
     where = layout(2 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v)
     output = Output(q)
-    interval = None if mask.lo is None else Pointer(torch.int32)
+    edge = None if mask.band else Pointer(torch.int32)
     kernel = launcher(
         kernels,
         "forward_kernel",
         (batch * heads * -(-rows // options.block_m), 1, 1),
         [
             tile(q, options.block_m, where.tma), tile(k, options.block_n, where.tma),
-            tile(v, options.block_n, where.tma), Pointer(q.dtype), Pointer(torch.float32), interval, interval,
+            tile(v, options.block_n, where.tma), Pointer(q.dtype), Pointer(torch.float32), edge, edge,
         ],
         [
-            *strides(where.align, q.stride(), k.stride(), v.stride(), output.steps), mask.batch_stride,
+            *strides(where.align, q.stride(), k.stride(), v.stride(), output.steps), mask.batch_stride(rows),
             heads, heads // kv_heads, rows, keys, mask.left, mask.right,
             call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
-        {"BAND": mask.lo is None, "ONLINE": call.online, "FORM": call.form, **constants(dim, q.dtype, options, where)},
+        {"BAND": mask.band, "ONLINE": call.online, "FORM": call.form, **constants(dim, q.dtype, options, where)},
         device=device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor | None) -> tuple[Tensor, Tensor]:
         out = output.empty()
         lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
         with on(device):
-            kernel(q, k, v, out, lse, mask.lo, mask.hi)
+            kernel(q, k, v, out, lse, *(edges or NO_EDGES))
         return out, lse
 
     return run
@@ -98,19 +97,19 @@ def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, ker
     where = layout(0, q, k, v)
     output = Output(q)
     same: dict[str, Any] = {"device": device, "dtype": q.dtype, "aligned": where.align > 1}
-    interval = None if mask.lo is None else Pointer(torch.int32)
+    edge = None if mask.band else Pointer(torch.int32)
     half, single = Pointer(q.dtype), Pointer(torch.float32)
     share = launcher(
         kernels,
         "decode_kernel",
         (splits, batch * kv_heads, 1),
-        [half, half, half, single, single, interval, interval],
+        [half, half, half, single, single, edge, edge],
         [
-            *strides(where.align, q.stride(), k.stride(), v.stride()), mask.batch_stride,
+            *strides(where.align, q.stride(), k.stride(), v.stride()), mask.batch_stride(rows),
             heads, kv_heads, heads // kv_heads, rows, keys, splits, mask.left, mask.right,
             call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
-        {"BAND": mask.lo is None, "ONLINE": call.online, "FORM": call.form,
+        {"BAND": mask.band, "ONLINE": call.online, "FORM": call.form,
          **constants(dim, q.dtype, options._replace(block_m=packed), where)},
         warps=options.warps, stages=options.stages, **same,
     )  # fmt: skip
@@ -124,13 +123,13 @@ def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, ker
         warps=4, **same,
     )  # fmt: skip
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor | None) -> tuple[Tensor, Tensor]:
         out = output.empty()
         lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
         part_out = torch.empty((splits, batch, heads, rows, padded(dim)), dtype=torch.float32, device=device)
         part_lse = torch.empty((splits, batch, heads, rows), dtype=torch.float32, device=device)
         with on(device):
-            share(q, k, v, part_out, part_lse, mask.lo, mask.hi)
+            share(q, k, v, part_out, part_lse, *(edges or NO_EDGES))
             combine(part_out, part_lse, out, lse)
         return out, lse
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,21 +20,25 @@ LOG2E = 1.4426950408889634
 
 
 class Mask(NamedTuple):
-    """A band (``left``, ``right``; no tensors) or intervals (``lo``, ``hi`` int32 ``[B or 1, Sq]``)."""
+    """A band (``left``, ``right``) or intervals of ``batch`` entries, 1 when all share one; what is in them comes with
+    each call."""
 
     left: int
     right: int
-    lo: Tensor | None
-    hi: Tensor | None
+    batch: int | None
+
+    @property
+    def band(self) -> bool:
+        """Whether it is a band."""
+        return self.batch is None
 
     def width(self, rows: int, keys: int) -> int:
         """Keys a row may see at most, as far as the host knows."""
-        return keys if self.lo is not None else max(1, min(keys, rows + self.right - self.left))
+        return max(1, min(keys, rows + self.right - self.left)) if self.band else keys
 
-    @property
-    def batch_stride(self) -> int:
+    def batch_stride(self, rows: int) -> int:
         """Elements from one batch entry's intervals to the next; 0 when they share one."""
-        return 0 if self.lo is None or self.lo.shape[0] == 1 else self.lo.stride(0)
+        return 0 if self.batch is None or self.batch == 1 else rows
 
 
 class Factors(NamedTuple):
@@ -64,18 +69,12 @@ def factors(dtype: torch.dtype, scale: float, softcap: float | None, approx: boo
     return Factors(1, 2 * scale * LOG2E / softcap, -2 * outer, outer, reference, 4 * scale, online)
 
 
-def make_mask(left: int | None, right: int | None, lo: Tensor | None, hi: Tensor | None) -> Mask:
-    """The mask of a call; None bounds are none. Intervals are made contiguous along the rows."""
-    if lo is not None and hi is not None:
-        lo, hi = lo.to(torch.int32), hi.to(torch.int32)
-        if lo.stride(-1) != 1 or hi.stride() != lo.stride():
-            lo, hi = lo.contiguous(), hi.contiguous()
-        if (lo.data_ptr() | hi.data_ptr()) % 16:  # kernels are compiled for aligned addresses
-            lo, hi = lo.clone(), hi.clone()
-        return Mask(0, 0, lo, hi)
+def make_mask(left: int | None, right: int | None, edges: Sequence[Tensor]) -> Mask:
+    """The mask of a call; None bounds are none. ``edges``: its intervals, or nothing for a band."""
+    if edges:
+        return Mask(0, 0, edges[0].shape[0])
     return Mask(
         -UNBOUNDED if left is None else max(-UNBOUNDED, min(left, UNBOUNDED)),
         UNBOUNDED if right is None else max(-UNBOUNDED, min(right, UNBOUNDED)),
-        None,
         None,
     )

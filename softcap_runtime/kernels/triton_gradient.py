@@ -11,9 +11,21 @@ from softcap_runtime.kernels.cubin import GpuKernels, Parameter, Pointer
 
 from .gpu_options import PADDED_ROWS, Direction, splits_backward
 from .triton_call import Factors, Mask, factors, make_mask
-from .triton_launch import Output, bound, constants, launcher, layout, on, strides, tile, vector
+from .triton_launch import (
+    NO_EDGES,
+    Output,
+    constants,
+    launcher,
+    layout,
+    on,
+    readable,
+    reading,
+    strides,
+    tile,
+    vector,
+)
 
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]  # of grad_out, q, k, v, out, lse and the edges
 
 
 def bind_backward(
@@ -22,26 +34,28 @@ def bind_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    *,
+    lse: Tensor,
+    *edges: Tensor,
     kernels: GpuKernels,
     scale: float,
     softcap: float | None,
     left: int | None = None,
     right: int | None = None,
-    lo: Tensor | None = None,
-    hi: Tensor | None = None,
     approx: bool = False,
 ) -> Backward:
     """The gradients ``(dq, dk, dv)`` of ``triton_attention.bind_forward``'s results, for tensors that lie as these do.
 
-    ``grad_out`` like out; the rest as it was given to the forward. The result takes (grad_out, q, k, v, out, lse), the
-    last two as the forward returned them; its gradients are shaped as q, k and v, in their dtype, views of
-    ``[B, S, H, D]`` memory. It holds one float32 per query row beyond its inputs and outputs. Sums run in a fixed
-    order: two runs agree bit for bit.
+    ``grad_out`` like out, out and lse as the forward returned them, the rest as it was given to the forward. The
+    result takes the same tensors; its gradients are shaped as q, k and v, in their dtype, views of ``[B, S, H, D]``
+    memory. It holds one float32 per query row beyond its inputs and outputs. Sums run in a fixed order: two runs agree
+    bit for bit.
     """
-    mask = make_mask(left, right, lo, hi)
+    mask = make_mask(left, right, edges)
     call = factors(q.dtype, scale, softcap, approx)
-    return bound(_bind_backward, (grad_out, q, k, v, out), mask, call, kernels)
+    run = _bind_backward(
+        readable(grad_out), readable(q), readable(k), readable(v), readable(out), mask, call, kernels
+    )
+    return reading(run, (grad_out, q, k, v, out, lse, *edges))
 
 
 def _bind_backward(
@@ -60,7 +74,7 @@ def _bind_backward(
     ]
 
     def run(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (output.empty() for output in outputs)
         stats = torch.empty(stats_shape, dtype=torch.float32, device=device)
@@ -70,9 +84,9 @@ def _bind_backward(
             delta.zero_()
         with on(device):
             # dq first: it leaves what dk and dv need of every row in shift and delta.
-            run_dq(q, k, v, grad, out, lse, shift, delta, dq, mask.lo, mask.hi)
+            run_dq(q, k, v, grad, out, lse, shift, delta, dq, *(edges or NO_EDGES))
             for one in run_dkdv:
-                one(q, k, v, grad, shift, delta, dk, dv)
+                one(q, k, v, grad, shift, delta, dk, dv, *edges)
         return dq, dk, dv
 
     return run
@@ -86,7 +100,7 @@ def _bind_dq(
     kv_heads, keys = k.shape[1], k.shape[2]
     options = kernels.options(q, "dq")
     where = layout(3 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, grad, out)
-    interval = None if mask.lo is None else Pointer(torch.int32)
+    edge = None if mask.band else Pointer(torch.int32)
     single = Pointer(torch.float32)
     return launcher(
         kernels,
@@ -95,14 +109,14 @@ def _bind_dq(
         [
             tile(q, options.block_m, where.tma), tile(k, options.block_n, where.tma),
             tile(v, options.block_n, where.tma), tile(grad, options.block_m, where.tma), Pointer(out.dtype),
-            single, single, single, Pointer(q.dtype), interval, interval,
+            single, single, single, Pointer(q.dtype), edge, edge,
         ],
         [
-            *strides(where.align, *(x.stride() for x in (q, k, v, grad, out)), output.steps), mask.batch_stride,
+            *strides(where.align, *(x.stride() for x in (q, k, v, grad, out)), output.steps), mask.batch_stride(rows),
             heads, heads // kv_heads, rows, _padded_rows(rows), keys, mask.left, mask.right,
             call.inner, call.coef, call.bias, call.gain,
         ],
-        {"BAND": mask.lo is None, "FORM": call.form, **constants(dim, q.dtype, options, where)},
+        {"BAND": mask.band, "FORM": call.form, **constants(dim, q.dtype, options, where)},
         device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
 
@@ -117,14 +131,14 @@ def _bind_dkdv(
     block_m, block_n = options.block_m, options.block_n
     where = layout(4 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, grad)
     padded_rows, blocks = _padded_rows(rows), -(-keys // block_n)
-    several = mask.batch_stride > 0  # batch rows have intervals of their own
+    several = mask.batch_stride(rows) > 0  # batch rows have intervals of their own
 
     def statistic(dtype: torch.dtype, of: int) -> Parameter:
         return vector(dtype, of * padded_rows, block_m, where.tma)
 
     intervals: list[Parameter] = [None] * 4
-    if mask.lo is not None:
-        intervals = [*[statistic(torch.int32, len(mask.lo))] * 2, *[Pointer(torch.int32)] * 2]
+    if mask.batch is not None:
+        intervals = [*[statistic(torch.int32, mask.batch)] * 2, *[Pointer(torch.int32)] * 2]
     kernel = launcher(
         kernels,
         "dkdv_kernel",
@@ -140,31 +154,28 @@ def _bind_dkdv(
             heads, kv_heads, heads // kv_heads, rows, padded_rows, keys, mask.left, mask.right,
             call.inner, call.coef, call.gain,
         ],
-        {"BAND": mask.lo is None, "FORM": call.form, "WANT_DK": direction != "dv", "WANT_DV": direction != "dk",
+        {"BAND": mask.band, "FORM": call.form, "WANT_DK": direction != "dv", "WANT_DV": direction != "dk",
          **constants(dim, q.dtype, options, where)},
         device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
-    hull = _bind_query_hull(mask, rows, keys, block_n, kernels)
+    hull = _bind_query_hull(mask, rows, keys, block_n, kernels, q.device)
 
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, grad: Tensor, shift: Tensor, delta: Tensor, dk: Tensor, dv: Tensor
-    ) -> None:
-        lo, hi, first, last = hull()
-        kernel(q, k, v, grad, shift, delta, dk, dv, lo, hi, first, last)
+    def run(*tensors: Tensor) -> None:
+        kernel(*tensors[:8], *hull(*tensors[8:]))
 
     return run
 
 
 def _bind_query_hull(
-    mask: Mask, rows: int, keys: int, block_n: int, kernels: GpuKernels
-) -> Callable[[], tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]:
+    mask: Mask, rows: int, keys: int, block_n: int, kernels: GpuKernels, device: torch.device
+) -> Callable[..., tuple[Tensor | None, ...]]:
     """What the key blocks need of intervals: lo, hi padded, and the query rows that may see each block.
 
     int32 ``[B or 1, padded_rows]`` twice and ``[B or 1, blocks]`` twice, flat; four None for a band.
     """
-    if mask.lo is None:
-        return lambda: (None, None, None, None)
-    device, batch = mask.lo.device, mask.lo.shape[0]
+    if mask.batch is None:
+        return lambda: (None,) * 4
+    batch = mask.batch
     padded_rows, blocks = _padded_rows(rows), -(-keys // block_n)
     each = _whole_blocks(batch * blocks, 4)  # addresses are multiples of 16 bytes
     kernel = launcher(
@@ -172,15 +183,15 @@ def _bind_query_hull(
         "query_hull_kernel",
         (-(-blocks // 16), batch, 1),
         [Pointer(torch.int32)] * 6,
-        [mask.batch_stride, rows, padded_rows, keys, blocks],
+        [mask.batch_stride(rows), rows, padded_rows, keys, blocks],
         {"BLOCK_N": block_n, "ROWS": 512, "KEYS": 16},
         device=device, dtype=torch.int32, warps=4,
     )  # fmt: skip
 
-    def run() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def run(*edges: Tensor) -> tuple[Tensor, ...]:
         lo, hi = torch.empty((2, batch, padded_rows), dtype=torch.int32, device=device)
         first, last = torch.empty((2, each), dtype=torch.int32, device=device)
-        kernel(mask.lo, mask.hi, lo, hi, first, last)
+        kernel(*edges, lo, hi, first, last)
         return lo, hi, first, last
 
     return run

@@ -22,6 +22,8 @@ from .gpu_options import TRITON_WITH_DESCRIPTORS, BlockOptions, device_limits, p
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Elements that all strides must be multiples of for 16-byte loads of every dtype served.
 ALIGNED = 8
+# What a kernel for a band is given in place of a mask's vectors.
+NO_EDGES = (None, None)
 # Multiply-adds from which a call runs long enough to hide the descriptors' cost on the host (2 us each).
 TMA_FROM = 2**32
 
@@ -116,21 +118,24 @@ def launcher(
     return kernels.function(spec).bind(grid, parameters, numbers)
 
 
-def bound(bind: Callable[..., Any], tensors: tuple[Tensor, ...], *rest: Any) -> Any:
-    """``bind(*tensors, *rest)`` where kernels can read the tensors, else what binds and takes contiguous copies."""
-    plain = [readable(x) for x in tensors]
-    run = bind(*plain, *rest)
-    if all(a is b for a, b in zip(plain, tensors, strict=True)):
+def reading(run: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+    """``run`` for tensors that lie as these: itself where kernels can read them, else one that makes copies."""
+    if all(map(_is_readable, tensors)):
         return run
-    return lambda *given: run(*(readable(x) for x in given))
+    return lambda *given: run(*map(readable, given))
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """The tensor itself where kernels can read it, else a contiguous copy (an expanded gradient, say)."""
+    """The tensor itself where kernels can read it, else a contiguous copy (of an expanded gradient, say)."""
+    return tensor if _is_readable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Kernels read ``[B, H, S, D]`` with contiguous rows, anything else contiguous as a whole, and aligned."""
+    if tensor.dim() < 4:
+        return tensor.is_contiguous() and not tensor.data_ptr() % 16
     steps = tensor.stride()
-    if steps[-1] == 1 and (min(steps) > 0 or tensor.numel() == 0):
-        return tensor
-    return tensor.contiguous()
+    return steps[-1] == 1 and (min(steps) > 0 or tensor.numel() == 0)
 
 
 class Output:

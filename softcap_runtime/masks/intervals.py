@@ -39,6 +39,18 @@ class RowIntervals(NamedTuple):
     lo: Tensor | None
     hi: Tensor | None
 
+    @property
+    def vectors(self) -> tuple[Tensor, ...]:
+        """``lo`` and ``hi``; nothing for a band."""
+        return () if self.lo is None or self.hi is None else (self.lo, self.hi)
+
+    @property
+    def form(self) -> RowIntervals:
+        """The same without contents: vectors on the meta device. All that outlives a call may know of its mask."""
+        if self.lo is None or self.hi is None:
+            return self
+        return self._replace(lo=self.lo.to("meta"), hi=self.hi.to("meta"))
+
 
 def band(q_len: int, kv_len: int, *, causal: bool, window: int | None) -> RowIntervals:
     """The mask that causal and window make alone; no tensors.
@@ -96,7 +108,7 @@ def row_intervals(
     hi = positions + 1 if causal else torch.full_like(positions, kv_len)
     if causal and two_way:
         hi = torch.maximum(hi, at_queries(_span_ends(kv_len, prefix_lengths, spans)))
-    lo = torch.zeros_like(positions)
+    lo = None
     if window is not None:
         reach = min(window, UNBOUNDED)
         lo = positions + (1 - reach)
@@ -104,15 +116,19 @@ def row_intervals(
             hi = torch.minimum(hi, positions + reach)
     if document_ids is not None:
         starts, ends = _document_edges(document_ids, ends=two_way or not causal)
-        lo = torch.maximum(lo, at_queries(starts))
+        lo = _later(lo, at_queries(starts))
         if ends is not None:
             hi = torch.minimum(hi, at_queries(ends))
     if attention_mask is not None:
         first, last = padding_edges(attention_mask)
-        lo, hi = torch.maximum(lo, first), torch.minimum(hi, last)
+        lo, hi = _later(lo, first), torch.minimum(hi, last)
     if cache_lengths is not None:
         hi = torch.minimum(hi, cache_lengths.to(torch.int32)[:, None])
-    return clipped(q_len, kv_len, lo, hi)
+    if lo is not None and document_ids is not None and attention_mask is None and last_keys:
+        # Within its document a row sees itself and keys that are there: nothing to clip. Each operation counts, as
+        # packed batches are masked anew for each call, and a GPU waits for the host.
+        return _intervals(q_len, kv_len, *torch.broadcast_tensors(lo, hi))
+    return clipped(q_len, kv_len, torch.zeros_like(positions) if lo is None else lo, hi)
 
 
 def edges(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -131,8 +147,15 @@ def dense(intervals: RowIntervals, device: torch.device | str) -> Tensor:
 
 def clipped(q_len: int, kv_len: int, lo: Tensor, hi: Tensor) -> RowIntervals:
     """Edges ``[B or 1, q_len]`` as row intervals: within the keys, an empty row as one that no extremum takes."""
-    lo, hi = _clipped(kv_len, lo, hi)
+    return _intervals(q_len, kv_len, *_clipped(kv_len, lo, hi))
+
+
+def _intervals(q_len: int, kv_len: int, lo: Tensor, hi: Tensor) -> RowIntervals:
     return RowIntervals(q_len, kv_len, None, None, lo.contiguous(), hi.contiguous())
+
+
+def _later(lo: Tensor | None, start: Tensor) -> Tensor:
+    return start if lo is None else torch.maximum(lo, start)
 
 
 def _clipped(kv_len: int, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:

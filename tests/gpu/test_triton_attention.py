@@ -41,12 +41,14 @@ class Kernels(NamedTuple):
         return choose(device_limits(self.device), q.dtype, q.shape[-1], direction)
 
 
-def forward(*tensors: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+def forward(*tensors: Tensor, edges: tuple[Tensor, ...] = (), **how: Any) -> tuple[Tensor, Tensor]:
+    tensors += edges
     return bind_forward(*tensors, kernels=Kernels(tensors[0].device.index), **how)(*tensors)
 
 
-def backward(*tensors: Tensor, **how: Any) -> tuple[Tensor, ...]:
-    return bind_backward(*tensors[:5], kernels=Kernels(tensors[0].device.index), **how)(*tensors)
+def backward(*tensors: Tensor, edges: tuple[Tensor, ...] = (), **how: Any) -> tuple[Tensor, ...]:
+    tensors += edges
+    return bind_backward(*tensors, kernels=Kernels(tensors[0].device.index), **how)(*tensors)
 
 
 class Case(NamedTuple):
@@ -103,7 +105,7 @@ def mask_of(kind: str, batch: int, rows: int, keys: int) -> tuple[dict[str, Any]
         hi = torch.randint(0, keys + 9, (batch, rows), device="cuda", dtype=torch.int32)
     else:
         raise ValueError(kind)
-    return {"lo": lo, "hi": hi}, lo, hi
+    return {"edges": (lo, hi)}, lo, hi
 
 
 def relative(value: Tensor, wanted: Tensor) -> float:

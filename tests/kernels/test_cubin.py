@@ -184,22 +184,6 @@ def test_a_launch_passes_what_the_kernel_reads(driver: Driver) -> None:
     assert driver.maps[1][2] == q.data_ptr() + 128
 
 
-def test_the_same_call_is_bound_once(driver: Driver) -> None:
-    loaded = cuda_driver.LoadedCubin(CUBIN, 0)
-    parameters: list[Parameter] = [TILE, Pointer(torch.float32)]
-    first = loaded.bind((1, 1, 1), parameters, [7, 2**40, 0.5])
-    assert loaded.bind((1, 1, 1), list(parameters), [7, 2**40, 0.5]) is first
-    others = [
-        loaded.bind((2, 1, 1), parameters, [7, 2**40, 0.5]),
-        loaded.bind((1, 1, 1), [TILE._replace(shape=(2, 4, 299, 64)), *parameters[1:]], [7, 2**40, 0.5]),
-        loaded.bind((1, 1, 1), parameters, [8, 2**40, 0.5]),
-    ]
-    assert len({first, *others}) == 4
-    for number in range(2 * cuda_driver.MAX_BOUND):
-        loaded.bind((1, 1, 1), parameters, [number, 2**40, 0.5])
-        assert len(loaded._bound) <= cuda_driver.MAX_BOUND
-
-
 def test_numbers_as_far_as_float32_goes(driver: Driver) -> None:
     """A cap near 0 leads beyond: the kernel gets infinity, as from any product in float32."""
     run = cuda_driver.LoadedCubin(CUBIN, 0).bind(

@@ -56,9 +56,9 @@ def test_forward_and_backward(
         mask = row_intervals(q_len, kv_len, causal=True, window=100, **masks)
         call = problem(mask, sizes, softcap)
         with torch.no_grad(), below_autograd():  # as an operator's kernels run
-            out, lse = flex_cuda.ENGINE.forward(call, kernels)(q, k, v)
+            out, lse = flex_cuda.ENGINE.forward(call, kernels)(q, k, v, *call.mask.vectors)
             assert lse is not None
-            grads = flex_cuda.ENGINE.backward(call, kernels)(grad_out, q, k, v, out, lse)
+            grads = flex_cuda.ENGINE.backward(call, kernels)(grad_out, q, k, v, out, lse, *call.mask.vectors)
         want, want_grads = gradients(lambda *x: expected(*x, config, **masks), (q, k, v), grad_out)  # noqa: B023
         for mine, exact in zip((out, *grads), (want, *want_grads), strict=True):
             assert in_model_order(mine)
@@ -76,9 +76,11 @@ def test_a_row_that_sees_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> 
     lo = lo.masked_fill(hi == 0, 130)
     call = problem(RowIntervals(130, 130, None, None, lo, hi), sizes, 5.0)
     with torch.no_grad():
-        out, lse = flex_cuda.ENGINE.forward(call, kernels)(q, k, v)
+        out, lse = flex_cuda.ENGINE.forward(call, kernels)(q, k, v, *call.mask.vectors)
         assert lse is not None
-        grads = flex_cuda.ENGINE.backward(call, kernels)(torch.randn(q.shape), q, k, v, out, lse)
+        grads = flex_cuda.ENGINE.backward(call, kernels)(
+            torch.randn(q.shape), q, k, v, out, lse, *call.mask.vectors
+        )
     assert not out[:, :, ::2].any()
     assert (lse[:, :, ::2] == -torch.inf).all()
     assert not grads[0][:, :, ::2].any()

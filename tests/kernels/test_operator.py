@@ -298,8 +298,10 @@ def test_a_call_by_name_is_checked(runtime: Runtime, engine: str, seed: int) -> 
         ("k: batch 1, expected q's 2", (q, k[:1], v[:1], None, None)),
         ("k.dtype: torch.bfloat16, expected q's", (q, k.bfloat16(), v, None, None)),
         ("hi: None, expected both edges", (q, k, v, lo, None)),
-        (r"mask.lo: torch.int64 \(1, 19\), expected int32", (q, k, v, lo.long(), lo.long())),
-        (r"mask.lo: torch.int32 \(1, 18\), expected", (q, k, v, lo[:, 1:], lo[:, 1:])),
+        (r"mask.lo: torch.int64 \(1, 19\) on cpu, expected int32", (q, k, v, lo.long(), lo.long())),
+        (r"mask.lo: torch.int32 \(1, 18\) on cpu, expected", (q, k, v, lo[:, 1:], lo[:, 1:])),
+        (r"mask.hi: torch.int32 \(1, 19\) on cpu, expected int32 \(2, 19\)", (q, k, v, lo.repeat(2, 1), lo)),
+        (r"mask.lo: .* on meta, expected int32 .* on cpu", (q, k, v, lo.to("meta"), lo.to("meta"))),
     ):
         with pytest.raises(ValueError, match=words) as caught:
             OP(*call, *rest)

@@ -50,14 +50,16 @@ def wanted(case: dict[str, Any], limits: gpu_options.DeviceLimits) -> list[Cubin
 
     kernels = Wanted(limits)
     how: dict[str, Any] = {"kernels": kernels, "scale": 0.1, "softcap": 50.0}
+    edges = []
     if case["band"]:
         how["right"] = keys - rows + 1
     else:
-        how |= {name: torch.zeros(1, rows, dtype=torch.int32, device="meta") for name in ("lo", "hi")}
+        edges = [torch.zeros(1, rows, dtype=torch.int32, device="meta")] * 2
     q, k, v = tensor(rows, 4), tensor(keys, 2), tensor(keys, 2)
-    bind_forward(q, k, v, **how)
+    bind_forward(q, k, v, *edges, **how)
     if case["train"]:
-        bind_backward(q, q, k, v, q, **how)
+        lse = torch.empty(1, 4, rows, device="meta")
+        bind_backward(q, q, k, v, q, lse, *edges, **how)
     return list(kernels.specs)
 
 

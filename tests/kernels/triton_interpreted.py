@@ -83,14 +83,16 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
     k, v = (torch.randn(batch, kv_heads, keys, dim).to(dtype) for _ in range(2))
     grad_out = torch.randn(batch, heads, rows, dim).to(dtype)
     how, lo, hi = mask_of(case["mask"], batch, rows, keys)
+    edges = [how.pop(name) for name in ("lo", "hi") if name in how]
     how |= {"scale": dim**-0.5, "softcap": case["softcap"]}
     empty, empty_strided = torch.empty, torch.empty_strided
     torch.empty, torch.empty_strided = poisoned(empty), poisoned(empty_strided)
     try:
-        forward = bind_forward(q, k, v, kernels=Kernels(), **how)
-        out, lse = forward(q, k, v)
-        assert torch.equal(forward(q, k, v)[0], out)
-        grads = bind_backward(grad_out, q, k, v, out, kernels=Kernels(), **how)(grad_out, q, k, v, out, lse)
+        forward = bind_forward(q, k, v, *edges, kernels=Kernels(), **how)
+        out, lse = forward(q, k, v, *edges)
+        assert torch.equal(forward(q, k, v, *edges)[0], out)
+        saved = (grad_out, q, k, v, out, lse, *edges)
+        grads = bind_backward(*saved, kernels=Kernels(), **how)(*saved)
     finally:
         torch.empty, torch.empty_strided = empty, empty_strided
     wide = [x.double().requires_grad_() for x in (q, k, v)]
