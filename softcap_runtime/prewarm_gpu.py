@@ -12,7 +12,7 @@ from torch import Tensor
 from softcap_runtime.checks import device_of
 from softcap_runtime.config import PrewarmRequest
 from softcap_runtime.kernels.cubin import CubinSpec
-from softcap_runtime.kernels.gpu_options import HEAD_DIMS, Direction, decode_rows, directions
+from softcap_runtime.kernels.gpu_options import FEW_SPLITS, Direction, decode_rows, directions
 from softcap_runtime.kernels.gpu_tune import Shape, trials
 from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_of
 from softcap_runtime.kernels.triton_launch import TMA_FROM
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
     from softcap_runtime.runtime import Runtime
 
 MASKS: tuple[MaskKind, MaskKind] = ("band", "intervals")
-# Keys of the calls: few, and so many that decoding cuts them into more than a few shares.
-SHORT, MANY_KEYS = 128, 4096
+# Keys of the calls: few, yet more rows than decoding takes; and so many that decoding cuts them into more than a few
+# shares, of four blocks of 128 at least.
+SHORT, MANY_KEYS = 128, 2 * FEW_SPLITS * 4 * 128
 
 
 def to_tune(requests: Iterable[PrewarmRequest]) -> dict[tuple[str, str, int, Direction], Shape]:
     """What options are kept for, and the calls to measure them by: the first request decides."""
     found: dict[tuple[str, str, int, Direction], Shape] = {}
     for one in requests:
-        device, width = device_of(one.device), min(size for size in HEAD_DIMS if size >= one.head_dim)
+        device = device_of(one.device)
         if device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         shape = Shape(
@@ -39,13 +40,13 @@ def to_tune(requests: Iterable[PrewarmRequest]) -> dict[tuple[str, str, int, Dir
             dtype_of(one.dtype),
             one.num_heads,
             one.num_kv_heads,
-            width,
-            max(one.seq_lens, default=MANY_KEYS),
+            one.head_dim,
+            max(SHORT, *one.seq_lens) if one.seq_lens else MANY_KEYS,
             one.config.scale,
             one.config.softcap,
         )
-        for direction in directions(width, one.train):
-            found.setdefault((str(device), one.dtype, width, direction), shape)
+        for direction in directions(one.head_dim, one.train):
+            found.setdefault((str(device), one.dtype, one.head_dim, direction), shape)
     return found
 
 

@@ -88,7 +88,8 @@ def test_a_variant_that_fails_or_differs_is_left_out(
     monkeypatch.setattr(gpu_tune, "_milliseconds", lambda run: next(times))
     failing: set[BlockOptions] = {VARIANTS[1]}
 
-    def bind(shape: Shape, direction: str, options: BlockOptions, tensors: Any) -> Callable[[], Any]:
+    def bind(shape: Shape, kernels: Any, direction: str, tensors: Any) -> Callable[[], Any]:
+        options = kernels.options(torch.empty(1), direction)
         if options in failing:
             raise RuntimeError("out of resources")
         return lambda: (torch.full((4,), 2.0 if options == VARIANTS[2] else 1.0),)
@@ -133,7 +134,7 @@ def test_prewarm_measures_what_its_requests_need(
     names = ["forward", "decode", "dq", "dk", "dv"]
     assert [(row.spec.op, row.outcome) for row in rows] == [(f"tuned {name}", "built") for name in names]
     assert [name for _, name in measured] == names
-    assert {(shape.head_dim, shape.length) for shape, _ in measured} == {(256, 4096)}
+    assert {(shape.head_dim, shape.length) for shape, _ in measured} == {(200, 8192)}
     rows = Runtime(RuntimeSettings(cache_dir=tmp_path)).prewarm(wanted, progress=False, tune=True)
     assert {row.outcome for row in rows} == {"loaded"}
     assert len(measured) == len(names)

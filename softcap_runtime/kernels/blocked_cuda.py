@@ -1,8 +1,7 @@
 """The blocked engine on CUDA: our Triton kernels, forward with logsumexp and backward.
 
 Which kernels a call needs follows from its tensors' layout as well, so they are found at the first call of a layout:
-loaded from the cache, where Triton is not even imported, or compiled. A head_dim between theirs is filled up with
-zeros, which change no logit: a copy of q, k and v, where any other engine would hold S x S logits.
+loaded from the cache, where Triton is not even imported, or compiled.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.kernels.cubin import CubinSpec, Function
-from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, laid_out
+from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem
 from softcap_runtime.kernels.gpu_options import (
     HEAD_DIMS,
     OLDEST_TRITON,
@@ -71,22 +70,6 @@ def _how(problem: Problem, kernels: Kernels) -> dict[str, Any]:
     }
 
 
-def _fits(problem: Problem) -> bool:
-    return problem.head_dim in HEAD_DIMS
-
-
-def _filled(x: Tensor) -> Tensor:
-    """``x`` with zeros up to the next head_dim of a kernel."""
-    head_dim = x.shape[-1]
-    width = min(size for size in HEAD_DIMS if size >= head_dim)
-    return torch.nn.functional.pad(x, (0, width - head_dim))
-
-
-def _cut(x: Tensor, like: Tensor) -> Tensor:
-    """A kernel's result without the columns that ``_filled`` gave ``like``, in the layout of an output."""
-    return laid_out(x[..., : like.shape[-1]], like)
-
-
 def _bound(bind: Callable[..., Any], **how: Any) -> Callable[..., Any]:
     """A call that binds once for each layout of its tensors: their strides, and whether they are aligned."""
     ready: dict[tuple[object, ...], Callable[..., Any]] = {}
@@ -103,36 +86,16 @@ def _bound(bind: Callable[..., Any], **how: Any) -> Callable[..., Any]:
     return run
 
 
-def forward(problem: Problem, kernels: Kernels) -> Forward:
-    """Bind the forward kernel to the scalars and the mask's form."""
+def _forward(problem: Problem, kernels: Kernels) -> Forward:
     from softcap_runtime.kernels import triton_attention
 
-    attend = _bound(triton_attention.bind_forward, **_how(problem, kernels))
-    if _fits(problem):
-        return attend
-
-    def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, lse = attend(_filled(q), _filled(k), _filled(v), *edges)
-        return _cut(out, q), lse
-
-    return run
+    return _bound(triton_attention.bind_forward, **_how(problem, kernels))
 
 
-def backward(problem: Problem, kernels: Kernels) -> Backward:
-    """Bind the backward kernels."""
+def _backward(problem: Problem, kernels: Kernels) -> Backward:
     from softcap_runtime.kernels import triton_gradient
 
-    differentiate = _bound(triton_gradient.bind_backward, **_how(problem, kernels))
-    if _fits(problem):
-        return differentiate
-
-    def run(
-        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grads = differentiate(*(_filled(x) for x in (grad_out, q, k, v, out)), lse, *edges)
-        return _cut(grads[0], q), _cut(grads[1], k), _cut(grads[2], v)
-
-    return run
+    return _bound(triton_gradient.bind_backward, **_how(problem, kernels))
 
 
-ENGINE = Engine("blocked", _refuses, lambda problem: [], forward, backward)
+ENGINE = Engine("blocked", _refuses, lambda problem: [], _forward, _backward)

@@ -64,13 +64,14 @@ def _primary_context(device: int) -> c_void_p:
 
 
 class LoadedCubin:
-    """A kernel on one device. It stays there for the life of the process, as torch's own do."""
+    """A kernel on one device. It stays there until it is unloaded."""
 
     def __init__(self, cubin: Cubin, device: int) -> None:
         self.cubin, self.device = cubin, device
         self.context = _primary_context(device)
         self.function = c_void_p()
-        driver, module = _driver(), c_void_p()
+        self._module = module = c_void_p()
+        driver = _driver()
         _check(driver.cuCtxPushCurrent_v2(self.context), "entering a context")
         try:
             _check(driver.cuModuleLoadData(byref(module), cubin.code), f"loading kernel {cubin.name}")
@@ -85,6 +86,15 @@ class LoadedCubin:
                     driver.cuFuncSetAttribute(self.function, wanted, cubin.shared),
                     f"taking {cubin.shared} bytes of shared memory",
                 )
+        finally:
+            driver.cuCtxPopCurrent_v2(byref(c_void_p()))
+
+    def unload(self) -> None:
+        """Give its memory back. Nothing that was bound may be launched any more, and all that was must be done."""
+        driver = _driver()
+        _check(driver.cuCtxPushCurrent_v2(self.context), "entering a context")
+        try:
+            _check(driver.cuModuleUnload(self._module), f"unloading kernel {self.cubin.name}")
         finally:
             driver.cuCtxPopCurrent_v2(byref(c_void_p()))
 

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 
 Direction = Literal["forward", "dq", "dkdv", "dk", "dv", "decode"]
+# Common head_dims, which tables of options show; all up to the largest are served.
 HEAD_DIMS = (64, 96, 128, 256)
 # What compiles the kernels at all (it comes with torch 2.7), and what compiles them for tensor maps.
 OLDEST_TRITON, TRITON_WITH_DESCRIPTORS = (3, 3), (3, 4)
@@ -96,8 +97,9 @@ _SINGLE: _Candidates = {
 }
 
 
+@lru_cache(maxsize=1)
 def has_triton() -> bool:
-    """Whether Triton is installed; imports nothing."""
+    """Whether Triton is installed; imports nothing. The search takes 50 us, and each new kind of call asks."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -127,12 +129,17 @@ def padded(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def tile_width(head_dim: int) -> int:
+    """Columns of the tiles that hold a head: those past head_dim are neither read nor written."""
+    return max(64, padded(head_dim))
+
+
 def splits_backward(head_dim: int) -> bool:
     """Whether dk and dv take a kernel each.
 
     Two float32 accumulators of 128 keys by 256 columns are the whole register file of a multiprocessor.
     """
-    return padded(head_dim) > 128
+    return tile_width(head_dim) > 128
 
 
 def decode_rows(dtype: torch.dtype) -> int:
@@ -156,7 +163,7 @@ def shared_bytes(options: BlockOptions, dtype: torch.dtype, head_dim: int, direc
         rows = 2 * block_m + 2 * block_n * stages
     else:
         rows = (1 if direction == "dv" else 2) * block_n + 2 * block_m * stages
-    width = padded(head_dim)
+    width = tile_width(head_dim)
     scratch = 2 * block_m * block_n * itemsize
     if itemsize == 4:
         scratch += max(block_m, block_n) * width * itemsize
@@ -169,7 +176,7 @@ def candidates(
     capability: tuple[int, int], dtype: torch.dtype, head_dim: int, direction: Direction
 ) -> list[BlockOptions]:
     """The options in order of preference, whatever the device's shared memory."""
-    where = (direction, padded(head_dim))
+    where = (direction, tile_width(head_dim))
     if dtype == torch.float32:
         return [BlockOptions(*values) for values in _SINGLE[where]]
     hopper = _HOPPER.get(where, []) if (9, 0) <= capability < (11, 0) else []

@@ -45,18 +45,23 @@ class Trial(NamedTuple):
     milliseconds: float
 
 
-class _Kernels:
-    """``GpuKernels`` with the options of one kernel given. What it compiles is not kept: most of it loses."""
+class _Kernels(NamedTuple):
+    """``GpuKernels`` with the ``options`` of one kernel ``given``; ``loaded`` is what the variants share."""
 
-    def __init__(self, direction: Direction, options: BlockOptions) -> None:
-        self._given = direction, options
+    given: tuple[Direction, BlockOptions]
+    loaded: dict[CubinSpec, LoadedCubin]
 
     def function(self, spec: CubinSpec) -> Function:
-        return LoadedCubin(Cubin.unpack(triton_build.build(spec)), torch.cuda.current_device())
+        found = self.loaded.get(spec)
+        if found is None:
+            found = self.loaded[spec] = LoadedCubin(
+                Cubin.unpack(triton_build.build(spec)), torch.cuda.current_device()
+            )
+        return found
 
     def options(self, q: Tensor, direction: Direction) -> BlockOptions:
-        if direction == self._given[0]:
-            return self._given[1]
+        if direction == self.given[0]:
+            return self.given[1]
         return choose(device_limits(q.device.index), q.dtype, q.shape[-1], direction)
 
 
@@ -65,19 +70,34 @@ def trials(shape: Shape, direction: Direction, pool: Executor) -> list[Trial]:
 
     ``pool`` compiles them, several at once; they are timed one after the other. A variant that fails is logged.
     """
+    loaded: dict[CubinSpec, LoadedCubin] = {}
+    try:
+        return _trials(shape, direction, pool, loaded)
+    finally:
+        if loaded:
+            torch.cuda.synchronize(shape.device)
+        for kernel in loaded.values():  # most of them lose, and what is kept is loaded from the cache
+            kernel.unload()
+
+
+def _trials(
+    shape: Shape, direction: Direction, pool: Executor, loaded: dict[CubinSpec, LoadedCubin]
+) -> list[Trial]:
     limits = device_limits(shape.device.index or 0)
     tensors = _tensors(shape, direction)
 
     def prepare(options: BlockOptions) -> Callable[[], tuple[Tensor, ...]] | None:
         try:
             with torch.cuda.device(shape.device):
-                return _bind(shape, direction, options, tensors)
+                return _bind(shape, _Kernels((direction, options), loaded), direction, tensors)
         except Exception as error:  # a compiler's or the driver's, of any type
             log.info("%s with %s does not run: %s", direction, options, error)
             return None
 
     options = variants(limits, shape.dtype, shape.head_dim, direction)
-    ready = [(one, run) for one, run in zip(options, pool.map(prepare, options), strict=True) if run]
+    # The first alone: it builds what all of them share.
+    runs = [prepare(options[0]), *pool.map(prepare, options[1:])]
+    ready = [(one, run) for one, run in zip(options, runs, strict=True) if run]
     if not ready:
         raise RuntimeError(f"no variant of the {direction} kernel runs on {shape.device}")
     found: list[Trial] = []
@@ -109,11 +129,10 @@ def _tensors(shape: Shape, direction: Direction) -> list[Tensor]:
 
 
 def _bind(
-    shape: Shape, direction: Direction, options: BlockOptions, tensors: list[Tensor]
+    shape: Shape, kernels: _Kernels, direction: Direction, tensors: list[Tensor]
 ) -> Callable[[], tuple[Tensor, ...]]:
     """A call that spends its time in the kernel: the forward, or the whole backward."""
     grad_out, q, k, v = tensors
-    kernels = _Kernels(direction, options)
     how: dict[str, Any] = {"kernels": kernels, "scale": shape.scale, "softcap": shape.softcap}
     how["right"] = k.shape[2] - q.shape[2] + 1
     attend = bind_forward(q, k, v, **how)

@@ -4,6 +4,7 @@ A Hopper multiprocessor retires 16 special-function instructions (ex2, rcp) a cy
 Softcapped weights in their plain form need three of them an element, more cycles than both matrix products take
 at head_dim 128. So one reciprocal serves four elements: ``1 / (abcd)`` times the products of the others. The
 exponent is clamped to 30 for it, where tanh is 1 to the last bit of float32, so that ``(2**30 + 1)**4`` stays finite.
+NaN passes the clamp, and makes NaN of the other three.
 
 Tried and dropped (H100, head_dim 128, 2026-11-24): a quarter to a half of the ``2**x`` by multiply-adds (Cody and
 Waite's reduction, a polynomial of degree 4). 2.47 and 2.65 ms against 2.30 forward: issue slots, not the
@@ -16,7 +17,7 @@ from __future__ import annotations
 def _reciprocals(scaled_by: str | None) -> str:
     """``s``, ``r`` such that 1 / (1 + 2**x) is s * b, s * (a + 1), r * d, r * (c + 1) for x in $4-$7."""
     text = "".join(
-        f"min.ftz.f32 {name}, ${4 + i}, 0f41F00000; ex2.approx.ftz.f32 {name}, {name};"
+        f"min.NaN.ftz.f32 {name}, ${4 + i}, 0f41F00000; ex2.approx.ftz.f32 {name}, {name};"
         for i, name in enumerate("abcd")
     )
     return (

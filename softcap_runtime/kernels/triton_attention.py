@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softcap_runtime.kernels.cubin import GpuKernels, Pointer
 
-from .gpu_options import decode_rows, device_limits, most_splits, padded, split_count
+from .gpu_options import decode_rows, device_limits, most_splits, padded, split_count, tile_width
 from .triton_call import Factors, Mask, factors, make_mask
 from .triton_launch import NO_EDGES, Output, constants, launcher, layout, on, readable, reading, strides, tile
 
@@ -36,8 +36,8 @@ def bind_forward(
 ) -> Forward:
     """Softcapped attention and its logsumexp, for tensors that lie as these do.
 
-    ``q`` ``[B, Hq, Sq, D]``, ``k`` and ``v`` ``[B, Hkv, Skv, D]``, one of bfloat16, float16, float32, D in 64, 96,
-    128, 256, Hq a multiple of Hkv, on one CUDA device (current or not). Row i sees the keys
+    ``q`` ``[B, Hq, Sq, D]``, ``k`` and ``v`` ``[B, Hkv, Skv, D]``, one of bfloat16, float16, float32, D up
+    to 256, Hq a multiple of Hkv, on one CUDA device (current or not). Row i sees the keys
     ``i + left <= j < i + right`` or, with ``edges`` ``lo`` and ``hi`` (int32 ``[B or 1, Sq]``), ``lo_i <= j < hi_i``.
     ``approx`` takes tanh from the ``tanh.approx.f32`` instruction (relative error
     2**-11, so up to ``softcap * 5e-4`` of a logit).
@@ -102,7 +102,7 @@ def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, ker
     share = launcher(
         kernels,
         "decode_kernel",
-        (splits, batch * kv_heads, 1),
+        (batch * kv_heads, splits, 1),
         [half, half, half, single, single, edge, edge],
         [
             *strides(where.align, q.stride(), k.stride(), v.stride()), mask.batch_stride(rows),
@@ -119,14 +119,16 @@ def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, ker
         (batch * heads * rows, 1, 1),
         [single, single, half, single],
         [*strides(where.align, output.steps), heads, rows, splits],
-        {"D": dim, "DPAD": padded(dim), "SPLITS": most_splits(splits), "ALIGN": where.align},
+        {"D": dim, "DPAD": tile_width(dim), "SPLITS": most_splits(splits), "ALIGN": where.align},
         warps=4, **same,
     )  # fmt: skip
 
     def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor | None) -> tuple[Tensor, Tensor]:
         out = output.empty()
         lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
-        part_out = torch.empty((splits, batch, heads, rows, padded(dim)), dtype=torch.float32, device=device)
+        part_out = torch.empty(
+            (splits, batch, heads, rows, tile_width(dim)), dtype=torch.float32, device=device
+        )
         part_lse = torch.empty((splits, batch, heads, rows), dtype=torch.float32, device=device)
         with on(device):
             share(q, k, v, part_out, part_lse, *(edges or NO_EDGES))

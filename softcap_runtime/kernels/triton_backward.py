@@ -235,8 +235,8 @@ def query_hull_kernel(
     One pass over the intervals, exact for any order of rows; a block nobody sees gives ``FAR, 0``. The first
     program of a batch entry also leaves the intervals clipped and padded to SqPad with ``FAR, 0``.
     """
-    b = tl.program_id(1)
-    block = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    b = tl.program_id(0)
+    block = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     first = tl.full([KEYS], FAR, tl.int32)
     last = tl.zeros([KEYS], tl.int32)
     for start in tl.range(0, SqPad, ROWS):
@@ -244,7 +244,7 @@ def query_hull_kernel(
         lo, hi = row_intervals(rows, Lo, Hi, slo_b, b, 0, 0, Sq, Skv, False)
         lo = tl.where(rows < Sq, lo, FAR)
         hi = tl.where(rows < Sq, hi, 0)
-        if tl.program_id(0) == 0:
+        if tl.program_id(1) == 0:
             tl.store(LoPad + b * SqPad + rows, lo, mask=rows < SqPad)
             tl.store(HiPad + b * SqPad + rows, hi, mask=rows < SqPad)
         meets = (lo[:, None] < (block * BLOCK_N + BLOCK_N)[None, :]) & (

@@ -16,6 +16,8 @@ UNBOUNDED = 1 << 29
 FIXED_REFERENCE_CAP = 64.0
 # exp(50) * 2**20 keys * values of 1e9 is still finite in float32.
 REFERENCE_FROM = 50.0
+# The logistic form's logits are off by about cap * 2e-7: past this cap by more than half precision's own rounding.
+LOGISTIC_CAP = 1024.0
 LOG2E = 1.4426950408889634
 
 
@@ -63,7 +65,7 @@ def factors(dtype: torch.dtype, scale: float, softcap: float | None, approx: boo
     online = softcap > FIXED_REFERENCE_CAP or dtype == torch.float16
     reference = 0.0 if online else max(0.0, softcap - REFERENCE_FROM) * LOG2E
     outer = softcap * LOG2E
-    if approx or dtype == torch.float32:
+    if approx or dtype == torch.float32 or softcap > LOGISTIC_CAP:
         form = 2 if approx else 3
         return Factors(form, scale / softcap, outer, 0.0, reference, scale, online)
     return Factors(1, 2 * scale * LOG2E / softcap, -2 * outer, outer, reference, 4 * scale, online)

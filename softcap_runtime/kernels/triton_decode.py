@@ -25,9 +25,9 @@ def decode_kernel(
     STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Out ``[splits, B, Hq, Sq, DPAD]`` and Lse ``[splits, B, Hq, Sq]`` float32, contiguous, of one share."""
-    split = tl.program_id(0)
-    b = tl.program_id(1) // Hkv
-    hk = tl.program_id(1) % Hkv
+    split = tl.program_id(1)  # the first dimension of a grid alone has room for any batch
+    b = tl.program_id(0) // Hkv
+    hk = tl.program_id(0) % Hkv
     packed = tl.arange(0, BLOCK_M)
     inside = packed < G * Sq
     h = hk * G + packed // Sq
@@ -60,11 +60,11 @@ def decode_kernel(
         v = load_tile(V, sv_b, sv_h, sv_s, b, hk, n, Skv, BLOCK_N, D, DPAD, False, ALIGN)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
-    seen = l > 0
+    seen = l != 0  # NaN is seen
     acc = acc * tl.where(seen, 1.0 / l, 0.0)[:, None]
     top = m if ONLINE else reference
     lse = tl.where(seen, tl.log2(l) + top, float("-inf"))
-    heads = tl.num_programs(1) // Hkv * Hq
+    heads = tl.num_programs(0) // Hkv * Hq
     at = ((split * heads + b * Hq + h) * Sq + row).to(tl.int64)
     tl.store(Out + at[:, None] * DPAD + columns[None, :], acc, mask=inside[:, None])
     tl.store(Lse + at, lse, mask=inside)

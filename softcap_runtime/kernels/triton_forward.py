@@ -110,7 +110,7 @@ def forward_kernel(
             inner, coef, bias, True, ONLINE, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ALIGN, ASM,
         )  # fmt: skip
 
-    seen = l > 0
+    seen = l != 0  # NaN is seen
     acc = acc * tl.where(seen, 1.0 / l, 0.0)[:, None]
     store_tile(Out, so_b, so_h, so_s, b, h, start, Sq, acc, BLOCK_M, D, DPAD, ALIGN)
     top = m if ONLINE else reference

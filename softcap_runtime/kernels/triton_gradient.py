@@ -181,7 +181,7 @@ def _bind_query_hull(
     kernel = launcher(
         kernels,
         "query_hull_kernel",
-        (-(-blocks // 16), batch, 1),
+        (batch, -(-blocks // 16), 1),
         [Pointer(torch.int32)] * 6,
         [mask.batch_stride(rows), rows, padded_rows, keys, blocks],
         {"BLOCK_N": block_n, "ROWS": 512, "KEYS": 16},

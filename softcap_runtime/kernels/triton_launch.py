@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softcap_runtime.kernels.cubin import GpuKernels, Number, Parameter, Pointer, Tile, spec_of
 
-from .gpu_options import TRITON_WITH_DESCRIPTORS, BlockOptions, device_limits, padded, triton_version
+from .gpu_options import TRITON_WITH_DESCRIPTORS, BlockOptions, device_limits, tile_width, triton_version
 
 # Triton's interpreter runs the kernels on the CPU, for tests; it knows no inline assembly.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,13 +41,14 @@ class Layout(NamedTuple):
 
 def layout(work: int, *tensors: Tensor) -> Layout:
     """The layout of a call of ``work`` multiply-adds that reads or writes ``tensors`` ``[B, H, S, D]``."""
-    for tensor in tensors:
-        steps = zip(tensor.stride()[:3], tensor.shape, strict=False)
-        if tensor.data_ptr() % 16 or any(size > 1 and stride % ALIGNED for stride, size in steps):
-            return Layout(False, 1)
+    steps = [step for x in tensors for step, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1]
+    # The strides of what is written are multiples of head_dim.
+    unaligned = tensors[0].shape[-1] % ALIGNED or any(step % ALIGNED for step in steps)
+    if unaligned or any(x.data_ptr() % 16 for x in tensors):
+        return Layout(False, 1)
     capability = device_limits(tensors[0].device.index).capability
     tma = work >= TMA_FROM and capability >= (9, 0) and triton_version() >= TRITON_WITH_DESCRIPTORS
-    return Layout(tma, ALIGNED)
+    return Layout(tma and 0 not in steps, ALIGNED)  # no descriptor reads the same rows again
 
 
 def strides(align: int, *steps: tuple[int, ...]) -> list[int]:
@@ -59,7 +60,7 @@ def tile(tensor: Tensor, rows: int, tma: bool) -> Parameter:
     """What a kernel loads tiles of ``rows`` rows of ``tensor`` from."""
     if not tma:
         return Pointer(tensor.dtype)
-    width = padded(tensor.shape[-1])
+    width = tile_width(tensor.shape[-1])
     # A dimension of one element may carry any stride in torch; the descriptor wants whole 16 bytes.
     steps = [s if n > 1 else width for s, n in zip(tensor.stride()[:3], tensor.shape, strict=False)]
     return Tile(tensor.dtype, tuple(tensor.shape), (*steps, 1), (1, 1, rows, width))
@@ -76,7 +77,7 @@ def constants(head_dim: int, dtype: torch.dtype, options: BlockOptions, where: L
         "BLOCK_M": options.block_m,
         "BLOCK_N": options.block_n,
         "D": head_dim,
-        "DPAD": padded(head_dim),
+        "DPAD": tile_width(head_dim),
         # Three TF32 products carry float32's mantissa (error near 1e-6); half precision takes no notice.
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
         "STAGES": options.stages,
@@ -126,7 +127,7 @@ def reading(run: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Callable[..
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """The tensor itself where kernels can read it, else a contiguous copy (of an expanded gradient, say)."""
+    """The tensor itself where kernels can read it, else a contiguous copy (of the gradient of a sum, say)."""
     return tensor if _is_readable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -134,8 +135,7 @@ def _is_readable(tensor: Tensor) -> bool:
     """Kernels read ``[B, H, S, D]`` with contiguous rows, anything else contiguous as a whole, and aligned."""
     if tensor.dim() < 4:
         return tensor.is_contiguous() and not tensor.data_ptr() % 16
-    steps = tensor.stride()
-    return steps[-1] == 1 and (min(steps) > 0 or tensor.numel() == 0)
+    return tensor.stride(-1) == 1
 
 
 class Output:

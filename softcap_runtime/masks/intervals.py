@@ -95,25 +95,29 @@ def row_intervals(
     if not devices:
         return band(q_len, kv_len, causal=causal, window=window)
 
-    # positions, lo, hi: [1, q_len] until a tensor with more batch rows meets them.
-    positions = torch.arange(kv_len - q_len, kv_len, dtype=torch.int32, device=devices[0])[None]
-    if cache_lengths is not None:
-        positions = positions + (cache_lengths.to(torch.int32)[:, None] - kv_len)
+    first = kv_len - q_len if cache_lengths is None else cache_lengths.to(torch.int32)[:, None] - q_len
+
+    def positions(shift: int = 0) -> Tensor:
+        """Of the queries, plus ``shift``: ``[1, q_len]`` until a tensor with more batch rows meets them."""
+        start = shift + first if isinstance(first, int) else shift
+        made = torch.arange(start, start + q_len, dtype=torch.int32, device=devices[0])[None]
+        return made if isinstance(first, int) else made + first
+
     two_way = prefix_lengths is not None or spans is not None
     last_keys = cache_lengths is None and q_len <= kv_len
 
     def at_queries(per_key: Tensor) -> Tensor:
-        return _at_positions(per_key, positions, kv_len, last_keys)
+        return per_key[:, kv_len - q_len :] if last_keys else _at_positions(per_key, positions(), kv_len)
 
-    hi = positions + 1 if causal else torch.full_like(positions, kv_len)
+    hi = positions(1) if causal else torch.full_like(positions(), kv_len)
     if causal and two_way:
         hi = torch.maximum(hi, at_queries(_span_ends(kv_len, prefix_lengths, spans)))
     lo = None
     if window is not None:
         reach = min(window, UNBOUNDED)
-        lo = positions + (1 - reach)
+        lo = positions(1 - reach)
         if two_way or not causal:
-            hi = torch.minimum(hi, positions + reach)
+            hi = torch.minimum(hi, positions(reach))
     if document_ids is not None:
         starts, ends = _document_edges(document_ids, ends=two_way or not causal)
         lo = _later(lo, at_queries(starts))
@@ -128,7 +132,7 @@ def row_intervals(
         # Within its document a row sees itself and keys that are there: nothing to clip. Each operation counts, as
         # packed batches are masked anew for each call, and a GPU waits for the host.
         return _intervals(q_len, kv_len, *torch.broadcast_tensors(lo, hi))
-    return clipped(q_len, kv_len, torch.zeros_like(positions) if lo is None else lo, hi)
+    return clipped(q_len, kv_len, torch.zeros_like(hi) if lo is None else lo, hi)
 
 
 def edges(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -164,13 +168,11 @@ def _clipped(kv_len: int, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     return lo.masked_fill(empty, kv_len), hi.masked_fill(empty, 0)
 
 
-def _at_positions(values: Tensor, positions: Tensor, kv_len: int, last_keys: bool) -> Tensor:
-    """Vectors ``[B, kv_len]`` read at the query positions: by a slice where these are the ``last_keys``.
+def _at_positions(values: Tensor, positions: Tensor, kv_len: int) -> Tensor:
+    """Vectors ``[B, kv_len]`` read at the query positions.
 
     Positions before the first key (more queries than keys, or than the cache holds) read 0.
     """
-    if last_keys:
-        return values[:, kv_len - positions.shape[1] :]
     index = positions.clamp(0, kv_len - 1).to(torch.int64)
     batch = max(values.shape[0], index.shape[0])
     found = values.expand(batch, -1).gather(1, index.expand(batch, -1))

@@ -147,25 +147,18 @@ def test_every_dtype_and_head_dim(seed: int, dtype: torch.dtype, dim: int, kind:
     check(make(dtype=dtype, dim=dim, kind=kind))
 
 
-@pytest.mark.parametrize("dim", [32, 80, 192])
-def test_a_head_dim_between_through_the_runtime(seed: int, dim: int, tmp_path: Path) -> None:
-    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="blocked"))
-    config = AttentionConfig(softcap=50.0, scale=dim**-0.5, window=100)
-    q, k, v = (
-        torch.randn(2, 200, heads, dim, device="cuda").transpose(1, 2).requires_grad_() for heads in (4, 2, 2)
-    )
-    mask = torch.ones(200, 200, device="cuda").tril().triu(-99)[None] > 0
-    out = runtime.attention(q, k, v, config)
-    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    want = reference.attention(*wide, mask, scale=config.scale, softcap=config.softcap)[0]
-    grad = torch.randn_like(out)
-    pairs = zip(
-        (out, *torch.autograd.grad(out, (q, k, v), grad)),
-        (want, *torch.autograd.grad(want, wide, grad.double())),
-        strict=True,
-    )
-    for mine, exact in pairs:
-        assert relative(mine, exact.detach()) < BACKWARD_ERROR[FP32]
+@pytest.mark.parametrize("dim", [1, 20, 33, 72, 80, 160, 192, 200])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_tiles_wider_than_a_head(seed: int, dtype: torch.dtype, dim: int) -> None:
+    check(make(dtype=dtype, dim=dim))
+    check(make(dtype=dtype, dim=dim, kind="documents", rows=257, keys=257))
+    check(make(dtype=dtype, dim=dim, rows=2, keys=1500))
+
+
+@pytest.mark.parametrize("dim", [80, 200])
+@pytest.mark.parametrize("kind", ["causal", "documents"])
+def test_tiles_wider_than_a_head_through_tensor_maps(seed: int, dim: int, kind: str) -> None:
+    check(make(batch=1, heads=16, kv_heads=8, rows=2000, keys=2000, dim=dim, kind=kind))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +169,7 @@ def test_every_mask_kind(seed: int, kind: str, rows: int, keys: int) -> None:
     check(make(kind=kind, rows=rows, keys=keys))
 
 
-@pytest.mark.parametrize("softcap", [0.1, 1.0, 30.0, 64.0, 80.0, 1000.0, None])
+@pytest.mark.parametrize("softcap", [0.1, 1.0, 30.0, 64.0, 80.0, 1000.0, 1e5, 1e9, None])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_softcaps_and_large_logits(seed: int, softcap: float | None, dtype: torch.dtype) -> None:
     check(make(softcap=softcap, dtype=dtype, kind="window"))
@@ -215,6 +208,7 @@ def test_strided_unaligned_and_expanded_inputs(seed: int) -> None:
     check(case._replace(k=padded, v=padded))
     ones = torch.ones((), device="cuda", dtype=BF16).expand(2, 4, 150, 64)
     check(case._replace(grad=ones))
+    check(case._replace(k=case.k[:1].expand(2, -1, -1, -1), v=case.v[:1].expand(2, -1, -1, -1)))
     transposed = torch.randn(2, 4, 64, 150, device="cuda").to(BF16).transpose(2, 3)
     check(case._replace(q=transposed))
 
@@ -228,6 +222,41 @@ def test_every_element_that_is_read_is_written(seed: int, dtype: torch.dtype, di
         poison = [torch.full((2**n,), float("nan"), device="cuda") for n in range(8, 22) for _ in range(4)]
         del poison
         check(case)
+
+
+def test_expanded_keys_are_not_copied(seed: int) -> None:
+    case = make(batch=1, rows=1, keys=4096, dim=128)
+    q = case.q.expand(8, -1, -1, -1).contiguous()
+    k, v = (x.expand(8, -1, -1, -1) for x in (case.k, case.v))
+    run = bind_forward(q, k, v, kernels=Kernels(0), **case.options)
+    run(q, k, v)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, _ = run(q, k, v)
+    assert torch.cuda.max_memory_allocated() - before < case.k.numel() * case.k.element_size()
+    assert torch.equal(out, run(q, k.contiguous(), v.contiguous())[0])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("rows", [1, 200])
+@pytest.mark.parametrize("softcap", [50.0, 1e5, None])
+def test_nan_is_not_hidden(seed: int, dtype: torch.dtype, rows: int, softcap: float | None) -> None:
+    case = make(dtype=dtype, rows=rows, keys=200, softcap=softcap)
+    key, query = case.k.clone(), case.q.clone()
+    key[0, 1, 150, 3], query[1, 2, rows - 1, 5] = float("nan"), float("nan")
+    for q, k, spoilt in ((case.q, key, (0, 2, rows - 1)), (query, case.k, (1, 2, rows - 1))):
+        out, lse = forward(q, k, case.v, **case.options)
+        assert out[spoilt].isnan().all()
+        assert lse[spoilt].isnan()
+        grads = backward(case.grad, q, k, case.v, out, lse, **case.options)
+        assert all(grad[spoilt[0]].isnan().any() for grad in grads)
+
+
+def test_more_batch_entries_than_a_grid_is_high(seed: int) -> None:
+    batch = 65_600
+    check(make(batch=batch, heads=1, kv_heads=1, rows=1, keys=2, dim=64, softcap=30.0))
+    check(make(batch=batch, heads=1, kv_heads=1, rows=65, keys=65, dim=1, kind="shared"))
+    check(make(batch=batch, heads=1, kv_heads=1, rows=3, keys=3, dim=8, kind="random"))
 
 
 def test_two_runs_agree_bit_for_bit(seed: int) -> None:

@@ -11,7 +11,7 @@ from helpers import Sizes, expected, gradients, in_model_order, make_qkv, relati
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from softcap_runtime import AttentionConfig
-from softcap_runtime.kernels import choose, flex_cuda, jit
+from softcap_runtime.kernels import blocked_cuda, choose, flex_cuda, jit
 from softcap_runtime.kernels.engine import Problem
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.masks.intervals import RowIntervals, band, row_intervals
@@ -90,17 +90,19 @@ def test_a_row_that_sees_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> 
 def test_who_serves_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = band(300, 300, causal=True, window=None)
     call = problem(mask, Sizes(1, 4, 2, 300, 300, 64), 50.0, CUDA)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    for engine in (flex_cuda, blocked_cuda):
+        monkeypatch.setattr(engine, "has_triton", lambda: True)
     assert choose.choose(call, "auto").engine.name == "blocked"
     assert choose.choose(call, "flex").engine is flex_cuda.ENGINE
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for engine in (flex_cuda, blocked_cuda):
+        monkeypatch.setattr(engine, "has_triton", lambda: False)
     without_triton = choose.choose(call, "auto")
     assert without_triton.engine.name == "dense"
     assert "triton is not installed" in without_triton.reason
 
 
 def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(flex_cuda, "has_triton", lambda: True)
     mask = band(8, 8, causal=True, window=None)
     call = problem(mask, Sizes(1, 2, 1, 8, 8, 64), 50.0, CUDA)
     changes: list[tuple[dict[str, Any], str]] = [

@@ -50,8 +50,8 @@ def test_the_problem_reaches_both_kernels(approx: bool, monkeypatch: pytest.Monk
     problem = Problem(torch.device("cuda"), torch.bfloat16, 1, 1, 1, 64, 0.125, 50.0, mask, True, approx)
     nothing: Any = SimpleNamespace(function=print)
     x = torch.zeros(1, 1, 8, 64)
-    blocked_cuda.forward(problem, nothing)(x, x, x)
-    blocked_cuda.backward(problem, nothing)(x, x, x, x, x, x)
+    blocked_cuda.ENGINE.forward(problem, nothing)(x, x, x)
+    blocked_cuda.ENGINE.backward(problem, nothing)(x, x, x, x, x, x)
     assert seen == [approx, approx]
 
 
