@@ -86,9 +86,9 @@ def combine_kernel(
     inside = share < splits
     lse = tl.load(PartLse + share * rows + at, mask=inside, other=float("-inf"))
     top = tl.max(lse, 0)
-    seen = top > float("-inf")
-    weight = tl.exp2(lse - tl.where(seen, top, 0.0))
+    weight = tl.exp2(lse - tl.where(top > float("-inf"), top, 0.0))
     total = tl.sum(weight, 0)
+    seen = total != 0  # NaN is seen
     parts = tl.load(
         PartOut + (share * rows + at).to(tl.int64)[:, None] * DPAD + columns[None, :],
         mask=inside[:, None], other=0.0,
