@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
+from softcap_runtime import reference
 from softcap_runtime.kernels import triton_build
 from softcap_runtime.kernels.cubin import Cubin, CubinSpec
 from softcap_runtime.kernels.cuda_driver import LoadedCubin
