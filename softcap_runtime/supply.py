@@ -76,13 +76,9 @@ class Supply:
                 raise KernelNotPrewarmed(
                     f"{_words(missing[0])} is compiled in each process; call Runtime.prewarm in this one first"
                 )
-            raise KernelNotPrewarmed(
-                f"{_words(missing[0])} is not in the cache; run: {self.command(problem)}"
-            )
+            raise KernelNotPrewarmed(self._why_missing(missing[0], problem))
         if self.settings.jit == "warn":
-            log.warning(
-                "building %s in a serving process; run: %s", _words(missing[0]), self.command(problem)
-            )
+            log.warning("building in a serving process: %s", self._why_missing(missing[0], problem))
         if self.settings.build == "background":
             self._build_in_background(missing)
             return Chosen(engine_named("eager", problem.device), "until its kernel is built", False)
@@ -123,9 +119,13 @@ class Supply:
 
     def command(self, problem: Problem) -> str:
         """The shell command that prewarms the kernels of ``problem``."""
-        words = ["softcap-runtime prewarm"]
-        if "cache_dir" in self.settings.model_fields_set:
-            words.insert(0, f"SOFTCAP_CACHE_DIR={shlex.quote(str(self.settings.cache_dir))}")
+        # A command with another cache, secret or limit would build what this process cannot use or must drop.
+        words = [
+            f"SOFTCAP_{name.upper()}={shlex.quote(str(getattr(self.settings, name) or ''))}"
+            for name in ("cache_dir", "cache_key_file", "cache_size_limit")
+            if name in self.settings.model_fields_set
+        ]
+        words.append("softcap-runtime prewarm")
         options: dict[str, object] = {
             "num-heads": problem.num_heads,
             "num-kv-heads": problem.num_kv_heads,
@@ -143,6 +143,13 @@ class Supply:
             options["engine"] = self.settings.engine
         words += [f"--{name} {value}" for name, value in options.items() if value is not None]
         return " ".join(words + (["--train"] if problem.train else []))
+
+    def _why_missing(self, spec: KernelSpec, problem: Problem) -> str:
+        """Why a kernel of ``problem`` is not here, in one line that says what to do."""
+        # A query of its own, as the store's fault may be one of writing.
+        if self.store.database.use("read", lambda index: index.totals() is not None, False):
+            return f"{_words(spec)} is not in the cache; run: {self.command(problem)}"
+        return f"{_words(spec)} cannot be read; set the cache right and call again: {self.store.fault}"
 
     def after_fork(self) -> None:
         """In a forked child: no lock is held, no background build runs here."""
@@ -175,11 +182,10 @@ class Supply:
         key = Key(spec.fields(), fingerprint("cuda", problem.device.index))
 
         def build() -> bytes:
-            words = _words(spec.summary())
             if jit == "forbid":
-                raise KernelNotPrewarmed(f"{words} is not in the cache; run: {self.command(problem)}")
+                raise KernelNotPrewarmed(self._why_missing(spec.summary(), problem))
             if jit == "warn":
-                log.warning("building %s in a serving process; run: %s", words, self.command(problem))
+                log.warning("building in a serving process: %s", self._why_missing(spec.summary(), problem))
             return triton_build.build(spec)
 
         loaded = self.store.load_or_build(key, build, lambda: {"compiler": triton_build.compiler_version()})
