@@ -5,9 +5,11 @@ Exit codes: 0 for success, 1 when something failed or is wrong with the cache, 2
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,13 +36,39 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; errors that are to be expected are one line on standard error."""
-    sys.exit(run(arguments))
+    caught = _interrupted_by(signal.SIGINT, signal.SIGTERM)
+    code = run(arguments)
+    if caught:
+        # Not sys.exit: it would wait for a thread that waits for another process's build.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(128 + caught[0])
+    sys.exit(code)
+
+
+def _interrupted_by(*signals: signal.Signals) -> list[int]:
+    """Have the first of ``signals`` raise KeyboardInterrupt and stand in the list; later ones are ignored, as what is
+    to be cleaned up then is being cleaned up. One that the parent has this process ignore stays ignored."""
+    caught: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        if not caught:
+            caught.append(number)
+            raise KeyboardInterrupt
+
+    for one in signals:
+        if signal.getsignal(one) != signal.SIG_IGN:
+            signal.signal(one, interrupt)
+    return caught
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code."""
     try:
-        return app(args=arguments, prog_name="softcap-runtime", standalone_mode=False) or 0
+        code: int = app(args=arguments, prog_name="softcap-runtime", standalone_mode=False) or 0
+        # typer 0.12 lets KeyboardInterrupt through, newer ones make it this code.
+        return _fail("interrupted", code) if code == 130 else code
     except ClickException as error:
         return _fail(error.format_message(), 2)
     except (ValueError, EngineUnavailable) as error:

@@ -18,6 +18,7 @@ from softcap_runtime import tuned
 from softcap_runtime.config import RuntimeSettings
 from softcap_runtime.errors import KernelNotPrewarmed
 from softcap_runtime.kernels import package, triton_build
+from softcap_runtime.kernels.children import Stopped
 from softcap_runtime.kernels.choose import choose, engine_named
 from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.engine import Engine, Problem
@@ -208,6 +209,8 @@ class Supply:
         for spec in specs:
             try:
                 self.table.runner(spec)
+            except Stopped:  # the process ends
+                return
             except Exception as error:  # the thread's caller is gone: what went wrong is kept and logged
                 self.failed[spec] = str(error)
                 log.error("background build of %s failed, eager serves it: %s", _words(spec), error)
