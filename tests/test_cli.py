@@ -140,6 +140,17 @@ def test_prewarm_fails_when_a_build_does(
     assert err.startswith("softcap-runtime: nothing could be kept: ")
 
 
+def test_an_interruption_is_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runtime, "prewarm", interrupted)
+    done = command("--cache-dir", tmp_path, "prewarm", "--preset", "gemma2-2b")
+    assert done == (130, "", "softcap-runtime: interrupted\n")
+
+
 def test_inspect_shows_the_cache(command: Command, tmp_path: Path) -> None:
     store = fill(tmp_path / "cache")
     store.load(
