@@ -31,6 +31,9 @@ from softcap_runtime.supply import Supply
 UsageError: Any = typer.BadParameter.__mro__[1]
 ClickException: Any = typer.BadParameter.__mro__[2]
 
+# A drawing's tables have an element for each pair of blocks: some 100 MB at this length, 1.6 GB at four times as many.
+LONGEST_DRAWN = 2**18
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -280,7 +283,7 @@ def import_(
 
 @app.command()
 def mask(
-    seq_len: Annotated[int, typer.Option(min=1, help="Queries and keys.")],
+    seq_len: Annotated[int, typer.Option(min=1, max=LONGEST_DRAWN, help="Queries and keys.")],
     window: Annotated[int | None, typer.Option(min=1, help="Visible keys, the query's own counted.")] = None,
     documents: Annotated[
         str | None, typer.Option(help="Lengths of packed documents, such as 100,250,162.")
@@ -298,7 +301,8 @@ def mask(
     }
     check_mask_arguments(seq_len, seq_len, 1, torch.device("cpu"), causal=True, **tensors)
     intervals = row_intervals(seq_len, seq_len, causal=True, window=window, **tensors)
-    console().print(draw.mask_text(intervals))
+    out = console()
+    out.print(draw.mask_text(intervals, ascii_only=out.options.ascii_only))
     if png is not None:
         draw.save_png(png, intervals)
 

@@ -278,6 +278,13 @@ def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
     assert plain != prefix
 
 
+@pytest.mark.parametrize(("encoding", "full"), [("ascii", "##"), ("iso-8859-1", "##"), ("utf-8", "██")])
+def test_masks_are_drawn_with_what_the_terminal_can_show(encoding: str, full: str) -> None:
+    done = shell("softcap-runtime mask --seq-len 512", PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{full} full block" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -298,6 +305,7 @@ def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
         ("prewarm --preset gemma2-2b --softcap 0", "pass one of"),
         ("prewarm --preset gemma2-2b --dtype int8", "dtype"),
         ("prewarm --preset gemma2-2b --seq-len 0", "seq_lens"),
+        ("prewarm --preset gemma2-2b --seq-len 1000000000000", "less than or equal to 16777216"),
         ("prewarm --preset gemma2-2b --device cuda:99", "this process sees"),
         ("prewarm --preset gemma2-2b --device abacus", "'abacus', expected a torch device"),
         ("prewarm --preset gemma2-2b --engine warp", "engine"),
@@ -311,6 +319,7 @@ def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
         ("export file --device moon", "'moon', expected a torch device"),
         ("mask", "--seq-len"),
         ("mask --seq-len 0", "--seq-len"),
+        ("mask --seq-len 100000000", "--seq-len"),
         ("mask --seq-len 10 --window 0", "--window"),
         ("mask --seq-len 10 --documents 3,4", "hold 7 tokens, expected --seq-len 10"),
         ("mask --seq-len 10 --documents 3,x", "'3,x', expected lengths"),
@@ -326,6 +335,17 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     assert err.count("\n") == 1
     assert words in err
     assert not (tmp_path / "cache").exists(), "a mistake leaves nothing behind"
+
+
+def test_a_user_without_a_home(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(*arguments: object, **options: object) -> str:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("platformdirs.user_cache_dir", no_home)
+    monkeypatch.setattr("softcap_runtime.config.__file__", str(tmp_path / "softcap_runtime" / "config.py"))
+    code, out, err = command("inspect")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.endswith("; set SOFTCAP_CACHE_DIR\n")
 
 
 def test_bad_settings_are_bad_usage(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
