@@ -119,11 +119,17 @@ def prewarm(
     num_heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
     num_kv_heads: Annotated[int | None, typer.Option(help="Key and value heads.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Size of a head.")] = None,
-    scale: Annotated[float | None, typer.Option(help="Factor on q @ k.T.")] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(help="Factor on q @ k.T, by default head_dim ** -0.5; kernels take any."),
+    ] = None,
     softcap: Annotated[float | None, typer.Option(help="Bound of the logits; none without it.")] = None,
-    window: Annotated[int | None, typer.Option(help="Visible keys, the query's own counted.")] = None,
     seq_len: Annotated[
-        list[int] | None, typer.Option(help="A length to check; kernels take any. Repeatable.")
+        list[int] | None,
+        typer.Option(
+            help="With --device cuda, a length to make calls of, as kernels differ by it; on the CPU they take any. "
+            "Repeatable."
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32, bfloat16 (the default) or float16. Repeatable.")
@@ -136,17 +142,17 @@ def prewarm(
     ] = False,
 ) -> None:
     """Build or load the kernels of a model, named by --preset, --model, or its numbers."""
-    numbers = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "scale": scale}
-    given = [value for value in (*numbers.values(), softcap, window) if value is not None]
+    numbers = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    given = [value for value in (*numbers.values(), scale, softcap) if value is not None]
     if (preset is not None) + (model is not None) + bool(given) != 1:
-        raise UsageError("pass one of --preset, --model, or --num-heads --num-kv-heads --head-dim --scale")
+        raise UsageError("pass one of --preset, --model, or --num-heads --num-kv-heads --head-dim")
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset: {preset!r}, expected {', '.join(PRESETS)}")
     common: dict[str, Any] = {"seq_lens": tuple(seq_len or ()), "device": device, "train": train}
     requests: list[PrewarmRequest] = []
     for each in dict.fromkeys(dtype or ["bfloat16"]):
         if given:
-            requests.append(_explicit(numbers, softcap, window, {**common, "dtype": each}))
+            requests.append(_explicit(numbers, scale, softcap, {**common, "dtype": each}))
         else:
             requests += requests_for(preset or model or "", **common, dtype=each)  # type: ignore[arg-type]
     settings = RuntimeSettings(**context.obj, **({} if engine is None else {"engine": engine}))
@@ -154,14 +160,15 @@ def prewarm(
 
 
 def _explicit(
-    numbers: dict[str, Any], softcap: float | None, window: int | None, common: dict[str, Any]
+    numbers: dict[str, int | None], scale: float | None, softcap: float | None, common: dict[str, Any]
 ) -> PrewarmRequest:
     missing = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is None]
     if missing:
         raise UsageError(f"missing {', '.join(missing)}")
-    shape = {name: value for name, value in numbers.items() if name != "scale"}
-    config = AttentionConfig(scale=numbers["scale"], softcap=softcap, window=window)
-    return PrewarmRequest(config=config, **shape, **common)
+    if scale is None:
+        scale = max(numbers["head_dim"] or 1, 1) ** -0.5  # a head_dim below 1 is the request's to refuse
+    config = AttentionConfig(scale=scale, softcap=softcap)
+    return PrewarmRequest(config=config, **numbers, **common)
 
 
 def _prewarm(runtime: Runtime, requests: list[PrewarmRequest], tune: bool) -> None:

@@ -121,6 +121,9 @@ def test_prewarm_shows_each_kernel(command: Command, warm_cache: Path) -> None:
     assert out.count("loaded") == 4
     code, out, _ = command(*words, "--dtype", "bfloat16", "--engine", "flex")
     assert (code, out.count("flex_forward float32"), out.count("flex_forward bfloat16")) == (0, 2, 2)
+    without_scale = [word for word in words if word not in NUMBERS[-2:]]
+    code, out, _ = command(*without_scale, "--engine", "flex")
+    assert (code, out.count("flex_forward float32")) == (0, 2)
     code, out, _ = command(*words, "--engine", "eager")
     assert (code, out.startswith("nothing to prewarm")) == (0, True)
     code, out, _ = command(*words, "--engine", "dense")
@@ -295,7 +298,9 @@ def test_masks_are_drawn_with_what_the_terminal_can_show(encoding: str, full: st
         ("prewarm --preset gemma2-2b --model x", "pass one of --preset"),
         ("prewarm --preset gemma2-2b --head-dim 3", "pass one of --preset"),
         ("prewarm --preset gemma9", "'gemma9', expected gemma2-2b"),
-        ("prewarm --num-heads 4", "missing --num-kv-heads, --head-dim, --scale"),
+        ("prewarm --num-heads 4", "missing --num-kv-heads, --head-dim"),
+        ("prewarm --num-heads 4 --num-kv-heads 2 --head-dim 0", "head_dim"),
+        ("prewarm --num-heads 4 --num-kv-heads 2 --head-dim 8 --window 3", "--window"),
         ("prewarm --num-heads four", "--num-heads"),
         (
             "prewarm --num-heads 4 --num-kv-heads 3 --head-dim 8 --scale 1",
