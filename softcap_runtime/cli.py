@@ -73,7 +73,9 @@ def run(arguments: list[str] | None = None) -> int:
         # typer 0.12 lets KeyboardInterrupt through, newer ones make it this code.
         return _fail("interrupted", code) if code == 130 else code
     except ClickException as error:
-        return _fail(error.format_message(), 2)
+        line = error.format_message()
+        misplaced = "No such option: --cache-dir" in line
+        return _fail(f"{line}; it stands before the command" if misplaced else line, 2)
     except (ValueError, EngineUnavailable) as error:
         return _fail(str(error), 2)
     except SoftcapRuntimeError as error:
@@ -96,7 +98,8 @@ def _fail(line: str, code: int) -> int:
 def _options(
     context: typer.Context,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the cache, in place of SOFTCAP_CACHE_DIR.")
+        str | None,
+        typer.Option(metavar="PATH", help="Folder of the cache, in place of SOFTCAP_CACHE_DIR."),
     ] = None,
 ) -> None:
     """Prewarm and look after the kernel cache of softcap_runtime."""

@@ -77,6 +77,12 @@ def _torch_name(value: Any) -> Any:
     return value
 
 
+def _not_empty(value: Any) -> Any:
+    if value == "":  # as a Path it would be the current folder
+        raise ValueError("expected a path, not an empty one")
+    return value
+
+
 def _expanded(path: Path) -> Path:
     try:
         return path.expanduser()
@@ -87,7 +93,7 @@ def _expanded(path: Path) -> Path:
 PositiveNumber = Annotated[float, BeforeValidator(_no_bool), AfterValidator(_in_range)]
 PositiveInt = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Length = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=LONGEST)]
-UserPath = Annotated[Path, AfterValidator(_expanded)]
+UserPath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_expanded)]
 
 
 class AttentionConfig(BaseModel):

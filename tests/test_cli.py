@@ -316,6 +316,7 @@ def test_masks_are_drawn_with_what_the_terminal_can_show(encoding: str, full: st
         ("prewarm --preset gemma2-2b --engine warp", "engine"),
         ("prewarm --preset gemma2-2b --engine flex --train", "no backward"),
         ("prewarm --model /nonexistent", "does not exist"),
+        ("inspect --cache-dir x", "it stands before the command"),
         ("inspect head_dim=3", "go with --explain"),
         ("inspect --explain width=3", "'width=3', expected field=value"),
         ("inspect --explain head_dim=x", "head_dim='x', expected an integer"),
@@ -351,6 +352,12 @@ def test_a_user_without_a_home(command: Command, tmp_path: Path, monkeypatch: py
     code, out, err = command("inspect")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.endswith("; set SOFTCAP_CACHE_DIR\n")
+
+
+def test_an_empty_cache_dir_is_not_the_current_folder(command: Command) -> None:
+    code, out, err = command("--cache-dir", "", "inspect")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "cache_dir: expected a path, not an empty one" in err
 
 
 def test_bad_settings_are_bad_usage(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
