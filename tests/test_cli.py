@@ -376,3 +376,19 @@ def test_scripts_are_doors_to_the_same_code(tmp_path: Path) -> None:
     assert (done.returncode, "nothing to prewarm" in done.stdout) == (0, True), done.stderr
     done = shell("softcap-runtime inspect | head -n 1", SOFTCAP_CACHE_DIR=str(tmp_path))
     assert (done.stdout.split()[0], "Traceback" in done.stderr) == ("folder", False)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("masks --png FOLDER/a.png", "--png: plots forward and train, expected"),
+        ("train --png FOLDER/none/a.png", "/none/a.png', expected a file in a folder that is there"),
+        ("masks --json FOLDER", "', expected a file in a folder that is there"),
+    ],
+)
+def test_a_benchmark_that_could_not_be_written_measures_nothing(
+    tmp_path: Path, words: str, said: str
+) -> None:
+    done = shell(f"'{sys.executable}' '{ROOT}/scripts/benchmark.py' {words.replace('FOLDER', str(tmp_path))}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr.splitlines()[-1]
