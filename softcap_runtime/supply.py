@@ -26,6 +26,7 @@ from softcap_runtime.kernels.gpu_options import BlockOptions, Direction, device_
 from softcap_runtime.kernels.jit import compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
 from softcap_runtime.kernels.table import KernelTable
+from softcap_runtime.prewarm_rows import kernel_name
 from softcap_runtime.store import Key, Store, fingerprint
 from softcap_runtime.store.processes import abandon
 
@@ -75,7 +76,8 @@ class Supply:
         if self.settings.jit == "forbid":
             if compiles_in_process(missing[0]):
                 raise KernelNotPrewarmed(
-                    f"{_words(missing[0])} is compiled in each process; call Runtime.prewarm in this one first"
+                    f"kernel {kernel_name(missing[0])} is compiled in each process; "
+                    "call Runtime.prewarm in this one first"
                 )
             raise KernelNotPrewarmed(self._why_missing(missing[0], problem))
         if self.settings.jit == "warn":
@@ -149,8 +151,8 @@ class Supply:
         """Why a kernel of ``problem`` is not here, in one line that says what to do."""
         # A query of its own, as the store's fault may be one of writing.
         if self.store.database.use("read", lambda index: index.totals() is not None, False):
-            return f"{_words(spec)} is not in the cache; run: {self.command(problem)}"
-        return f"{_words(spec)} cannot be read; set the cache right and call again: {self.store.fault}"
+            return f"kernel {kernel_name(spec)} is not in the cache; run: {self.command(problem)}"
+        return f"kernel {kernel_name(spec)} cannot be read; set the cache right and call again: {self.store.fault}"
 
     def after_fork(self) -> None:
         """In a forked child: no lock is held, no background build runs here."""
@@ -213,7 +215,9 @@ class Supply:
                 return
             except Exception as error:  # the thread's caller is gone: what went wrong is kept and logged
                 self.failed[spec] = str(error)
-                log.error("background build of %s failed, eager serves it: %s", _words(spec), error)
+                log.error(
+                    "background build of kernel %s failed, eager serves it: %s", kernel_name(spec), error
+                )
             finally:
                 self._building.discard(spec)
 
@@ -233,8 +237,3 @@ def _auth_key(settings: RuntimeSettings) -> bytes | None:
     if mode & 0o077:
         log.warning("cache_key_file: %s is open to others (mode %04o); run: chmod 600 %s", path, mode, path)
     return key
-
-
-def _words(spec: KernelSpec) -> str:
-    detail = [spec.dtype, spec.device, f"head_dim {spec.head_dim}" if spec.head_dim else "", spec.mask]
-    return f"kernel {spec.op} ({', '.join(word for word in detail if word)})"
