@@ -11,7 +11,13 @@ from benchmarks import forward, masks, overhead, startup, static, train
 from benchmarks.picture import draw
 from benchmarks.report import Report
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help=__doc__,
+)
 PARTS = {
     "forward": forward.measure,
     "masks": masks.measure,
@@ -33,6 +39,14 @@ def main(
     unknown = [part for part in parts if part not in (*PARTS, "all")]
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r}, expected one of {', '.join(PARTS)}, all")
+    # Told before the measuring, which takes long.
+    if png is not None and not {"forward", "train", "all"} & {*parts}:
+        raise typer.BadParameter(
+            "--png: plots forward and train, expected one of them or all among the parts"
+        )
+    for option, path in (("--json", json_file), ("--png", png)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise typer.BadParameter(f"{option}: {str(path)!r}, expected a file in a folder that is there")
     report = Report(quick)
     report.environment()
     for name in PARTS if "all" in parts else parts:

@@ -5,9 +5,11 @@ Exit codes: 0 for success, 1 when something failed or is wrong with the cache, 2
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,20 +31,51 @@ from softcap_runtime.supply import Supply
 UsageError: Any = typer.BadParameter.__mro__[1]
 ClickException: Any = typer.BadParameter.__mro__[2]
 
+# A drawing's tables have an element for each pair of blocks: some 100 MB at this length, 1.6 GB at four times as many.
+LONGEST_DRAWN = 2**18
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; errors that are to be expected are one line on standard error."""
-    sys.exit(run(arguments))
+    caught = _interrupted_by(signal.SIGINT, signal.SIGTERM)
+    code = run(arguments)
+    if caught:
+        # Not sys.exit: it would wait for a thread that waits for another process's build.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(128 + caught[0])
+    sys.exit(code)
+
+
+def _interrupted_by(*signals: signal.Signals) -> list[int]:
+    """Have the first of ``signals`` raise KeyboardInterrupt and stand in the list; later ones are ignored, as what is
+    to be cleaned up then is being cleaned up. One that the parent has this process ignore stays ignored."""
+    caught: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        if not caught:
+            caught.append(number)
+            raise KeyboardInterrupt
+
+    for one in signals:
+        if signal.getsignal(one) != signal.SIG_IGN:
+            signal.signal(one, interrupt)
+    return caught
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command; its exit code."""
     try:
-        return app(args=arguments, prog_name="softcap-runtime", standalone_mode=False) or 0
+        code: int = app(args=arguments, prog_name="softcap-runtime", standalone_mode=False) or 0
+        # typer 0.12 lets KeyboardInterrupt through, newer ones make it this code.
+        return _fail("interrupted", code) if code == 130 else code
     except ClickException as error:
-        return _fail(error.format_message(), 2)
+        line = error.format_message()
+        misplaced = "No such option: --cache-dir" in line
+        return _fail(f"{line}; it stands before the command" if misplaced else line, 2)
     except (ValueError, EngineUnavailable) as error:
         return _fail(str(error), 2)
     except SoftcapRuntimeError as error:
@@ -65,7 +98,8 @@ def _fail(line: str, code: int) -> int:
 def _options(
     context: typer.Context,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the cache, in place of SOFTCAP_CACHE_DIR.")
+        str | None,
+        typer.Option(metavar="PATH", help="Folder of the cache, in place of SOFTCAP_CACHE_DIR."),
     ] = None,
 ) -> None:
     """Prewarm and look after the kernel cache of softcap_runtime."""
@@ -88,11 +122,17 @@ def prewarm(
     num_heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
     num_kv_heads: Annotated[int | None, typer.Option(help="Key and value heads.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Size of a head.")] = None,
-    scale: Annotated[float | None, typer.Option(help="Factor on q @ k.T.")] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(help="Factor on q @ k.T, by default head_dim ** -0.5; kernels take any."),
+    ] = None,
     softcap: Annotated[float | None, typer.Option(help="Bound of the logits; none without it.")] = None,
-    window: Annotated[int | None, typer.Option(help="Visible keys, the query's own counted.")] = None,
     seq_len: Annotated[
-        list[int] | None, typer.Option(help="A length to check; kernels take any. Repeatable.")
+        list[int] | None,
+        typer.Option(
+            help="With --device cuda, a length to make calls of, as kernels differ by it; on the CPU they take any. "
+            "Repeatable."
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32, bfloat16 (the default) or float16. Repeatable.")
@@ -105,17 +145,17 @@ def prewarm(
     ] = False,
 ) -> None:
     """Build or load the kernels of a model, named by --preset, --model, or its numbers."""
-    numbers = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "scale": scale}
-    given = [value for value in (*numbers.values(), softcap, window) if value is not None]
+    numbers = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    given = [value for value in (*numbers.values(), scale, softcap) if value is not None]
     if (preset is not None) + (model is not None) + bool(given) != 1:
-        raise UsageError("pass one of --preset, --model, or --num-heads --num-kv-heads --head-dim --scale")
+        raise UsageError("pass one of --preset, --model, or --num-heads --num-kv-heads --head-dim")
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset: {preset!r}, expected {', '.join(PRESETS)}")
     common: dict[str, Any] = {"seq_lens": tuple(seq_len or ()), "device": device, "train": train}
     requests: list[PrewarmRequest] = []
     for each in dict.fromkeys(dtype or ["bfloat16"]):
         if given:
-            requests.append(_explicit(numbers, softcap, window, {**common, "dtype": each}))
+            requests.append(_explicit(numbers, scale, softcap, {**common, "dtype": each}))
         else:
             requests += requests_for(preset or model or "", **common, dtype=each)  # type: ignore[arg-type]
     settings = RuntimeSettings(**context.obj, **({} if engine is None else {"engine": engine}))
@@ -123,14 +163,15 @@ def prewarm(
 
 
 def _explicit(
-    numbers: dict[str, Any], softcap: float | None, window: int | None, common: dict[str, Any]
+    numbers: dict[str, int | None], scale: float | None, softcap: float | None, common: dict[str, Any]
 ) -> PrewarmRequest:
     missing = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is None]
     if missing:
         raise UsageError(f"missing {', '.join(missing)}")
-    shape = {name: value for name, value in numbers.items() if name != "scale"}
-    config = AttentionConfig(scale=numbers["scale"], softcap=softcap, window=window)
-    return PrewarmRequest(config=config, **shape, **common)
+    if scale is None:
+        scale = max(numbers["head_dim"] or 1, 1) ** -0.5  # a head_dim below 1 is the request's to refuse
+    config = AttentionConfig(scale=scale, softcap=softcap)
+    return PrewarmRequest(config=config, **numbers, **common)
 
 
 def _prewarm(runtime: Runtime, requests: list[PrewarmRequest], tune: bool) -> None:
@@ -252,7 +293,7 @@ def import_(
 
 @app.command()
 def mask(
-    seq_len: Annotated[int, typer.Option(min=1, help="Queries and keys.")],
+    seq_len: Annotated[int, typer.Option(min=1, max=LONGEST_DRAWN, help="Queries and keys.")],
     window: Annotated[int | None, typer.Option(min=1, help="Visible keys, the query's own counted.")] = None,
     documents: Annotated[
         str | None, typer.Option(help="Lengths of packed documents, such as 100,250,162.")
@@ -270,7 +311,8 @@ def mask(
     }
     check_mask_arguments(seq_len, seq_len, 1, torch.device("cpu"), causal=True, **tensors)
     intervals = row_intervals(seq_len, seq_len, causal=True, window=window, **tensors)
-    console().print(draw.mask_text(intervals))
+    out = console()
+    out.print(draw.mask_text(intervals, ascii_only=out.options.ascii_only))
     if png is not None:
         draw.save_png(png, intervals)
 

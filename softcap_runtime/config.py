@@ -28,6 +28,8 @@ SLIDING = "sliding_attention"
 FULL = "full_attention"
 # Kernels compute in float32, which must hold a number, its inverse, and a few times either.
 SMALLEST, LARGEST = 1e-37, 1e37
+# Of a sequence to prewarm for: 16 million tokens, whose mask is still made in under a second.
+LONGEST = 2**24
 
 
 def _no_bool(value: Any) -> Any:
@@ -75,6 +77,12 @@ def _torch_name(value: Any) -> Any:
     return value
 
 
+def _not_empty(value: Any) -> Any:
+    if value == "":  # as a Path it would be the current folder
+        raise ValueError("expected a path, not an empty one")
+    return value
+
+
 def _expanded(path: Path) -> Path:
     try:
         return path.expanduser()
@@ -84,7 +92,8 @@ def _expanded(path: Path) -> Path:
 
 PositiveNumber = Annotated[float, BeforeValidator(_no_bool), AfterValidator(_in_range)]
 PositiveInt = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
-UserPath = Annotated[Path, AfterValidator(_expanded)]
+Length = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=LONGEST)]
+UserPath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_expanded)]
 
 
 class AttentionConfig(BaseModel):
@@ -208,7 +217,7 @@ class PrewarmRequest(BaseModel):
     """Kernels to have ready: what the calls to come will look like.
 
     ``config``: the attention of the layer. ``num_heads``, ``num_kv_heads``, ``head_dim``: of the layer.
-    ``seq_lens``: lengths that will be used; kernels take any length, these get their masks too.
+    ``seq_lens``: lengths that will be used, up to 2**24; kernels take any length, these get their masks too.
     ``dtype``, ``device``: of q, k and v, torch's own or their names. ``train``: whether gradients will be asked for.
     """
 
@@ -219,7 +228,7 @@ class PrewarmRequest(BaseModel):
     num_heads: PositiveInt
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
-    seq_lens: tuple[PositiveInt, ...] = ()
+    seq_lens: tuple[Length, ...] = ()
     dtype: Annotated[DtypeName, BeforeValidator(_torch_name)] = "bfloat16"
     device: Annotated[str, BeforeValidator(_torch_name)] = "cpu"
     train: bool = False
@@ -230,11 +239,20 @@ class PrewarmRequest(BaseModel):
 
 
 def default_cache_dir() -> Path:
-    """``cache/`` of a checkout; the user's cache folder when the package is installed elsewhere."""
+    """``cache/`` of a checkout; the user's cache folder when the package is installed elsewhere.
+
+    Raises ValueError for a user without a home folder.
+    """
     root = Path(__file__).resolve().parent.parent
     if (root / "pyproject.toml").is_file() and (root / "cache" / ".gitignore").is_file():
         return root / "cache"
-    return Path(platformdirs.user_cache_dir("softcap_runtime", appauthor=False))
+    try:
+        return Path(platformdirs.user_cache_dir("softcap_runtime", appauthor=False))
+    except RuntimeError:
+        raise ValueError(
+            "cache_dir: not set, and this user has no home folder (HOME is not set) for the default; set "
+            "SOFTCAP_CACHE_DIR"
+        ) from None
 
 
 class RuntimeSettings(BaseSettings):

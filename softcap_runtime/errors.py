@@ -8,7 +8,7 @@ class SoftcapRuntimeError(RuntimeError):
 
 
 class KernelNotPrewarmed(SoftcapRuntimeError):
-    """``jit="forbid"`` and the kernel is not in the cache; the text is the command that builds it."""
+    """``jit="forbid"`` and the kernel is not in the cache, or that cannot be read; the text says what to do."""
 
 
 class BuildFailed(SoftcapRuntimeError):

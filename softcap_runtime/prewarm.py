@@ -13,6 +13,7 @@ from softcap_runtime import prewarm_gpu
 from softcap_runtime.checks import device_of
 from softcap_runtime.config import PrewarmRequest
 from softcap_runtime.kernels import blocked_cuda
+from softcap_runtime.kernels.children import Children
 from softcap_runtime.kernels.choose import candidates, choose
 from softcap_runtime.kernels.engine import Call, Problem
 from softcap_runtime.kernels.key import KernelSpec, dtype_of
@@ -58,15 +59,19 @@ def prewarm(
         )
     shapes = prewarm_gpu.to_tune(on_gpu) if tune else {}
     total = len(distinct) + len(shapes) + len(calls)
-    with shown_work(total, progress and total > 0) as shown, ThreadPoolExecutor(_cores()) as pool:
+    builders = Children()
+    pool = ThreadPoolExecutor(_cores(), initializer=builders.adopt_thread)
+    with shown_work(total, progress and total > 0) as shown:
         try:
             results = list(pool.map(lambda spec: _obtain(runtime, spec, shown), distinct))
             results += [prewarm_gpu.tune(runtime, *one, pool, shown) for one in shapes.items()]
             runtime.supply.table.forget_options()
             results += prewarm_gpu.make_calls(runtime, calls, pool, shown) if calls else []
-        except BaseException:
+        except BaseException:  # Ctrl-C among others: nobody waits for compilers whose kernels nobody wants
             pool.shutdown(wait=False, cancel_futures=True)
+            builders.stop()
             raise
+    pool.shutdown()
     failed = {result.spec for result in results if result.outcome == "failed"}
     for request, each in specs.items():
         if not failed.intersection(each):

@@ -67,8 +67,8 @@ def shown_work(total: int, progress: bool) -> Iterator[Shown]:
             task = bar.add_task(f"  {kernel_name(spec)}", total=None)
             try:
                 yield
+                bar.advance(overall)  # not for one that was interrupted
             finally:
                 bar.remove_task(task)
-                bar.advance(overall)
 
         yield line

@@ -18,6 +18,7 @@ from softcap_runtime import tuned
 from softcap_runtime.config import RuntimeSettings
 from softcap_runtime.errors import KernelNotPrewarmed
 from softcap_runtime.kernels import package, triton_build
+from softcap_runtime.kernels.children import Stopped
 from softcap_runtime.kernels.choose import choose, engine_named
 from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.engine import Engine, Problem
@@ -25,6 +26,7 @@ from softcap_runtime.kernels.gpu_options import BlockOptions, Direction, device_
 from softcap_runtime.kernels.jit import compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
 from softcap_runtime.kernels.table import KernelTable
+from softcap_runtime.prewarm_rows import kernel_name
 from softcap_runtime.store import Key, Store, fingerprint
 from softcap_runtime.store.processes import abandon
 
@@ -74,15 +76,12 @@ class Supply:
         if self.settings.jit == "forbid":
             if compiles_in_process(missing[0]):
                 raise KernelNotPrewarmed(
-                    f"{_words(missing[0])} is compiled in each process; call Runtime.prewarm in this one first"
+                    f"kernel {kernel_name(missing[0])} is compiled in each process; "
+                    "call Runtime.prewarm in this one first"
                 )
-            raise KernelNotPrewarmed(
-                f"{_words(missing[0])} is not in the cache; run: {self.command(problem)}"
-            )
+            raise KernelNotPrewarmed(self._why_missing(missing[0], problem))
         if self.settings.jit == "warn":
-            log.warning(
-                "building %s in a serving process; run: %s", _words(missing[0]), self.command(problem)
-            )
+            log.warning("building in a serving process: %s", self._why_missing(missing[0], problem))
         if self.settings.build == "background":
             self._build_in_background(missing)
             return Chosen(engine_named("eager", problem.device), "until its kernel is built", False)
@@ -123,9 +122,13 @@ class Supply:
 
     def command(self, problem: Problem) -> str:
         """The shell command that prewarms the kernels of ``problem``."""
-        words = ["softcap-runtime prewarm"]
-        if "cache_dir" in self.settings.model_fields_set:
-            words.insert(0, f"SOFTCAP_CACHE_DIR={shlex.quote(str(self.settings.cache_dir))}")
+        # A command with another cache, secret or limit would build what this process cannot use or must drop.
+        words = [
+            f"SOFTCAP_{name.upper()}={shlex.quote(str(getattr(self.settings, name) or ''))}"
+            for name in ("cache_dir", "cache_key_file", "cache_size_limit")
+            if name in self.settings.model_fields_set
+        ]
+        words.append("softcap-runtime prewarm")
         options: dict[str, object] = {
             "num-heads": problem.num_heads,
             "num-kv-heads": problem.num_kv_heads,
@@ -143,6 +146,13 @@ class Supply:
             options["engine"] = self.settings.engine
         words += [f"--{name} {value}" for name, value in options.items() if value is not None]
         return " ".join(words + (["--train"] if problem.train else []))
+
+    def _why_missing(self, spec: KernelSpec, problem: Problem) -> str:
+        """Why a kernel of ``problem`` is not here, in one line that says what to do."""
+        # A query of its own, as the store's fault may be one of writing.
+        if self.store.database.use("read", lambda index: index.totals() is not None, False):
+            return f"kernel {kernel_name(spec)} is not in the cache; run: {self.command(problem)}"
+        return f"kernel {kernel_name(spec)} cannot be read; set the cache right and call again: {self.store.fault}"
 
     def after_fork(self) -> None:
         """In a forked child: no lock is held, no background build runs here."""
@@ -175,11 +185,10 @@ class Supply:
         key = Key(spec.fields(), fingerprint("cuda", problem.device.index))
 
         def build() -> bytes:
-            words = _words(spec.summary())
             if jit == "forbid":
-                raise KernelNotPrewarmed(f"{words} is not in the cache; run: {self.command(problem)}")
+                raise KernelNotPrewarmed(self._why_missing(spec.summary(), problem))
             if jit == "warn":
-                log.warning("building %s in a serving process; run: %s", words, self.command(problem))
+                log.warning("building in a serving process: %s", self._why_missing(spec.summary(), problem))
             return triton_build.build(spec)
 
         loaded = self.store.load_or_build(key, build, lambda: {"compiler": triton_build.compiler_version()})
@@ -202,9 +211,13 @@ class Supply:
         for spec in specs:
             try:
                 self.table.runner(spec)
+            except Stopped:  # the process ends
+                return
             except Exception as error:  # the thread's caller is gone: what went wrong is kept and logged
                 self.failed[spec] = str(error)
-                log.error("background build of %s failed, eager serves it: %s", _words(spec), error)
+                log.error(
+                    "background build of kernel %s failed, eager serves it: %s", kernel_name(spec), error
+                )
             finally:
                 self._building.discard(spec)
 
@@ -224,8 +237,3 @@ def _auth_key(settings: RuntimeSettings) -> bytes | None:
     if mode & 0o077:
         log.warning("cache_key_file: %s is open to others (mode %04o); run: chmod 600 %s", path, mode, path)
     return key
-
-
-def _words(spec: KernelSpec) -> str:
-    detail = [spec.dtype, spec.device, f"head_dim {spec.head_dim}" if spec.head_dim else "", spec.mask]
-    return f"kernel {spec.op} ({', '.join(word for word in detail if word)})"

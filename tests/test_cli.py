@@ -121,6 +121,9 @@ def test_prewarm_shows_each_kernel(command: Command, warm_cache: Path) -> None:
     assert out.count("loaded") == 4
     code, out, _ = command(*words, "--dtype", "bfloat16", "--engine", "flex")
     assert (code, out.count("flex_forward float32"), out.count("flex_forward bfloat16")) == (0, 2, 2)
+    without_scale = [word for word in words if word not in NUMBERS[-2:]]
+    code, out, _ = command(*without_scale, "--engine", "flex")
+    assert (code, out.count("flex_forward float32")) == (0, 2)
     code, out, _ = command(*words, "--engine", "eager")
     assert (code, out.startswith("nothing to prewarm")) == (0, True)
     code, out, _ = command(*words, "--engine", "dense")
@@ -138,6 +141,17 @@ def test_prewarm_fails_when_a_build_does(
     code, out, err = command("--cache-dir", tmp_path / "file", *words[2:])
     assert (code, out) == (1, "")
     assert err.startswith("softcap-runtime: nothing could be kept: ")
+
+
+def test_an_interruption_is_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runtime, "prewarm", interrupted)
+    done = command("--cache-dir", tmp_path, "prewarm", "--preset", "gemma2-2b")
+    assert done == (130, "", "softcap-runtime: interrupted\n")
 
 
 def test_inspect_shows_the_cache(command: Command, tmp_path: Path) -> None:
@@ -267,6 +281,13 @@ def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
     assert plain != prefix
 
 
+@pytest.mark.parametrize(("encoding", "full"), [("ascii", "##"), ("iso-8859-1", "##"), ("utf-8", "██")])
+def test_masks_are_drawn_with_what_the_terminal_can_show(encoding: str, full: str) -> None:
+    done = shell("softcap-runtime mask --seq-len 512", PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{full} full block" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -277,7 +298,9 @@ def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
         ("prewarm --preset gemma2-2b --model x", "pass one of --preset"),
         ("prewarm --preset gemma2-2b --head-dim 3", "pass one of --preset"),
         ("prewarm --preset gemma9", "'gemma9', expected gemma2-2b"),
-        ("prewarm --num-heads 4", "missing --num-kv-heads, --head-dim, --scale"),
+        ("prewarm --num-heads 4", "missing --num-kv-heads, --head-dim"),
+        ("prewarm --num-heads 4 --num-kv-heads 2 --head-dim 0", "head_dim"),
+        ("prewarm --num-heads 4 --num-kv-heads 2 --head-dim 8 --window 3", "--window"),
         ("prewarm --num-heads four", "--num-heads"),
         (
             "prewarm --num-heads 4 --num-kv-heads 3 --head-dim 8 --scale 1",
@@ -287,11 +310,13 @@ def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
         ("prewarm --preset gemma2-2b --softcap 0", "pass one of"),
         ("prewarm --preset gemma2-2b --dtype int8", "dtype"),
         ("prewarm --preset gemma2-2b --seq-len 0", "seq_lens"),
+        ("prewarm --preset gemma2-2b --seq-len 1000000000000", "less than or equal to 16777216"),
         ("prewarm --preset gemma2-2b --device cuda:99", "this process sees"),
         ("prewarm --preset gemma2-2b --device abacus", "'abacus', expected a torch device"),
         ("prewarm --preset gemma2-2b --engine warp", "engine"),
         ("prewarm --preset gemma2-2b --engine flex --train", "no backward"),
         ("prewarm --model /nonexistent", "does not exist"),
+        ("inspect --cache-dir x", "it stands before the command"),
         ("inspect head_dim=3", "go with --explain"),
         ("inspect --explain width=3", "'width=3', expected field=value"),
         ("inspect --explain head_dim=x", "head_dim='x', expected an integer"),
@@ -300,6 +325,7 @@ def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
         ("export file --device moon", "'moon', expected a torch device"),
         ("mask", "--seq-len"),
         ("mask --seq-len 0", "--seq-len"),
+        ("mask --seq-len 100000000", "--seq-len"),
         ("mask --seq-len 10 --window 0", "--window"),
         ("mask --seq-len 10 --documents 3,4", "hold 7 tokens, expected --seq-len 10"),
         ("mask --seq-len 10 --documents 3,x", "'3,x', expected lengths"),
@@ -315,6 +341,23 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     assert err.count("\n") == 1
     assert words in err
     assert not (tmp_path / "cache").exists(), "a mistake leaves nothing behind"
+
+
+def test_a_user_without_a_home(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(*arguments: object, **options: object) -> str:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("platformdirs.user_cache_dir", no_home)
+    monkeypatch.setattr("softcap_runtime.config.__file__", str(tmp_path / "softcap_runtime" / "config.py"))
+    code, out, err = command("inspect")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.endswith("; set SOFTCAP_CACHE_DIR\n")
+
+
+def test_an_empty_cache_dir_is_not_the_current_folder(command: Command) -> None:
+    code, out, err = command("--cache-dir", "", "inspect")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "cache_dir: expected a path, not an empty one" in err
 
 
 def test_bad_settings_are_bad_usage(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,3 +376,19 @@ def test_scripts_are_doors_to_the_same_code(tmp_path: Path) -> None:
     assert (done.returncode, "nothing to prewarm" in done.stdout) == (0, True), done.stderr
     done = shell("softcap-runtime inspect | head -n 1", SOFTCAP_CACHE_DIR=str(tmp_path))
     assert (done.stdout.split()[0], "Traceback" in done.stderr) == ("folder", False)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("masks --png FOLDER/a.png", "--png: plots forward and train, expected"),
+        ("train --png FOLDER/none/a.png", "/none/a.png', expected a file in a folder that is there"),
+        ("masks --json FOLDER", "', expected a file in a folder that is there"),
+    ],
+)
+def test_a_benchmark_that_could_not_be_written_measures_nothing(
+    tmp_path: Path, words: str, said: str
+) -> None:
+    done = shell(f"'{sys.executable}' '{ROOT}/scripts/benchmark.py' {words.replace('FOLDER', str(tmp_path))}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr.splitlines()[-1]

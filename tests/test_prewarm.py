@@ -29,7 +29,7 @@ from softcap_runtime.kernels import package
 from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.presets import PRESETS, requests_for
-from softcap_runtime.prewarm_rows import kernel_name
+from softcap_runtime.prewarm_rows import Outcome, kernel_name, row_of, shown_work
 from softcap_runtime.supply import Supplied
 
 pytestmark = pytest.mark.usefixtures("all_kernels")
@@ -169,6 +169,22 @@ def test_names_tell_kernels_apart() -> None:
     one = KernelSpec("flex_forward", "cpu", "float32", 64, True, "band")
     others = [one._replace(dtype="float16"), one._replace(head_dim=32), one._replace(capped=False)]
     assert len({kernel_name(spec) for spec in [one, one._replace(mask="intervals"), *others]}) == 5
+
+
+def test_the_bar_counts_kernels_that_were_made_or_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = KernelSpec("flex_forward", "cpu", "float32", 64, True, "band")
+
+    def work(ending: BaseException | None) -> tuple[Outcome, int]:
+        if ending is not None:
+            raise ending
+        return "built", 1
+
+    with shown_work(3, progress=True) as shown:
+        for ending in (None, RuntimeError("no luck")):
+            row_of(spec, shown, lambda ending=ending: work(ending))
+        with pytest.raises(KeyboardInterrupt):
+            row_of(spec, shown, lambda: work(KeyboardInterrupt()))
+    assert "2/3" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_importing_the_package_imports_no_tool() -> None:

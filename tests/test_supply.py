@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import logging
+import sqlite3
 from pathlib import Path
 
 import pytest
+import torch
 
-from softcap_runtime import RuntimeSettings
-from softcap_runtime.store import Key, Store
+from softcap_runtime import AttentionConfig, KernelNotPrewarmed, Runtime, RuntimeSettings
+from softcap_runtime.store import Key, Store, database
+from softcap_runtime.store.schema import DBNAME
 from softcap_runtime.supply import Supply
 
 KEY = Key({"name": "a"}, {"cpu": "x"})
@@ -98,3 +101,51 @@ def test_a_store_outlives_its_supply(tmp_path: Path) -> None:
 
     assert store.database.use("read", collect_then_list, 0) >= 1
     assert store.fault is None
+
+
+def refusal(settings: RuntimeSettings) -> str:
+    """What a call says whose kernel may not be built."""
+    q = torch.randn(1, 2, 8, 64)
+    with pytest.raises(KernelNotPrewarmed) as caught:
+        Runtime(settings).attention(q, q, q, AttentionConfig(scale=0.125, softcap=50.0))
+    return str(caught.value)
+
+
+def test_a_cache_that_cannot_be_read_is_told_instead_of_a_command_that_cannot_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
+    settings = RuntimeSettings(cache_dir=tmp_path, engine="blocked", jit="forbid")
+    said = refusal(settings)
+    assert said.startswith("kernel block_forward float32 is not in the cache; run: SOFTCAP_CACHE_DIR=")
+    tmp_path.chmod(0o770)
+    said = refusal(settings)
+    assert " cannot be read; " in said
+    assert said.endswith(f"is writable by others; run: chmod go-w {tmp_path}")
+    tmp_path.chmod(0o700)
+    other = sqlite3.connect(tmp_path / DBNAME, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    said = refusal(settings)
+    assert " cannot be read; " in said
+    assert "locked" in said
+    assert "\n" not in said
+    other.close()
+    assert " is not in the cache; " in refusal(settings)
+
+
+def test_the_command_has_every_setting_of_the_cache(tmp_path: Path) -> None:
+    secret = tmp_path / "a secret"
+    secret.write_bytes(b"secret")
+    secret.chmod(0o600)
+    settings = RuntimeSettings(
+        cache_dir=tmp_path / "c",
+        cache_key_file=secret,
+        cache_size_limit="3GB",
+        engine="blocked",
+        jit="forbid",
+    )
+    command = refusal(settings).split("run: ", 1)[1]
+    files = f"SOFTCAP_CACHE_DIR={tmp_path}/c SOFTCAP_CACHE_KEY_FILE='{secret}'"
+    assert command.startswith(
+        f"{files} SOFTCAP_CACHE_SIZE_LIMIT=3000000000 softcap-runtime prewarm --num-heads 2 "
+    )

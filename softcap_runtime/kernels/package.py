@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from softcap_runtime.errors import BuildFailed
+from softcap_runtime.kernels import children
 from softcap_runtime.kernels.key import KernelSpec
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ def compiler_version() -> str:
 def build(spec: KernelSpec) -> bytes:
     """Compile the kernel of ``spec`` in a child process; the bytes of its package.
 
-    Raises BuildFailed with the end of the compiler's output, or naming the compiler that is missing.
+    Raises BuildFailed with the end of the compiler's output, or naming the compiler that is missing; Stopped when the
+    work that wants the kernel is given up.
     """
     if find_compiler() is None:
         raise BuildFailed(
@@ -62,41 +64,32 @@ def build(spec: KernelSpec) -> bytes:
             "import a bundle of prewarmed kernels, or use engine='eager'"
         )
     _sweep()
-    with tempfile.TemporaryDirectory(prefix=BUILD_FOLDER) as folder:
+    with tempfile.TemporaryDirectory(prefix=BUILD_FOLDER, ignore_cleanup_errors=True) as folder:
         target = Path(folder) / "kernel.pt2"
-        command = [
-            sys.executable,
-            "-m",
-            "softcap_runtime.kernels.graphs.builder",
-            json.dumps(spec.fields()),
-            str(target),
-        ]
+        module = "softcap_runtime.kernels.builder_process"
+        command = [sys.executable, "-m", module, json.dumps(spec.fields()), str(target)]
         try:
-            done = subprocess.run(
-                command,
-                env=_child_environment(folder),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=BUILD_TIMEOUT_S,
-                check=False,
+            code, stderr = children.current().run(
+                command, _child_environment(folder), Path(folder), BUILD_TIMEOUT_S
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise BuildFailed(f"cannot build {spec.op}: {error}") from error
-        if done.returncode != 0 or not target.is_file():
-            log.debug("build of %s failed:\n%s", spec, done.stderr)
-            if done.returncode < 0:
-                killer = signal.Signals(-done.returncode).name
-                advice = (
-                    "free memory and try again"
-                    if killer == "SIGKILL"
-                    else "if it does so again, torch cannot load what this compiler makes: set CXX to another, or use "
-                    "engine='eager'"
-                )
-                raise BuildFailed(f"cannot build {spec.op}: its builder died of {killer}; {advice}")
-            raise BuildFailed(f"cannot build {spec.op} (exit {done.returncode}): {_last_words(done.stderr)}")
+        if code != 0 or not target.is_file():
+            log.debug("build of %s failed:\n%s", spec, stderr)
+            if code < 0:
+                raise BuildFailed(f"cannot build {spec.op}: its builder died of {_death(-code)}")
+            raise BuildFailed(f"cannot build {spec.op} (exit {code}): {_last_words(stderr)}")
         return target.read_bytes()
+
+
+def _death(number: int) -> str:
+    killer = signal.Signals(number).name
+    if killer == "SIGKILL":
+        return f"{killer}; free memory and try again"
+    return (
+        f"{killer}; if it does so again, torch cannot load what this compiler makes: set CXX to another, or use "
+        "engine='eager'"
+    )
 
 
 def _sweep() -> None:
@@ -115,6 +108,7 @@ def _child_environment(folder: str) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": path,
+        "TMPDIR": folder,  # what a compiler that is killed leaves behind goes with the build
         # A cache of its own, gone with the build: Inductor's has no checksums and is not ours to trust.
         "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor"),
         # torch knows what this CPU can do; without this Inductor compiles a program to find out (6 s).

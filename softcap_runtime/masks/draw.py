@@ -37,23 +37,29 @@ _SHADES = {
     HIDDEN: ("░░", "grey50"),
     SKIPPED: ("··", "grey30"),
 }
+_ASCII = {FULL: "##", PARTIAL: "++", HIDDEN: "--", SKIPPED: ".."}
 _TEXT_SIDE, _PNG_SIDE, _MOST_LINES = 40, 1024, 64
 
 
-def mask_text(intervals: RowIntervals, batch_row: int = 0) -> Text:
+def mask_text(intervals: RowIntervals, batch_row: int = 0, ascii_only: bool = False) -> Text:
     """One batch row of the mask for ``rich.print``: queries downwards, keys to the right, up to 40 cells a side.
 
-    A cell stands for a power of two of rows and of keys. Raises ValueError for a batch row that is not there.
+    A cell stands for a power of two of rows and of keys. ``ascii_only``: for terminals that show nothing else.
+    Raises ValueError for a batch row that is not there.
     """
     one = _one_row(intervals, batch_row)
     cells, scale = _cells(one, _TEXT_SIDE)
+    shades = {
+        kind: (_ASCII[kind], style) if ascii_only else (sign, style)
+        for kind, (sign, style) in _SHADES.items()
+    }
     text = Text(no_wrap=True)
     for row in cells.tolist():
         for cell in row:
-            text.append(*_SHADES[cell])
+            text.append(*shades[cell])
         text.append("\n")
     for kind in (FULL, PARTIAL, HIDDEN, SKIPPED):
-        text.append(*_SHADES[kind])
+        text.append(*shades[kind])
         text.append(f" {_WORDS[kind]}\n")
     size = "one element" if scale == 1 else f"{scale} x {scale} elements"
     text.append(f"{one.q_len} queries x {one.kv_len} keys, a cell is {size}\n{_summary(one)}\n")

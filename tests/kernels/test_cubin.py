@@ -245,7 +245,7 @@ def test_forbidden_it_names_the_command(tmp_path: Path, built: list[CubinSpec]) 
     forbidding = supply(tmp_path, jit="forbid")
     with pytest.raises(KernelNotPrewarmed, match="--device cuda --seq-len 300") as caught:
         forbidding.table.function(PROBLEM, spec())
-    assert str(caught.value).startswith("kernel forward_kernel (bfloat16, cuda, head_dim 128, band) is not")
+    assert str(caught.value).startswith("kernel forward_kernel bfloat16 head_dim 128 band is not")
     approximate = supply(tmp_path, jit="forbid", softcap_approx=True)
     with pytest.raises(
         KernelNotPrewarmed, match=r"run: SOFTCAP_APPROX=1 SOFTCAP_CACHE_DIR=\S+ softcap-runtime"
@@ -264,5 +264,5 @@ def test_a_warning_is_logged(
 ) -> None:
     with caplog.at_level(logging.WARNING, "softcap_runtime"):
         supply(tmp_path, jit="warn").table.function(PROBLEM, spec())
-    assert ["building kernel forward_kernel" in record.message for record in caplog.records] == [True]
+    assert ["serving process: kernel forward_kernel" in record.message for record in caplog.records] == [True]
     assert built == [spec()]

@@ -1,0 +1,155 @@
+"""Builders and their compilers end with the work that wants them: by signal, by exit, by SIGKILL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from softcap_runtime import torch_features
+from softcap_runtime.kernels import children, package
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch_features.PACKAGES, reason="this torch builds no packages"),
+]
+
+PREWARM = "from softcap_runtime.cli import main; main(WORDS)".replace(
+    "WORDS",
+    "['prewarm', '--preset', 'gemma2-2b', '--engine', 'blocked', '--dtype', 'float32', '--dtype', 'float16']",
+)
+# A process that is no command line: Ctrl-C in it, its handlers its own.
+LIBRARY = """
+import signal
+from softcap_runtime import Runtime
+from softcap_runtime.presets import requests_for
+handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+requests = [one for dtype in ("float32", "float16") for one in requests_for("gemma2-2b", dtype=dtype)]
+try:
+    Runtime.get().prewarm(requests, progress=False)
+except KeyboardInterrupt:
+    assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    raise SystemExit(3)
+"""
+# Builds behind a call that eager serves, and the process ends before they do.
+BACKGROUND = """
+import pathlib, sys, time, torch
+from softcap_runtime import AttentionConfig, Runtime
+q = torch.randn(1, 2, 8, 64)
+Runtime.get().attention(q, q, q, AttentionConfig(scale=0.125, softcap=50.0))
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.05)
+"""
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    for _ in range(1200):
+        if true():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it never came true")
+
+
+class Started:
+    """A process that builds with a compiler which never ends."""
+
+    def __init__(self, folder: Path, code: str, **settings: str) -> None:
+        self.pids, self.temporary = folder / "pids", folder / "tmp"
+        self.temporary.mkdir()
+        compiler = folder / "c++"
+        compiler.write_text(f"#!/bin/sh\necho $$ >>{self.pids}\nsleep 600\n")
+        compiler.chmod(0o755)
+        environment = {
+            **os.environ,
+            "CXX": str(compiler),
+            "TMPDIR": str(self.temporary),
+            "SOFTCAP_CACHE_DIR": str(folder / "cache"),
+            "SOFTCAP_ENGINE": "blocked",
+            **settings,
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, str(self.pids)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def family(self, compilers: int) -> list[psutil.Process]:
+        """Everything that runs below the process, once it runs this many compilers."""
+        wait_until(lambda: self.pids.exists() and len(self.pids.read_text().split()) >= compilers)
+        assert list(self.temporary.glob(f"{package.BUILD_FOLDER}*"))
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def assert_gone(self, family: list[psutil.Process]) -> None:
+        """None of ``family`` runs; nothing of theirs is left."""
+        assert psutil.wait_procs(family, timeout=30)[1] == []
+        wait_until(lambda: not list(self.temporary.iterdir()))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_prewarm_with_its_compilers(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    started = Started(tmp_path, PREWARM)
+    family = started.family(compilers=2)
+    assert len(family) >= 4
+    started.process.send_signal(number)
+    _, err = started.process.communicate(timeout=60)
+    assert started.process.returncode == code
+    assert err.splitlines()[-1] == "softcap-runtime: interrupted"
+    assert "Traceback" not in err
+    assert list(started.temporary.iterdir()) == [], "gone before the process is"
+    started.assert_gone(family)
+
+
+def test_an_interrupted_prewarm_of_another_program(tmp_path: Path) -> None:
+    started = Started(tmp_path, LIBRARY)
+    family = started.family(compilers=2)
+    started.process.send_signal(signal.SIGINT)
+    assert started.process.communicate(timeout=60) == ("", "")
+    assert started.process.returncode == 3
+    started.assert_gone(family)
+
+
+def test_builds_in_the_background_end_with_their_process(tmp_path: Path) -> None:
+    started = Started(tmp_path, BACKGROUND, SOFTCAP_BUILD="background")
+    family = started.family(compilers=1)
+    assert started.process.communicate(timeout=60) == ("", "")
+    assert started.process.returncode == 0
+    started.assert_gone(family)
+
+
+def test_builders_end_when_their_process_is_killed(tmp_path: Path) -> None:
+    started = Started(tmp_path, PREWARM)
+    family = started.family(compilers=2)
+    started.process.kill()
+    started.process.communicate(timeout=60)
+    started.assert_gone(family)
+
+
+def test_a_child_of_fork_leaves_its_parents_builders_alone(tmp_path: Path) -> None:
+    """And work that was stopped starts no other child."""
+    code = (
+        "import os, pathlib, subprocess, sys, threading\n"
+        "from softcap_runtime.kernels import children\n"
+        "own = children.Children()\n"
+        "run = lambda: print(own.run(['sleep', '1'], os.environ, pathlib.Path('none'), 60))\n"
+        "thread = threading.Thread(target=run)\n"
+        "thread.start()\n"
+        "while not own._live: pass\n"
+        "if os.fork() == 0: sys.exit()\n"
+        "os.wait()\n"
+        "thread.join()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("(0, '')\n", "")
+    stopped = children.Children()
+    stopped.stop()
+    with pytest.raises(children.Stopped):
+        stopped.run(["true"], os.environ, tmp_path, 60)
