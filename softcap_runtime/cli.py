@@ -5,7 +5,6 @@ Exit codes: 0 for success, 1 when something failed or is wrong with the cache, 2
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -21,6 +20,7 @@ from torch import Tensor
 from softcap_runtime.checks import device_of
 from softcap_runtime.config import AttentionConfig, PrewarmRequest, RuntimeSettings
 from softcap_runtime.errors import EngineUnavailable, SoftcapRuntimeError
+from softcap_runtime.interrupts import interrupted_by, leave
 from softcap_runtime.presets import PRESETS, requests_for
 from softcap_runtime.runtime import Runtime
 from softcap_runtime.store import Store, fingerprint
@@ -39,31 +39,11 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; errors that are to be expected are one line on standard error."""
-    caught = _interrupted_by(signal.SIGINT, signal.SIGTERM)
+    caught = interrupted_by(signal.SIGINT, signal.SIGTERM)
     code = run(arguments)
     if caught:
-        # Not sys.exit: it would wait for a thread that waits for another process's build.
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
-        os._exit(128 + caught[0])
+        leave(caught[0])
     sys.exit(code)
-
-
-def _interrupted_by(*signals: signal.Signals) -> list[int]:
-    """Have the first of ``signals`` raise KeyboardInterrupt and stand in the list; later ones are ignored, as what is
-    to be cleaned up then is being cleaned up. One that the parent has this process ignore stays ignored."""
-    caught: list[int] = []
-
-    def interrupt(number: int, frame: object) -> None:
-        if not caught:
-            caught.append(number)
-            raise KeyboardInterrupt
-
-    for one in signals:
-        if signal.getsignal(one) != signal.SIG_IGN:
-            signal.signal(one, interrupt)
-    return caught
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -127,6 +107,9 @@ def prewarm(
         typer.Option(help="Factor on q @ k.T, by default head_dim ** -0.5; kernels take any."),
     ] = None,
     softcap: Annotated[float | None, typer.Option(help="Bound of the logits; none without it.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Visible keys, the query's own counted; kernels take any.")
+    ] = None,
     seq_len: Annotated[
         list[int] | None,
         typer.Option(
@@ -146,7 +129,7 @@ def prewarm(
 ) -> None:
     """Build or load the kernels of a model, named by --preset, --model, or its numbers."""
     numbers = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    given = [value for value in (*numbers.values(), scale, softcap) if value is not None]
+    given = [value for value in (*numbers.values(), scale, softcap, window) if value is not None]
     if (preset is not None) + (model is not None) + bool(given) != 1:
         raise UsageError("pass one of --preset, --model, or --num-heads --num-kv-heads --head-dim")
     if preset is not None and preset not in PRESETS:
@@ -155,7 +138,7 @@ def prewarm(
     requests: list[PrewarmRequest] = []
     for each in dict.fromkeys(dtype or ["bfloat16"]):
         if given:
-            requests.append(_explicit(numbers, scale, softcap, {**common, "dtype": each}))
+            requests.append(_explicit(numbers, scale, softcap, window, {**common, "dtype": each}))
         else:
             requests += requests_for(preset or model or "", **common, dtype=each)  # type: ignore[arg-type]
     settings = RuntimeSettings(**context.obj, **({} if engine is None else {"engine": engine}))
@@ -163,14 +146,18 @@ def prewarm(
 
 
 def _explicit(
-    numbers: dict[str, int | None], scale: float | None, softcap: float | None, common: dict[str, Any]
+    numbers: dict[str, int | None],
+    scale: float | None,
+    softcap: float | None,
+    window: int | None,
+    common: dict[str, Any],
 ) -> PrewarmRequest:
     missing = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is None]
     if missing:
         raise UsageError(f"missing {', '.join(missing)}")
     if scale is None:
         scale = max(numbers["head_dim"] or 1, 1) ** -0.5  # a head_dim below 1 is the request's to refuse
-    config = AttentionConfig(scale=scale, softcap=softcap)
+    config = AttentionConfig(scale=scale, softcap=softcap, window=window)
     return PrewarmRequest(config=config, **numbers, **common)
 
 

@@ -300,7 +300,7 @@ def test_masks_are_drawn_with_what_the_terminal_can_show(encoding: str, full: st
         ("prewarm --preset gemma9", "'gemma9', expected gemma2-2b"),
         ("prewarm --num-heads 4", "missing --num-kv-heads, --head-dim"),
         ("prewarm --num-heads 4 --num-kv-heads 2 --head-dim 0", "head_dim"),
-        ("prewarm --num-heads 4 --num-kv-heads 2 --head-dim 8 --window 3", "--window"),
+        ("prewarm --num-heads 4 --num-kv-heads 2 --head-dim 8 --window 0", "window"),
         ("prewarm --num-heads four", "--num-heads"),
         (
             "prewarm --num-heads 4 --num-kv-heads 3 --head-dim 8 --scale 1",
