@@ -102,7 +102,7 @@ def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, ker
     share = launcher(
         kernels,
         "decode_kernel",
-        (batch * kv_heads, splits, 1),
+        (batch * kv_heads * splits, 1, 1),
         [half, half, half, single, single, edge, edge],
         [
             *strides(where.align, q.stride(), k.stride(), v.stride()), mask.batch_stride(rows),

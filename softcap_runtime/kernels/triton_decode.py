@@ -25,9 +25,11 @@ def decode_kernel(
     STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Out ``[splits, B, Hq, Sq, DPAD]`` and Lse ``[splits, B, Hq, Sq]`` float32, contiguous, of one share."""
-    split = tl.program_id(1)  # the first dimension of a grid alone has room for any batch
-    b = tl.program_id(0) // Hkv
-    hk = tl.program_id(0) % Hkv
+    # One dimension, as the others have no room for any batch; the shares of a head side by side.
+    split = tl.program_id(0) % splits
+    pair = tl.program_id(0) // splits
+    b = pair // Hkv
+    hk = pair % Hkv
     packed = tl.arange(0, BLOCK_M)
     inside = packed < G * Sq
     h = hk * G + packed // Sq
@@ -64,7 +66,7 @@ def decode_kernel(
     acc = acc * tl.where(seen, 1.0 / l, 0.0)[:, None]
     top = m if ONLINE else reference
     lse = tl.where(seen, tl.log2(l) + top, float("-inf"))
-    heads = tl.num_programs(0) // Hkv * Hq
+    heads = tl.num_programs(0) // splits // Hkv * Hq
     at = ((split * heads + b * Hq + h) * Sq + row).to(tl.int64)
     tl.store(Out + at[:, None] * DPAD + columns[None, :], acc, mask=inside[:, None])
     tl.store(Lse + at, lse, mask=inside)
