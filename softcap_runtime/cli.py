@@ -221,9 +221,19 @@ def export_(
     file: Annotated[Path, typer.Argument(help="The bundle to write.")],
     device: Annotated[str, typer.Option(help="Whose kernels: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Write the kernels that fit this environment into one file, for machines like this one."""
+    """Write the kernels that fit this environment into one file, for machines like this one.
+
+    All or nothing: when one of them is damaged no file is written, and the exit code is 1.
+    """
+    from softcap_runtime.store.bundle import Incomplete
+
     store = _store(context)
-    count = store.export_bundle(file, fingerprint(device_of(device).type))
+    try:
+        count = store.export_bundle(file, fingerprint(device_of(device).type))
+    except Incomplete as incomplete:
+        for where, why in incomplete.bad:
+            _fail(f"entry {where[:12]}: {why}", 1)
+        raise
     if not count:
         raise SoftcapRuntimeError(
             store.fault or f"{store.folder} has nothing for this environment and {device}; prewarm first"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import sqlite3
 import subprocess
 import sys
 import sysconfig
@@ -240,6 +242,20 @@ def test_bundles_travel_and_tampered_ones_do_not(command: Command, tmp_path: Pat
     code, out, err = command("--cache-dir", tmp_path / "four", "import", bundle)
     assert (code, out) == (1, "imported 2 entries, 0 were present, 1 refused\n")
     assert "torch: bundle has '1.0'" in err
+
+
+def test_an_export_names_what_is_damaged(command: Command, tmp_path: Path) -> None:
+    fill(tmp_path / "cache").close()
+    words = ["--cache-dir", tmp_path / "cache", "export", tmp_path / "bundle"]
+    with contextlib.closing(sqlite3.connect(tmp_path / "cache" / DBNAME)) as connection:
+        connection.execute("UPDATE Cache SET value = x'00' WHERE key != 'counters'")
+        connection.commit()
+    code, out, err = command(*words)
+    assert (code, out, err.count("its checksum does not match its bytes")) == (1, "", 2)
+    assert err.splitlines()[-1].startswith(
+        "softcap-runtime: nothing was exported: 2 entries are damaged; run "
+    )
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_clear_empties_the_cache(command: Command, tmp_path: Path) -> None:

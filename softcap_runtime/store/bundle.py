@@ -12,13 +12,14 @@ import hmac
 import io
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from softcap_runtime.errors import SoftcapRuntimeError
 from softcap_runtime.store import entry as entries_
-from softcap_runtime.store.entry import MAX_DOCUMENT, BadEntry, Sealed
-from softcap_runtime.store.inspection import differing, document_of, entries
+from softcap_runtime.store.entry import MAX_DOCUMENT, BadEntry, NotAuthenticated, Sealed, printable
+from softcap_runtime.store.inspection import differing, document_of, listed
 from softcap_runtime.store.report import ImportReport, Problem
 
 if TYPE_CHECKING:
@@ -29,27 +30,60 @@ LENGTHS = struct.Struct(">QQ")
 MAX_BUNDLE = 2**34
 
 
+class Incomplete(SoftcapRuntimeError):
+    """An export that would lack entries; nothing was written. ``bad``: the damaged ones, by digest."""
+
+    def __init__(self, bad: Sequence[tuple[str, BadEntry]]) -> None:
+        foreign = sum(isinstance(why, NotAuthenticated) for _, why in bad)
+        self.bad = [one for one in bad if not isinstance(one[1], NotAuthenticated)]
+        told = [f"{len(self.bad)} entries are damaged"] if self.bad else []
+        remedy = "run verify --repair and prewarm, then export again"
+        if foreign:
+            told.append(f"{foreign} entries are not authenticated with this key")
+            remedy = f"set SOFTCAP_CACHE_KEY_FILE to the one that they were made with, or {remedy}"
+        super().__init__(f"nothing was exported: {' and '.join(told)}; {remedy}")
+
+
 def export(stock: Stock, path: Path, fingerprint: Mapping[str, str] | None) -> int:
     """See ``Store.export_bundle``."""
-    chosen = [
-        info.digest for info in entries(stock) if fingerprint is None or info.fingerprint == dict(fingerprint)
-    ]
+    chosen, bad = _chosen(stock, fingerprint)
     if stock.fault is not None:
         raise OSError(stock.fault)
+    if bad:
+        raise Incomplete(bad)
     body = io.BytesIO()
     body.write(MAGIC)
-    count = 0
-    for digest in chosen:
-        found = stock.sealed(digest)
-        if found is None:
-            continue
-        carried = entries_.reseal(found, stock.auth_key)
+    for one in chosen:
+        carried = entries_.reseal(one, stock.auth_key)
         text = carried.text.encode("ascii")
         body.write(LENGTHS.pack(len(text), len(carried.payload)) + text + carried.payload)
-        count += 1
     body.write(LENGTHS.pack(0, 0))
-    _write(path, body.getvalue(), stock.auth_key)
-    return count
+    try:
+        _write(path, body.getvalue(), stock.auth_key)
+    except OSError as error:
+        raise OSError(f"bundle {path} cannot be written: {error.strerror or error}") from error
+    return len(chosen)
+
+
+def _chosen(
+    stock: Stock, fingerprint: Mapping[str, str] | None
+) -> tuple[list[Sealed], list[tuple[str, BadEntry]]]:
+    """The entries that belong into a bundle, and which of them, or of rows that may be one, are bad and why.
+
+    Nothing is removed: an export that failed must fail again until somebody built what is missing.
+    """
+    bad: list[tuple[str, BadEntry]] = []
+    known = listed(stock, lambda _, row, why: bad.append((printable(str(row.key)[:100]), why)))
+    chosen = []
+    for info in known:
+        if fingerprint is not None and info.fingerprint != dict(fingerprint):
+            continue
+        found = stock.examine(info.digest)
+        if isinstance(found, BadEntry):
+            bad.append((info.digest, found))
+        elif found is not None:
+            chosen.append(found)
+    return chosen, bad
 
 
 def _write(path: Path, body: bytes, auth_key: bytes | None) -> None:

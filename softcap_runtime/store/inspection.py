@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,11 @@ NETWORK_FILESYSTEMS = (
 
 def entries(stock: Stock) -> list[EntryInfo]:
     """See ``Store.entries``."""
+    return listed(stock, lambda index, row, bad: stock.reject_row(index, row.rowid, bad))
+
+
+def listed(stock: Stock, odd: Callable[[Index, Row, BadEntry], None]) -> list[EntryInfo]:
+    """Every usable entry, least recently used first; ``odd`` is called for each row that is none."""
     stock.flush()
 
     def collect(index: Index) -> list[EntryInfo]:
@@ -55,7 +60,7 @@ def entries(stock: Stock) -> list[EntryInfo]:
             try:
                 found.append(_info(row))
             except BadEntry as bad:
-                stock.reject_row(index, row.rowid, bad)
+                odd(index, row, bad)
         return found
 
     nothing: list[EntryInfo] = []

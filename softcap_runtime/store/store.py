@@ -158,7 +158,9 @@ class Store(Stock):
     ) -> int:
         """Write entries (those of ``fingerprint``, or all) into one file; how many.
 
-        Raises OSError when the file cannot be written or the cache cannot be read.
+        Raises bundle.Incomplete when one of them is bad or not authenticated: then nothing is written, as a bundle
+        that lacks a kernel would be noticed on the machines that miss it. OSError when the file cannot be written
+        or the cache cannot be read.
         """
         from softcap_runtime.store import bundle
 

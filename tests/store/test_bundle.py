@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from softcap_runtime.store import Key, Store
+from softcap_runtime.store.bundle import Incomplete
 
 HERE = {"cpu": "AVX512 1", "torch": "2.13", "libc": "glibc 2.36"}
 THERE = {**HERE, "torch": "2.14", "cpu": "AVX2 2"}
@@ -87,10 +90,37 @@ def test_authentication(tmp_path: Path) -> None:
     assert Store(tmp_path / "four", MB).import_bundle(tmp_path / "signed", HERE).imported == 2
 
 
-def test_an_export_with_a_secret_signs_what_had_no_signature(tmp_path: Path) -> None:
+def test_an_export_vouches_for_no_entry_without_its_signature(tmp_path: Path) -> None:
     filled(tmp_path / "one").close()
-    # Without the secret the entries were accepted; with it they are not its to vouch for.
-    assert Store(tmp_path / "one", 100 * MB, b"secret").export_bundle(tmp_path / "bundle") == 0
+    with pytest.raises(
+        Incomplete, match=r"^nothing was exported: 3 entries are not authenticated with this key; set"
+    ):
+        Store(tmp_path / "one", 100 * MB, b"secret").export_bundle(tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+    assert Store(tmp_path / "one", 100 * MB).export_bundle(tmp_path / "bundle") == 3
+
+
+@pytest.mark.parametrize("column", ["value", "tag"])
+def test_an_export_that_would_lack_an_entry_writes_nothing(tmp_path: Path, column: str) -> None:
+    store = filled(tmp_path / "one")
+    digest = Key({"name": "a"}, HERE).digest
+    with contextlib.closing(sqlite3.connect(tmp_path / "one" / "cache.db")) as connection:
+        connection.execute(f"UPDATE Cache SET {column} = x'00' WHERE key = ?", (digest,))
+        connection.commit()
+    for _ in range(2):  # it stays so until somebody built it again
+        with pytest.raises(Incomplete, match="1 entries are damaged; run verify --repair") as caught:
+            store.export_bundle(tmp_path / "bundle", HERE)
+        assert [where for where, _ in caught.value.bad] == [digest]
+    assert not (tmp_path / "bundle").exists()
+    store.verify(repair=True)
+    assert store.export_bundle(tmp_path / "bundle", HERE) == 1
+
+
+def test_a_bundle_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        OSError, match=r"^bundle \S+/none/bundle cannot be written: No such file or directory$"
+    ):
+        filled(tmp_path / "one").export_bundle(tmp_path / "none" / "bundle")
 
 
 def test_missing_file_and_unusable_cache(tmp_path: Path) -> None:
