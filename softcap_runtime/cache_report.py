@@ -9,10 +9,26 @@ from pydantic import BaseModel, ConfigDict
 from softcap_runtime.gpu_info import Gpu, gpus
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.store import Key, Store, fingerprint
+from softcap_runtime.store.inspection import listed
 from softcap_runtime.store.key import FieldValue
 from softcap_runtime.store.report import EntryInfo, Explanation, StoreStatus
 
 Fields = Mapping[str, FieldValue]
+OPS = (
+    "flex_forward",
+    "block_forward",
+    "block_forward_half",
+    "block_softmax",
+    "block_backward",
+    "block_backward_half",
+)
+# The values of a field, and how they are told. GPU kernels have keys of another form.
+_KNOWN: dict[str, tuple[tuple[str, ...], str]] = {
+    "op": (OPS, ", ".join(OPS)),
+    "device": (("cpu",), "cpu; inspect lists the kernels of a GPU"),
+    "dtype": (("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
+    "mask": (("band", "intervals", ""), "band, intervals or nothing"),
+}
 # Stands in for the fields that are not given while the cache is empty.
 _DEFAULTS = KernelSpec("flex_forward", "cpu", "float32", 256, True, "band")
 
@@ -51,7 +67,7 @@ def explain(store: Store, words: Sequence[str]) -> Explanation:
     """
     wanted = _parsed(words)
     known: list[tuple[Fields, bool]] = [
-        (info.fields, info.fits) for info in store.entries() if set(info.fields) == set(KernelSpec._fields)
+        (info.fields, info.fits) for info in listed(store) if set(info.fields) == set(KernelSpec._fields)
     ]
     known = known or [(_DEFAULTS.fields(), True)]
     closest = max(known, key=lambda one: (*_closeness(one[0], wanted), one[1]))[0]
@@ -97,4 +113,7 @@ def _value(name: str, text: str) -> FieldValue:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"--explain: capped={text!r}, expected true or false")
         return text.lower() == "true"
+    known, told = _KNOWN[name]
+    if text not in known:
+        raise ValueError(f"--explain: {name}={text!r}, expected {told}")
     return text

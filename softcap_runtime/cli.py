@@ -78,6 +78,16 @@ def _store(context: typer.Context) -> Store:
     return Supply(RuntimeSettings(**context.obj)).store
 
 
+def _existing_store(context: typer.Context) -> Store:
+    """The store, for who only looks: of a folder that is there, as a wrong name must not make one."""
+    from softcap_runtime.store.inspection import absent
+
+    store = _store(context)
+    if not os.path.lexists(store.folder):
+        raise SoftcapRuntimeError(absent(store.folder))
+    return store
+
+
 @app.command()
 def prewarm(
     context: typer.Context,
@@ -162,12 +172,18 @@ def inspect(
     fields: Annotated[
         list[str] | None, typer.Argument(help="With --explain: key fields such as head_dim=256.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="JSON, as store/status.schema.json says.")] = False,
+    json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="JSON, as store/status.schema.json says; with --explain a document of its own, the answer's.",
+        ),
+    ] = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Say whether a kernel would be found, or why not.")
+        bool, typer.Option("--explain", help="Say whether a kernel would be found, or why not: exit code 1.")
     ] = False,
 ) -> None:
-    """Show where the cache is, its state, and every entry."""
+    """Show where the cache is, its state, and every entry; exit code 1 if it cannot be used."""
     from softcap_runtime import cache_report
     from softcap_runtime import cli_tables as tables
 
@@ -181,12 +197,17 @@ def inspect(
             print(answer.model_dump_json(indent=2))
         else:
             tables.show_explanation(tables.console(), answer)
+        if not answer.present:
+            raise typer.Exit(1)
         return
     report = cache_report.report(store, settings.softcap_approx)
     if json:
         print(report.model_dump_json(indent=2))
     else:
         tables.show_report(tables.console(), report)
+    status = report.status
+    if status.fault is not None or (status.exists and not status.trusted):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -197,7 +218,7 @@ def verify(
     """Read and check every entry; exit code 1 if anything was wrong, repaired or not."""
     from softcap_runtime import cli_tables as tables
 
-    store = _store(context)
+    store = _existing_store(context)
     problems = store.verify(repair=repair)
     if problems:
         tables.console().print(tables.problems_table(problems))
@@ -209,9 +230,14 @@ def verify(
 def clear(context: typer.Context) -> None:
     """Remove every entry; safe while other processes run."""
     store = _store(context)
+    if not os.path.lexists(store.folder):
+        print(f"nothing to clear: {store.folder} does not exist")
+        return
     removed = store.clear()
     if store.fault is not None:
         raise SoftcapRuntimeError(f"not cleared: {store.fault}")
+    if not store.database.writable:
+        raise SoftcapRuntimeError(f"not cleared: {store.folder} is read-only")
     print(f"removed {removed} entries from {store.folder}")
 
 
@@ -227,9 +253,10 @@ def export_(
     """
     from softcap_runtime.store.bundle import Incomplete
 
-    store = _store(context)
+    environment = fingerprint(device_of(device).type)
+    store = _existing_store(context)
     try:
-        count = store.export_bundle(file, fingerprint(device_of(device).type))
+        count = store.export_bundle(file, environment)
     except Incomplete as incomplete:
         for where, why in incomplete.bad:
             _fail(f"entry {where[:12]}: {why}", 1)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from softcap_runtime.cache_report import CacheReport
 from softcap_runtime.gpu_info import Gpu
+from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.prewarm_rows import PrewarmResult, kernel_name
 from softcap_runtime.store.entry import printable
 from softcap_runtime.store.report import Counter, EntryInfo, Explanation, Problem
@@ -46,10 +47,10 @@ def show_report(out: Console, report: CacheReport) -> None:
     """The folder, its verdict and counters, and every entry."""
     status = report.status
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("folder", plain(status.folder))
+    facts.add_row("folder", plain(status.folder if status.exists else f"{status.folder} (does not exist)"))
     verdict = f"{status.verdict} (owner {status.owner or '-'}, mode {status.mode or '-'})"
     facts.add_row("verdict", plain(verdict))
-    access = "writable" if status.writable else "read-only"
+    access = "writable" if status.writable else "read-only" if status.exists else "none yet"
     network = ", a network filesystem" if status.network_filesystem else ""
     facts.add_row("access", f"{access}, {status.filesystem}{network}")
     facts.add_row(
@@ -79,8 +80,9 @@ def show_report(out: Console, report: CacheReport) -> None:
 
 def show_explanation(out: Console, answer: Explanation) -> None:
     """Whether a key would be found, and how the nearest entry differs."""
-    found = "present: this kernel would be loaded"
-    out.print(found if answer.present else plain(f"absent: {answer.reason}"))
+    name = kernel_name(KernelSpec(**answer.fields))  # type: ignore[arg-type]
+    found = f"present: {name} would be loaded"
+    out.print(plain(found if answer.present else f"absent: {name}: {answer.reason}"))
     if answer.differences:
         table = Table("field", "wanted", "stored")
         for one in answer.differences:

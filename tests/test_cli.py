@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers import HEAD_DIM
 
-from softcap_runtime import AttentionConfig, KernelNotPrewarmed, Runtime, RuntimeSettings, cli
+from softcap_runtime import AttentionConfig, KernelNotPrewarmed, Runtime, RuntimeSettings, cache_report, cli
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.store import Key, Store, fingerprint
 from softcap_runtime.store.schema import DBNAME
@@ -179,11 +179,40 @@ def test_inspect_explains(
     fill(tmp_path / "cache").close()
     code, out, _ = command("--cache-dir", tmp_path / "cache", "inspect", "--explain", "--json", *fields)
     answer = json.loads(out)
-    assert (code, answer["present"]) == (0, present)
+    assert (code, answer["present"]) == (0 if present else 1, present)
+    assert [
+        f"{name}={answer['fields'][name]}".lower() for name in (word.split("=")[0] for word in fields)
+    ] == fields
     assert [one["field"] for one in answer["differences"]] == differs
     out = command("--cache-dir", tmp_path / "cache", "inspect", "--explain", *fields)[1]
-    assert out.startswith("present" if present else "absent")
+    assert out.startswith("present: flex_forward " if present else "absent: flex_forward ")
     assert all(name in out for name in differs)
+
+
+def test_a_bad_entry_is_explained_and_stays(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "cache").close()
+    words = ["--cache-dir", tmp_path / "cache", "inspect", "--explain", "head_dim=64"]
+    (tmp_path / "secret").write_bytes(b"a secret")
+    monkeypatch.setenv("SOFTCAP_CACHE_KEY_FILE", str(tmp_path / "secret"))
+    code, out, _ = command(*words)
+    assert (code, out.startswith("absent: ")) == (1, True)
+    assert "its HMAC is missing or made with another key" in out
+    monkeypatch.delenv("SOFTCAP_CACHE_KEY_FILE")
+    assert command(*words)[0] == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "cache" / DBNAME)) as connection:
+        connection.execute("UPDATE Cache SET value = x'00' WHERE key != 'counters'")
+        connection.commit()
+    for _ in range(2):
+        code, out, _ = command(*words)
+        assert (code, "its checksum does not match its bytes" in " ".join(out.split())) == (1, True)
+
+
+def test_the_ops_that_can_be_explained_are_those_that_are_compiled() -> None:
+    from softcap_runtime.kernels import graphs
+
+    assert set(cache_report.OPS) == set(graphs._MAKERS)
 
 
 def test_explaining_a_kernel_that_depends_on_no_head_dim(command: Command, tmp_path: Path) -> None:
@@ -194,9 +223,10 @@ def test_explaining_a_kernel_that_depends_on_no_head_dim(command: Command, tmp_p
     explain = ["--cache-dir", tmp_path, "inspect", "--explain"]
     assert command(*explain, "op=block_forward", "head_dim=77", "mask=band")[1].startswith("present")
     assert "head_dim: wanted 77" in command(*explain, "head_dim=77")[1]
+    (tmp_path / "empty").mkdir(mode=0o700)
     assert (
         "the cache is empty"
-        in command("--cache-dir", tmp_path / "none", "inspect", "--explain", "head_dim=1")[1]
+        in command("--cache-dir", tmp_path / "empty", "inspect", "--explain", "head_dim=1")[1]
     )
 
 
@@ -258,6 +288,39 @@ def test_an_export_names_what_is_damaged(command: Command, tmp_path: Path) -> No
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("inspect", 0),
+        ("inspect --json", 0),
+        ("inspect --explain head_dim=64", 1),
+        ("verify", 1),
+        ("verify --repair", 1),
+        ("export file", 1),
+        ("clear", 0),
+    ],
+)
+def test_who_only_looks_makes_nothing(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    got, out, err = command("--cache-dir", tmp_path / "typing" / "error", *line.split())
+    assert (got, list(tmp_path.iterdir())) == (code, [])
+    assert "does not exist" in out + err
+    assert line.startswith("inspect") or (out + err).count("\n") == 1
+    (tmp_path / "empty").mkdir(mode=0o700)
+    command("--cache-dir", tmp_path / "empty", *line.split())
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_read_only_cache_is_not_cleared(command: Command, tmpfs: Callable[[str], Path]) -> None:
+    place = tmpfs("size=4m")
+    fill(place / "cache").close()
+    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    code, out, err = command("--cache-dir", place / "cache", "clear")
+    assert (code, out, err) == (1, "", f"softcap-runtime: not cleared: {place / 'cache'} is read-only\n")
+
+
 def test_clear_empties_the_cache(command: Command, tmp_path: Path) -> None:
     fill(tmp_path / "cache").close()
     code, out, _ = command("--cache-dir", tmp_path / "cache", "clear")
@@ -265,6 +328,8 @@ def test_clear_empties_the_cache(command: Command, tmp_path: Path) -> None:
     assert json.loads(command("--cache-dir", tmp_path / "cache", "inspect", "--json")[1])["entries"] == []
     (tmp_path / "file").touch()
     assert command("--cache-dir", tmp_path / "file", "clear")[0] == 1
+    code, out, _ = command("--cache-dir", tmp_path / "file", "inspect")
+    assert (code, "is a file, expected a folder" in " ".join(out.split())) == (1, True)
 
 
 def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
@@ -312,6 +377,10 @@ def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
         ("inspect --explain width=3", "'width=3', expected field=value"),
         ("inspect --explain head_dim=x", "head_dim='x', expected an integer"),
         ("inspect --explain capped=2", "capped='2', expected true or false"),
+        ("inspect --explain op=foo", "op='foo', expected flex_forward, block_forward, "),
+        ("inspect --explain mask=foo", "mask='foo', expected band, intervals or nothing"),
+        ("inspect --explain dtype=foo", "dtype='foo', expected float32, bfloat16 or float16"),
+        ("inspect --explain device=cuda", "device='cuda', expected cpu; inspect lists the kernels of a GPU"),
         ("export", "Missing argument"),
         ("export file --device moon", "'moon', expected a torch device"),
         ("mask", "--seq-len"),

@@ -104,7 +104,7 @@ def test_garbage_collected_in_a_transaction_waits_for_nothing_and_loses_no_count
 
     other = Store(tmp_path, 2**20)
     with caplog.at_level(logging.WARNING, "softcap_runtime"):
-        assert other.database.use("count", lambda index: index.merge({}, collect) is None, False)
+        assert other.database.use("count", lambda index: index.merge({}, collect) is None, False, create=True)
     # Who waits for the transaction that it runs in gives up in the end, and says that the database is locked.
     assert not caplog.records
     assert Store(tmp_path, 2**20).status().counters["misses"].value == 1

@@ -152,7 +152,7 @@ class Stock:
             if not self.database.can_write():
                 return False
             evicted = self.database.use(
-                "write", lambda index: index.publish(digest, sealed, self.size_limit), None
+                "write", lambda index: index.publish(digest, sealed, self.size_limit), None, create=True
             )
             if evicted is None:
                 return False
@@ -161,11 +161,14 @@ class Stock:
             return True
 
     def clear(self) -> int:
-        """Remove every entry, on disk and in memory; how many. Safe while other processes run."""
+        """Remove every entry, on disk and in memory; how many. Safe while other processes run.
+
+        In a read-only folder nothing is removed from disk: ``database.writable`` says so.
+        """
         with DATABASE_LOCK:
             held = len(self._memory)
             self._memory.clear()
-            if not self.database.can_write():
+            if not self.database.can_write(create=False):
                 return held
             return held + self.database.use("write", lambda index: index.remove_entries(), 0)
 

@@ -219,6 +219,7 @@ def test_a_database_of_a_newer_version_is_left_alone(folder: Path) -> None:
     assert store.load_or_build(GOOD, lambda: b"mine").source == "built"
     assert store.fault is not None
     assert "newer version" in store.fault
+    assert "set another SOFTCAP_CACHE_DIR or remove this folder" in store.fault
     assert (folder / "cache.db").read_bytes() == before
 
 

@@ -140,6 +140,8 @@ def test_entries_tell_what_does_not_fit(store: Store) -> None:
 
 
 def test_explain_names_the_fields_of_the_nearest(store: Store) -> None:
+    assert store.explain(key("a")).reason == f"cache folder {store.folder} does not exist"
+    assert store.database.can_write()
     assert store.explain(key("a")).reason == "the cache is empty"
     store.load_or_build(key("a", n=1), lambda: b"x")
     store.load_or_build(key("b", n=7), lambda: b"x")
