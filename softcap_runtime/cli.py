@@ -144,16 +144,24 @@ def _explicit(
 
 
 def _prewarm(runtime: Runtime, requests: list[PrewarmRequest], tune: bool) -> None:
+    from softcap_runtime import cache_report
     from softcap_runtime import cli_tables as tables
     from softcap_runtime.prewarm import kernels_of, runs_triton
+    from softcap_runtime.prewarm_rows import kernel_name
 
     engine = runtime.settings.engine
-    if not any([kernels_of(request, engine) or runs_triton(request, engine) for request in requests]):
+    specs = list(dict.fromkeys(spec for request in requests for spec in kernels_of(request, engine)))
+    if not specs and not any(runs_triton(request, engine) for request in requests):
         print("nothing to prewarm: no kernel of the engine that would serve this is kept in the cache")
         return
     store = runtime.supply.store
     if not store.database.can_write() and store.fault is not None:
         raise SoftcapRuntimeError(f"nothing could be kept: {store.fault}")
+    if not store.database.writable and (missing := cache_report.missing(runtime.supply, specs)):
+        raise SoftcapRuntimeError(
+            f"{len(missing)} kernels are missing in {store.folder}, which is read-only ({kernel_name(missing[0])}); "
+            "prewarm it as its owner or set another SOFTCAP_CACHE_DIR"
+        )
     results = runtime.prewarm(requests, progress=True, tune=tune)
     store.flush()
     tables.console().print(tables.prewarm_table(results))
@@ -162,7 +170,10 @@ def _prewarm(runtime: Runtime, requests: list[PrewarmRequest], tune: bool) -> No
     if store.held_in_memory:
         why = store.fault or f"{store.folder} is read-only"
         _fail(f"{store.held_in_memory} kernels could not be written: {why}", 1)
-    if store.held_in_memory or any(result.outcome == "failed" for result in results):
+    not_kept = cache_report.not_kept(runtime.supply, device_of(requests[0].device))
+    if not_kept is not None:
+        _fail(not_kept, 1)
+    if store.held_in_memory or not_kept or any(result.outcome == "failed" for result in results):
         raise typer.Exit(1)
 
 

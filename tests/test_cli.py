@@ -129,6 +129,58 @@ def test_prewarm_shows_each_kernel(command: Command, warm_cache: Path) -> None:
     assert (code, "compiled in each process" in out) == (0, True)
 
 
+@pytest.fixture
+def tiny_packages(monkeypatch: pytest.MonkeyPatch) -> list[KernelSpec]:
+    """Builds make 1,000 bytes that nobody can run; the specs that were built."""
+    built: list[KernelSpec] = []
+
+    def build(spec: KernelSpec) -> bytes:
+        built.append(spec)
+        return os.urandom(1000)
+
+    monkeypatch.setattr("softcap_runtime.kernels.package.build", build)
+    monkeypatch.setattr("softcap_runtime.kernels.table._loaded", lambda spec, data: object())
+    return built
+
+
+def test_prewarm_fails_when_its_kernels_evict_each_other(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_packages: list[KernelSpec]
+) -> None:
+    words = ["--cache-dir", tmp_path / "cache", "prewarm", "--preset", "gemma2-2b", "--train"]
+    monkeypatch.setenv("SOFTCAP_CACHE_SIZE_LIMIT", "1500")
+    code, _, err = command(*words)
+    count = len(tiny_packages)
+    told = f"softcap-runtime: {count - 1} of {count} kernels did not stay in the cache: together they need "
+    assert (code, err.splitlines()[-1]) == (
+        1,
+        f"{told}{count}000 bytes, SOFTCAP_CACHE_SIZE_LIMIT is 1500; raise it and prewarm again",
+    )
+    monkeypatch.setenv("SOFTCAP_CACHE_SIZE_LIMIT", f"{count}000")
+    assert command(*words)[0] == 0
+    assert command("--cache-dir", tmp_path / "cache", "verify")[1].startswith(f"{count} entries are good")
+
+
+def test_prewarm_builds_nothing_for_a_read_only_folder(
+    command: Command, tmp_path: Path, tmpfs: Callable[[str], Path], tiny_packages: list[KernelSpec]
+) -> None:
+    place = tmpfs("size=4m")
+    what = ["prewarm", "--preset", "gemma2-2b", "--engine", "blocked"]
+    assert command("--cache-dir", tmp_path / "other", *what)[0] == 0
+    store = Store(place / "cache", 2**30)
+    for spec in tiny_packages:
+        store.load_or_build(Key(spec.fields(), fingerprint("cpu")), lambda: b"a kernel")
+    store.close()
+    words = ["--cache-dir", place / "cache", *what]
+    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    tiny_packages.clear()
+    assert command(*words)[0] == 0, "all of it is there"
+    code, out, err = command(*words, "--train")
+    assert (code, out, tiny_packages) == (1, "", [])
+    told = f"softcap-runtime: 1 kernels are missing in {place / 'cache'}, which is read-only (block_backward"
+    assert err.startswith(told)
+    assert err.count("\n") == 1
+
+
 def test_prewarm_fails_when_a_build_does(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

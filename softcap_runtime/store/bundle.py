@@ -102,10 +102,9 @@ def _write(path: Path, body: bytes, auth_key: bytes | None) -> None:
 
 def import_(stock: Stock, path: Path, expected: Mapping[str, str]) -> ImportReport:
     """See ``Store.import_bundle``."""
-    carried = read(path, stock.auth_key)
-    imported = present = 0
+    fitting: dict[str, Sealed] = {}
     refused: list[Problem] = []
-    for entry in carried:
+    for entry in read(path, stock.auth_key):
         try:
             document = document_of(entry.text)
             digest = entries_.document_digest(document.model_dump())
@@ -113,20 +112,38 @@ def import_(stock: Stock, path: Path, expected: Mapping[str, str]) -> ImportRepo
         except BadEntry as bad:
             raise ValueError(f"bundle {path}: refused, one of its entries is bad: {bad}") from None
         differs = differing(document.fingerprint, expected)
-        if differs:
-            told = "; ".join(
-                f"{name}: bundle has {document.fingerprint.get(name)!r}, here {expected.get(name)!r}"
-                for name in differs
-            )
-            refused.append(Problem(where=digest, what=f"does not fit: {told}", repaired=False))
-        elif stock.sealed(digest) is not None:
-            present += 1
-        elif stock.put(digest, entry):
+        if not differs:
+            fitting[digest] = entry
+            continue
+        told = "; ".join(
+            f"{name}: bundle has {document.fingerprint.get(name)!r}, here {expected.get(name)!r}"
+            for name in differs
+        )
+        refused.append(Problem(where=digest, what=f"does not fit: {told}", repaired=False))
+    needed = sum(len(entry.payload) for entry in fitting.values())
+    if needed > stock.size_limit:  # the last would evict the first
+        raise ValueError(
+            f"bundle {path}: nothing was imported, its {len(fitting)} entries for here need {needed} bytes; "
+            f"SOFTCAP_CACHE_SIZE_LIMIT is {stock.size_limit}, raise it"
+        )
+    return _taken(stock, fitting, refused)
+
+
+def _taken(stock: Stock, fitting: Mapping[str, Sealed], refused: list[Problem]) -> ImportReport:
+    """Publish what is not here yet."""
+    present = [digest for digest in fitting if stock.sealed(digest) is not None]
+    for digest in present:
+        stock.counters.use(digest, 0)  # no load, but none of those that the new ones may evict
+    stock.flush()
+    new = [digest for digest in fitting if digest not in present]
+    imported = 0
+    for digest in new:
+        if stock.put(digest, fitting[digest]):
             imported += 1
         else:
             what = f"could not be written: {stock.fault}"
             refused.append(Problem(where=digest, what=what, repaired=False))
-    return ImportReport(imported=imported, present=present, refused=refused)
+    return ImportReport(imported=imported, present=len(present), refused=refused)
 
 
 def read(path: Path, auth_key: bytes | None) -> list[Sealed]:

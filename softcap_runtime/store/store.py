@@ -114,6 +114,7 @@ class Store(Stock):
             provenance={} if describe is None else describe(),
             auth_key=self.auth_key,
         )
+        self.flush()  # what this process loaded counts as used before the least recently used leave
         self.put(key.digest, sealed)
         self.flush()
         self.sweep()
@@ -171,8 +172,8 @@ class Store(Stock):
     ) -> ImportReport:
         """Take the entries of a bundle that fit ``expected_fingerprint``; the report names the rest.
 
-        Raises OSError when the file cannot be read, ValueError when it is not a bundle or was changed: then
-        nothing is taken.
+        Raises OSError when the file cannot be read, ValueError when it is not a bundle, was changed, or holds more
+        for here than the size limit: then nothing is taken.
         """
         from softcap_runtime.store import bundle
 

@@ -123,6 +123,26 @@ def test_a_bundle_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         filled(tmp_path / "one").export_bundle(tmp_path / "none" / "bundle")
 
 
+def test_a_bundle_above_the_size_limit_is_not_begun(tmp_path: Path) -> None:
+    filled(tmp_path / "one").export_bundle(tmp_path / "bundle", HERE)
+    small = Store(tmp_path / "two", 50_000)
+    small.load_or_build(Key({"name": "mine"}, HERE), lambda: b"mine")
+    told = r"its 2 entries for here need 60000 bytes; SOFTCAP_CACHE_SIZE_LIMIT is 50000, raise it$"
+    with pytest.raises(ValueError, match=told):
+        small.import_bundle(tmp_path / "bundle", HERE)
+    assert small.load(Key({"name": "mine"}, HERE)) == b"mine"
+
+
+def test_an_import_evicts_others_before_its_own(tmp_path: Path) -> None:
+    filled(tmp_path / "one").export_bundle(tmp_path / "bundle", HERE)
+    store = Store(tmp_path / "two", 70_000)
+    for name in "a-":  # what is present was used before what is not in the bundle
+        store.load_or_build(Key({"name": name}, HERE), lambda name=name: payload(name))
+    report = store.import_bundle(tmp_path / "bundle", HERE)
+    assert (report.imported, report.present) == (1, 1)
+    assert [store.load(Key({"name": name}, HERE)) is not None for name in "ab-"] == [True, True, False]
+
+
 def test_missing_file_and_unusable_cache(tmp_path: Path) -> None:
     store = Store(tmp_path / "one", MB)
     with pytest.raises(FileNotFoundError):

@@ -112,6 +112,17 @@ def test_least_recently_used_leave_first(tmp_path: Path) -> None:
     assert store.status().bytes <= 3 * MB
 
 
+def test_what_this_process_loaded_was_used_when_it_builds_more(tmp_path: Path) -> None:
+    first = Store(tmp_path / "cache", 3 * MB)
+    for name in "abc":
+        first.load_or_build(key(name), lambda: bytes(MB))
+    first.close()
+    store = Store(tmp_path / "cache", 3 * MB)
+    store.load_or_build(key("a"), never)
+    store.load_or_build(key("d"), lambda: bytes(MB))
+    assert [store.load(key(name)) is not None for name in "abcd"] == [True, False, True, True]
+
+
 def test_an_entry_above_the_limit_works_from_memory(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache", 10)
     assert store.load_or_build(key("a"), lambda: bytes(11)).source == "built"
