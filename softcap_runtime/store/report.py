@@ -30,6 +30,7 @@ class Document(_Frozen):
 class EntryInfo(_Frozen):
     """One entry. Times in seconds since the epoch, ``build_seconds`` in seconds, ``bytes`` of its payload.
 
+    ``hits``: how often a process loaded it; a process does so once, and then calls it from its memory.
     ``fits``: whether this environment can use it; ``differs``: the fingerprint fields that say no.
     """
 

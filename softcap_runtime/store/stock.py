@@ -186,12 +186,9 @@ class Stock:
 
     # Counting
 
-    def count_use(self, digest: str, n: int = 1) -> None:
-        """Count ``n`` uses of an entry beside its loads, which count themselves.
-
-        In memory; written at exit, and by a thread about once a minute.
-        """
-        self.counters.use(digest, n)
+    def count_use(self, digest: str) -> None:
+        """Count a load of an entry; in memory, written at exit and by a thread about once a minute."""
+        self.counters.use(digest, 1)
         if time.monotonic() > self._flush_at:
             self._flush_at = time.monotonic() + FLUSH_SECONDS
             threading.Thread(target=self.flush, name="softcap-store-flush", daemon=True).start()

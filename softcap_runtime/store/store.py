@@ -50,6 +50,12 @@ class Store(Stock):
         self._count_hit(key, found[1])
         return found[0]
 
+    def _found(
+        self, key: Key, found: tuple[bytes, Literal["disk", "memory"]], started: float, waited: float
+    ) -> Loaded:
+        self._count_hit(key, found[1])
+        return Loaded(*found, time.perf_counter() - started - waited, waited)
+
     def _count_hit(self, key: Key, source: str) -> None:
         self.counters.add("hits")
         if source == "disk":
@@ -71,17 +77,18 @@ class Store(Stock):
            is published. ``describe`` gives what built it (strings, e.g. the compiler): the provenance.
         5. Publish: atomic; a disk fault is counted (``write_failures``) and kept in ``fault``, and the entry
            stays in memory until a later ``flush`` can write it.
+
+        A call counts as a hit when the bytes were found, be it after waiting for who built them, and as a miss when
+        they had to be built.
         """
         started = time.perf_counter()
         found = self.find(key.digest)
         if found is not None:
-            self._count_hit(key, found[1])
-            return Loaded(*found, time.perf_counter() - started, 0.0)
-        self.counters.add("misses")
+            return self._found(key, found, started, 0.0)
         with self.database.locks.thread(key.digest) as waited:
             found = self.find(key.digest)
             if found is not None:
-                return Loaded(*found, time.perf_counter() - started - waited, waited)
+                return self._found(key, found, started, waited)
             if not self.database.can_write():
                 return self._build(key, build, describe, waited)
             with self.database.locks.process(key.digest) as waited_for_process:
@@ -90,7 +97,7 @@ class Store(Stock):
                 waited += waited_for_process
                 found = self.find(key.digest)
                 if found is not None:
-                    return Loaded(*found, time.perf_counter() - started - waited, waited)
+                    return self._found(key, found, started, waited)
                 return self._build(key, build, describe, waited)
 
     def _build(
@@ -100,6 +107,7 @@ class Store(Stock):
         describe: Callable[[], Mapping[str, str]] | None,
         waited: float,
     ) -> Loaded:
+        self.counters.add("misses")
         started = time.perf_counter()
         data = build()
         seconds = time.perf_counter() - started

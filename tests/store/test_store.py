@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,29 @@ def test_a_load_is_a_use(store: Store) -> None:
     assert (infos["a"].hits, infos["b"].hits) == (2, 0)
     assert infos["a"].last_used > first["a"]
     assert [info.fields["name"] for info in store.entries()] == ["b", "a"]
+
+
+def test_what_another_thread_built_meanwhile_is_a_hit_and_a_load(store: Store) -> None:
+    building, both = threading.Event(), threading.Event()
+
+    def build() -> bytes:
+        building.set()
+        both.wait(10)
+        return b"x"
+
+    first = threading.Thread(target=store.load_or_build, args=(key("a"), build))
+    first.start()
+    assert building.wait(10)
+    waiting: list[str] = []
+    second = threading.Thread(target=lambda: waiting.append(store.load_or_build(key("a"), never).source))
+    second.start()
+    time.sleep(0.2)
+    both.set()
+    first.join(10)
+    second.join(10)
+    counters = store.status().counters
+    assert (waiting, counters["hits"].value, counters["misses"].value) == (["disk"], 1, 1)
+    assert [info.hits for info in store.entries()] == [1]
 
 
 def test_no_wait_is_counted_where_nobody_else_builds(store: Store) -> None:
