@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -15,6 +15,7 @@ from softcap_runtime.gpu_info import Gpu
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.prewarm_rows import PrewarmResult, kernel_name
 from softcap_runtime.store.entry import printable
+from softcap_runtime.store.key import FieldValue
 from softcap_runtime.store.report import Counter, EntryInfo, Explanation, Problem
 
 # A pipe has no width; 80 columns would cut what a reader or grep looks for.
@@ -30,7 +31,7 @@ def console() -> Console:
 
 def prewarm_table(results: Sequence[PrewarmResult]) -> Table:
     """What was built, loaded or failed."""
-    table = Table("kernel", "device", "outcome", "seconds", "size", "error")
+    table = _table("kernel", "device", "outcome", "seconds", "size", "error")
     for result in results:
         table.add_row(
             kernel_name(result.spec),
@@ -47,6 +48,8 @@ def show_report(out: Console, report: CacheReport) -> None:
     """The folder, its verdict and counters, and every entry."""
     status = report.status
     facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
     facts.add_row("folder", plain(status.folder if status.exists else f"{status.folder} (does not exist)"))
     verdict = f"{status.verdict} (owner {status.owner or '-'}, mode {status.mode or '-'})"
     facts.add_row("verdict", plain(verdict))
@@ -84,7 +87,7 @@ def show_explanation(out: Console, answer: Explanation) -> None:
     found = f"present: {name} would be loaded"
     out.print(plain(found if answer.present else f"absent: {name}: {answer.reason}"))
     if answer.differences:
-        table = Table("field", "wanted", "stored")
+        table = _table("field", "wanted", "stored")
         for one in answer.differences:
             table.add_row(plain(one.field), plain(one.wanted), plain(one.stored))
         out.print(table)
@@ -92,7 +95,7 @@ def show_explanation(out: Console, answer: Explanation) -> None:
 
 def problems_table(problems: Sequence[Problem]) -> Table:
     """What ``verify`` found."""
-    table = Table("where", "what", "repaired")
+    table = _table("where", "what", "repaired")
     for problem in problems:
         table.add_row(
             plain(problem.where), plain(problem.what), "in quarantine" if problem.repaired else "no"
@@ -113,20 +116,34 @@ def _counters_table(counters: dict[str, Counter]) -> Table:
 
 
 def _entries_table(entries: Sequence[EntryInfo]) -> Table:
-    table = Table("kind", "key", "size", "age", "last use", "build s", "hits", "fits here")
+    table = _table("kernel", "size", "built, used (ago)", "build s", "loads", "fits here")
     for info in entries:
-        key = " ".join(f"{name}={value}" for name, value in info.fields.items() if name != "op")
         fits = "yes" if info.fits else f"no: {', '.join(info.differs)}"
         table.add_row(
-            plain(info.fields.get("op", "")),
-            plain(key),
+            plain(_entry_name(info.fields)),
             decimal(info.bytes),
-            ago(info.created),
-            ago(info.last_used),
+            f"{ago(info.created)}, {ago(info.last_used)}",
             f"{info.build_seconds:.1f}",
             str(info.hits),
             plain(fits),
         )
+    return table
+
+
+def _entry_name(fields: Mapping[str, FieldValue]) -> str:
+    """What an entry holds, in the words of ``kernel_name``; for keys of another form what it is, then the fields."""
+    if set(fields) == set(KernelSpec._fields):
+        return kernel_name(KernelSpec(**fields))  # type: ignore[arg-type]
+    words = [str(fields[name]) for name in ("op", "dtype") if name in fields]
+    words += [f"{name}={value}" for name, value in fields.items() if name not in ("op", "dtype")]
+    return " ".join(words)
+
+
+def _table(*columns: str) -> Table:
+    """A table that a narrow terminal folds and does not cut."""
+    table = Table()
+    for name in columns:
+        table.add_column(name, overflow="fold")
     return table
 
 

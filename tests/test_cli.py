@@ -11,13 +11,23 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import HEAD_DIM
+from rich.console import Console
 
-from softcap_runtime import AttentionConfig, KernelNotPrewarmed, Runtime, RuntimeSettings, cache_report, cli
+from softcap_runtime import (
+    AttentionConfig,
+    KernelNotPrewarmed,
+    Runtime,
+    RuntimeSettings,
+    cache_report,
+    cli,
+    cli_tables,
+)
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.store import Key, Store, fingerprint
 from softcap_runtime.store.schema import DBNAME
@@ -213,6 +223,28 @@ def test_inspect_shows_the_cache(command: Command, tmp_path: Path) -> None:
     assert [by_dim[dim]["fits"] for dim in (64, 128, 256)] == [True, True, False]
     assert by_dim[256]["differs"] == ["torch"]
     assert all(entry["bytes"] == 1000 for entry in report["entries"])
+
+
+def test_inspect_hides_no_key_in_80_columns(tmp_path: Path) -> None:
+    store = fill(tmp_path / "cache")
+    store.load_or_build(
+        Key(
+            {"op": "dq_kernel", "device": "cuda", "dtype": "bfloat16", "tensors": "*bf16 " * 9, "warps": 8},
+            {},
+        ),
+        lambda: bytes(12_345_678),
+    )
+    out = Console(width=80, file=StringIO(), highlight=False)
+    cli_tables.show_report(out, cache_report.report(store))
+    shown = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    rows = [line.split("│")[1].strip() for line in shown.splitlines() if line.count("│") == 7]
+    words = " ".join(rows)
+    for dtype, head_dim in (("float32", 64), ("float32", 128), ("float16", 256)):
+        assert f"flex_forward {dtype} head_dim {head_dim} band" in words
+    assert "dq_kernel bfloat16 device=cuda" in words
+    assert "warps=8" in words
 
 
 @pytest.mark.parametrize(
