@@ -83,7 +83,7 @@ def show_report(out: Console, report: CacheReport) -> None:
 
 def show_explanation(out: Console, answer: Explanation) -> None:
     """Whether a key would be found, and how the nearest entry differs."""
-    name = kernel_name(KernelSpec(**answer.fields))  # type: ignore[arg-type]
+    name = _entry_name(answer.fields)
     found = f"present: {name} would be loaded"
     out.print(plain(found if answer.present else f"absent: {name}: {answer.reason}"))
     if answer.differences:
@@ -132,7 +132,8 @@ def _entries_table(entries: Sequence[EntryInfo]) -> Table:
 
 def _entry_name(fields: Mapping[str, FieldValue]) -> str:
     """What an entry holds, in the words of ``kernel_name``; for keys of another form what it is, then the fields."""
-    if set(fields) == set(KernelSpec._fields):
+    texts = all(isinstance(fields.get(name), str) for name in ("op", "dtype", "mask"))
+    if set(fields) == set(KernelSpec._fields) and texts:
         return kernel_name(KernelSpec(**fields))  # type: ignore[arg-type]
     words = [str(fields[name]) for name in ("op", "dtype") if name in fields]
     words += [f"{name}={value}" for name, value in fields.items() if name not in ("op", "dtype")]
