@@ -1,18 +1,42 @@
-"""What ``softcap-runtime inspect`` tells, as data: the cache's state, its entries, and why a key would miss."""
+"""What the command line tells of the cache, as data: its state, its entries, why a key would miss, what is missing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
 from softcap_runtime.gpu_info import Gpu, gpus
+from softcap_runtime.kernels.jit import compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.store import Key, Store, fingerprint
+from softcap_runtime.store.entry import Sealed
+from softcap_runtime.store.inspection import listed
 from softcap_runtime.store.key import FieldValue
 from softcap_runtime.store.report import EntryInfo, Explanation, StoreStatus
 
+if TYPE_CHECKING:
+    import torch
+
+    from softcap_runtime.supply import Supply
+
 Fields = Mapping[str, FieldValue]
+OPS = (
+    "flex_forward",
+    "block_forward",
+    "block_forward_half",
+    "block_softmax",
+    "block_backward",
+    "block_backward_half",
+)
+# The values of a field, and how they are told. GPU kernels have keys of another form.
+_KNOWN: dict[str, tuple[tuple[str, ...], str]] = {
+    "op": (OPS, ", ".join(OPS)),
+    "device": (("cpu",), "cpu; inspect lists the kernels of a GPU"),
+    "dtype": (("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
+    "mask": (("band", "intervals", ""), "band, intervals or nothing"),
+}
 # Stands in for the fields that are not given while the cache is empty.
 _DEFAULTS = KernelSpec("flex_forward", "cpu", "float32", 256, True, "band")
 
@@ -51,7 +75,7 @@ def explain(store: Store, words: Sequence[str]) -> Explanation:
     """
     wanted = _parsed(words)
     known: list[tuple[Fields, bool]] = [
-        (info.fields, info.fits) for info in store.entries() if set(info.fields) == set(KernelSpec._fields)
+        (info.fields, info.fits) for info in listed(store) if set(info.fields) == set(KernelSpec._fields)
     ]
     known = known or [(_DEFAULTS.fields(), True)]
     closest = max(known, key=lambda one: (*_closeness(one[0], wanted), one[1]))[0]
@@ -59,6 +83,31 @@ def explain(store: Store, words: Sequence[str]) -> Explanation:
         wanted = {name: value for name, value in wanted.items() if not _ignored(name, closest)}
     fields = {**closest, **wanted}
     return store.explain(Key(fields, fingerprint(str(fields["device"]))))
+
+
+def missing(supply: Supply, specs: Iterable[KernelSpec]) -> list[KernelSpec]:
+    """Those of ``specs`` that are kept in the cache and are not, or not usable, on disk."""
+    kept = [spec for spec in specs if not compiles_in_process(spec)]
+    return [spec for spec in kept if not isinstance(supply.store.examine(supply.key(spec).digest), Sealed)]
+
+
+def not_kept(supply: Supply, device: torch.device) -> str | None:
+    """One line when kernels for ``device`` that this process built or loaded did not stay on disk: the size limit
+    is too small for all of them. None when all are there, or wait in memory for a disk that can be written."""
+    store = supply.store
+    environment = fingerprint(device.type, device.index)
+    sizes = {
+        Key(spec.fields(), environment).digest: one.bytes
+        for spec, one in list(supply.supplied.items())
+        if one.source != "compiled"
+    }
+    gone = [digest for digest in sizes if not isinstance(store.examine(digest), Sealed)]
+    if len(gone) <= store.held_in_memory:
+        return None
+    return (
+        f"{len(gone)} of {len(sizes)} kernels did not stay in the cache: together they need {sum(sizes.values())} "
+        f"bytes, SOFTCAP_CACHE_SIZE_LIMIT is {store.size_limit}; raise it and prewarm again"
+    )
 
 
 def _closeness(fields: Fields, wanted: Fields) -> tuple[bool, int, int]:
@@ -97,4 +146,7 @@ def _value(name: str, text: str) -> FieldValue:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"--explain: capped={text!r}, expected true or false")
         return text.lower() == "true"
+    known, told = _KNOWN[name]
+    if text not in known:
+        raise ValueError(f"--explain: {name}={text!r}, expected {told}")
     return text

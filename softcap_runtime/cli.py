@@ -92,6 +92,16 @@ def _store(context: typer.Context) -> Store:
     return Supply(RuntimeSettings(**context.obj)).store
 
 
+def _existing_store(context: typer.Context) -> Store:
+    """The store, for who only looks: of a folder that is there, as a wrong name must not make one."""
+    from softcap_runtime.store.inspection import absent
+
+    store = _store(context)
+    if not os.path.lexists(store.folder):
+        raise SoftcapRuntimeError(absent(store.folder))
+    return store
+
+
 @app.command()
 def prewarm(
     context: typer.Context,
@@ -162,16 +172,24 @@ def _explicit(
 
 
 def _prewarm(runtime: Runtime, requests: list[PrewarmRequest], tune: bool) -> None:
+    from softcap_runtime import cache_report
     from softcap_runtime import cli_tables as tables
     from softcap_runtime.prewarm import kernels_of, runs_triton
+    from softcap_runtime.prewarm_rows import kernel_name
 
     engine = runtime.settings.engine
-    if not any([kernels_of(request, engine) or runs_triton(request, engine) for request in requests]):
+    specs = list(dict.fromkeys(spec for request in requests for spec in kernels_of(request, engine)))
+    if not specs and not any(runs_triton(request, engine) for request in requests):
         print("nothing to prewarm: no kernel of the engine that would serve this is kept in the cache")
         return
     store = runtime.supply.store
     if not store.database.can_write() and store.fault is not None:
         raise SoftcapRuntimeError(f"nothing could be kept: {store.fault}")
+    if not store.database.writable and (missing := cache_report.missing(runtime.supply, specs)):
+        raise SoftcapRuntimeError(
+            f"{len(missing)} kernels are missing in {store.folder}, which is read-only ({kernel_name(missing[0])}); "
+            "prewarm it as its owner or set another SOFTCAP_CACHE_DIR"
+        )
     results = runtime.prewarm(requests, progress=True, tune=tune)
     store.flush()
     tables.console().print(tables.prewarm_table(results))
@@ -180,7 +198,10 @@ def _prewarm(runtime: Runtime, requests: list[PrewarmRequest], tune: bool) -> No
     if store.held_in_memory:
         why = store.fault or f"{store.folder} is read-only"
         _fail(f"{store.held_in_memory} kernels could not be written: {why}", 1)
-    if store.held_in_memory or any(result.outcome == "failed" for result in results):
+    not_kept = cache_report.not_kept(runtime.supply, device_of(requests[0].device))
+    if not_kept is not None:
+        _fail(not_kept, 1)
+    if store.held_in_memory or not_kept or any(result.outcome == "failed" for result in results):
         raise typer.Exit(1)
 
 
@@ -190,12 +211,18 @@ def inspect(
     fields: Annotated[
         list[str] | None, typer.Argument(help="With --explain: key fields such as head_dim=256.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="JSON, as store/status.schema.json says.")] = False,
+    json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="JSON, as store/status.schema.json says; with --explain a document of its own, the answer's.",
+        ),
+    ] = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Say whether a kernel would be found, or why not.")
+        bool, typer.Option("--explain", help="Say whether a kernel would be found, or why not: exit code 1.")
     ] = False,
 ) -> None:
-    """Show where the cache is, its state, and every entry."""
+    """Show where the cache is, its state, and every entry; exit code 1 if it cannot be used."""
     from softcap_runtime import cache_report
     from softcap_runtime import cli_tables as tables
 
@@ -209,12 +236,17 @@ def inspect(
             print(answer.model_dump_json(indent=2))
         else:
             tables.show_explanation(tables.console(), answer)
+        if not answer.present:
+            raise typer.Exit(1)
         return
     report = cache_report.report(store, settings.softcap_approx)
     if json:
         print(report.model_dump_json(indent=2))
     else:
         tables.show_report(tables.console(), report)
+    status = report.status
+    if status.fault is not None or (status.exists and not status.trusted):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -225,7 +257,7 @@ def verify(
     """Read and check every entry; exit code 1 if anything was wrong, repaired or not."""
     from softcap_runtime import cli_tables as tables
 
-    store = _store(context)
+    store = _existing_store(context)
     problems = store.verify(repair=repair)
     if problems:
         tables.console().print(tables.problems_table(problems))
@@ -237,9 +269,14 @@ def verify(
 def clear(context: typer.Context) -> None:
     """Remove every entry; safe while other processes run."""
     store = _store(context)
+    if not os.path.lexists(store.folder):
+        print(f"nothing to clear: {store.folder} does not exist")
+        return
     removed = store.clear()
     if store.fault is not None:
         raise SoftcapRuntimeError(f"not cleared: {store.fault}")
+    if not store.database.writable:
+        raise SoftcapRuntimeError(f"not cleared: {store.folder} is read-only")
     print(f"removed {removed} entries from {store.folder}")
 
 
@@ -249,9 +286,20 @@ def export_(
     file: Annotated[Path, typer.Argument(help="The bundle to write.")],
     device: Annotated[str, typer.Option(help="Whose kernels: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Write the kernels that fit this environment into one file, for machines like this one."""
-    store = _store(context)
-    count = store.export_bundle(file, fingerprint(device_of(device).type))
+    """Write the kernels that fit this environment into one file, for machines like this one.
+
+    All or nothing: when one of them is damaged no file is written, and the exit code is 1.
+    """
+    from softcap_runtime.store.bundle import Incomplete
+
+    environment = fingerprint(device_of(device).type)
+    store = _existing_store(context)
+    try:
+        count = store.export_bundle(file, environment)
+    except Incomplete as incomplete:
+        for where, why in incomplete.bad:
+            _fail(f"entry {where[:12]}: {why}", 1)
+        raise
     if not count:
         raise SoftcapRuntimeError(
             store.fault or f"{store.folder} has nothing for this environment and {device}; prewarm first"

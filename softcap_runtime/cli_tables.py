@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -12,8 +12,10 @@ from rich.text import Text
 
 from softcap_runtime.cache_report import CacheReport
 from softcap_runtime.gpu_info import Gpu
+from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.prewarm_rows import PrewarmResult, kernel_name
 from softcap_runtime.store.entry import printable
+from softcap_runtime.store.key import FieldValue
 from softcap_runtime.store.report import Counter, EntryInfo, Explanation, Problem
 
 # A pipe has no width; 80 columns would cut what a reader or grep looks for.
@@ -29,7 +31,7 @@ def console() -> Console:
 
 def prewarm_table(results: Sequence[PrewarmResult]) -> Table:
     """What was built, loaded or failed."""
-    table = Table("kernel", "device", "outcome", "seconds", "size", "error")
+    table = _table("kernel", "device", "outcome", "seconds", "size", "error")
     for result in results:
         table.add_row(
             kernel_name(result.spec),
@@ -46,10 +48,12 @@ def show_report(out: Console, report: CacheReport) -> None:
     """The folder, its verdict and counters, and every entry."""
     status = report.status
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("folder", plain(status.folder))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
+    facts.add_row("folder", plain(status.folder if status.exists else f"{status.folder} (does not exist)"))
     verdict = f"{status.verdict} (owner {status.owner or '-'}, mode {status.mode or '-'})"
     facts.add_row("verdict", plain(verdict))
-    access = "writable" if status.writable else "read-only"
+    access = "writable" if status.writable else "read-only" if status.exists else "none yet"
     network = ", a network filesystem" if status.network_filesystem else ""
     facts.add_row("access", f"{access}, {status.filesystem}{network}")
     facts.add_row(
@@ -79,10 +83,11 @@ def show_report(out: Console, report: CacheReport) -> None:
 
 def show_explanation(out: Console, answer: Explanation) -> None:
     """Whether a key would be found, and how the nearest entry differs."""
-    found = "present: this kernel would be loaded"
-    out.print(found if answer.present else plain(f"absent: {answer.reason}"))
+    name = _entry_name(answer.fields)
+    found = f"present: {name} would be loaded"
+    out.print(plain(found if answer.present else f"absent: {name}: {answer.reason}"))
     if answer.differences:
-        table = Table("field", "wanted", "stored")
+        table = _table("field", "wanted", "stored")
         for one in answer.differences:
             table.add_row(plain(one.field), plain(one.wanted), plain(one.stored))
         out.print(table)
@@ -90,7 +95,7 @@ def show_explanation(out: Console, answer: Explanation) -> None:
 
 def problems_table(problems: Sequence[Problem]) -> Table:
     """What ``verify`` found."""
-    table = Table("where", "what", "repaired")
+    table = _table("where", "what", "repaired")
     for problem in problems:
         table.add_row(
             plain(problem.where), plain(problem.what), "in quarantine" if problem.repaired else "no"
@@ -111,20 +116,35 @@ def _counters_table(counters: dict[str, Counter]) -> Table:
 
 
 def _entries_table(entries: Sequence[EntryInfo]) -> Table:
-    table = Table("kind", "key", "size", "age", "last use", "build s", "hits", "fits here")
+    table = _table("kernel", "size", "built, used (ago)", "build s", "loads", "fits here")
     for info in entries:
-        key = " ".join(f"{name}={value}" for name, value in info.fields.items() if name != "op")
         fits = "yes" if info.fits else f"no: {', '.join(info.differs)}"
         table.add_row(
-            plain(info.fields.get("op", "")),
-            plain(key),
+            plain(_entry_name(info.fields)),
             decimal(info.bytes),
-            ago(info.created),
-            ago(info.last_used),
+            f"{ago(info.created)}, {ago(info.last_used)}",
             f"{info.build_seconds:.1f}",
             str(info.hits),
             plain(fits),
         )
+    return table
+
+
+def _entry_name(fields: Mapping[str, FieldValue]) -> str:
+    """What an entry holds, in the words of ``kernel_name``; for keys of another form what it is, then the fields."""
+    texts = all(isinstance(fields.get(name), str) for name in ("op", "dtype", "mask"))
+    if set(fields) == set(KernelSpec._fields) and texts:
+        return kernel_name(KernelSpec(**fields))  # type: ignore[arg-type]
+    words = [str(fields[name]) for name in ("op", "dtype") if name in fields]
+    words += [f"{name}={value}" for name, value in fields.items() if name not in ("op", "dtype")]
+    return " ".join(words)
+
+
+def _table(*columns: str) -> Table:
+    """A table that a narrow terminal folds and does not cut."""
+    table = Table()
+    for name in columns:
+        table.add_column(name, overflow="fold")
     return table
 
 

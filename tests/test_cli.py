@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import sqlite3
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import HEAD_DIM
+from rich.console import Console
 
-from softcap_runtime import AttentionConfig, KernelNotPrewarmed, Runtime, RuntimeSettings, cli
+from softcap_runtime import (
+    AttentionConfig,
+    KernelNotPrewarmed,
+    Runtime,
+    RuntimeSettings,
+    cache_report,
+    cli,
+    cli_tables,
+)
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.store import Key, Store, fingerprint
 from softcap_runtime.store.schema import DBNAME
@@ -130,6 +142,58 @@ def test_prewarm_shows_each_kernel(command: Command, warm_cache: Path) -> None:
     assert (code, "compiled in each process" in out) == (0, True)
 
 
+@pytest.fixture
+def tiny_packages(monkeypatch: pytest.MonkeyPatch) -> list[KernelSpec]:
+    """Builds make 1,000 bytes that nobody can run; the specs that were built."""
+    built: list[KernelSpec] = []
+
+    def build(spec: KernelSpec) -> bytes:
+        built.append(spec)
+        return os.urandom(1000)
+
+    monkeypatch.setattr("softcap_runtime.kernels.package.build", build)
+    monkeypatch.setattr("softcap_runtime.kernels.table._loaded", lambda spec, data: object())
+    return built
+
+
+def test_prewarm_fails_when_its_kernels_evict_each_other(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_packages: list[KernelSpec]
+) -> None:
+    words = ["--cache-dir", tmp_path / "cache", "prewarm", "--preset", "gemma2-2b", "--train"]
+    monkeypatch.setenv("SOFTCAP_CACHE_SIZE_LIMIT", "1500")
+    code, _, err = command(*words)
+    count = len(tiny_packages)
+    told = f"softcap-runtime: {count - 1} of {count} kernels did not stay in the cache: together they need "
+    assert (code, err.splitlines()[-1]) == (
+        1,
+        f"{told}{count}000 bytes, SOFTCAP_CACHE_SIZE_LIMIT is 1500; raise it and prewarm again",
+    )
+    monkeypatch.setenv("SOFTCAP_CACHE_SIZE_LIMIT", f"{count}000")
+    assert command(*words)[0] == 0
+    assert command("--cache-dir", tmp_path / "cache", "verify")[1].startswith(f"{count} entries are good")
+
+
+def test_prewarm_builds_nothing_for_a_read_only_folder(
+    command: Command, tmp_path: Path, tmpfs: Callable[[str], Path], tiny_packages: list[KernelSpec]
+) -> None:
+    place = tmpfs("size=4m")
+    what = ["prewarm", "--preset", "gemma2-2b", "--engine", "blocked"]
+    assert command("--cache-dir", tmp_path / "other", *what)[0] == 0
+    store = Store(place / "cache", 2**30)
+    for spec in tiny_packages:
+        store.load_or_build(Key(spec.fields(), fingerprint("cpu")), lambda: b"a kernel")
+    store.close()
+    words = ["--cache-dir", place / "cache", *what]
+    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    tiny_packages.clear()
+    assert command(*words)[0] == 0, "all of it is there"
+    code, out, err = command(*words, "--train")
+    assert (code, out, tiny_packages) == (1, "", [])
+    told = f"softcap-runtime: 1 kernels are missing in {place / 'cache'}, which is read-only (block_backward"
+    assert err.startswith(told)
+    assert err.count("\n") == 1
+
+
 def test_prewarm_fails_when_a_build_does(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +239,28 @@ def test_inspect_shows_the_cache(command: Command, tmp_path: Path) -> None:
     assert all(entry["bytes"] == 1000 for entry in report["entries"])
 
 
+def test_inspect_hides_no_key_in_80_columns(tmp_path: Path) -> None:
+    store = fill(tmp_path / "cache")
+    store.load_or_build(
+        Key(
+            {"op": "dq_kernel", "device": "cuda", "dtype": "bfloat16", "tensors": "*bf16 " * 9, "warps": 8},
+            {},
+        ),
+        lambda: bytes(12_345_678),
+    )
+    out = Console(width=80, file=StringIO(), highlight=False)
+    cli_tables.show_report(out, cache_report.report(store))
+    shown = out.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    rows = [line.split("│")[1].strip() for line in shown.splitlines() if line.count("│") == 7]
+    words = " ".join(rows)
+    for dtype, head_dim in (("float32", 64), ("float32", 128), ("float16", 256)):
+        assert f"flex_forward {dtype} head_dim {head_dim} band" in words
+    assert "dq_kernel bfloat16 device=cuda" in words
+    assert "warps=8" in words
+
+
 @pytest.mark.parametrize(
     ("fields", "present", "differs"),
     [
@@ -191,11 +277,40 @@ def test_inspect_explains(
     fill(tmp_path / "cache").close()
     code, out, _ = command("--cache-dir", tmp_path / "cache", "inspect", "--explain", "--json", *fields)
     answer = json.loads(out)
-    assert (code, answer["present"]) == (0, present)
+    assert (code, answer["present"]) == (0 if present else 1, present)
+    assert [
+        f"{name}={answer['fields'][name]}".lower() for name in (word.split("=")[0] for word in fields)
+    ] == fields
     assert [one["field"] for one in answer["differences"]] == differs
     out = command("--cache-dir", tmp_path / "cache", "inspect", "--explain", *fields)[1]
-    assert out.startswith("present" if present else "absent")
+    assert out.startswith("present: flex_forward " if present else "absent: flex_forward ")
     assert all(name in out for name in differs)
+
+
+def test_a_bad_entry_is_explained_and_stays(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "cache").close()
+    words = ["--cache-dir", tmp_path / "cache", "inspect", "--explain", "head_dim=64"]
+    (tmp_path / "secret").write_bytes(b"a secret")
+    monkeypatch.setenv("SOFTCAP_CACHE_KEY_FILE", str(tmp_path / "secret"))
+    code, out, _ = command(*words)
+    assert (code, out.startswith("absent: ")) == (1, True)
+    assert "its HMAC is missing or made with another key" in out
+    monkeypatch.delenv("SOFTCAP_CACHE_KEY_FILE")
+    assert command(*words)[0] == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "cache" / DBNAME)) as connection:
+        connection.execute("UPDATE Cache SET value = x'00' WHERE key != 'counters'")
+        connection.commit()
+    for _ in range(2):
+        code, out, _ = command(*words)
+        assert (code, "its checksum does not match its bytes" in " ".join(out.split())) == (1, True)
+
+
+def test_the_ops_that_can_be_explained_are_those_that_are_compiled() -> None:
+    from softcap_runtime.kernels import graphs
+
+    assert set(cache_report.OPS) == set(graphs._MAKERS)
 
 
 def test_explaining_a_kernel_that_depends_on_no_head_dim(command: Command, tmp_path: Path) -> None:
@@ -206,9 +321,10 @@ def test_explaining_a_kernel_that_depends_on_no_head_dim(command: Command, tmp_p
     explain = ["--cache-dir", tmp_path, "inspect", "--explain"]
     assert command(*explain, "op=block_forward", "head_dim=77", "mask=band")[1].startswith("present")
     assert "head_dim: wanted 77" in command(*explain, "head_dim=77")[1]
+    (tmp_path / "empty").mkdir(mode=0o700)
     assert (
         "the cache is empty"
-        in command("--cache-dir", tmp_path / "none", "inspect", "--explain", "head_dim=1")[1]
+        in command("--cache-dir", tmp_path / "empty", "inspect", "--explain", "head_dim=1")[1]
     )
 
 
@@ -256,6 +372,53 @@ def test_bundles_travel_and_tampered_ones_do_not(command: Command, tmp_path: Pat
     assert "torch: bundle has '1.0'" in err
 
 
+def test_an_export_names_what_is_damaged(command: Command, tmp_path: Path) -> None:
+    fill(tmp_path / "cache").close()
+    words = ["--cache-dir", tmp_path / "cache", "export", tmp_path / "bundle"]
+    with contextlib.closing(sqlite3.connect(tmp_path / "cache" / DBNAME)) as connection:
+        connection.execute("UPDATE Cache SET value = x'00' WHERE key != 'counters'")
+        connection.commit()
+    code, out, err = command(*words)
+    assert (code, out, err.count("its checksum does not match its bytes")) == (1, "", 2)
+    assert err.splitlines()[-1].startswith(
+        "softcap-runtime: nothing was exported: 2 entries are damaged; run "
+    )
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("inspect", 0),
+        ("inspect --json", 0),
+        ("inspect --explain head_dim=64", 1),
+        ("verify", 1),
+        ("verify --repair", 1),
+        ("export file", 1),
+        ("clear", 0),
+    ],
+)
+def test_who_only_looks_makes_nothing(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    got, out, err = command("--cache-dir", tmp_path / "typing" / "error", *line.split())
+    assert (got, list(tmp_path.iterdir())) == (code, [])
+    assert "does not exist" in out + err
+    assert line.startswith("inspect") or (out + err).count("\n") == 1
+    (tmp_path / "empty").mkdir(mode=0o700)
+    command("--cache-dir", tmp_path / "empty", *line.split())
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_read_only_cache_is_not_cleared(command: Command, tmpfs: Callable[[str], Path]) -> None:
+    place = tmpfs("size=4m")
+    fill(place / "cache").close()
+    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+    code, out, err = command("--cache-dir", place / "cache", "clear")
+    assert (code, out, err) == (1, "", f"softcap-runtime: not cleared: {place / 'cache'} is read-only\n")
+
+
 def test_clear_empties_the_cache(command: Command, tmp_path: Path) -> None:
     fill(tmp_path / "cache").close()
     code, out, _ = command("--cache-dir", tmp_path / "cache", "clear")
@@ -263,6 +426,8 @@ def test_clear_empties_the_cache(command: Command, tmp_path: Path) -> None:
     assert json.loads(command("--cache-dir", tmp_path / "cache", "inspect", "--json")[1])["entries"] == []
     (tmp_path / "file").touch()
     assert command("--cache-dir", tmp_path / "file", "clear")[0] == 1
+    code, out, _ = command("--cache-dir", tmp_path / "file", "inspect")
+    assert (code, "is a file, expected a folder" in " ".join(out.split())) == (1, True)
 
 
 def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
@@ -321,6 +486,10 @@ def test_masks_are_drawn_with_what_the_terminal_can_show(encoding: str, full: st
         ("inspect --explain width=3", "'width=3', expected field=value"),
         ("inspect --explain head_dim=x", "head_dim='x', expected an integer"),
         ("inspect --explain capped=2", "capped='2', expected true or false"),
+        ("inspect --explain op=foo", "op='foo', expected flex_forward, block_forward, "),
+        ("inspect --explain mask=foo", "mask='foo', expected band, intervals or nothing"),
+        ("inspect --explain dtype=foo", "dtype='foo', expected float32, bfloat16 or float16"),
+        ("inspect --explain device=cuda", "device='cuda', expected cpu; inspect lists the kernels of a GPU"),
         ("export", "Missing argument"),
         ("export file --device moon", "'moon', expected a torch device"),
         ("mask", "--seq-len"),

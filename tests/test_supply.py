@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from softcap_runtime import AttentionConfig, KernelNotPrewarmed, Runtime, RuntimeSettings
+from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.store import Key, Store, database
 from softcap_runtime.store.schema import DBNAME
 from softcap_runtime.supply import Supply
@@ -42,6 +43,26 @@ def test_a_secret_refuses_entries_and_bundles_without_it(
     refusing = store_with(tmp_path / "cache", other)
     assert refusing.load(KEY) is None
     assert refusing.status().counters["rejected"].value == 1
+
+
+def test_a_runtime_with_another_secret_leaves_the_kernels_that_it_refuses(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"a secret\n")
+    secret.chmod(0o600)
+    specs = [KernelSpec(op, "cpu", "float32", 0, True, "") for op in ("block_forward", "block_backward")]
+    plain = Supply(RuntimeSettings(cache_dir=tmp_path / "cache"))
+    for spec in specs:
+        plain.store.load_or_build(plain.key(spec), lambda: b"a kernel")
+    plain.store.close()
+    settings = RuntimeSettings(
+        cache_dir=tmp_path / "cache", cache_key_file=secret, jit="forbid", engine="blocked"
+    )
+    runtime = Runtime(settings)
+    q = torch.randn(1, 2, 8, 64)
+    with pytest.raises(KernelNotPrewarmed):
+        runtime.attention(q, q, q, AttentionConfig(scale=0.125, softcap=50.0))
+    runtime.supply.store.close()
+    assert [plain.store.load(plain.key(spec)) for spec in specs] == [b"a kernel"] * 2
 
 
 @pytest.mark.parametrize(
@@ -85,7 +106,7 @@ def test_garbage_collected_in_a_transaction_waits_for_nothing_and_loses_no_count
 
     other = Store(tmp_path, 2**20)
     with caplog.at_level(logging.WARNING, "softcap_runtime"):
-        assert other.database.use("count", lambda index: index.merge({}, collect) is None, False)
+        assert other.database.use("count", lambda index: index.merge({}, collect) is None, False, create=True)
     # Who waits for the transaction that it runs in gives up in the end, and says that the database is locked.
     assert not caplog.records
     assert Store(tmp_path, 2**20).status().counters["misses"].value == 1

@@ -12,13 +12,14 @@ import hmac
 import io
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from softcap_runtime.errors import SoftcapRuntimeError
 from softcap_runtime.store import entry as entries_
-from softcap_runtime.store.entry import MAX_DOCUMENT, BadEntry, Sealed
-from softcap_runtime.store.inspection import differing, document_of, entries
+from softcap_runtime.store.entry import MAX_DOCUMENT, BadEntry, NotAuthenticated, Sealed, printable
+from softcap_runtime.store.inspection import differing, document_of, listed
 from softcap_runtime.store.report import ImportReport, Problem
 
 if TYPE_CHECKING:
@@ -29,27 +30,60 @@ LENGTHS = struct.Struct(">QQ")
 MAX_BUNDLE = 2**34
 
 
+class Incomplete(SoftcapRuntimeError):
+    """An export that would lack entries; nothing was written. ``bad``: the damaged ones, by digest."""
+
+    def __init__(self, bad: Sequence[tuple[str, BadEntry]]) -> None:
+        foreign = sum(isinstance(why, NotAuthenticated) for _, why in bad)
+        self.bad = [one for one in bad if not isinstance(one[1], NotAuthenticated)]
+        told = [f"{len(self.bad)} entries are damaged"] if self.bad else []
+        remedy = "run verify --repair and prewarm, then export again"
+        if foreign:
+            told.append(f"{foreign} entries are not authenticated with this key")
+            remedy = f"set SOFTCAP_CACHE_KEY_FILE to the one that they were made with, or {remedy}"
+        super().__init__(f"nothing was exported: {' and '.join(told)}; {remedy}")
+
+
 def export(stock: Stock, path: Path, fingerprint: Mapping[str, str] | None) -> int:
     """See ``Store.export_bundle``."""
-    chosen = [
-        info.digest for info in entries(stock) if fingerprint is None or info.fingerprint == dict(fingerprint)
-    ]
+    chosen, bad = _chosen(stock, fingerprint)
     if stock.fault is not None:
         raise OSError(stock.fault)
+    if bad:
+        raise Incomplete(bad)
     body = io.BytesIO()
     body.write(MAGIC)
-    count = 0
-    for digest in chosen:
-        found = stock.sealed(digest)
-        if found is None:
-            continue
-        carried = entries_.reseal(found, stock.auth_key)
+    for one in chosen:
+        carried = entries_.reseal(one, stock.auth_key)
         text = carried.text.encode("ascii")
         body.write(LENGTHS.pack(len(text), len(carried.payload)) + text + carried.payload)
-        count += 1
     body.write(LENGTHS.pack(0, 0))
-    _write(path, body.getvalue(), stock.auth_key)
-    return count
+    try:
+        _write(path, body.getvalue(), stock.auth_key)
+    except OSError as error:
+        raise OSError(f"bundle {path} cannot be written: {error.strerror or error}") from error
+    return len(chosen)
+
+
+def _chosen(
+    stock: Stock, fingerprint: Mapping[str, str] | None
+) -> tuple[list[Sealed], list[tuple[str, BadEntry]]]:
+    """The entries that belong into a bundle, and which of them, or of rows that may be one, are bad and why.
+
+    Nothing is removed: an export that failed must fail again until somebody built what is missing.
+    """
+    bad: list[tuple[str, BadEntry]] = []
+    known = listed(stock, lambda _, row, why: bad.append((printable(str(row.key)[:100]), why)))
+    chosen = []
+    for info in known:
+        if fingerprint is not None and info.fingerprint != dict(fingerprint):
+            continue
+        found = stock.examine(info.digest)
+        if isinstance(found, BadEntry):
+            bad.append((info.digest, found))
+        elif found is not None:
+            chosen.append(found)
+    return chosen, bad
 
 
 def _write(path: Path, body: bytes, auth_key: bytes | None) -> None:
@@ -68,10 +102,9 @@ def _write(path: Path, body: bytes, auth_key: bytes | None) -> None:
 
 def import_(stock: Stock, path: Path, expected: Mapping[str, str]) -> ImportReport:
     """See ``Store.import_bundle``."""
-    carried = read(path, stock.auth_key)
-    imported = present = 0
+    fitting: dict[str, Sealed] = {}
     refused: list[Problem] = []
-    for entry in carried:
+    for entry in read(path, stock.auth_key):
         try:
             document = document_of(entry.text)
             digest = entries_.document_digest(document.model_dump())
@@ -79,20 +112,38 @@ def import_(stock: Stock, path: Path, expected: Mapping[str, str]) -> ImportRepo
         except BadEntry as bad:
             raise ValueError(f"bundle {path}: refused, one of its entries is bad: {bad}") from None
         differs = differing(document.fingerprint, expected)
-        if differs:
-            told = "; ".join(
-                f"{name}: bundle has {document.fingerprint.get(name)!r}, here {expected.get(name)!r}"
-                for name in differs
-            )
-            refused.append(Problem(where=digest, what=f"does not fit: {told}", repaired=False))
-        elif stock.sealed(digest) is not None:
-            present += 1
-        elif stock.put(digest, entry):
+        if not differs:
+            fitting[digest] = entry
+            continue
+        told = "; ".join(
+            f"{name}: bundle has {document.fingerprint.get(name)!r}, here {expected.get(name)!r}"
+            for name in differs
+        )
+        refused.append(Problem(where=digest, what=f"does not fit: {told}", repaired=False))
+    needed = sum(len(entry.payload) for entry in fitting.values())
+    if needed > stock.size_limit:  # the last would evict the first
+        raise ValueError(
+            f"bundle {path}: nothing was imported, its {len(fitting)} entries for here need {needed} bytes; "
+            f"SOFTCAP_CACHE_SIZE_LIMIT is {stock.size_limit}, raise it"
+        )
+    return _taken(stock, fitting, refused)
+
+
+def _taken(stock: Stock, fitting: Mapping[str, Sealed], refused: list[Problem]) -> ImportReport:
+    """Publish what is not here yet."""
+    present = [digest for digest in fitting if stock.sealed(digest) is not None]
+    for digest in present:
+        stock.counters.use(digest, 0)  # no load, but none of those that the new ones may evict
+    stock.flush()
+    new = [digest for digest in fitting if digest not in present]
+    imported = 0
+    for digest in new:
+        if stock.put(digest, fitting[digest]):
             imported += 1
         else:
             what = f"could not be written: {stock.fault}"
             refused.append(Problem(where=digest, what=what, repaired=False))
-    return ImportReport(imported=imported, present=present, refused=refused)
+    return ImportReport(imported=imported, present=len(present), refused=refused)
 
 
 def read(path: Path, auth_key: bytes | None) -> list[Sealed]:

@@ -50,7 +50,7 @@ class Counters:
             self._counts[_GREATEST] = max(self._counts.get(_GREATEST, 0.0), seconds)
 
     def use(self, digest: str, amount: int) -> None:
-        """Count uses of an entry."""
+        """Count loads of an entry; 0 says that it was wanted, which keeps it from being the next to be evicted."""
         with self._lock:
             self._uses[digest] += amount
 

@@ -60,10 +60,11 @@ class Database:
             return self.fault
         return trust.foresee(self.folder)
 
-    def use(self, what: str, action: Callable[[Index], T], default: T) -> T:
+    def use(self, what: str, action: Callable[[Index], T], default: T, create: bool = False) -> T:
         """Run ``action`` on the open index; after a disk fault note it and give ``default``.
 
-        A database that was replaced is opened anew; a damaged or foreign one is moved aside for a fresh one.
+        Where there is no database yet it is made with ``create``; without, ``default`` is the answer. One that was
+        replaced is opened anew; a damaged or foreign one is moved aside for a fresh one.
         """
         try:
             # Not at the top: with diskcache they take as long as opening a cache.
@@ -77,7 +78,7 @@ class Database:
         with DATABASE_LOCK:
             for _ in range(3):
                 try:
-                    index = self._opened()
+                    index = self._opened(create)
                     if index is None:
                         return default
                     result = action(index)
@@ -97,9 +98,9 @@ class Database:
             )
             return default
 
-    def can_write(self) -> bool:
+    def can_write(self, create: bool = True) -> bool:
         """Whether the database is open for writing; opens it, and notes why not."""
-        return self.use("open", lambda _: self.writable, False)
+        return self.use("open", lambda _: self.writable, False, create)
 
     def close(self) -> None:
         """Close the connection; the next use opens it again."""
@@ -122,12 +123,14 @@ class Database:
         self._index = None
         self.locks = KeyLocks(self.folder)
 
-    def _opened(self) -> Index | None:
+    def _opened(self, create: bool) -> Index | None:
         if self._index is not None:
             return self._index
         if time.monotonic() < self._retry_at:
             return None
         if not os.path.lexists(self.folder):
+            if not create:
+                return None
             trust.make_private(self.folder)
         verdict = trust.check(self.folder)
         self.writable = verdict.writable
@@ -142,6 +145,8 @@ class Database:
                 self.note(
                     "open", f"cache folder {self.folder} is read-only and empty; prewarm it as its owner"
                 )
+                return None
+            if not create:
                 return None
             repair.create(self.folder, self.locks)
         self._inode = repair.inode(self.folder)

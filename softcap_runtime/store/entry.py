@@ -27,6 +27,13 @@ class BadEntry(Exception):
         self.kind = kind
 
 
+class NotAuthenticated(BadEntry):
+    """An entry that is whole, but not sealed with this process's secret: refused, and left to whose it is."""
+
+    def __init__(self) -> None:
+        super().__init__("rejected", "its HMAC is missing or made with another key")
+
+
 class Sealed(NamedTuple):
     """An entry as it lies on disk: the three lines of text, and the payload."""
 
@@ -66,7 +73,8 @@ def reseal(entry: Sealed, auth_key: bytes | None) -> Sealed:
 def verify(text: object, payload: object, digest: str, auth_key: bytes | None) -> dict[str, Any]:
     """The document of an entry whose seals hold and whose key is ``digest``.
 
-    Raises BadEntry: nothing of the entry may be used. A missing or wrong HMAC counts only with ``auth_key``.
+    Raises BadEntry: nothing of the entry may be used. A missing or wrong HMAC counts only with ``auth_key``, and
+    is NotAuthenticated where nothing else is wrong.
     """
     if not isinstance(payload, bytes):
         raise BadEntry("rejected", f"its value is {type(payload).__name__}, expected bytes")
@@ -74,11 +82,11 @@ def verify(text: object, payload: object, digest: str, auth_key: bytes | None) -
     framed = _framed(line, payload)
     if not hmac.compare_digest(hashlib.sha256(framed).hexdigest(), checksum):
         raise BadEntry("corrupt", "its checksum does not match its bytes")
-    if auth_key is not None and not hmac.compare_digest(_mac(framed, auth_key), mac):
-        raise BadEntry("rejected", "its HMAC is missing or made with another key")
     document = parse(line)
     if document_digest(document) != digest:
         raise BadEntry("rejected", "it belongs to another key")
+    if auth_key is not None and not hmac.compare_digest(_mac(framed, auth_key), mac):
+        raise NotAuthenticated
     return document
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from softcap_runtime.store import entry as entries_
 from softcap_runtime.store import repair, schema, trust
-from softcap_runtime.store.entry import BadEntry
+from softcap_runtime.store.entry import BadEntry, NotAuthenticated
 from softcap_runtime.store.fingerprint import fingerprints
 from softcap_runtime.store.key import Key
 from softcap_runtime.store.report import (
@@ -45,6 +45,11 @@ NETWORK_FILESYSTEMS = (
 
 def entries(stock: Stock) -> list[EntryInfo]:
     """See ``Store.entries``."""
+    return listed(stock, lambda index, row, bad: stock.reject_row(index, row.rowid, bad))
+
+
+def listed(stock: Stock, odd: Callable[[Index, Row, BadEntry], None] | None = None) -> list[EntryInfo]:
+    """Every usable entry, least recently used first; ``odd`` is called for each row that is none. Removes nothing."""
     stock.flush()
 
     def collect(index: Index) -> list[EntryInfo]:
@@ -55,7 +60,8 @@ def entries(stock: Stock) -> list[EntryInfo]:
             try:
                 found.append(_info(row))
             except BadEntry as bad:
-                stock.reject_row(index, row.rowid, bad)
+                if odd is not None:
+                    odd(index, row, bad)
         return found
 
     nothing: list[EntryInfo] = []
@@ -119,14 +125,16 @@ def status(stock: Stock) -> StoreStatus:
     """See ``Store.status``."""
     entry_count, size = stock.database.use("read", lambda index: index.totals(), (0, 0))
     stored = stock.database.use("read", lambda index: index.counters(), None)
-    verdict = trust.check(stock.folder)
+    exists = os.path.lexists(stock.folder)
+    verdict = trust.check(stock.folder) if exists else trust.Verdict(trust.foresee(stock.folder), False)
+    good = "trusted" if exists else "does not exist yet"
     kind = filesystem_type(stock.folder)
     return StoreStatus(
         folder=_unicode(str(stock.folder)),
         exists=stock.folder.is_dir(),
         writable=verdict.writable,
         trusted=verdict.problem is None,
-        verdict=_unicode(verdict.problem or "trusted"),
+        verdict=_unicode(verdict.problem or good),
         owner="" if verdict.owner is None else trust.owner_name(verdict.owner),
         mode="" if verdict.mode is None else f"{verdict.mode:04o}",
         filesystem=kind,
@@ -144,6 +152,11 @@ def status(stock: Stock) -> StoreStatus:
             for name, count in stock.counters.merged(stored).items()
         },
     )
+
+
+def absent(folder: Path) -> str:
+    """What is said of a folder that is not there by whoever only looks, and so makes none."""
+    return f"cache folder {folder} does not exist"
 
 
 def _names(folder: Path) -> list[str]:
@@ -177,23 +190,36 @@ def filesystem_type(folder: Path) -> str:
 
 def explain(stock: Stock, key: Key) -> Explanation:
     """See ``Store.explain``."""
-    known = entries(stock)
+    known = listed(stock)
     same = next((info for info in known if info.digest == key.digest), None)
+    found = stock.examine(key.digest)
+
+    def answer(
+        present: bool, reason: str, nearest: EntryInfo | None, differences: list[Difference]
+    ) -> Explanation:
+        return Explanation(
+            digest=key.digest,
+            fields=dict(key.fields),
+            present=present,
+            reason=reason,
+            nearest=nearest,
+            differences=differences,
+        )
+
+    if isinstance(found, NotAuthenticated):
+        return answer(False, f"{found}; set SOFTCAP_CACHE_KEY_FILE to that one, or prewarm it", same, [])
+    if isinstance(found, BadEntry):
+        return answer(False, f"its entry is not used: {found}; prewarm builds it anew", same, [])
     if same is not None:
-        return Explanation(digest=key.digest, present=True, reason="present", nearest=same, differences=[])
+        return answer(True, "present", same, [])
     if not known:
-        reason = stock.fault or "the cache is empty"
-        return Explanation(digest=key.digest, present=False, reason=reason, nearest=None, differences=[])
+        empty = "the cache is empty" if os.path.lexists(stock.folder) else absent(stock.folder)
+        reason = stock.fault or empty
+        return answer(False, reason, None, [])
     nearest = min(known, key=lambda info: _distance(key, info))
     differences = _differences(key, nearest)
     told = "; ".join(f"{d.field}: wanted {d.wanted!r}, stored {d.stored!r}" for d in differences)
-    return Explanation(
-        digest=key.digest,
-        present=False,
-        reason=f"no such entry; the nearest differs in {told}",
-        nearest=nearest,
-        differences=differences,
-    )
+    return answer(False, f"no such entry; the nearest differs in {told}", nearest, differences)
 
 
 def _distance(key: Key, info: EntryInfo) -> tuple[int, int]:

@@ -30,6 +30,7 @@ class Document(_Frozen):
 class EntryInfo(_Frozen):
     """One entry. Times in seconds since the epoch, ``build_seconds`` in seconds, ``bytes`` of its payload.
 
+    ``hits``: how often a process loaded it; a process does so once, and then calls it from its memory.
     ``fits``: whether this environment can use it; ``differs``: the fingerprint fields that say no.
     """
 
@@ -56,8 +57,9 @@ class Counter(_Frozen):
 class StoreStatus(_Frozen):
     """The state of a cache folder. ``fault``: why the disk is not used, or what last went wrong with it.
 
-    ``owner`` and ``mode`` are the folder's, ``verdict`` what the check of owners and modes says (``trusted``
-    or the problem with its remedy), ``filesystem`` its type, ``schema_version`` that of the database.
+    ``owner`` and ``mode`` are the folder's, ``verdict`` what the check of owners and modes says (``trusted``,
+    ``does not exist yet``, or the problem with its remedy), ``filesystem`` its type, ``schema_version`` that of
+    the database.
     ``bytes`` counts payloads, ``held_in_memory`` entries that could not be written, ``quarantine`` names the
     files that were moved aside.
     """
@@ -102,9 +104,13 @@ class Difference(_Frozen):
 
 
 class Explanation(_Frozen):
-    """Whether a key would hit, and if not how the nearest entry differs (None: the cache is empty)."""
+    """Whether the key of ``fields`` would hit, and if not how the nearest entry differs (None: the cache is empty).
+
+    An entry that is there and must not be used is its own nearest; ``reason`` then says what is wrong with it.
+    """
 
     digest: str
+    fields: dict[str, StrictBool | StrictInt | StrictStr]
     present: bool
     reason: str
     nearest: EntryInfo | None

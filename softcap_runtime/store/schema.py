@@ -110,11 +110,13 @@ def check_schema(connection: sqlite3.Connection) -> None:
     newer = isinstance(version, int) and USER_VERSION < version <= USER_VERSION + 1000
     if newer and (version ^ USER_VERSION).bit_count() > 1 and "Cache" in found:
         raise OtherVersion(
-            f"made by a newer version of this package (schema {version}, ours is {USER_VERSION})"
+            f"made by a newer version of this package (schema {version}, ours is {USER_VERSION}); set another "
+            "SOFTCAP_CACHE_DIR or remove this folder"
         )
     if version != USER_VERSION or found != STATEMENTS:
-        odd = sorted(name for name in found.keys() | STATEMENTS if found.get(name) != STATEMENTS.get(name))
-        raise Foreign(f"its schema is not ours ({', '.join(map(str, odd))[:100] or f'version {version}'})")
+        names = found.keys() | STATEMENTS  # a damaged name may be no text
+        odd = sorted(str(name) for name in names if found.get(name) != STATEMENTS.get(name))
+        raise Foreign(f"its schema is not ours ({', '.join(odd)[:100] or f'version {version}'})")
     settings = dict(connection.execute("SELECT key, value FROM Settings LIMIT 100"))
     for name in METADATA:
         if type(settings.pop(name, None)) is not int:

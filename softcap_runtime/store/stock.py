@@ -13,7 +13,7 @@ from softcap_runtime.store import entry as entries_
 from softcap_runtime.store import processes
 from softcap_runtime.store.counters import Counters
 from softcap_runtime.store.database import Database
-from softcap_runtime.store.entry import BadEntry, Sealed
+from softcap_runtime.store.entry import BadEntry, NotAuthenticated, Sealed
 from softcap_runtime.store.processes import DATABASE_LOCK
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Stock:
             save=self._salvage,
         )
         self._memory: dict[str, Sealed] = {}
+        self._not_ours: set[str] = set()
         self._flush_at = time.monotonic() + FLUSH_SECONDS
         processes.close_abandoned()
         processes.watch(self)
@@ -76,22 +77,37 @@ class Stock:
         """The verified entry under ``digest`` on disk.
 
         A bad one is counted (``corrupt`` or ``rejected``), logged, removed where the folder is writable, and
-        gives None.
+        gives None. One that only lacks our HMAC stays, as others can use it; it is counted and logged once.
         """
         return self.database.use("read", lambda index: self._read(index, digest), None)
 
-    def _read(self, index: Index, digest: str) -> Sealed | None:
+    def examine(self, digest: str) -> Sealed | BadEntry | None:
+        """The entry under ``digest`` on disk, or why it must not be used; counts, logs and removes nothing."""
+        return self.database.use("read", lambda index: self._examined(index, digest), None)
+
+    def _examined(self, index: Index, digest: str) -> Sealed | BadEntry | None:
         try:
             found = index.read(digest)
             if found is not None:
                 entries_.verify(found.text, found.payload, digest, self.auth_key)
             return found
         except BadEntry as bad:
-            self.counters.add(bad.kind)
-            log.warning("cache entry %s of %s is not used: %s", digest[:12], self.folder, bad)
-            if self.database.writable:
-                index.delete(digest)
+            return bad
+
+    def _read(self, index: Index, digest: str) -> Sealed | None:
+        found = self._examined(index, digest)
+        if not isinstance(found, BadEntry):
+            return found
+        another_key = isinstance(found, NotAuthenticated)
+        if another_key and digest in self._not_ours:
             return None
+        self.counters.add(found.kind)
+        log.warning("cache entry %s of %s is not used: %s", digest[:12], self.folder, found)
+        if another_key:
+            self._not_ours.add(digest)
+        elif self.database.writable:
+            index.delete(digest)
+        return None
 
     def reject_row(self, index: Index, rowid: int, bad: BadEntry) -> None:
         """Count a bad row and remove it where the folder is writable; nothing that it names is followed."""
@@ -136,7 +152,7 @@ class Stock:
             if not self.database.can_write():
                 return False
             evicted = self.database.use(
-                "write", lambda index: index.publish(digest, sealed, self.size_limit), None
+                "write", lambda index: index.publish(digest, sealed, self.size_limit), None, create=True
             )
             if evicted is None:
                 return False
@@ -145,11 +161,14 @@ class Stock:
             return True
 
     def clear(self) -> int:
-        """Remove every entry, on disk and in memory; how many. Safe while other processes run."""
+        """Remove every entry, on disk and in memory; how many. Safe while other processes run.
+
+        In a read-only folder nothing is removed from disk: ``database.writable`` says so.
+        """
         with DATABASE_LOCK:
             held = len(self._memory)
             self._memory.clear()
-            if not self.database.can_write():
+            if not self.database.can_write(create=False):
                 return held
             return held + self.database.use("write", lambda index: index.remove_entries(), 0)
 
@@ -167,12 +186,9 @@ class Stock:
 
     # Counting
 
-    def count_use(self, digest: str, n: int = 1) -> None:
-        """Count ``n`` uses of an entry beside its loads, which count themselves.
-
-        In memory; written at exit, and by a thread about once a minute.
-        """
-        self.counters.use(digest, n)
+    def count_use(self, digest: str) -> None:
+        """Count a load of an entry; in memory, written at exit and by a thread about once a minute."""
+        self.counters.use(digest, 1)
         if time.monotonic() > self._flush_at:
             self._flush_at = time.monotonic() + FLUSH_SECONDS
             threading.Thread(target=self.flush, name="softcap-store-flush", daemon=True).start()

@@ -50,6 +50,12 @@ class Store(Stock):
         self._count_hit(key, found[1])
         return found[0]
 
+    def _found(
+        self, key: Key, found: tuple[bytes, Literal["disk", "memory"]], started: float, waited: float
+    ) -> Loaded:
+        self._count_hit(key, found[1])
+        return Loaded(*found, time.perf_counter() - started - waited, waited)
+
     def _count_hit(self, key: Key, source: str) -> None:
         self.counters.add("hits")
         if source == "disk":
@@ -71,17 +77,18 @@ class Store(Stock):
            is published. ``describe`` gives what built it (strings, e.g. the compiler): the provenance.
         5. Publish: atomic; a disk fault is counted (``write_failures``) and kept in ``fault``, and the entry
            stays in memory until a later ``flush`` can write it.
+
+        A call counts as a hit when the bytes were found, be it after waiting for who built them, and as a miss when
+        they had to be built.
         """
         started = time.perf_counter()
         found = self.find(key.digest)
         if found is not None:
-            self._count_hit(key, found[1])
-            return Loaded(*found, time.perf_counter() - started, 0.0)
-        self.counters.add("misses")
+            return self._found(key, found, started, 0.0)
         with self.database.locks.thread(key.digest) as waited:
             found = self.find(key.digest)
             if found is not None:
-                return Loaded(*found, time.perf_counter() - started - waited, waited)
+                return self._found(key, found, started, waited)
             if not self.database.can_write():
                 return self._build(key, build, describe, waited)
             with self.database.locks.process(key.digest) as waited_for_process:
@@ -90,7 +97,7 @@ class Store(Stock):
                 waited += waited_for_process
                 found = self.find(key.digest)
                 if found is not None:
-                    return Loaded(*found, time.perf_counter() - started - waited, waited)
+                    return self._found(key, found, started, waited)
                 return self._build(key, build, describe, waited)
 
     def _build(
@@ -100,6 +107,7 @@ class Store(Stock):
         describe: Callable[[], Mapping[str, str]] | None,
         waited: float,
     ) -> Loaded:
+        self.counters.add("misses")
         started = time.perf_counter()
         data = build()
         seconds = time.perf_counter() - started
@@ -114,6 +122,7 @@ class Store(Stock):
             provenance={} if describe is None else describe(),
             auth_key=self.auth_key,
         )
+        self.flush()  # what this process loaded counts as used before the least recently used leave
         self.put(key.digest, sealed)
         self.flush()
         self.sweep()
@@ -158,7 +167,9 @@ class Store(Stock):
     ) -> int:
         """Write entries (those of ``fingerprint``, or all) into one file; how many.
 
-        Raises OSError when the file cannot be written or the cache cannot be read.
+        Raises bundle.Incomplete when one of them is bad or not authenticated: then nothing is written, as a bundle
+        that lacks a kernel would be noticed on the machines that miss it. OSError when the file cannot be written
+        or the cache cannot be read.
         """
         from softcap_runtime.store import bundle
 
@@ -169,8 +180,8 @@ class Store(Stock):
     ) -> ImportReport:
         """Take the entries of a bundle that fit ``expected_fingerprint``; the report names the rest.
 
-        Raises OSError when the file cannot be read, ValueError when it is not a bundle or was changed: then
-        nothing is taken.
+        Raises OSError when the file cannot be read, ValueError when it is not a bundle, was changed, or holds more
+        for here than the size limit: then nothing is taken.
         """
         from softcap_runtime.store import bundle
 

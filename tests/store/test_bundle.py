@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from softcap_runtime.store import Key, Store
+from softcap_runtime.store.bundle import Incomplete
 
 HERE = {"cpu": "AVX512 1", "torch": "2.13", "libc": "glibc 2.36"}
 THERE = {**HERE, "torch": "2.14", "cpu": "AVX2 2"}
@@ -87,10 +90,57 @@ def test_authentication(tmp_path: Path) -> None:
     assert Store(tmp_path / "four", MB).import_bundle(tmp_path / "signed", HERE).imported == 2
 
 
-def test_an_export_with_a_secret_signs_what_had_no_signature(tmp_path: Path) -> None:
+def test_an_export_vouches_for_no_entry_without_its_signature(tmp_path: Path) -> None:
     filled(tmp_path / "one").close()
-    # Without the secret the entries were accepted; with it they are not its to vouch for.
-    assert Store(tmp_path / "one", 100 * MB, b"secret").export_bundle(tmp_path / "bundle") == 0
+    with pytest.raises(
+        Incomplete, match=r"^nothing was exported: 3 entries are not authenticated with this key; set"
+    ):
+        Store(tmp_path / "one", 100 * MB, b"secret").export_bundle(tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+    assert Store(tmp_path / "one", 100 * MB).export_bundle(tmp_path / "bundle") == 3
+
+
+@pytest.mark.parametrize("column", ["value", "tag"])
+def test_an_export_that_would_lack_an_entry_writes_nothing(tmp_path: Path, column: str) -> None:
+    store = filled(tmp_path / "one")
+    digest = Key({"name": "a"}, HERE).digest
+    with contextlib.closing(sqlite3.connect(tmp_path / "one" / "cache.db")) as connection:
+        connection.execute(f"UPDATE Cache SET {column} = x'00' WHERE key = ?", (digest,))
+        connection.commit()
+    for _ in range(2):  # it stays so until somebody built it again
+        with pytest.raises(Incomplete, match="1 entries are damaged; run verify --repair") as caught:
+            store.export_bundle(tmp_path / "bundle", HERE)
+        assert [where for where, _ in caught.value.bad] == [digest]
+    assert not (tmp_path / "bundle").exists()
+    store.verify(repair=True)
+    assert store.export_bundle(tmp_path / "bundle", HERE) == 1
+
+
+def test_a_bundle_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        OSError, match=r"^bundle \S+/none/bundle cannot be written: No such file or directory$"
+    ):
+        filled(tmp_path / "one").export_bundle(tmp_path / "none" / "bundle")
+
+
+def test_a_bundle_above_the_size_limit_is_not_begun(tmp_path: Path) -> None:
+    filled(tmp_path / "one").export_bundle(tmp_path / "bundle", HERE)
+    small = Store(tmp_path / "two", 50_000)
+    small.load_or_build(Key({"name": "mine"}, HERE), lambda: b"mine")
+    told = r"its 2 entries for here need 60000 bytes; SOFTCAP_CACHE_SIZE_LIMIT is 50000, raise it$"
+    with pytest.raises(ValueError, match=told):
+        small.import_bundle(tmp_path / "bundle", HERE)
+    assert small.load(Key({"name": "mine"}, HERE)) == b"mine"
+
+
+def test_an_import_evicts_others_before_its_own(tmp_path: Path) -> None:
+    filled(tmp_path / "one").export_bundle(tmp_path / "bundle", HERE)
+    store = Store(tmp_path / "two", 70_000)
+    for name in "a-":  # what is present was used before what is not in the bundle
+        store.load_or_build(Key({"name": name}, HERE), lambda name=name: payload(name))
+    report = store.import_bundle(tmp_path / "bundle", HERE)
+    assert (report.imported, report.present) == (1, 1)
+    assert [store.load(Key({"name": name}, HERE)) is not None for name in "ab-"] == [True, True, False]
 
 
 def test_missing_file_and_unusable_cache(tmp_path: Path) -> None:

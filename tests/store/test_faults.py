@@ -281,6 +281,21 @@ def test_flipped_bits_of_the_header_that_look_like_a_newer_format(folder: Path, 
     assert_healed(store, folder, "ab")
 
 
+def test_a_damaged_name_in_the_schema(folder: Path) -> None:
+    """One bit makes a text a blob."""
+    fill(folder, "ab")
+    connection = sqlite3.connect(folder / "cache.db")
+    connection.execute("PRAGMA writable_schema = ON")
+    connection.execute(
+        "UPDATE sqlite_master SET name = CAST(name AS BLOB) WHERE name = 'Settings_size_update'"
+    )
+    connection.commit()
+    connection.close()
+    store = Store(folder, 100 * MB)
+    assert [store.load(key(name)) for name in "ab"] == [payload(name) for name in "ab"]
+    assert_healed(store, folder, "ab")
+
+
 def test_flipped_bits(folder: Path, tmp_path: Path, seed: int) -> None:
     """At random places: never a wrong byte, and no entry is lost but the one that was hit."""
     fill(folder, "abcd")

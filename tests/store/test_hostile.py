@@ -219,6 +219,7 @@ def test_a_database_of_a_newer_version_is_left_alone(folder: Path) -> None:
     assert store.load_or_build(GOOD, lambda: b"mine").source == "built"
     assert store.fault is not None
     assert "newer version" in store.fault
+    assert "set another SOFTCAP_CACHE_DIR or remove this folder" in store.fault
     assert (folder / "cache.db").read_bytes() == before
 
 
@@ -264,3 +265,30 @@ def test_authentication(folder: Path) -> None:
     other = Store(folder, ROUND, auth_key=b"another")
     assert other.load(GOOD) is None, "an entry signed with another key was accepted"
     assert other.status().counters["rejected"].value == 2
+
+
+@pytest.mark.parametrize("secret", [None, b"their secret"], ids=["without", "another"])
+def test_a_reader_with_another_secret_leaves_entries_to_their_owner(
+    tmp_path: Path, secret: bytes | None
+) -> None:
+    keys = [Key({"name": name}, fingerprint("cpu")) for name in "abc"]
+    owner = Store(tmp_path / "cache", ROUND, secret)
+    for key in keys:
+        owner.load_or_build(key, lambda: b"theirs")
+    owner.close()
+    other = Store(tmp_path / "cache", ROUND, b"our secret")
+    for key in keys:
+        assert other.load(key) is None
+        assert other.load(key) is None
+    assert other.status().counters["rejected"].value == 3
+    assert len(other.entries()) == 3
+    assert len(other.verify()) == 3
+    other.close()
+    assert [Store(tmp_path / "cache", ROUND, secret).load(key) for key in keys] == [b"theirs"] * 3
+    # Who builds replaces, and a damaged entry belongs to nobody.
+    assert other.load_or_build(keys[0], lambda: b"ours").source == "built"
+    assert Store(tmp_path / "cache", ROUND, b"our secret").load(keys[0]) == b"ours"
+    with opened(tmp_path / "cache") as connection:
+        connection.execute("UPDATE Cache SET value = x'00' WHERE key = ?", (keys[1].digest,))
+    assert other.load(keys[1]) is None
+    assert len(other.entries()) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,17 @@ def test_least_recently_used_leave_first(tmp_path: Path) -> None:
     assert store.status().bytes <= 3 * MB
 
 
+def test_what_this_process_loaded_was_used_when_it_builds_more(tmp_path: Path) -> None:
+    first = Store(tmp_path / "cache", 3 * MB)
+    for name in "abc":
+        first.load_or_build(key(name), lambda: bytes(MB))
+    first.close()
+    store = Store(tmp_path / "cache", 3 * MB)
+    store.load_or_build(key("a"), never)
+    store.load_or_build(key("d"), lambda: bytes(MB))
+    assert [store.load(key(name)) is not None for name in "abcd"] == [True, False, True, True]
+
+
 def test_an_entry_above_the_limit_works_from_memory(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache", 10)
     assert store.load_or_build(key("a"), lambda: bytes(11)).source == "built"
@@ -140,6 +152,8 @@ def test_entries_tell_what_does_not_fit(store: Store) -> None:
 
 
 def test_explain_names_the_fields_of_the_nearest(store: Store) -> None:
+    assert store.explain(key("a")).reason == f"cache folder {store.folder} does not exist"
+    assert store.database.can_write()
     assert store.explain(key("a")).reason == "the cache is empty"
     store.load_or_build(key("a", n=1), lambda: b"x")
     store.load_or_build(key("b", n=7), lambda: b"x")
@@ -181,6 +195,29 @@ def test_a_load_is_a_use(store: Store) -> None:
     assert (infos["a"].hits, infos["b"].hits) == (2, 0)
     assert infos["a"].last_used > first["a"]
     assert [info.fields["name"] for info in store.entries()] == ["b", "a"]
+
+
+def test_what_another_thread_built_meanwhile_is_a_hit_and_a_load(store: Store) -> None:
+    building, both = threading.Event(), threading.Event()
+
+    def build() -> bytes:
+        building.set()
+        both.wait(10)
+        return b"x"
+
+    first = threading.Thread(target=store.load_or_build, args=(key("a"), build))
+    first.start()
+    assert building.wait(10)
+    waiting: list[str] = []
+    second = threading.Thread(target=lambda: waiting.append(store.load_or_build(key("a"), never).source))
+    second.start()
+    time.sleep(0.2)
+    both.set()
+    first.join(10)
+    second.join(10)
+    counters = store.status().counters
+    assert (waiting, counters["hits"].value, counters["misses"].value) == (["disk"], 1, 1)
+    assert [info.hits for info in store.entries()] == [1]
 
 
 def test_no_wait_is_counted_where_nobody_else_builds(store: Store) -> None:
