@@ -6,7 +6,6 @@ Exit codes: 0 for success, 1 when something failed or is wrong with the cache, 2
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import signal
 import sys
@@ -17,24 +16,17 @@ import torch
 import typer
 from torch import Tensor
 
+from softcap_runtime import cli_cache  # noqa: F401  # its commands
 from softcap_runtime.checks import device_of
+from softcap_runtime.cli_app import ClickException, UsageError, app, fail
 from softcap_runtime.config import AttentionConfig, PrewarmRequest, RuntimeSettings
 from softcap_runtime.errors import EngineUnavailable, SoftcapRuntimeError
 from softcap_runtime.interrupts import interrupted_by, leave
 from softcap_runtime.presets import PRESETS, requests_for
 from softcap_runtime.runtime import Runtime
-from softcap_runtime.store import Store, fingerprint
-from softcap_runtime.store.entry import printable
-from softcap_runtime.supply import Supply
-
-# typer 0.12 takes click's exceptions, newer ones bring their own; the base of both stands here.
-UsageError: Any = typer.BadParameter.__mro__[1]
-ClickException: Any = typer.BadParameter.__mro__[2]
 
 # A drawing's tables have an element for each pair of blocks: some 100 MB at this length, 1.6 GB at four times as many.
 LONGEST_DRAWN = 2**18
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,55 +43,22 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         code: int = app(args=arguments, prog_name="softcap-runtime", standalone_mode=False) or 0
         # typer 0.12 lets KeyboardInterrupt through, newer ones make it this code.
-        return _fail("interrupted", code) if code == 130 else code
+        return fail("interrupted", code) if code == 130 else code
     except ClickException as error:
         line = error.format_message()
         misplaced = "No such option: --cache-dir" in line
-        return _fail(f"{line}; it stands before the command" if misplaced else line, 2)
+        return fail(f"{line}; it stands before the command" if misplaced else line, 2)
     except (ValueError, EngineUnavailable) as error:
-        return _fail(str(error), 2)
+        return fail(str(error), 2)
     except SoftcapRuntimeError as error:
-        return _fail(str(error), 1)
+        return fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130)
+        return fail("interrupted", 130)
     except OSError as error:
         if error.errno == errno.EPIPE:  # the reader went away, as in `inspect | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        return _fail(str(error), 1)
-
-
-def _fail(line: str, code: int) -> int:
-    print(f"softcap-runtime: {printable(' '.join(line.split()))}", file=sys.stderr)
-    return code
-
-
-@app.callback()
-def _options(
-    context: typer.Context,
-    cache_dir: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Folder of the cache, in place of SOFTCAP_CACHE_DIR."),
-    ] = None,
-) -> None:
-    """Prewarm and look after the kernel cache of softcap_runtime."""
-    # The commands tell what is wrong with the cache themselves.
-    logging.getLogger("softcap_runtime").setLevel(logging.ERROR)
-    context.obj = {} if cache_dir is None else {"cache_dir": cache_dir}
-
-
-def _store(context: typer.Context) -> Store:
-    return Supply(RuntimeSettings(**context.obj)).store
-
-
-def _existing_store(context: typer.Context) -> Store:
-    """The store, for who only looks: of a folder that is there, as a wrong name must not make one."""
-    from softcap_runtime.store.inspection import absent
-
-    store = _store(context)
-    if not os.path.lexists(store.folder):
-        raise SoftcapRuntimeError(absent(store.folder))
-    return store
+        return fail(str(error), 1)
 
 
 @app.command()
@@ -197,132 +156,11 @@ def _prewarm(runtime: Runtime, requests: list[PrewarmRequest], tune: bool) -> No
         print("ready: compiled in each process that uses it; nothing to keep here")
     if store.held_in_memory:
         why = store.fault or f"{store.folder} is read-only"
-        _fail(f"{store.held_in_memory} kernels could not be written: {why}", 1)
+        fail(f"{store.held_in_memory} kernels could not be written: {why}", 1)
     not_kept = cache_report.not_kept(runtime.supply, device_of(requests[0].device))
     if not_kept is not None:
-        _fail(not_kept, 1)
+        fail(not_kept, 1)
     if store.held_in_memory or not_kept or any(result.outcome == "failed" for result in results):
-        raise typer.Exit(1)
-
-
-@app.command()
-def inspect(
-    context: typer.Context,
-    fields: Annotated[
-        list[str] | None, typer.Argument(help="With --explain: key fields such as head_dim=256.")
-    ] = None,
-    json: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="JSON, as store/status.schema.json says; with --explain a document of its own, the answer's.",
-        ),
-    ] = False,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Say whether a kernel would be found, or why not: exit code 1.")
-    ] = False,
-) -> None:
-    """Show where the cache is, its state, and every entry; exit code 1 if it cannot be used."""
-    from softcap_runtime import cache_report
-    from softcap_runtime import cli_tables as tables
-
-    if fields and not explain:
-        raise UsageError(f"{fields[0]!r}: key fields go with --explain")
-    settings = RuntimeSettings(**context.obj)
-    store = Supply(settings).store
-    if explain:
-        answer = cache_report.explain(store, fields or [])
-        if json:
-            print(answer.model_dump_json(indent=2))
-        else:
-            tables.show_explanation(tables.console(), answer)
-        if not answer.present:
-            raise typer.Exit(1)
-        return
-    report = cache_report.report(store, settings.softcap_approx)
-    if json:
-        print(report.model_dump_json(indent=2))
-    else:
-        tables.show_report(tables.console(), report)
-    status = report.status
-    if status.fault is not None or (status.exists and not status.trusted):
-        raise typer.Exit(1)
-
-
-@app.command()
-def verify(
-    context: typer.Context,
-    repair: Annotated[bool, typer.Option("--repair", help="Move what is bad into quarantine.")] = False,
-) -> None:
-    """Read and check every entry; exit code 1 if anything was wrong, repaired or not."""
-    from softcap_runtime import cli_tables as tables
-
-    store = _existing_store(context)
-    problems = store.verify(repair=repair)
-    if problems:
-        tables.console().print(tables.problems_table(problems))
-        raise typer.Exit(1)
-    print(f"{len(store.entries())} entries are good in {store.folder}")
-
-
-@app.command()
-def clear(context: typer.Context) -> None:
-    """Remove every entry; safe while other processes run."""
-    store = _store(context)
-    if not os.path.lexists(store.folder):
-        print(f"nothing to clear: {store.folder} does not exist")
-        return
-    removed = store.clear()
-    if store.fault is not None:
-        raise SoftcapRuntimeError(f"not cleared: {store.fault}")
-    if not store.database.writable:
-        raise SoftcapRuntimeError(f"not cleared: {store.folder} is read-only")
-    print(f"removed {removed} entries from {store.folder}")
-
-
-@app.command("export")
-def export_(
-    context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="The bundle to write.")],
-    device: Annotated[str, typer.Option(help="Whose kernels: cpu or cuda.")] = "cpu",
-) -> None:
-    """Write the kernels that fit this environment into one file, for machines like this one.
-
-    All or nothing: when one of them is damaged no file is written, and the exit code is 1.
-    """
-    from softcap_runtime.store.bundle import Incomplete
-
-    environment = fingerprint(device_of(device).type)
-    store = _existing_store(context)
-    try:
-        count = store.export_bundle(file, environment)
-    except Incomplete as incomplete:
-        for where, why in incomplete.bad:
-            _fail(f"entry {where[:12]}: {why}", 1)
-        raise
-    if not count:
-        raise SoftcapRuntimeError(
-            store.fault or f"{store.folder} has nothing for this environment and {device}; prewarm first"
-        )
-    print(f"exported {count} entries to {file}")
-
-
-@app.command("import")
-def import_(
-    context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="A bundle that `export` wrote.")],
-    device: Annotated[str, typer.Option(help="Whose kernels: cpu or cuda.")] = "cpu",
-) -> None:
-    """Take the kernels of a bundle that fit this environment; exit code 1 if any does not."""
-    expected = fingerprint(device_of(device).type)
-    try:
-        done = _store(context).import_bundle(file, expected)
-    except ValueError as error:  # a bundle that is none, or was changed, is no bad usage
-        raise SoftcapRuntimeError(str(error)) from None
-    print(f"imported {done.imported} entries, {done.present} were present, {len(done.refused)} refused")
-    for problem in done.refused:
-        _fail(f"entry {problem.where[:12]} {problem.what}", 1)
-    if done.refused:
         raise typer.Exit(1)
 
 

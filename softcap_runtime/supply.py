@@ -149,8 +149,9 @@ class Supply:
 
     def _why_missing(self, spec: KernelSpec, problem: Problem) -> str:
         """Why a kernel of ``problem`` is not here, in one line that says what to do."""
-        # A query of its own, as the store's fault may be one of writing.
-        if self.store.database.use("read", lambda index: index.totals() is not None, False):
+        # A query of its own, as the store's fault may be one of writing; without a fault there is no cache yet.
+        readable = self.store.database.use("read", lambda index: index.totals() is not None, False)
+        if readable or self.store.fault is None:
             return f"kernel {kernel_name(spec)} is not in the cache; run: {self.command(problem)}"
         return f"kernel {kernel_name(spec)} cannot be read; set the cache right and call again: {self.store.fault}"
 

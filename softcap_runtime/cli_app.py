@@ -1,0 +1,45 @@
+"""The command line's frame: the application, what all commands take, how one fails."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from softcap_runtime.config import RuntimeSettings
+from softcap_runtime.store import Store
+from softcap_runtime.store.entry import printable
+from softcap_runtime.supply import Supply
+
+# typer 0.12 takes click's exceptions, newer ones bring their own; the base of both stands here.
+UsageError: Any = typer.BadParameter.__mro__[1]
+ClickException: Any = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def fail(line: str, code: int) -> int:
+    """Say on standard error, in one line, what went wrong; ``code`` again."""
+    print(f"softcap-runtime: {printable(' '.join(line.split()))}", file=sys.stderr)
+    return code
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    cache_dir: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Folder of the cache, in place of SOFTCAP_CACHE_DIR."),
+    ] = None,
+) -> None:
+    """Prewarm and look after the kernel cache of softcap_runtime."""
+    # The commands tell what is wrong with the cache themselves.
+    logging.getLogger("softcap_runtime").setLevel(logging.ERROR)
+    context.obj = {} if cache_dir is None else {"cache_dir": cache_dir}
+
+
+def store_of(context: typer.Context) -> Store:
+    """The cache that the options and the environment name."""
+    return Supply(RuntimeSettings(**context.obj)).store
