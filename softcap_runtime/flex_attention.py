@@ -144,8 +144,9 @@ def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | 
             raise ValueError(f"causal_mask: on {mask.device}, expected Q's {q.device}; move it")
         elements = as_additive(mask, q_len, kv_len)
         _check_rows_and_heads(elements.shape, q)
-        # Inside a graph nobody can look at the elements.
-        found = None if torch.compiler.is_compiling() else intervals_of_elements(elements)
+        # Inside a graph nobody can look at the elements; and those of a bias that is learned may all be 0 by now.
+        learned = torch.is_grad_enabled() and elements.requires_grad
+        found = None if torch.compiler.is_compiling() or learned else intervals_of_elements(elements)
         return elements if found is None else found
     if not hasattr(mask, "mask_mod"):
         raise TypeError(

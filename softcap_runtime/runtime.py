@@ -94,7 +94,8 @@ class Runtime:
         ``document_ids`` ``[B, Skv]``, integers that never decrease: a token sees only its own document.
         ``prefix_lengths`` ``[B]``: the first tokens see each other both ways. ``spans`` ``[B, N, 2]``: half-open
         ranges of tokens that see each other both ways. ``cache_lengths`` ``[B]``: how many keys of each batch
-        row are valid, the new tokens included; row i then stands at ``cache_lengths - Sq + i``.
+        row are valid, the new tokens included; row i then stands at ``cache_lengths - Sq + i``. Keys and values that
+        no row sees must be finite all the same (zeros, say): an engine may multiply them by a weight of 0.
 
         Raises ValueError or TypeError on an argument that does not fit, EngineUnavailable when the engine asked
         for cannot serve the call, KernelNotPrewarmed under ``jit="forbid"``, BuildFailed when the compiler fails.
@@ -125,7 +126,7 @@ class Runtime:
         ``engine`` for that of the settings.
         """
         call = Call(mask, config.scale, config.softcap, engine or self.settings.engine, _wants_grad(q, k, v))
-        if not (torch.compiler.is_compiling() or call.train or interpreters_active()):
+        if not (torch.compiler.is_compiling() or call.train or q.is_meta or interpreters_active()):
             return self.forward(q, k, v, call)[0]
         return operator.attention(q, k, v, call, self.number)
 

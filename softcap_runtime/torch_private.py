@@ -49,6 +49,26 @@ def assert_in_graph(condition: Tensor, message: str) -> None:
         check(condition, message)
 
 
+def count_threads_at_run_time() -> None:
+    """Have flex kernels that this process compiles for the CPU size their buffers by the threads of the run.
+
+    Private: the text of Inductor's flex template, which writes in the number of threads that the compiling process
+    has. A process with more threads then writes past the buffers (torch 2.9 to 2.13). Raises RuntimeError where the
+    text is not as it was: the build fails then, and engine="blocked" serves.
+    """
+    import torch._inductor.lowering  # first, as the template's module can't be imported before it
+    from torch._inductor.codegen import cpp_flex_attention_template as template
+
+    baked = "num_thread = {{num_thread}};"
+    texts = {name: text for name, text in vars(template).items() if isinstance(text, str) and baked in text}
+    if not texts:
+        raise RuntimeError(
+            f"torch {torch.__version__} does not show how its flex kernels count threads; use engine='blocked'"
+        )
+    for name, text in texts.items():
+        setattr(template, name, text.replace(baked, "num_thread = at::get_num_threads();"))
+
+
 def load_package(data: bytes) -> Runner:
     """Load an AOTInductor package for the CPU (the bytes of a .pt2 file) and return its ``run(inputs) -> outputs``.
 

@@ -387,3 +387,14 @@ def test_a_block_mask_for_other_rows_or_heads(function: Any, seed: int) -> None:
         mask = create_block_mask(lambda b, h, i, j: i >= j, batch, heads, 40, 40, device="cpu")
         with pytest.raises(ValueError, match=f"^causal_mask: {words}"):
             function(q, k, v, mask, LAYER, 2, 40)
+
+
+def test_a_learned_bias_that_is_all_zero(own_runtime: Runtime, seed: int) -> None:
+    """Its elements look like a mask's, but it is to be trained."""
+    q, k, v = make_qkv(Sizes(1, 4, 2, 30, 30))
+    bias = torch.zeros(30, 30, requires_grad=True)
+    out = slow_attention_softcapping(q, k, v, bias, LAYER, 1, 30)
+    (grad,) = torch.autograd.grad(out.sum(), bias)
+    assert grad.abs().max() > 0
+    with torch.no_grad():
+        assert torch.allclose(slow_attention_softcapping(q, k, v, bias, LAYER, 1, 30), out, atol=1e-5)

@@ -65,6 +65,8 @@ class _Pass:
         self.fused = kernels.runner(spec)
         self.dtype = compute_dtype(problem.dtype)
         self.walk, self.numbers = Walk(problem), scalars(problem)
+        # Half precision's own rounding is far larger than that of long sums.
+        self.multiply = multiply_in_parts if problem.dtype == torch.float32 else torch.bmm
 
     def grouped(self, space: Workspace, name: str, rows: Tensor) -> Tensor:
         """``rows`` ``[Hq, R, D]`` as ``[Hkv, G * R, D]``: a group's heads share one product."""
@@ -87,7 +89,6 @@ class _Forward(_Pass):
         spec = _forward_spec(problem)
         super().__init__(problem, kernels, spec)
         self.safe = spec.op == "block_softmax"
-        self.parts = problem.dtype == torch.float32  # half precision's own rounding is far larger
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         out = empty_output(q)
@@ -123,7 +124,7 @@ class _Forward(_Pass):
         for lo, hi in block.chunks(size):
             k_part, v_part = k[:, lo:hi].to(self.dtype), v[:, lo:hi].to(self.dtype)
             weights = self.logits(space, "weights", q, hi - lo)
-            (multiply_in_parts if self.parts else torch.bmm)(q, k_part.mT, out=weights)
+            self.multiply(q, k_part.mT, out=weights)
             vectors = [*self.walk.edges(batch_row, block), self.walk.cols[lo:hi], *per_row, *self.numbers]
             self.fused([self.by_head(weights), *vectors])
             accumulate(space, summed, weights, v_part, first=lo == block.lo)
@@ -135,6 +136,9 @@ class _Backward(_Pass):
 
     def __init__(self, problem: Problem, kernels: Kernels) -> None:
         super().__init__(problem, kernels, _backward_spec(problem))
+        if problem.softcap is not None and problem.softcap <= BOUNDED_CAP:
+            # The cap bounds what a sum's rounding does to a weight. Without it the logits must be the forward's own.
+            self.multiply = torch.bmm
 
     def __call__(
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
@@ -178,7 +182,8 @@ class _Backward(_Pass):
             grad_q.zero_()
         for lo, hi in block.chunks(CHUNK):
             k, v = keys[:, lo:hi].to(self.dtype), values[:, lo:hi].to(self.dtype)
-            p = torch.bmm(q, k.mT, out=self.logits(space, "p", q, hi - lo))
+            p = self.logits(space, "p", q, hi - lo)
+            self.multiply(q, k.mT, out=p)
             ds = torch.bmm(grad_out, v.mT, out=self.logits(space, "ds", q, hi - lo))
             blocks = [self.by_head(p), self.by_head(ds)]
             self.fused([*blocks, *lo_hi, self.walk.cols[lo:hi], *rest, *self.numbers])

@@ -141,7 +141,10 @@ def empty_output(q: Tensor) -> Tensor:
     That order makes the model's next ``transpose(1, 2).reshape(B, S, H * D)`` free.
     """
     batch, heads, length, head_dim = q.shape
-    return q.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    strides = (length * heads * head_dim, head_dim, heads * head_dim, 1)
+    return q.new_empty_strided(
+        (batch, heads, length, head_dim), strides
+    )  # no view, so that it may be changed in place
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ from softcap_runtime.masks.blocks import BlockTables, block_tables
 # The kernel's interval vectors have room for this many rows (batch x length); see graphs/flex.py.
 MAX_ROWS = 2**24
 FORWARD = "flex_forward"
+# With 8 of 16 columns left over, Inductor's transposed product of AVX2 stores all 16 where a head has fewer elements
+# than this (torch 2.13, stock flex_attention as well: wrong rows over 24 and 40 keys at head_dim 16).
+SHORT_HEAD = 24
 
 
 def kernel_spec(problem: Problem, op: str) -> KernelSpec:
@@ -51,6 +54,11 @@ def _refuses(problem: Problem) -> str | None:
         return "flex_attention has no backward on the CPU"
     if problem.device.type != "cpu":
         return f"the flex engine runs on the CPU, q is on {problem.device}"
+    if problem.head_dim < SHORT_HEAD and _avx2_at_most():
+        return (
+            f"head_dim: {problem.head_dim}, torch's product for heads below {SHORT_HEAD} writes past its buffer on a "
+            "CPU without AVX-512"
+        )
     if problem.mask.lo is not None and problem.mask.lo.numel() > MAX_ROWS:
         return f"the mask has {problem.mask.lo.numel()} rows, the flex engine takes {MAX_ROWS}"
     if not torch_features.FLEX_ATTENTION:
@@ -99,6 +107,10 @@ def in_intervals(
     """The elements of intervals, for flex: row i of batch b sees ``lo[b * row_stride + i] <= j < hi[...]``."""
     row = b * row_stride + i
     return (j >= lo[row]) & (j < hi[row])
+
+
+def _avx2_at_most() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def _number(value: int | None, device: torch.device) -> Tensor:

@@ -213,7 +213,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tenso
     left, right = (0, 0) if mask.left is None or mask.right is None else (mask.left, mask.right)
     _, scale, softcap, engine, train = call  # no slice of it: the compiler of torch 2.8 takes none
     inputs = (q, k, v, mask.lo, mask.hi, left, right, scale, softcap, engine, train, number)
-    if torch.compiler.is_compiling() or interpreters_active():
+    if torch.compiler.is_compiling() or q.is_meta or interpreters_active():
         output = torch.ops.softcap_runtime.attention(*inputs)
     else:
         output = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
@@ -230,7 +230,7 @@ def _autocast(device: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple
 def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, floats in its dtype, as scaled_dot_product_attention takes them; float64 stays."""
     device = q.device.type
-    if not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     cast = [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v)]

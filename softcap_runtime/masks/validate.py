@@ -87,8 +87,9 @@ def check_integers(name: str, tensor: Any) -> None:
 
 
 def data_is_readable(tensor: Tensor) -> bool:
-    """Whether looking at the data costs no wait: a CPU tensor, and nobody is tracing."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether looking at the data costs no wait: a CPU tensor that has data (a fake one has none), nobody tracing."""
+    own = type(tensor) in (Tensor, torch.nn.Parameter)
+    return own and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_dtype(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> None:

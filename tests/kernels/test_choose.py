@@ -118,6 +118,21 @@ def test_bf16_tiles_make_flex_the_faster_one_for_inference(monkeypatch: pytest.M
         assert choose(base._replace(**change), "auto").engine.name == "blocked"
 
 
+@NEEDS_FLEX
+def test_short_heads_without_avx512_are_not_for_flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = band(40, 40, causal=True, window=None)
+    for capability, head_dim, served in (("AVX2", 16, False), ("AVX2", 24, True), ("AVX512", 16, True)):
+        monkeypatch.setattr(
+            torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability
+        )
+        problem = Problem(CPU, torch.float32, 1, 2, 1, head_dim, 0.1, 50.0, mask, False)
+        assert ("flex" in [engine.name for engine in candidates(problem)]) == served
+        if not served:
+            with pytest.raises(EngineUnavailable, match="head_dim: 16, torch's product for heads below 24"):
+                choose(problem, "flex")
+            assert choose(problem, "auto").engine.name == "blocked"
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_a_torch_without_packages_gets_the_dense_engine(monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
     monkeypatch.setattr(torch_features, "PACKAGES", False)

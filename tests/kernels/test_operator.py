@@ -357,3 +357,40 @@ def test_tensors_that_are_negated_when_read(runtimes: dict[str, Runtime], seed: 
         for _ in range(3):  # the third finds the short way
             out = runtimes[engine].attention(torch._neg_view(q), k, torch._neg_view(v), CONFIG)
             assert relative_error(out, expected(-q, k, -v, CONFIG)) <= 2e-6
+
+
+def test_meta_tensors(runtime: Runtime, seed: int) -> None:
+    q, k, v = (x.to("meta") for x in make_qkv(Sizes(2, 4, 2, 30, 40)))
+    mask = torch.ones(2, 40, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        out = runtime.attention(q, k, v, CONFIG)
+    assert (out.shape, out.dtype, out.device.type) == (q.shape, q.dtype, "meta")
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = runtime.attention(q, k, v, CONFIG, mask)
+    grads = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+
+
+def test_fake_tensors_and_fake_masks(runtime: Runtime, seed: int) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, heads, 40, 64) for heads in (4, 2, 2))
+        for masks in (
+            {"attention_mask": torch.ones(2, 40, dtype=torch.bool)},
+            {"document_ids": torch.zeros(2, 40, dtype=torch.int64)},
+            {"prefix_lengths": torch.ones(2, dtype=torch.int64)},
+            {"spans": torch.zeros(2, 1, 2, dtype=torch.int64)},
+            {"cache_lengths": torch.full((2,), 40)},
+        ):
+            assert runtime.attention(q, k, v, CONFIG, **masks).shape == q.shape
+
+
+def test_an_output_that_is_changed_in_place(runtime: Runtime, seed: int) -> None:
+    """The backward reads it, so torch says so, in its own words; an inference output is the caller's."""
+    inputs = make_qkv(Sizes(1, 2, 1, 20, 20))
+    runtime.attention(*inputs, CONFIG).mul_(2)
+    out = runtime.attention(*(x.requires_grad_() for x in inputs), CONFIG)
+    out[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

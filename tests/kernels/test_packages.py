@@ -302,3 +302,55 @@ def test_dtype_names() -> None:
     for bad in ("float33", "Tensor", ""):
         with pytest.raises(ValueError, match=f"dtype: {bad!r}"):
             dtype_of(bad)
+
+
+MORE_THREADS = """
+import sys, torch
+from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
+torch.manual_seed(int(sys.argv[2]))
+assert torch.get_num_threads() == int(sys.argv[3])
+runtime = Runtime(RuntimeSettings(cache_dir=sys.argv[1], engine="flex", jit="forbid"))
+q, k, v = (torch.randn(2, heads, 100, 64) for heads in (8, 4, 4))
+mask = torch.ones(1, 100, 100).tril() > 0
+want = reference.attention(*(x.double() for x in (q, k, v)), mask, scale=0.5, softcap=50.0)[0]
+for _ in range(50):
+    out = runtime.attention(q, k, v, AttentionConfig(softcap=50.0, scale=0.5))
+    assert ((out - want).norm() / want.norm()) < 2e-6
+    runtime.attention(q[:, :, -1:], k, v, AttentionConfig(softcap=50.0, scale=0.5))
+"""
+
+
+@NEEDS_FLEX
+def test_a_process_with_more_threads_than_the_builder(runtime: Runtime, seed: int) -> None:
+    """Inductor writes the builder's threads into flex kernels, whose buffers the others then overrun."""
+    runtime.supply.obtain(BAND)
+    threads = str(4 * (os.cpu_count() or 1))
+    done = subprocess.run(
+        [sys.executable, "-c", MORE_THREADS, str(runtime.settings.cache_dir), str(seed), threads],
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@NEEDS_FLEX
+def test_a_torch_that_counts_threads_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.lowering
+    from torch._inductor.codegen import cpp_flex_attention_template as template
+
+    texts = {name: text for name, text in vars(template).items() if isinstance(text, str)}
+    for name, text in texts.items():
+        monkeypatch.setattr(template, name, text)  # put back when the test is over
+    torch_private.count_threads_at_run_time()
+    assert any(
+        "num_thread = at::get_num_threads();" in text
+        for text in vars(template).values()
+        if isinstance(text, str)
+    )
+    with pytest.raises(
+        RuntimeError, match=r"does not show how its flex kernels count threads; use engine='blocked'$"
+    ):
+        torch_private.count_threads_at_run_time()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from softcap_runtime.kernels.graphs import graph
 from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.torch_private import load_package
+from softcap_runtime.torch_private import count_threads_at_run_time, load_package
 
 # One translation unit is compiled per build: a precompiled header costs more than it saves. Products and sums may
 # be contracted to fused multiply-adds, which round less often: the pointwise kernels take 8 % less time. An option that
@@ -27,6 +27,8 @@ def compile_package(spec: KernelSpec, target: str) -> None:
 
     # The fake-tensor cache of an export with symbolic strides refers to symbols of another trace (torch 2.13).
     torch._dynamo.config.fake_tensor_cache_enabled = False
+    if spec.op == "flex_forward":
+        count_threads_at_run_time()
     known = set(list_options())
     options = {name: value for name, value in INDUCTOR_OPTIONS.items() if name in known}
     made = graph(spec)
