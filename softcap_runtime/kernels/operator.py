@@ -82,6 +82,8 @@ def _call(
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if q.is_meta:
+        return _fake_forward(q, k, v, *rest)
     *how, runtime = rest
     out, lse = _server(runtime).forward(q, k, v, _call(q, k, *how))
     return out, q.new_empty(0, dtype=torch.float32) if lse is None or not how[-1] else lse
@@ -90,6 +92,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
 def _backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if q.is_meta:
+        return _fake_backward(grad_out, q, k, v)
     *how, runtime = rest
     call = _call(q, k, *(*how, True))
     grads: tuple[Tensor, Tensor, Tensor] = _server(runtime).backward(grad_out, q, k, v, out, lse, call)
@@ -213,7 +217,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tenso
     left, right = (0, 0) if mask.left is None or mask.right is None else (mask.left, mask.right)
     _, scale, softcap, engine, train = call  # no slice of it: the compiler of torch 2.8 takes none
     inputs = (q, k, v, mask.lo, mask.hi, left, right, scale, softcap, engine, train, number)
-    if torch.compiler.is_compiling() or q.is_meta or interpreters_active():
+    if torch.compiler.is_compiling() or interpreters_active():
         output = torch.ops.softcap_runtime.attention(*inputs)
     else:
         output = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
