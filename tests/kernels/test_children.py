@@ -77,6 +77,8 @@ class Started:
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, str(self.pids)],
             env=environment,
+            # Jobs that a shell runs in the background ignore Ctrl-C, and hand that down.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
