@@ -404,7 +404,7 @@ def test_who_only_looks_makes_nothing(
     monkeypatch.chdir(tmp_path)
     got, out, err = command("--cache-dir", tmp_path / "typing" / "error", *line.split())
     assert (got, list(tmp_path.iterdir())) == (code, [])
-    assert "does not exist" in out + err
+    assert "does not exist" in " ".join((out + err).split())
     assert line.startswith("inspect") or (out + err).count("\n") == 1
     (tmp_path / "empty").mkdir(mode=0o700)
     command("--cache-dir", tmp_path / "empty", *line.split())

@@ -44,7 +44,7 @@ import pathlib, sys, time, torch
 from softcap_runtime import AttentionConfig, Runtime
 q = torch.randn(1, 2, 8, 64)
 Runtime.get().attention(q, q, q, AttentionConfig(scale=0.125, softcap=50.0))
-while not pathlib.Path(sys.argv[1]).exists():
+while not pathlib.Path(sys.argv[1] + ".seen").exists():
     time.sleep(0.05)
 """
 
@@ -88,7 +88,9 @@ class Started:
         """Everything that runs below the process, once it runs this many compilers."""
         wait_until(lambda: self.pids.exists() and len(self.pids.read_text().split()) >= compilers)
         assert list(self.temporary.glob(f"{package.BUILD_FOLDER}*"))
-        return psutil.Process(self.process.pid).children(recursive=True)
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        self.pids.with_name("pids.seen").touch()
+        return family
 
     def assert_gone(self, family: list[psutil.Process]) -> None:
         """None of ``family`` runs; nothing of theirs is left."""
