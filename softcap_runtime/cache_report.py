@@ -88,7 +88,7 @@ def explain(store: Store, words: Sequence[str]) -> Explanation:
 def missing(supply: Supply, specs: Iterable[KernelSpec]) -> list[KernelSpec]:
     """Those of ``specs`` that are kept in the cache and are not, or not usable, on disk."""
     kept = [spec for spec in specs if not compiles_in_process(spec)]
-    return [spec for spec in kept if not isinstance(supply.store.examine(supply.key(spec).digest), Sealed)]
+    return [spec for spec in kept if not _is_good(supply.store, supply.key(spec).digest)]
 
 
 def not_kept(supply: Supply, device: torch.device) -> str | None:
@@ -101,13 +101,18 @@ def not_kept(supply: Supply, device: torch.device) -> str | None:
         for spec, one in list(supply.supplied.items())
         if one.source != "compiled"
     }
-    gone = [digest for digest in sizes if not isinstance(store.examine(digest), Sealed)]
+    gone = [digest for digest in sizes if not _is_good(store, digest)]
     if len(gone) <= store.held_in_memory:
         return None
     return (
         f"{len(gone)} of {len(sizes)} kernels did not stay in the cache: together they need {sum(sizes.values())} "
         f"bytes, SOFTCAP_CACHE_SIZE_LIMIT is {store.size_limit}; raise it and prewarm again"
     )
+
+
+def _is_good(store: Store, digest: str) -> bool:
+    """Whether an entry is on disk and may be used."""
+    return isinstance(store.examine(digest), Sealed)
 
 
 def _closeness(fields: Fields, wanted: Fields) -> tuple[bool, int, int]:

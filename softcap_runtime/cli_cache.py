@@ -15,6 +15,8 @@ from softcap_runtime.errors import SoftcapRuntimeError
 from softcap_runtime.store import Store, fingerprint
 from softcap_runtime.supply import Supply
 
+DeviceOption = Annotated[str, typer.Option(help="Whose kernels: cpu or cuda.")]
+
 
 def _existing_store(context: typer.Context) -> Store:
     """The store, for who only looks: of a folder that is there, as a wrong name must not make one."""
@@ -100,7 +102,7 @@ def clear(context: typer.Context) -> None:
 def export_(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="The bundle to write.")],
-    device: Annotated[str, typer.Option(help="Whose kernels: cpu or cuda.")] = "cpu",
+    device: DeviceOption = "cpu",
 ) -> None:
     """Write the kernels that fit this environment into one file, for machines like this one.
 
@@ -127,7 +129,7 @@ def export_(
 def import_(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A bundle that `export` wrote.")],
-    device: Annotated[str, typer.Option(help="Whose kernels: cpu or cuda.")] = "cpu",
+    device: DeviceOption = "cpu",
 ) -> None:
     """Take the kernels of a bundle that fit this environment; exit code 1 if any does not."""
     expected = fingerprint(device_of(device).type)

@@ -142,9 +142,8 @@ def empty_output(q: Tensor) -> Tensor:
     """
     batch, heads, length, head_dim = q.shape
     strides = (length * heads * head_dim, head_dim, heads * head_dim, 1)
-    return q.new_empty_strided(
-        (batch, heads, length, head_dim), strides
-    )  # no view, so that it may be changed in place
+    # No view of another tensor, so that it may be changed in place.
+    return q.new_empty_strided((batch, heads, length, head_dim), strides)
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:

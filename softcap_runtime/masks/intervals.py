@@ -95,13 +95,13 @@ def row_intervals(
     if not devices:
         return band(q_len, kv_len, causal=causal, window=window)
 
-    first = kv_len - q_len if cache_lengths is None else cache_lengths.to(torch.int32)[:, None] - q_len
+    origin = kv_len - q_len if cache_lengths is None else cache_lengths.to(torch.int32)[:, None] - q_len
 
     def positions(shift: int = 0) -> Tensor:
         """Of the queries, plus ``shift``: ``[1, q_len]`` until a tensor with more batch rows meets them."""
-        start = shift + first if isinstance(first, int) else shift
+        start = shift + origin if isinstance(origin, int) else shift
         made = torch.arange(start, start + q_len, dtype=torch.int32, device=devices[0])[None]
-        return made if isinstance(first, int) else made + first
+        return made if isinstance(origin, int) else made + origin
 
     two_way = prefix_lengths is not None or spans is not None
     last_keys = cache_lengths is None and q_len <= kv_len
