@@ -8,6 +8,7 @@ what they do in the transformers that is installed.
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable, Iterable
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from softcap_runtime.masks.validate import data_is_readable
 
 MaskFunction = Callable[..., Any]
 _HOME = "transformers.masking_utils"
+_GEMMA3 = "transformers.models.gemma3.modeling_gemma3"
 _INSTEAD = "use attn_implementation='eager' for this model"
 
 
@@ -46,8 +48,11 @@ def read(function: MaskFunction, place: Place) -> RowIntervals:
     Raises ValueError, naming the part, when ``function`` holds one that is no known row interval.
     """
     name = getattr(function, "__qualname__", type(function).__name__)
-    if getattr(function, "__module__", None) != _HOME:
-        raise ValueError(f"mask function {name}: not transformers' own, so no known row interval; {_INSTEAD}")
+    home = getattr(function, "__module__", None)
+    if _is_constant(function):
+        return _constant(function, place)
+    if home != _HOME and (home, name.partition(".")[0]) != (_GEMMA3, "_bidirectional_window_overlay"):
+        raise ValueError(f"mask function {name} of {home}: no known row interval; {_INSTEAD}")
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     parts = {variable: cell.cell_contents for variable, cell in cells}
     match name.partition(".")[0]:
@@ -57,6 +62,8 @@ def read(function: MaskFunction, place: Place) -> RowIntervals:
             return _reach(place, -UNBOUNDED, UNBOUNDED)
         case "sliding_window_overlay":
             return _reach(place, 1 - parts["sliding_window"], UNBOUNDED)
+        case "_bidirectional_window_overlay":  # EmbeddingGemma's own: the window counts the row's own key
+            return _reach(place, 1 - parts["sliding_window"], parts["sliding_window"])
         case "sliding_window_bidirectional_overlay":
             return _reach(place, -parts["sliding_window"], parts["sliding_window"] + 1)
         case "packed_sequence_mask_function":
@@ -73,6 +80,23 @@ def read(function: MaskFunction, place: Place) -> RowIntervals:
             raise ValueError(f"mask function {name}: no known row interval; {_INSTEAD}")
 
 
+def _is_constant(function: MaskFunction) -> bool:
+    """Whether ``function`` is a lambda that neither reads its arguments nor closes over anything."""
+    if (
+        getattr(function, "__name__", None) != "<lambda>"
+        or function.__closure__
+        or function.__code__.co_cellvars
+    ):
+        return False
+    return not any(step.opname.startswith("LOAD_FAST") for step in dis.get_instructions(function))
+
+
+def _constant(function: MaskFunction, place: Place) -> RowIntervals:
+    """Every key or none: EmbeddingGemma says "both ways" by a lambda that is always true."""
+    shown = UNBOUNDED if function(0, 0, 0, 0) else 0
+    return _reach(place, -shown, shown)
+
+
 def intersect(a: RowIntervals, b: RowIntervals, device: torch.device) -> RowIntervals:
     """The keys that both masks show; a band if both are bands."""
     if a.left is not None and a.right is not None and b.left is not None and b.right is not None:
@@ -86,6 +110,8 @@ def _read_all(functions: Iterable[MaskFunction], place: Place) -> list[RowInterv
 
 
 def _unite(a: RowIntervals, b: RowIntervals, device: torch.device) -> RowIntervals:
+    if a.left is not None and a.right is not None and b.left is not None and b.right is not None:
+        return a._replace(left=min(a.left, b.left), right=max(a.right, b.right))
     (a_lo, a_hi), (b_lo, b_hi) = edges(a, device), edges(b, device)
     return clipped(a.q_len, a.kv_len, torch.minimum(a_lo, b_lo), torch.maximum(a_hi, b_hi))
 

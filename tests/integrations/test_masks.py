@@ -131,6 +131,33 @@ def test_bidirectional(seed: int) -> None:
             assert_equal_masks(make, 9, attention_mask=padding("right", 9))
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_constant_lambda(shown: bool, seed: int) -> None:
+    """EmbeddingGemma turns a causal mask into one both ways by a lambda that is always true."""
+    constant = (lambda *args: torch.tensor(True)) if shown else (lambda b, h, q, kv: torch.tensor(False))
+    for make in MAKERS:
+        for kind in ("none", "left", "right"):
+            mask = assert_equal_masks(
+                make, 9, attention_mask=padding(kind, 9), past_key_values=None, or_mask_function=constant
+            )
+            assert (mask.lo is None) is (kind == "none")
+
+
+def test_lambda_that_reads_its_arguments_raises(seed: int) -> None:
+    hidden = torch.zeros(1)
+    for function in (
+        lambda b, h, q, kv: kv % 2 == 0,
+        lambda *args: (lambda: args[3] % 2 == 0)(),
+        lambda *args: hidden > 0,
+    ):
+        with pytest.raises(
+            ValueError, match=r"mask function .*<lambda> of .*test_masks: no known row interval"
+        ):
+            assert_equal_masks(
+                MAKERS[0], 4, attention_mask=None, past_key_values=None, or_mask_function=function
+            )
+
+
 @pytest.mark.parametrize("past", [0, 4])
 @pytest.mark.parametrize("make", MAKERS)
 def test_image_spans(make: Any, past: int, seed: int) -> None:

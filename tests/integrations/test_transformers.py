@@ -40,6 +40,30 @@ def test_padded_batch(side: str, seed: int) -> None:
     assert (eager - ours)[mask.bool()].abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_embedding_gemma(side: str | None, seed: int) -> None:
+    """Gemma 3 with attention both ways, the window of its sliding layers counting to both sides."""
+    torch.manual_seed(seed)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=24,
+        use_bidirectional_attention=True,
+    )
+    model, ids = transformers.Gemma3TextModel(config).eval(), tokens(3, 70)
+    mask = None if side is None else padded(side, 70, [70, 41, 9])
+    with torch.no_grad():
+        eager, ours = both(model, lambda: model(ids, attention_mask=mask).last_hidden_state)
+    kept = torch.ones(3, 70, dtype=torch.bool) if mask is None else mask.bool()
+    assert (eager - ours)[kept].abs().max() < 1e-4
+
+
 def test_long_enough_for_the_blocked_engine(runtime: Runtime, seed: int) -> None:
     model, ids = gemma(seed, num_hidden_layers=2, max_position_embeddings=1024), tokens(2, 600)
     mask = padded("left", 600, [600, 333])
