@@ -24,4 +24,4 @@ source scripts/clean_settings.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check softcap_runtime tests scripts  # the snippets of the README are laid out by hand
 .venv/bin/mypy
-.venv/bin/python -m pytest --durations=10 "$@"
+.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations=10 "$@"

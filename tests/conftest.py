@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import subprocess
@@ -50,6 +51,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """The command line sets it for its process; here the next test runs in the same one."""
+    yield
+    logging.getLogger("softcap_runtime").setLevel(logging.NOTSET)
+
+
 @pytest.fixture(scope="session")
 def base_seed() -> int:
     return int(os.environ.get("SOFTCAP_TEST_SEED", random.SystemRandom().randrange(2**31)))
@@ -71,9 +79,15 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One kernel cache for the session, so each kernel is compiled once; SOFTCAP_TEST_CACHE keeps it."""
-    kept = os.environ.get("SOFTCAP_TEST_CACHE")
-    return Path(kept) if kept else tmp_path_factory.mktemp("kernels")
+    """One kernel cache for the session and all its workers, so each kernel is compiled once.
+
+    SOFTCAP_TEST_CACHE keeps it.
+    """
+    if kept := os.environ.get("SOFTCAP_TEST_CACHE"):
+        return Path(kept)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return tmp_path_factory.getbasetemp().parent / "kernels"
+    return tmp_path_factory.mktemp("kernels")
 
 
 # Kernels that many tests share; anything else is compiled by the test that needs it.
