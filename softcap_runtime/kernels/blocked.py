@@ -79,9 +79,9 @@ class _Pass:
         """Room for the products of a block of queries ``[Hkv, G * R, D]`` with a chunk of keys."""
         return space.empty(name, self.dtype, q.shape[0], q.shape[1], keys)
 
-    def by_head(self, logits: Tensor) -> Tensor:
-        """The same logits as the fused kernel takes them: ``[Hq, R, C]``."""
-        return logits.view(self.problem.num_heads, -1, logits.shape[-1])
+    def by_head(self, rows: Tensor) -> Tensor:
+        """A group's rows ``[Hkv, G * R, D]`` head by head: ``[Hq, R, D]``."""
+        return rows.view(self.problem.num_heads, -1, rows.shape[-1])
 
 
 class _Forward(_Pass):
@@ -101,7 +101,7 @@ class _Forward(_Pass):
                     summed, total, peak = self.attend(space, row, block, q_block, keys, values)
                     if lse is not None:
                         log_total = total.log()
-                        lse[row, :, block.first : block.end] = log_total if peak is None else log_total + peak
+                        lse[row, :, block.first : block.end] = log_total if peak is None else log_total.add_(peak)
                     # A row that sees nothing has total 0 and weights 0.
                     total.clamp_min_(torch.finfo(torch.float32).tiny)
                     torch.div(
@@ -116,7 +116,8 @@ class _Forward(_Pass):
         heads, rows = self.problem.num_heads, block.end - block.first
         total = _zeros(heads, rows)
         peak = _zeros(heads, rows) if self.safe else None
-        per_row = [total] if peak is None else [total, peak]
+        per_row = [x.view(-1) for x in (total, peak) if x is not None]
+        edges = self.walk.edges(batch_row, block)
         summed = space.empty("summed", torch.float32, *q.shape)
         if block.lo == block.hi:
             summed.zero_()
@@ -125,8 +126,7 @@ class _Forward(_Pass):
             k_part, v_part = k[:, lo:hi].to(self.dtype), v[:, lo:hi].to(self.dtype)
             weights = self.logits(space, "weights", q, hi - lo)
             self.multiply(q, k_part.mT, out=weights)
-            vectors = [*self.walk.edges(batch_row, block), self.walk.cols[lo:hi], *per_row, *self.numbers]
-            self.fused([self.by_head(weights), *vectors])
+            self.fused([weights.view(-1, hi - lo), *edges, self.walk.cols[lo:hi], *per_row, *self.numbers])
             accumulate(space, summed, weights, v_part, first=lo == block.lo)
         return summed, total, peak
 
@@ -156,7 +156,7 @@ class _Backward(_Pass):
                     q_block = self.grouped(space, "q", q[rows])
                     grad_block = self.grouped(space, "grad_out", grad_out[rows])
                     delta = _row_sums(space, grad_block, out[rows])
-                    per_row = [*self.walk.edges(row, block), lse[rows].contiguous(), delta]
+                    per_row = [*self.walk.edges(row, block), lse[rows].flatten(), delta.flatten()]
                     grad_q = self.differentiate(
                         space, block, (q_block, grad_block, keys, values), per_row, sums
                     )
@@ -185,7 +185,7 @@ class _Backward(_Pass):
             p = self.logits(space, "p", q, hi - lo)
             self.multiply(q, k.mT, out=p)
             ds = torch.bmm(grad_out, v.mT, out=self.logits(space, "ds", q, hi - lo))
-            blocks = [self.by_head(p), self.by_head(ds)]
+            blocks = [x.view(-1, hi - lo) for x in (p, ds)]
             self.fused([*blocks, *lo_hi, self.walk.cols[lo:hi], *rest, *self.numbers])
             accumulate(space, grad_v[:, lo:hi], p.mT, grad_out)
             accumulate(space, grad_k[:, lo:hi], ds.mT, q)

@@ -43,7 +43,7 @@ class Walk:
         lo, hi = edges(problem.mask, "cpu")
         self.lo, self.hi = list(lo.unbind(0)), list(hi.unbind(0))
         self.cols = torch.arange(problem.mask.kv_len, dtype=torch.int32, device="cpu")
-        self.rows = block_rows(problem.mask.q_len)
+        self.rows, self.heads = block_rows(problem.mask.q_len), problem.num_heads
         ranges = key_ranges(problem.mask, self.rows)
         if isinstance(ranges, list):
             self.ranges = [ranges]
@@ -69,6 +69,6 @@ class Walk:
         return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
     def edges(self, batch_row: int, block: Block) -> list[Tensor]:
-        """The first visible key of each of the block's rows, and the one past the last: int32 ``[R]`` both."""
+        """The first visible key of each row of the block, head after head, and the one past the last: int32 ``[Hq * R]``."""
         row = min(batch_row, len(self.lo) - 1)
-        return [self.lo[row][block.first : block.end], self.hi[row][block.first : block.end]]
+        return [side[row][block.first : block.end].repeat(self.heads) for side in (self.lo, self.hi)]

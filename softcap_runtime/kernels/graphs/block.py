@@ -1,7 +1,10 @@
 """The blocked engine's pointwise kernels as graphs to export: what stands between its matrix products.
 
-All work in place on a block of logits ``[N, R, C]`` (heads, query rows, keys). Row r sees the columns with
+All work in place on a block of logits ``[R, C]`` (the query rows of all heads, keys). Row r sees the columns with
 ``lo[r] <= cols[c] < hi[r]``; ``lo``, ``hi`` ``[R]`` and ``cols`` ``[C]`` are int32, scalars are float32.
+
+Heads have no dimension of their own: with one, Inductor walks what is stored and what is summed in loops of different
+depth, and so each of them over the block for itself, through memory for what stands between them.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class BlockForward(nn.Module):
     def forward(
         self, s: Tensor, lo: Tensor, hi: Tensor, cols: Tensor, total: Tensor, *scalars: Tensor
     ) -> None:
-        """One block of keys; blocks of one row add up in ``total`` ``[N, R]`` in any order."""
+        """One block of keys; blocks of one row add up in ``total`` ``[R]`` in any order."""
         scale, cap, inv_cap = scalars
         weight = torch.exp(capped(_float(s) * scale, cap, inv_cap, self.tanh))
         weight = torch.where(_visible(lo, hi, cols), weight, 0.0).to(s.dtype)
@@ -49,7 +52,7 @@ class BlockForward(nn.Module):
 class BlockSoftmax(nn.Module):
     """``(s, lo, hi, cols, total, peak, scale[, cap, inv_cap])``: the safe form, for unbounded logits.
 
-    s becomes exp(logit - peak) with ``peak`` ``[N, R]`` the row maxima, so it takes all keys of a row at once.
+    s becomes exp(logit - peak) with ``peak`` ``[R]`` the row maxima, so it takes all keys of a row at once.
     """
 
     def __init__(self, spec: KernelSpec) -> None:
@@ -59,7 +62,7 @@ class BlockSoftmax(nn.Module):
     def forward(
         self, s: Tensor, lo: Tensor, hi: Tensor, cols: Tensor, total: Tensor, peak: Tensor, *scalars: Tensor
     ) -> None:
-        """All keys of R rows; a row that sees nothing has total 0 and peak 0."""
+        """All keys of its rows; a row that sees nothing has total 0 and peak 0."""
         logit = _float(s) * scalars[0]
         if self.capped:
             logit = capped(logit, scalars[1], scalars[2])
@@ -96,7 +99,7 @@ class BlockBackward(nn.Module):
         delta: Tensor,
         *scalars: Tensor,
     ) -> None:
-        """One block; ``lse`` and ``delta`` are ``[N, R]`` float32, lse finite even where a row sees nothing."""
+        """One block; ``lse`` and ``delta`` are ``[R]`` float32, lse finite even where a row sees nothing."""
         scale = scalars[0]
         logit = _float(s) * scale
         slope = scale
@@ -113,13 +116,13 @@ class BlockBackward(nn.Module):
 
 
 def _block(spec: KernelSpec, count: int, vectors: int, module: nn.Module) -> Graph:
-    """``count`` logit blocks, the interval vectors, ``vectors`` [N, R] tensors, the scalars."""
+    """``count`` logit blocks, the interval vectors, ``vectors`` [R] tensors, the scalars."""
     dim = torch.export.Dim.DYNAMIC
-    heads, rows, cols = 6, 20, 48
-    blocks = [torch.zeros(heads, rows, cols, dtype=spec.torch_dtype) for _ in range(count)]
+    rows, cols = 120, 48
+    blocks = [torch.zeros(rows, cols, dtype=spec.torch_dtype) for _ in range(count)]
     edges = [torch.zeros(rows, dtype=torch.int32) for _ in range(2)]
     columns = torch.zeros(cols, dtype=torch.int32)
-    per_row = [torch.zeros(heads, rows) for _ in range(vectors)]
+    per_row = [torch.zeros(rows) for _ in range(vectors)]
     scalars = [torch.ones(()) for _ in range(3 if spec.capped else 1)]
     example = (*blocks, *edges, columns, *per_row, *scalars)
     dynamic = [{place: dim for place in range(tensor.dim())} for tensor in example]
