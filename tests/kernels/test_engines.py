@@ -71,7 +71,7 @@ def test_any_mask_on_any_layout(runtimes: dict[str, Runtime], engine: str, case:
 def test_any_mask_in_blocks_of_many_chunks(warm_cache: Any, runtimes: dict[str, Runtime], case: Case) -> None:
     # As with thousands of tokens: many blocks of rows, and many chunks of keys per block.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked_walk, "block_rows", lambda q_len: 8)
+        patch.setattr(blocked_walk, "block_rows", lambda q_len, dtype: 8)
         patch.setattr(blocked, "CHUNK", 8)
         fresh = Runtime(RuntimeSettings(cache_dir=warm_cache, engine="blocked"))
         fresh.supply = runtimes["blocked"].supply

@@ -71,7 +71,7 @@ def test_any_mask_in_blocks_of_many_chunks(
     warm_cache: Path, runtimes: dict[str, Runtime], case: Case
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked_walk, "block_rows", lambda q_len: 8)
+        patch.setattr(blocked_walk, "block_rows", lambda q_len, dtype: 8)
         patch.setattr(blocked, "CHUNK", 8)
         fresh = Runtime(RuntimeSettings(cache_dir=warm_cache, engine="blocked"))
         fresh.supply = runtimes["blocked"].supply
@@ -261,12 +261,12 @@ def bf16_tiles(warm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ru
 
 def test_bf16_products(bf16_tiles: Runtime, seed: int) -> None:
     # No document of a few tokens: there ds is a difference of equals, and its relative error has no bound.
-    ids = torch.stack([(torch.arange(500) + shift) // 60 for shift in random.sample(range(20, 31), 2)])
-    mask = torch.ones(2, 500, dtype=torch.int64)
+    ids = torch.stack([(torch.arange(600) + shift) // 60 for shift in random.sample(range(20, 31), 2)])
+    mask = torch.ones(2, 600, dtype=torch.int64)
     mask[1, 310:] = 0
     for head_dim in (64, 256):
         config = AttentionConfig(softcap=50.0, scale=head_dim**-0.5)
-        inputs = make_qkv(Sizes(2, 4, 2, 500, 500, head_dim), torch.bfloat16)
+        inputs = make_qkv(Sizes(2, 4, 2, 600, 600, head_dim), torch.bfloat16)
         grad_out = torch.randn(inputs[0].shape).bfloat16()
         for made in ({}, {"document_ids": ids, "attention_mask": mask}):
             out, got = gradients(
@@ -275,7 +275,7 @@ def test_bf16_products(bf16_tiles: Runtime, seed: int) -> None:
             want_out, want = gradients(lambda *x, c=config, m=made: expected(*x, c, **m), inputs, grad_out)
             theirs_out, theirs = gradients(
                 lambda *x, c=config, m=made: hf_eager(
-                    *x, c, visible(500, 500, causal=True, window=None, **m)
+                    *x, c, visible(600, 600, causal=True, window=None, **m)
                 ),
                 inputs,
                 grad_out,
