@@ -87,8 +87,8 @@ def _only_reason(engine: Engine, problem: Problem) -> str:
     if engine is blocked_cuda.ENGINE:
         return "the fastest on CUDA: 2.0 to 3.1 times flex"  # one H100, docs/gpu_report.md
     if engine is flex.ENGINE and _in_tiles(problem):
-        # Two cores of a Xeon with AMX, D256: 44 against 69 ms at 2,048 tokens, 202 against 186 at 4,096.
-        return "bf16 tiles: 1.6 to 2.4 times the blocked engine up to 2,048 tokens, and half its error"
+        # Two cores of a Xeon with AMX, D256: 32 against 43 ms at 2,048 tokens.
+        return "bf16 tiles: 1.3 times the blocked engine at 2,048 tokens, and half its error"
     others = (engine_named(name, problem.device) for name in ("blocked", "flex"))
     refusals = (other.refuses(problem) for other in others if other is not engine)
     return "; ".join(refusal for refusal in refusals if refusal)
