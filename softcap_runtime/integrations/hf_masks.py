@@ -22,6 +22,7 @@ from softcap_runtime.masks.validate import data_is_readable
 MaskFunction = Callable[..., Any]
 _HOME = "transformers.masking_utils"
 _GEMMA3 = "transformers.models.gemma3.modeling_gemma3"
+_OF_TENSORS: dict[Callable[..., Any], Callable[..., Tensor]] = {min: torch.minimum, max: torch.maximum}
 _INSTEAD = "use attn_implementation='eager' for this model"
 
 
@@ -99,10 +100,7 @@ def _constant(function: MaskFunction, place: Place) -> RowIntervals:
 
 def intersect(a: RowIntervals, b: RowIntervals, device: torch.device) -> RowIntervals:
     """The keys that both masks show; a band if both are bands."""
-    if a.left is not None and a.right is not None and b.left is not None and b.right is not None:
-        return a._replace(left=max(a.left, b.left), right=min(a.right, b.right))
-    (a_lo, a_hi), (b_lo, b_hi) = edges(a, device), edges(b, device)
-    return clipped(a.q_len, a.kv_len, torch.maximum(a_lo, b_lo), torch.minimum(a_hi, b_hi))
+    return _combined(a, b, device, max, min)
 
 
 def _read_all(functions: Iterable[MaskFunction], place: Place) -> list[RowIntervals]:
@@ -110,10 +108,21 @@ def _read_all(functions: Iterable[MaskFunction], place: Place) -> list[RowInterv
 
 
 def _unite(a: RowIntervals, b: RowIntervals, device: torch.device) -> RowIntervals:
+    return _combined(a, b, device, min, max)
+
+
+def _combined(
+    a: RowIntervals,
+    b: RowIntervals,
+    device: torch.device,
+    first: Callable[..., int],
+    last: Callable[..., int],
+) -> RowIntervals:
+    """Each row from the ``first`` of the two beginnings to the ``last`` of the two ends (``min`` or ``max``)."""
     if a.left is not None and a.right is not None and b.left is not None and b.right is not None:
-        return a._replace(left=min(a.left, b.left), right=max(a.right, b.right))
+        return a._replace(left=first(a.left, b.left), right=last(a.right, b.right))
     (a_lo, a_hi), (b_lo, b_hi) = edges(a, device), edges(b, device)
-    return clipped(a.q_len, a.kv_len, torch.minimum(a_lo, b_lo), torch.maximum(a_hi, b_hi))
+    return clipped(a.q_len, a.kv_len, _OF_TENSORS[first](a_lo, b_lo), _OF_TENSORS[last](a_hi, b_hi))
 
 
 def _reach(place: Place, left: int, right: int) -> RowIntervals:
