@@ -169,7 +169,7 @@ class _Backward(_Pass):
                     q_block = self.grouped(space, "q", q[rows])
                     grad_block = self.grouped(space, "grad_out", grad_out[rows])
                     delta = _row_sums(space, grad_block, out[rows])
-                    per_row = [*self.walk.edges(row, block), lse[rows].flatten(), delta.flatten()]
+                    per_row = [*self.walk.edges(row, block), lse[rows].contiguous().view(-1), delta.view(-1)]
                     grad_q = self.differentiate(
                         space, block, (q_block, grad_block, keys, values), per_row, sums
                     )

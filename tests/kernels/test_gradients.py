@@ -78,6 +78,17 @@ def test_any_mask_in_blocks_of_many_chunks(
         check(fresh, case, torch.float32, GRADIENT_TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("softcap", [50.0, None])
+@pytest.mark.parametrize("q_len", [1, 65, 641])
+def test_a_last_block_of_one_row(
+    runtimes: dict[str, Runtime], q_len: int, softcap: float | None, seed: int
+) -> None:
+    """A vector with one row of each head is easily a view with gaps, and no kernel checks that."""
+    config = AttentionConfig(softcap=softcap, scale=0.125)
+    case = Case(Sizes(2, 4, 2, q_len, q_len + 3, 64), config, {}, "fused", seed)
+    check(runtimes["blocked"], case, torch.float32, GRADIENT_TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @settings(max_examples=30, deadline=None)
 @given(case=cases(max_len=200))
