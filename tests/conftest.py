@@ -16,6 +16,7 @@ import torch
 from helpers import HEAD_DIM
 
 from softcap_runtime import BuildFailed, EngineUnavailable, Runtime, RuntimeSettings, torch_features
+from softcap_runtime.kernels import products
 from softcap_runtime.kernels.key import KernelSpec
 
 # What an older torch lacks, by the words in which it is refused.
@@ -49,6 +50,17 @@ pytest_runtest_setup = pytest_runtest_call  # what a test asks for, its fixtures
 def one_thread() -> None:
     """On a busy machine, threads that wait for each other make small tensor operations 10 times slower."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_tiles() -> Iterator[None]:
+    """The same products, and so the same error bounds, on every CPU.
+
+    ``bf16_tiles`` in kernels/test_gradients.py has the products of a CPU with bf16 tiles (AMX), which round more often.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "cpu_has_amx", lambda: False)
+        yield
 
 
 @pytest.fixture(autouse=True)
