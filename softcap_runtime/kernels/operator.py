@@ -114,9 +114,6 @@ def _fake_backward(
     return empty_output(q), empty_output(k), empty_output(v)
 
 
-# Their forward takes ctx, since ``apply`` reads the signature of one without it at each call: 40 us.
-
-
 # Programs may call the operator by its name: it checks what the runtime's own door has made sure of.
 
 
@@ -150,6 +147,9 @@ def _checked_edges(lo: Tensor | None, hi: Tensor | None, kv_len: int) -> tuple[T
             raise ValueError(f"{'hi' if hi is None else 'lo'}: None, expected both edges of the rows or none")
         return None, None
     return lo.clamp(0, kv_len).contiguous(), hi.clamp(0, kv_len).contiguous()
+
+
+# The forwards below take ctx, since ``apply`` reads the signature of one without it at each call: 40 us.
 
 
 class _Attention(torch.autograd.Function):
