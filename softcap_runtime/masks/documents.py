@@ -5,6 +5,8 @@ What can only be seen in the data is checked for CPU tensors alone: reading a GP
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
@@ -46,11 +48,16 @@ def document_ids_from_position_ids(position_ids: Tensor) -> Tensor:
             f"position_ids: shape {tuple(position_ids.shape)}, expected [batch, seq_len] with seq_len >= 1; "
             "add the batch dimension"
         )
-    restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    positions = position_ids.to(
+        torch.int64
+    )  # in uint8 the position after 255 would be 0, where a document starts
+    restarts = positions[:, 1:] != positions[:, :-1] + 1
     return torch.nn.functional.pad(restarts, (1, 0)).cumsum(1, dtype=torch.int32)
 
 
 def _check_offsets(cu_seqlens: Tensor, seq_len: int) -> None:
+    if isinstance(seq_len, bool) or not isinstance(seq_len, SupportsIndex):
+        raise TypeError(f"seq_len: {seq_len!r}, expected an integer")
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
         raise ValueError(f"cu_seqlens: starts at {offsets[0]}, expected 0; put the first offset in front")

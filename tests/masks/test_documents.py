@@ -35,6 +35,11 @@ def test_each_batch_row_has_its_own_packing() -> None:
     assert document_ids_from_position_ids(positions).tolist() == [[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 1, 2]]
 
 
+def test_a_document_of_all_positions_that_a_byte_holds() -> None:
+    positions = torch.arange(256).repeat(2)[None].to(torch.uint8)
+    assert torch.equal(document_ids_from_position_ids(positions)[0], (torch.arange(512) // 256).int())
+
+
 @pytest.mark.parametrize(
     ("cu_seqlens", "words"),
     [
@@ -58,6 +63,8 @@ def test_bad_types_and_ranks() -> None:
         document_ids_from_cu_seqlens(torch.tensor([0.0, 9.0]), 9)
     with pytest.raises(TypeError, match=r"cu_seqlens: list, expected a tensor"):
         document_ids_from_cu_seqlens([0, 9], 9)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"seq_len: 9.0, expected an integer"):
+        document_ids_from_cu_seqlens(torch.tensor([0, 9]), 9.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"position_ids: torch.float32, expected integers"):
         document_ids_from_position_ids(torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"position_ids: shape \(3,\)"):
