@@ -18,7 +18,12 @@ from softcap_runtime.checks import check_qkv
 from softcap_runtime.kernels.engine import Call, empty_output
 from softcap_runtime.kernels.flops import register_formulas
 from softcap_runtime.masks.intervals import RowIntervals
-from softcap_runtime.torch_private import apply_function, below_autograd, interpreters_active
+from softcap_runtime.torch_private import (
+    apply_function,
+    below_autograd,
+    interpreters_active,
+    is_batch_of_gradients,
+)
 
 LIBRARY = torch.library.Library("softcap_runtime", "DEF")
 
@@ -156,9 +161,9 @@ class _Attention(torch.autograd.Function):
     """The operator's derivative."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, recording: bool, *inputs: Any) -> tuple[Tensor, Tensor]:
         if interpreters_active():
-            with below_autograd():
+            with below_autograd(recording):
                 output = torch.ops.softcap_runtime.attention(*inputs)
         else:
             output = _forward(*inputs)
@@ -174,27 +179,37 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         nothing = (None,) * 9
         if grad_out is None:
-            return (None, None, None, *nothing)
+            return (None, None, None, None, *nothing)
         q, k, v, out, lse, lo, hi = ctx.saved_tensors
-        direct = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or interpreters_active())
+        watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or interpreters_active()
+        direct = not (watched or is_batch_of_gradients(grad_out))
         backward = _backward if direct else torch.ops.softcap_runtime.attention_backward
-        return (*backward(grad_out, q, k, v, out, lse, lo, hi, *ctx.how, ctx.runtime), *nothing)
+        return (None, *backward(grad_out, q, k, v, out, lse, lo, hi, *ctx.how, ctx.runtime), *nothing)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Of ``torch.func.jvp`` and forward-mode AD."""
+        raise RuntimeError(
+            "softcap_runtime::attention has no forward-mode derivative; use softcap_runtime.reference.attention for it"
+        )
 
 
 class _Backward(torch.autograd.Function):
     """The end of the line: no second derivative."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with below_autograd():
+    def forward(ctx: Any, recording: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with below_autograd(recording):
             return torch.ops.softcap_runtime.attention_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
             "softcap_runtime::attention has no second derivative; use softcap_runtime.reference.attention for "
             "double backward"
         )
+
+    jvp = backward
 
 
 def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -208,7 +223,11 @@ def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
         q, k, v, lo, hi, *rest = inputs
         check_qkv(q, k, v)
         inputs = (q, k, v, *_checked_edges(lo, hi, k.shape[2]), *rest)
-    return apply_function(_Attention, *inputs)
+    return apply_function(_Attention, torch.is_grad_enabled(), *inputs)
+
+
+def _twice_differentiable(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return apply_function(_Backward, torch.is_grad_enabled(), *inputs)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tensor:
@@ -220,7 +239,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tenso
     if torch.compiler.is_compiling() or interpreters_active():
         output = torch.ops.softcap_runtime.attention(*inputs)
     else:
-        output = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
+        output = _Attention.apply(True, *inputs)  # type: ignore[no-untyped-call]
     out: Tensor = output[0]
     return out
 
@@ -252,7 +271,7 @@ def checked_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
 LIBRARY.impl("attention", _checked_forward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_backward", _checked_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention", _differentiable, "Autograd")
-LIBRARY.impl("attention_backward", functools.partial(apply_function, _Backward), "Autograd")
+LIBRARY.impl("attention_backward", _twice_differentiable, "Autograd")
 LIBRARY.impl("attention", functools.partial(_autocast, "cpu"), "AutocastCPU")
 LIBRARY.impl("attention", functools.partial(_autocast, "cuda"), "AutocastCUDA")
 torch.library.register_fake("softcap_runtime::attention", _fake_forward, lib=LIBRARY)

@@ -2,7 +2,7 @@
 
 Shapes, dtypes and devices are always checked. What can only be seen in the data is checked for CPU tensors
 alone: reading a GPU's would wait for it. There, bad data gives a wrong mask, never a read out of bounds. In a
-graph that is traced the check is a part of it, less wordy; that of spans is left out.
+graph that is traced the check is a part of it, less wordy, as under torch.func; that of spans is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.masks.intervals import padding_edges
-from softcap_runtime.torch_private import assert_in_graph
+from softcap_runtime.torch_private import assert_in_graph, in_transform
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -87,9 +87,14 @@ def check_integers(name: str, tensor: Any) -> None:
 
 
 def data_is_readable(tensor: Tensor) -> bool:
-    """Whether looking at the data costs no wait: a CPU tensor that has data (a fake one has none), nobody tracing."""
+    """Whether looking at the data costs no wait: a CPU tensor that has data (a fake one has none), nobody tracing.
+
+    A tensor of a torch.func transform may stand for many, whose data have no one answer.
+    """
     own = type(tensor) in (Tensor, torch.nn.Parameter)
-    return own and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return (
+        own and tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform(tensor)
+    )
 
 
 def _check_dtype(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -108,34 +108,6 @@ def test_the_operator_asks_for_train_where_gradients_are_wanted(runtime: Runtime
         OP(*inputs[:-2], False, inputs[-1])
 
 
-def test_torch_func(runtime: Runtime, seed: int) -> None:
-    inputs = make_qkv(Sizes(2, 4, 2, 25, 25))
-    grad_out = torch.randn(inputs[0].shape)
-    want_out, want = gradients(partial(expected_by, CONFIG), inputs, grad_out)
-    out, pull = torch.func.vjp(lambda *x: runtime.attention(*x, CONFIG), *inputs)
-    assert relative_error(out, want_out) <= 2e-6
-    for mine, exact in zip(pull(grad_out), want, strict=True):
-        assert relative_error(mine, exact) <= 3e-6
-    got = torch.func.grad(lambda *x: (runtime.attention(*x, CONFIG) * grad_out).sum(), argnums=(0, 1, 2))(
-        *inputs
-    )
-    for mine, exact in zip(got, want, strict=True):
-        assert relative_error(mine, exact) <= 3e-6
-
-
-def expected_by(config: AttentionConfig, *inputs: Tensor) -> Tensor:
-    return expected(*inputs, config)
-
-
-@pytest.mark.parametrize("engine", ["auto", "blocked", "eager"])
-def test_no_second_derivative(runtimes: dict[str, Runtime], engine: str, seed: int) -> None:
-    q, k, v = (x.requires_grad_() for x in make_qkv(Sizes(1, 2, 1, 9, 9)))
-    out = runtimes[engine].attention(q, k, v, CONFIG)
-    (grad_q,) = torch.autograd.grad((out**2).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        grad_q.sum().backward()
-
-
 def test_flops(runtime: Runtime, seed: int) -> None:
     """As torch counts its own attention: two products forward, five backward, every query and every key."""
     q, k, v = (x.requires_grad_() for x in make_qkv(Sizes(2, 4, 2, 33, 65)))

@@ -1,0 +1,146 @@
+"""The operator under torch.func and in derivatives beyond the first gradient: right, or refused, never 0 in silence."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from helpers import NEEDS_FLEX, Sizes, expected, gradients, make_qkv, relative_error
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from softcap_runtime import AttentionConfig, Runtime
+
+CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
+
+
+def expected_by(config: AttentionConfig, *inputs: Tensor) -> Tensor:
+    return expected(*inputs, config)
+
+
+def test_torch_func(runtime: Runtime, seed: int) -> None:
+    inputs = make_qkv(Sizes(2, 4, 2, 25, 25))
+    grad_out = torch.randn(inputs[0].shape)
+    want_out, want = gradients(partial(expected_by, CONFIG), inputs, grad_out)
+    out, pull = torch.func.vjp(lambda *x: runtime.attention(*x, CONFIG), *inputs)
+    assert relative_error(out, want_out) <= 2e-6
+    for mine, exact in zip(pull(grad_out), want, strict=True):
+        assert relative_error(mine, exact) <= 3e-6
+    got = torch.func.grad(lambda *x: (runtime.attention(*x, CONFIG) * grad_out).sum(), argnums=(0, 1, 2))(
+        *inputs
+    )
+    for mine, exact in zip(got, want, strict=True):
+        assert relative_error(mine, exact) <= 3e-6
+
+
+@pytest.mark.parametrize("engine", ["blocked", "eager"])
+def test_levels_of_torch_func(runtimes: dict[str, Runtime], engine: str, seed: int) -> None:
+    """A gradient at one level is one at all levels around it: 0 in silence when an inner level switched them off."""
+    inputs = make_qkv(Sizes(2, 4, 2, 9, 9))
+    many = torch.stack([inputs[0], 2 * inputs[0]])
+    grad = torch.func.grad
+
+    def outer_of_vjp(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return grad(lambda q: torch.func.vjp(run, q, k, v)[0].pow(2).sum())(q)
+
+    def autograd_of_vjp(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        leaf = q.clone().requires_grad_()
+        return torch.autograd.grad(torch.func.vjp(run, leaf, k, v)[0].pow(2).sum(), leaf)[0]
+
+    def other_input(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        both = torch.func.grad_and_value(lambda q, k: run(q, k, v).pow(2).sum())
+        return grad(lambda k: both(q, k)[1])(k)
+
+    def of_vmap(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return grad(lambda many: torch.func.vmap(run, (0, None, None))(many, k, v).pow(2).sum())(many.to(q))
+
+    def autograd_of_vmap(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        leaf = many.to(q).clone().requires_grad_()
+        return torch.autograd.grad(torch.func.vmap(run, (0, None, None))(leaf, k, v).pow(2).sum(), leaf)[0]
+
+    def without_gradients(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad():  # of the outer levels alone
+            return grad(lambda q: run(q, k, v).pow(2).sum())(q)
+
+    def batch_of_gradients(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.autograd.functional.jacobian(lambda q: run(q, k, v)[0, 0, :3], q, vectorize=True)
+
+    for case in (
+        outer_of_vjp,
+        autograd_of_vjp,
+        other_input,
+        of_vmap,
+        autograd_of_vmap,
+        without_gradients,
+        batch_of_gradients,
+    ):
+        got = case(lambda *x: runtimes[engine].attention(*x, CONFIG), *inputs)
+        want = case(partial(expected_by, CONFIG), *(x.double() for x in inputs))
+        assert relative_error(got, want) <= 5e-6, case.__name__
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "document_ids", "cache_lengths", "prefix_lengths"])
+def test_a_mask_for_each_sample_of_vmap(runtime: Runtime, name: str, seed: int) -> None:
+    inputs = [torch.stack([x, x.flip(0)]) for x in make_qkv(Sizes(2, 4, 2, 9, 9))]
+    masks = {
+        "attention_mask": torch.arange(9) >= torch.tensor([[2], [4]]),
+        "document_ids": torch.arange(9) // torch.tensor([[2], [4]]),
+        "cache_lengths": torch.tensor([[9], [9]]),
+        "prefix_lengths": torch.tensor([[2], [4]]),
+    }
+    each = masks[name].unsqueeze(1) if masks[name].shape[1] > 1 else masks[name]
+
+    def loss(run: Any, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return run(q, k, v, **{name: mask}).pow(2).sum()
+
+    def run(q: Tensor, k: Tensor, v: Tensor, **masks: Tensor) -> Tensor:
+        return runtime.attention(q, k, v, CONFIG, **masks)
+
+    got = torch.func.vmap(torch.func.grad(partial(loss, run), 1))(each, *inputs)
+    for sample, (mine, mask) in enumerate(zip(got, each, strict=True)):
+        q, k, v = (x[sample].double() for x in inputs)
+        want = torch.func.grad(lambda q, k, v, mask: expected(q, k, v, CONFIG, **{name: mask}).pow(2).sum())(
+            q, k, v, mask
+        )
+        assert relative_error(mine, want) <= 5e-6
+    if name == "attention_mask":
+        with pytest.raises(RuntimeError, match="attention_mask: holes"):
+            torch.func.vmap(partial(loss, run))(each.logical_xor(torch.arange(9) == 6), *inputs)
+
+
+@pytest.mark.parametrize("engine", ["auto", "blocked", "eager"])
+def test_no_second_derivative(runtimes: dict[str, Runtime], engine: str, seed: int) -> None:
+    q, k, v = (x.requires_grad_() for x in make_qkv(Sizes(1, 2, 1, 9, 9)))
+    out = runtimes[engine].attention(q, k, v, CONFIG)
+    (grad_q,) = torch.autograd.grad((out**2).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad_q.sum().backward()
+
+    def attend(q: Tensor) -> Tensor:
+        return runtimes[engine].attention(q, k.detach(), v.detach(), CONFIG).pow(2).sum()
+
+    # torch.func would give 0.
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.func.grad(lambda q: torch.func.grad(attend)(q).sum())(q.detach())
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.func.grad(attend)(q).sum().backward()
+
+
+@pytest.mark.parametrize("engine", ["auto", pytest.param("flex", marks=NEEDS_FLEX), "blocked", "eager"])
+def test_no_forward_mode_derivative(runtimes: dict[str, Runtime], engine: str, seed: int) -> None:
+    q, k, v = make_qkv(Sizes(1, 2, 1, 9, 9))
+
+    def attend(q: Tensor) -> Tensor:
+        return runtimes[engine].attention(q, k, v, CONFIG)
+
+    for _ in range(2):  # the second time there is a shortcut
+        attend(q)
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            attend(forward_ad.make_dual(q, torch.ones_like(q)))
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(attend, (q,), (q,))
+    if engine != "flex":
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.jvp(torch.func.grad(lambda q: attend(q).sum()), (q,), (q,))
