@@ -43,14 +43,16 @@ def attend_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     lo: Tensor,
     hi: Tensor,
     scale: Tensor,
     cap: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``attend`` from its results: ``ds = scale * p * (grad_p - delta) * (1 - (logit / cap)^2)``."""
+    """Gradients of ``attend``: ``ds = scale * p * (grad_p - delta) * (1 - (logit / cap)^2)``.
+
+    The softmax is made again, and delta is its mean of grad_p: with the forward's logsumexp and rounded output the
+    weights would not sum to 1, nor would delta cancel where one key has all the weight.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
@@ -64,12 +66,13 @@ def attend_backward(
     if cap is not None:
         bounded = torch.tanh(logit / cap)
         logit, slope = cap * bounded, scale * (1 - bounded * bounded)
-    visible = reference.visible(lo, hi, kv_len)[:, None, None]
-    logit = logit.view(batch, kv_heads, -1, q_len, kv_len)
-    lse = torch.where(lse == -torch.inf, 0.0, lse).view(batch, kv_heads, -1, q_len, 1)
-    p = torch.where(visible, logit - lse, -torch.inf).exp().view(batch, kv_heads, -1, kv_len)
-    delta = (rows_grad * grouped(out)).sum(-1, keepdim=True)
-    ds = p * (rows_grad @ values.mT - delta) * slope
+    hidden = ~reference.visible(lo, hi, kv_len)[:, None, None]
+    empty = hidden.all(-1, keepdim=True)
+    logit = logit.view(batch, kv_heads, -1, q_len, kv_len).masked_fill(hidden, -torch.inf)
+    p = torch.softmax(logit.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    p = p.view(batch, kv_heads, -1, kv_len)
+    grad_p = rows_grad @ values.mT
+    ds = p * (grad_p - (p * grad_p).sum(-1, keepdim=True)) * slope
     grad_q = (ds @ keys).view(batch, heads, q_len, head_dim)
     return grad_q.to(q.dtype), (ds.mT @ rows_q).to(k.dtype), (p.mT @ rows_grad).to(v.dtype)
 
@@ -107,7 +110,7 @@ def _eager_backward(problem: Problem, kernels: Kernels) -> MaskedBackward:
     fixed = _arguments(problem)
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _lay_out_all(attend_backward(*tensors, *fixed), tensors)  # type: ignore[arg-type]
+        return _lay_out_all(attend_backward(*tensors[:4], *fixed), tensors)  # type: ignore[arg-type]
 
     return run
 
@@ -141,7 +144,7 @@ def _dense_backward(problem: Problem, kernels: Kernels) -> MaskedBackward:
     fixed, compiled = _arguments(problem), kernels.runner(_dense_spec(problem, "dense_backward"))
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _lay_out_all(compiled([*tensors, *fixed]), tensors)  # type: ignore[list-item]
+        return _lay_out_all(compiled([*tensors[:4], *fixed]), tensors)  # type: ignore[list-item]
 
     return run
 
