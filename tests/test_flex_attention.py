@@ -389,6 +389,16 @@ def test_a_block_mask_for_other_rows_or_heads(function: Any, seed: int) -> None:
             function(q, k, v, mask, LAYER, 2, 40)
 
 
+@pytest.mark.parametrize("function", [slow_attention_softcapping, slow_inference_attention_softcapping])
+def test_nan_in_a_mask_comes_out(own_runtime: Runtime, function: Any, seed: int) -> None:
+    q, k, v = make_qkv(Sizes(1, 4, 2, 30, 30))
+    mask = torch.full((30, 30), -torch.inf).triu(1)
+    mask[7, 3] = torch.nan
+    out = function(q, k, v, mask, LAYER, 1, 30)
+    assert bool(out[:, 7].isnan().all())
+    assert bool(out[:, :7].isfinite().all() and out[:, 8:].isfinite().all())
+
+
 def test_a_learned_bias_that_is_all_zero(own_runtime: Runtime, seed: int) -> None:
     """Its elements look like a mask's, but it is to be trained."""
     q, k, v = make_qkv(Sizes(1, 4, 2, 30, 30))

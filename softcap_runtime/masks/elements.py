@@ -42,7 +42,7 @@ def intervals_of_elements(mask: Tensor) -> RowIntervals | None:
     q_len, kv_len = mask.shape[1:]
     visible = mask
     if mask.dtype != torch.bool:
-        visible = mask > torch.finfo(mask.dtype).min / 2
+        visible = ~(mask <= torch.finfo(mask.dtype).min / 2)  # a NaN hides nothing: it is to come out as NaN
         if bool(mask.masked_fill(~visible, 0).any()):
             return None
     # First and last visible key of each row; argmax gives the first of equal values.
