@@ -36,6 +36,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {type(tensor).__name__}, expected a tensor [B, H, S, D]")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            kind = "nested" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{name}: {kind}, expected a dense tensor [B, H, S, D]; pad it")
         if tensor.dim() != 4:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected 4 dimensions [B, H, S, D]")
         if tensor.dtype not in FLOATS:

@@ -215,8 +215,8 @@ class Runtime:
                 return None
             plain = q.stride(3) == k.stride(3) == v.stride(3) == 1
             return plan if plain and not (q.is_neg() or k.is_neg() or v.is_neg()) else None
-        except (AttributeError, IndexError, TypeError):
-            return None  # not tensors of four dimensions, or no config: the checks say it properly
+        except (AttributeError, IndexError, TypeError, RuntimeError):
+            return None  # not dense tensors of four dimensions, or no config: the checks say it properly
 
     def _make_shortcut(
         self, q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, arguments: object

@@ -104,6 +104,8 @@ def refused(runtime: Runtime, error: type[Exception], words: list[str], *args: A
         (zeros(1, 4, 9, 64), *[zeros(1, 2, 8, 64)] * 2, ValueError, ["q: 9 rows over 8 keys"]),
         ([[1.0]], zeros(1, 2, 8, 64), zeros(1, 2, 8, 64), TypeError, ["q: list"]),
         (zeros(1, 4, 8, 64), None, zeros(1, 2, 8, 64), TypeError, ["k: NoneType"]),
+        (*[zeros(1, 2, 8, 64).to_sparse()] * 3, TypeError, ["q: torch.sparse_coo", "dense"]),
+        (*[torch.nested.nested_tensor([zeros(2, 8, 64)])] * 3, TypeError, ["q: nested", "dense"]),
     ],
 )
 def test_bad_tensors(
