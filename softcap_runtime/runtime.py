@@ -20,7 +20,8 @@ from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
 from softcap_runtime.plans import Plan, PlanKey, Plans
 from softcap_runtime.supply import Supply
-from softcap_runtime.torch_private import constant_in_graphs, interpreters_active, requires_grad_inside
+from softcap_runtime.torch_private import constant_in_graphs
+from softcap_runtime.torch_transforms import interpreters_active, requires_grad_inside
 
 if TYPE_CHECKING:
     from softcap_runtime.prewarm_rows import PrewarmResult

@@ -18,7 +18,7 @@ from softcap_runtime.checks import check_qkv
 from softcap_runtime.kernels.engine import Call, empty_output
 from softcap_runtime.kernels.flops import register_formulas
 from softcap_runtime.masks.intervals import RowIntervals
-from softcap_runtime.torch_private import (
+from softcap_runtime.torch_transforms import (
     apply_function,
     below_autograd,
     interpreters_active,
@@ -226,7 +226,7 @@ def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
     return apply_function(_Attention, torch.is_grad_enabled(), *inputs)
 
 
-def _twice_differentiable(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _differentiable_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return apply_function(_Backward, torch.is_grad_enabled(), *inputs)
 
 
@@ -271,7 +271,7 @@ def checked_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
 LIBRARY.impl("attention", _checked_forward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_backward", _checked_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention", _differentiable, "Autograd")
-LIBRARY.impl("attention_backward", _twice_differentiable, "Autograd")
+LIBRARY.impl("attention_backward", _differentiable_backward, "Autograd")
 LIBRARY.impl("attention", functools.partial(_autocast, "cpu"), "AutocastCPU")
 LIBRARY.impl("attention", functools.partial(_autocast, "cuda"), "AutocastCUDA")
 torch.library.register_fake("softcap_runtime::attention", _fake_forward, lib=LIBRARY)

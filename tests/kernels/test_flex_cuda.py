@@ -16,7 +16,8 @@ from softcap_runtime.kernels.engine import Problem
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.masks.intervals import RowIntervals, band, row_intervals
 from softcap_runtime.masks.memo import MaskMemo
-from softcap_runtime.torch_private import below_autograd, has_flex_backward
+from softcap_runtime.torch_private import has_flex_backward
+from softcap_runtime.torch_transforms import below_autograd
 
 pytestmark = pytest.mark.skipif(not has_flex_backward(), reason="this torch does not show flex's backward")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -55,7 +56,7 @@ def test_forward_and_backward(
         masks = {"document_ids": torch.arange(kv_len)[None].expand(2, -1) // 70} if packed else {}
         mask = row_intervals(q_len, kv_len, causal=True, window=100, **masks)
         call = problem(mask, sizes, softcap)
-        with torch.no_grad(), below_autograd():  # as an operator's kernels run
+        with torch.no_grad(), below_autograd(False):  # as an operator's kernels run
             out, lse = flex_cuda.ENGINE.forward(call, kernels)(q, k, v, *call.mask.vectors)
             assert lse is not None
             grads = flex_cuda.ENGINE.backward(call, kernels)(grad_out, q, k, v, out, lse, *call.mask.vectors)
