@@ -25,7 +25,7 @@ from softcap_runtime.config import check_positive
 from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, intersect, read
 from softcap_runtime.integrations.hf_probe import probe
 from softcap_runtime.kernels.operator import autocast_inputs
-from softcap_runtime.masks.intervals import RowIntervals, band, row_intervals
+from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
 from softcap_runtime.runtime import Runtime
 
@@ -35,18 +35,58 @@ _REFUSED = {
     "output_attentions": "the weights are never computed",
     "head_mask": "heads can't be masked",
     "s_aux": "attention sinks have no kernel",
+    "sinks": "attention sinks have no kernel",
     "position_bias": "a bias on the logits has no kernel",
+    "indices": "keys chosen for each row have no kernel",
+    "block_indices": "blocks of keys chosen for each row have no kernel",
 }
+_NO_TENSOR = "this model computes with its mask as with a tensor; use attn_implementation='eager'"
 
 
 class HfMask(RowIntervals):
-    """A mask on its way through a model, which hands it from its mask function to its attention function."""
+    """A mask on its way through a model, which hands it from its mask function to its attention function.
+
+    Models that compute with their mask as with a tensor are refused by name.
+    """
 
     __slots__ = ()
+
+    @property
+    def ndim(self) -> int:
+        """4, as of every mask that is ready: models ask it of those that ``generate`` makes for a static cache."""
+        return 4
 
     def contiguous(self) -> HfMask:
         """Itself: ``generate`` asks it of the masks that it makes for a static cache."""
         return self
+
+    def __getitem__(self, index: Any) -> Any:
+        """``[:, :, first:, :]`` are the last rows alone, which is what Gemma 4's layers that share keys run on."""
+        if not isinstance(index, tuple):
+            return super().__getitem__(index)
+        match index:
+            case (batch, heads, slice(start=first, stop=None, step=None), keys) if (
+                batch == heads == keys == slice(None)
+            ):
+                first = first or 0
+                return _last_rows(self, self.q_len - first if first >= 0 else min(self.q_len, -first))
+        raise ValueError(f"attention_mask: {_NO_TENSOR}")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"attention_mask.{name}: {_NO_TENSOR}")
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:
+        raise ValueError(f"attention_mask: {_NO_TENSOR}")
+
+
+def _last_rows(mask: HfMask, count: int) -> HfMask:
+    first = mask.q_len - count
+    if mask.left is None or mask.right is None:
+        lo, hi = (edge[:, first:].contiguous() for edge in mask.vectors)
+        return mask._replace(q_len=count, lo=lo, hi=hi)
+    left = mask.left if mask.left <= -UNBOUNDED else mask.left + first
+    return mask._replace(q_len=count, left=left, right=min(mask.right + first, UNBOUNDED))
 
 
 def register(runtime: Runtime | None = None, name: str = "softcap") -> None:
@@ -78,7 +118,7 @@ def interval_mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: MaskFunction | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | HfMask | None = None,
     device: torch.device | str = "cpu",
     cache_position: Tensor | None = None,
     use_vmap: bool | None = None,
@@ -89,10 +129,12 @@ def interval_mask(
     ``q_length`` rows from position ``q_offset`` on, ``kv_length`` keys from ``kv_offset`` on; ``attention_mask``
     bool ``[B, seen]``, True where a token is no padding, keys past its end hidden. Older versions give
     ``cache_position`` ``[q_length]`` in place of ``q_length`` and ``q_offset``. ``use_vmap`` False where every part
-    of ``mask_function`` is transformers' own.
+    of ``mask_function`` is transformers' own. An ``attention_mask`` that this function made comes back as it is.
 
     Raises ValueError on a mask function or padding that is no row interval.
     """
+    if isinstance(attention_mask, HfMask):
+        return attention_mask
     if cache_position is not None:
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
     if q_length is None or kv_length is None or mask_function is None:
