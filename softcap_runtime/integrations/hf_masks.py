@@ -22,7 +22,6 @@ from softcap_runtime.masks.validate import data_is_readable
 MaskFunction = Callable[..., Any]
 _HOME = "transformers.masking_utils"
 _GEMMA3 = "transformers.models.gemma3.modeling_gemma3"
-_OF_TENSORS: dict[Callable[..., Any], Callable[..., Tensor]] = {min: torch.minimum, max: torch.maximum}
 _INSTEAD = "use attn_implementation='eager' for this model"
 
 
@@ -100,7 +99,7 @@ def _constant(function: MaskFunction, place: Place) -> RowIntervals:
 
 def intersect(a: RowIntervals, b: RowIntervals, device: torch.device) -> RowIntervals:
     """The keys that both masks show; a band if both are bands."""
-    return _combined(a, b, device, max, min)
+    return _combined(a, b, device, union=False)
 
 
 def _read_all(functions: Iterable[MaskFunction], place: Place) -> list[RowIntervals]:
@@ -108,21 +107,18 @@ def _read_all(functions: Iterable[MaskFunction], place: Place) -> list[RowInterv
 
 
 def _unite(a: RowIntervals, b: RowIntervals, device: torch.device) -> RowIntervals:
-    return _combined(a, b, device, min, max)
+    return _combined(a, b, device, union=True)
 
 
-def _combined(
-    a: RowIntervals,
-    b: RowIntervals,
-    device: torch.device,
-    first: Callable[..., int],
-    last: Callable[..., int],
-) -> RowIntervals:
-    """Each row from the ``first`` of the two beginnings to the ``last`` of the two ends (``min`` or ``max``)."""
+def _combined(a: RowIntervals, b: RowIntervals, device: torch.device, *, union: bool) -> RowIntervals:
+    """Each row from the earlier of the two beginnings to the later of the two ends, or the other way round."""
     if a.left is not None and a.right is not None and b.left is not None and b.right is not None:
+        # By name, here: torch.export has functions of its own in the place of min and max.
+        first, last = (min, max) if union else (max, min)
         return a._replace(left=first(a.left, b.left), right=last(a.right, b.right))
     (a_lo, a_hi), (b_lo, b_hi) = edges(a, device), edges(b, device)
-    return clipped(a.q_len, a.kv_len, _OF_TENSORS[first](a_lo, b_lo), _OF_TENSORS[last](a_hi, b_hi))
+    lo, hi = (torch.minimum, torch.maximum) if union else (torch.maximum, torch.minimum)
+    return clipped(a.q_len, a.kv_len, lo(a_lo, b_lo), hi(a_hi, b_hi))
 
 
 def _reach(place: Place, left: int, right: int) -> RowIntervals:

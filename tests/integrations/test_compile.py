@@ -91,6 +91,33 @@ def test_a_training_step_through_inductor(seed: int) -> None:
     assert_close_gradients(wanted, {name.removeprefix("_orig_mod."): g for name, g in found.items()})
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool, seed: int) -> None:
+    """One program for all lengths; while it is made, torch has functions of its own in the place of min and max."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.model(ids, attention_mask=mask, use_cache=False).logits
+
+    model = gemma(seed, num_hidden_layers=2, attn_implementation=NAME)
+    twin, length = eager_twin(model, seed), torch.export.Dim("length", min=4, max=400)
+    examples = tokens(2, 40), padded("left", 40, [40, 20])
+    with torch.no_grad():
+        program = torch.export.export(
+            Logits(model), examples, dynamic_shapes=({1: length}, {1: length}), strict=strict
+        ).module()
+        for count in (40, 57):
+            ids, mask = tokens(2, count), padded("left", count, [count, 11])
+            wanted = twin(ids, attention_mask=mask).logits
+            assert (wanted - program(ids, mask))[mask.bool()].abs().max() < 1e-4
+    plain = torch.export.export(model, examples[:1], {"use_cache": False}, strict=strict).module()
+    assert (twin(examples[0]).logits - plain(examples[0], use_cache=False).logits).abs().max() < 1e-4
+
+
 def test_generate_compiles_decoding_with_a_static_cache() -> None:
     """Transformers compiles the decoding step; it makes the masks outside and hands them in."""
     model = gemma(20, num_hidden_layers=2)
