@@ -67,6 +67,7 @@ def read(function: MaskFunction, place: Place) -> RowIntervals:
         case "sliding_window_bidirectional_overlay":
             return _reach(place, -parts["sliding_window"], parts["sliding_window"] + 1)
         case "packed_sequence_mask_function":
+            _check_pieces("packed_sequence_mask", parts["packed_sequence_mask"])
             return _same_run(parts["packed_sequence_mask"], place)
         case "remap_positions_for_packed_sequence":
             return _remapped(read(parts["mask_function"], place), name)
@@ -163,20 +164,24 @@ def _spans(ids: Tensor, place: Place) -> RowIntervals:
     ids = ids.to(place.device)[:, place.offset : place.offset + place.kv_len]
     if place.padding is not None:
         ids = ids.masked_fill(~place.padding, -1)
-    if data_is_readable(ids):
-        _check_spans(ids)
+    _check_pieces("block_sequence_ids", ids, least=0)
     lo, hi = edges(_same_run(ids, place), place.device)
     outside = ids[:, _positions(place)] < 0
     lo, hi = lo.masked_fill(outside, place.kv_len), hi.masked_fill(outside, 0)
     return clipped(place.q_len, place.kv_len, lo, hi)
 
 
-def _check_spans(ids: Tensor) -> None:
+def _check_pieces(name: str, ids: Tensor, least: int | None = None) -> None:
+    """Raise ValueError when what shares an id, of those from ``least`` on, doesn't stand side by side."""
+    if not data_is_readable(ids):
+        return
     for row, values in enumerate(ids):
         pieces = torch.unique_consecutive(values)
-        if int((pieces >= 0).sum()) != len(values[values >= 0].unique()):
+        if least is not None:
+            pieces = pieces[pieces >= least]
+        if len(pieces) != len(pieces.unique()):
             raise ValueError(
-                f"block_sequence_ids: a block of batch row {row} is in two pieces, expected each in one; {_INSTEAD}"
+                f"{name}: a block of batch row {row} is in two pieces, expected each in one; {_INSTEAD}"
             )
 
 

@@ -205,6 +205,17 @@ def test_span_in_two_pieces_raises(seed: int) -> None:
         )
 
 
+@pytest.mark.parametrize("make", [masking_utils.create_causal_mask, masking_utils.create_bidirectional_mask])
+def test_sequences_with_ids_of_their_own(make: Any, seed: int) -> None:
+    """As models of proteins pass them: in any order, but each in one piece."""
+    for ids in ([0, 0, 1, 1, 2, 2], [7, 7, 3, 3, -1, -1], [-1, -1, 0, 1, 1, 1]):
+        same = masking_utils.packed_sequence_mask_function(torch.tensor([ids]).expand(BATCH, -1))
+        assert_equal_masks(make, 6, attention_mask=None, past_key_values=None, and_mask_function=same)
+    again = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 1, 1, 0, 0]]).expand(BATCH, -1))
+    with pytest.raises(ValueError, match=r"packed_sequence_mask: a block of batch row 0 is in two pieces"):
+        assert_equal_masks(make, 6, attention_mask=None, past_key_values=None, and_mask_function=again)
+
+
 def test_custom_mask_function_raises_by_name(seed: int) -> None:
     def every_other_key(batch: Any, head: Any, q: Any, kv: Any) -> Any:
         return kv % 2 == 0
