@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,28 @@ def test_any_change_of_our_kernels_changes_it(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "masks/blocks.py").write_text("BLOCK = 64")
     seen.append(package())
     assert len(set(seen)) == len(seen)
+
+
+def test_a_package_in_a_zip_file_is_told_by_its_sources_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, codes = module().PACKAGE_ROOT, (module().CPU_CODE, module().GPU_CODE)
+    expected = [module()._package(code) for code in codes]
+    shutil.make_archive(str(tmp_path / "app"), "zip", root.parent, root.name)
+    monkeypatch.setattr(module(), "PACKAGE_ROOT", tmp_path / "app.zip" / root.name)
+    assert [module()._package(code) for code in codes] == expected
+
+
+def test_a_package_without_sources_is_told_by_what_was_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module(), "PACKAGE_ROOT", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    seen = []
+    for code in (b"", b"one", b"two"):
+        (tmp_path / "kernels/key.pyc").write_bytes(code)
+        seen.append(module()._package(module().CPU_CODE))
+    assert len(set(seen)) == 3
 
 
 def test_what_generated_code_reads_is_part_of_it() -> None:
