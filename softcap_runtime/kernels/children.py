@@ -41,8 +41,9 @@ class Children:
     ) -> tuple[int, str]:
         """Run a child that works in ``folder``; its exit code and what it wrote to standard error.
 
-        Its standard input is a pipe that ends when this process does, however it ends. Raises OSError,
-        subprocess.TimeoutExpired, and Stopped when ``stop`` was called.
+        So it imports nothing from the current folder, which may be anybody's. Its standard input is a pipe that ends
+        when this process does, however it ends. Raises OSError, subprocess.TimeoutExpired, and Stopped when ``stop``
+        was called.
         """
         theirs, ours = os.pipe()
         try:
@@ -80,6 +81,7 @@ class Children:
                 raise Stopped
             child = subprocess.Popen(
                 command,
+                cwd=folder,
                 env=environment,
                 stdin=stdin,
                 stdout=subprocess.DEVNULL,

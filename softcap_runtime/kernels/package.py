@@ -32,14 +32,15 @@ BUILD_FOLDER = "softcap_build_"
 # How Python and compilers begin the line that says what went wrong; advice after it may name errors as well.
 _ERROR = re.compile(r"^[\w.]*(Error|Exception)\b|\berror: ")
 LEFT_BEHIND_S = 4 * BUILD_TIMEOUT_S
+_NOT_INHERITED = ("PYTHONOPTIMIZE", "PYTHONWARNINGS")
 
 
 def find_compiler() -> str | None:
     """The C++ compiler that a build would run (``CXX``, else g++ or clang++); None when there is none."""
     for name in (os.environ.get("CXX"), "g++", "clang++"):
-        path = shutil.which(name) if name else None
-        if path:
-            return path
+        if name and shutil.which(name):
+            # A name stays one: torch tells compilers apart by what it reads in it.
+            return os.path.abspath(name) if os.sep in name else name
     return None
 
 
@@ -58,7 +59,8 @@ def build(spec: KernelSpec) -> bytes:
     Raises BuildFailed with the end of the compiler's output, or naming the compiler that is missing; Stopped when the
     work that wants the kernel is given up.
     """
-    if find_compiler() is None:
+    compiler = find_compiler()
+    if compiler is None:
         raise BuildFailed(
             f"cannot build {spec.op}: no C++ compiler found (looked for $CXX, g++, clang++); install g++, "
             "import a bundle of prewarmed kernels, or use engine='eager'"
@@ -70,7 +72,7 @@ def build(spec: KernelSpec) -> bytes:
         command = [sys.executable, "-m", module, json.dumps(spec.fields()), str(target)]
         try:
             code, stderr = children.current().run(
-                command, _child_environment(folder), Path(folder), BUILD_TIMEOUT_S
+                command, _child_environment(folder, compiler), Path(folder), BUILD_TIMEOUT_S
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise BuildFailed(f"cannot build {spec.op}: {error}") from error
@@ -102,12 +104,16 @@ def _sweep() -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _child_environment(folder: str) -> dict[str, str]:
+def _child_environment(folder: str, compiler: str) -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    given = os.environ.get("PYTHONPATH")
+    paths = [root, *map(os.path.abspath, given.split(os.pathsep) if given else ())]
+    # Torch's compiler reads docstrings, which -OO drops, and warns of itself, which must not end a build.
+    inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     return {
-        **os.environ,
-        "PYTHONPATH": path,
+        **inherited,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "CXX": compiler,  # torch itself looks for g++ alone, and for no other where CXX is not there
         "TMPDIR": folder,  # what a compiler that is killed leaves behind goes with the build
         # A cache of its own, gone with the build: Inductor's has no checksums and is not ours to trust.
         "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor"),

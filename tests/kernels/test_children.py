@@ -143,7 +143,7 @@ def test_a_child_of_fork_leaves_its_parents_builders_alone(tmp_path: Path) -> No
         "import os, pathlib, subprocess, sys, threading\n"
         "from softcap_runtime.kernels import children\n"
         "own = children.Children()\n"
-        "run = lambda: print(own.run(['sleep', '1'], os.environ, pathlib.Path('none'), 60))\n"
+        "run = lambda: print(own.run(['sleep', '1'], os.environ, pathlib.Path(sys.argv[1]), 60))\n"
         "thread = threading.Thread(target=run)\n"
         "thread.start()\n"
         "while not own._live: pass\n"
@@ -151,7 +151,7 @@ def test_a_child_of_fork_leaves_its_parents_builders_alone(tmp_path: Path) -> No
         "os.wait()\n"
         "thread.join()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("(0, '')\n", "")
     stopped = children.Children()
     stopped.stop()

@@ -232,6 +232,26 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("setting", ["nowhere g++", "bin/clang++"])
+def test_a_builder_runs_the_compiler_that_was_found_and_minds_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    """clang++ is all there is; the current folder has a module of Python's name, and Python settings end builds."""
+    compiler = tmp_path / "bin/clang++"
+    compiler.parent.mkdir()
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] || { echo "fatal error: this one ran" >&2; exit 3; }\n'
+    )
+    compiler.chmod(0o755)
+    (tmp_path / "json.py").write_text("raise RuntimeError('of the current folder')")
+    settings = {"PYTHONOPTIMIZE": "2", "PYTHONWARNINGS": "error"}
+    for name, value in {"PATH": str(compiler.parent), "CXX": setting, **settings}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BuildFailed, match=r"cannot build block_forward .*this one ran"):
+        package.build(KernelSpec("block_forward", "cpu", "float32", 0, True, ""))
+
+
 @pytest.mark.parametrize(("name", "advice"), [("SEGV", "set CXX to another"), ("KILL", "free memory")])
 def test_a_builder_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, advice: str) -> None:
     """As where torch cannot load what the compiler made: the process that serves lives and says so."""
