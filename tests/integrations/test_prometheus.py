@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,10 @@ def test_a_scrape_is_the_stats(tmp_path: Path, seed: int) -> None:
     labels = {"engine": "eager", "reason": "asked for"}
     assert registry.get_sample_value("softcap_runtime_plans", labels) == 1
     assert b"softcap_runtime_hits_total 3.0" in prometheus_client.generate_latest(registry)
+
+
+def test_without_prometheus_client_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client.core", None)
+    monkeypatch.delitem(sys.modules, "softcap_runtime.integrations.prometheus")
+    with pytest.raises(ImportError, match=r"run: pip install 'softcap-runtime\[prometheus\]'$"):
+        importlib.import_module("softcap_runtime.integrations.prometheus")
