@@ -195,10 +195,10 @@ def _document_ids(lengths: str, seq_len: int) -> Tensor:
     words = lengths.split(",")
     if not all(word.strip().isdecimal() for word in words):
         raise UsageError(f"--documents: {lengths!r}, expected lengths with commas between, such as 100,250")
-    counts = torch.tensor([int(word) for word in words])
-    if int(counts.sum()) != seq_len:
-        raise UsageError(f"--documents: they hold {int(counts.sum())} tokens, expected --seq-len {seq_len}")
-    return torch.repeat_interleave(torch.arange(len(words)), counts)[None]
+    counts = [int(word) for word in words]
+    if sum(counts) != seq_len:  # numbers of Python's, of any size
+        raise UsageError(f"--documents: they hold {sum(counts)} tokens, expected --seq-len {seq_len}")
+    return torch.repeat_interleave(torch.arange(len(words)), torch.tensor(counts))[None]
 
 
 if __name__ == "__main__":

@@ -497,6 +497,7 @@ def test_masks_are_drawn_with_what_the_terminal_can_show(encoding: str, full: st
         ("mask --seq-len 100000000", "--seq-len"),
         ("mask --seq-len 10 --window 0", "--window"),
         ("mask --seq-len 10 --documents 3,4", "hold 7 tokens, expected --seq-len 10"),
+        ("mask --seq-len 10 --documents 1,99999999999999999999", "hold 100000000000000000000 tokens"),
         ("mask --seq-len 10 --documents 3,x", "'3,x', expected lengths"),
         ("mask --seq-len 10 --prefix 11", "prefix_lengths: 11"),
     ],
