@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -56,7 +57,7 @@ def compiler_version() -> str:
 def build(spec: KernelSpec) -> bytes:
     """Compile the kernel of ``spec`` in a child process; the bytes of its package.
 
-    Raises BuildFailed with the end of the compiler's output, or naming the compiler that is missing; Stopped when the
+    Raises BuildFailed with the end of the compiler's output, or naming what is missing before it runs; Stopped when the
     work that wants the kernel is given up.
     """
     compiler = find_compiler()
@@ -64,6 +65,12 @@ def build(spec: KernelSpec) -> bytes:
         raise BuildFailed(
             f"cannot build {spec.op}: no C++ compiler found (looked for $CXX, g++, clang++); install g++, "
             "import a bundle of prewarmed kernels, or use engine='eager'"
+        )
+    temporary = tempfile.gettempdir()
+    if not _is_one_word(temporary):
+        raise BuildFailed(
+            f"cannot build {spec.op}: the folder for temporary files is {temporary!r}, and torch gives compilers no "
+            "path with spaces, quotes or backslashes; set TMPDIR to another"
         )
     _sweep()
     with tempfile.TemporaryDirectory(prefix=BUILD_FOLDER, ignore_cleanup_errors=True) as folder:
@@ -82,6 +89,13 @@ def build(spec: KernelSpec) -> bytes:
                 raise BuildFailed(f"cannot build {spec.op}: its builder died of {_death(-code)}")
             raise BuildFailed(f"cannot build {spec.op} (exit {code}): {_last_words(stderr)}")
         return target.read_bytes()
+
+
+def _is_one_word(path: str) -> bool:
+    try:
+        return shlex.split(path) == [path]
+    except ValueError:  # a quote that nothing closes
+        return False
 
 
 def _death(number: int) -> str:

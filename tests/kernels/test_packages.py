@@ -252,6 +252,17 @@ def test_a_builder_runs_the_compiler_that_was_found_and_minds_no_folder(
         package.build(KernelSpec("block_forward", "cpu", "float32", 0, True, ""))
 
 
+@pytest.mark.parametrize("name", ["with space", "it's", 'a"b', "back\\slash"])
+def test_a_folder_that_compilers_cannot_be_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
+    with pytest.raises(
+        BuildFailed, match=r"cannot build block_forward: the folder .*; set TMPDIR to another$"
+    ):
+        package.build(KernelSpec("block_forward", "cpu", "float32", 0, True, ""))
+
+
 @pytest.mark.parametrize(("name", "advice"), [("SEGV", "set CXX to another"), ("KILL", "free memory")])
 def test_a_builder_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, advice: str) -> None:
     """As where torch cannot load what the compiler made: the process that serves lives and says so."""
