@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shlex
 import stat
 import threading
 import time
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -54,6 +56,7 @@ class Supply:
 
     def __init__(self, settings: RuntimeSettings) -> None:
         self.settings = settings
+        self._settings_given = _settings_given(settings)
         self.store = Store(settings.cache_dir, settings.cache_size_limit, auth_key=_auth_key(settings))
         weakref.finalize(self, abandon, self.store)  # it has counts that it has not written yet
         self.table = KernelTable(self._fetch, self._fetch_cubin, self._tuned)
@@ -74,11 +77,6 @@ class Supply:
         if not missing:
             return Chosen(choice.engine, choice.reason, True)
         if self.settings.jit == "forbid":
-            if compiles_in_process(missing[0]):
-                raise KernelNotPrewarmed(
-                    f"kernel {kernel_name(missing[0])} is compiled in each process; "
-                    "call Runtime.prewarm in this one first"
-                )
             raise KernelNotPrewarmed(self._why_missing(missing[0], problem))
         if self.settings.jit == "warn":
             log.warning("building in a serving process: %s", self._why_missing(missing[0], problem))
@@ -123,12 +121,7 @@ class Supply:
     def command(self, problem: Problem) -> str:
         """The shell command that prewarms the kernels of ``problem``."""
         # A command with another cache, secret or limit would build what this process cannot use or must drop.
-        words = [
-            f"SOFTCAP_{name.upper()}={shlex.quote(str(getattr(self.settings, name) or ''))}"
-            for name in ("cache_dir", "cache_key_file", "cache_size_limit")
-            if name in self.settings.model_fields_set
-        ]
-        words.append("softcap-runtime prewarm")
+        words = [*self._settings_given, "softcap-runtime prewarm"]
         options: dict[str, object] = {
             "num-heads": problem.num_heads,
             "num-kv-heads": problem.num_kv_heads,
@@ -149,9 +142,11 @@ class Supply:
 
     def _why_missing(self, spec: KernelSpec, problem: Problem) -> str:
         """Why a kernel of ``problem`` is not here, in one line that says what to do."""
+        if compiles_in_process(spec):
+            return f"kernel {kernel_name(spec)} is compiled in each process; call Runtime.prewarm in this one first"
         # A query of its own, as the store's fault may be one of writing; without a fault there is no cache yet.
         readable = self.store.database.use("read", lambda index: index.totals() is not None, False)
-        if readable or self.store.fault is None:
+        if readable or self.store.fault is None or self.store.database.is_empty():
             return f"kernel {kernel_name(spec)} is not in the cache; run: {self.command(problem)}"
         return f"kernel {kernel_name(spec)} cannot be read; set the cache right and call again: {self.store.fault}"
 
@@ -221,6 +216,20 @@ class Supply:
                 )
             finally:
                 self._building.discard(spec)
+
+
+def _settings_given(settings: RuntimeSettings) -> list[str]:
+    """The cache's settings as a shell takes them, in any folder: this process may leave the one that it is in."""
+    given = {
+        name: getattr(settings, name)
+        for name in ("cache_dir", "cache_key_file", "cache_size_limit")
+        if name in settings.model_fields_set
+    }
+    return [
+        f"SOFTCAP_{name.upper()}="
+        + shlex.quote(os.path.abspath(value) if isinstance(value, Path) else str(value or ""))
+        for name, value in given.items()
+    ]
 
 
 def _auth_key(settings: RuntimeSettings) -> bytes | None:

@@ -12,7 +12,7 @@ import torch
 
 from softcap_runtime import AttentionConfig, KernelNotPrewarmed, Runtime, RuntimeSettings
 from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.store import Key, Store, database
+from softcap_runtime.store import Key, Store, database, trust
 from softcap_runtime.store.schema import DBNAME
 from softcap_runtime.supply import Supply
 
@@ -152,6 +152,43 @@ def test_a_cache_that_cannot_be_read_is_told_instead_of_a_command_that_cannot_he
     assert "\n" not in said
     other.close()
     assert " is not in the cache; " in refusal(settings)
+
+
+def test_a_cache_that_is_empty_and_read_only_is_told_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner can run it."""
+    real = trust.check
+    monkeypatch.setattr(trust, "check", lambda folder: real(folder)._replace(writable=False))
+    said = refusal(RuntimeSettings(cache_dir=tmp_path, engine="blocked", jit="forbid"))
+    assert f" is not in the cache; run: SOFTCAP_CACHE_DIR={tmp_path} softcap-runtime prewarm " in said
+
+
+def test_a_warning_of_a_kernel_that_no_command_can_prewarm(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "softcap_runtime")
+    q = torch.randn(1, 2, 8, 64)
+    settings = RuntimeSettings(cache_dir=tmp_path, engine="dense", jit="warn")
+    Runtime(settings).attention(q, q, q, AttentionConfig(scale=0.125, softcap=50.0))
+    (said,) = [record.message for record in caplog.records if "serving process" in record.message]
+    assert said.endswith(" is compiled in each process; call Runtime.prewarm in this one first")
+
+
+def test_the_command_means_the_same_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    secret.chmod(0o600)
+    runtime = Runtime(RuntimeSettings(cache_dir="c", cache_key_file="secret", engine="blocked", jit="forbid"))
+    monkeypatch.chdir("/")
+    q = torch.randn(1, 2, 8, 64)
+    with pytest.raises(KernelNotPrewarmed) as caught:
+        runtime.attention(q, q, q, AttentionConfig(scale=0.125, softcap=50.0))
+    words = f"run: SOFTCAP_CACHE_DIR={tmp_path}/c SOFTCAP_CACHE_KEY_FILE={secret} softcap-runtime "
+    assert words in str(caught.value)
 
 
 def test_the_command_has_every_setting_of_the_cache(tmp_path: Path) -> None:

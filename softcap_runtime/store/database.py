@@ -75,6 +75,7 @@ class Database:
         except (ImportError, OSError) as error:  # out of file descriptors
             self._unavailable(what, error)
             return default
+        last: Exception | None = None
         with DATABASE_LOCK:
             for _ in range(3):
                 try:
@@ -84,7 +85,8 @@ class Database:
                     result = action(index)
                     self._faults.pop(what, None)
                     return result
-                except (Moved, FileNotFoundError, NotADirectoryError):
+                except (Moved, FileNotFoundError, NotADirectoryError) as error:
+                    last = error
                     self.close()
                 except (sqlite3.OperationalError, sqlite3.ProgrammingError, OSError, OtherVersion) as error:
                     self._unavailable(what, error)
@@ -93,14 +95,20 @@ class Database:
                     # The last when SQLite's message quotes a damaged name.
                     if not self._move_aside(error):
                         return default
-            self.note(
-                what, f"cache folder {self.folder}: its database is replaced again and again; not used now"
-            )
+            told = "its database is replaced again and again" if isinstance(last, Moved) else f"{last}"
+            self.note(what, f"cache folder {self.folder}: {told}; not used now")
             return default
 
     def can_write(self, create: bool = True) -> bool:
         """Whether the database is open for writing; opens it, and notes why not."""
         return self.use("open", lambda _: self.writable, False, create)
+
+    def is_empty(self) -> bool:
+        """Whether the folder may be used and nobody has made a database in it, as who may only read it cannot."""
+        from softcap_runtime.store import schema
+
+        no_database = not os.path.lexists(self.folder / schema.DBNAME)
+        return no_database and trust.check(self.folder).problem is None
 
     def close(self) -> None:
         """Close the connection; the next use opens it again."""

@@ -96,6 +96,15 @@ def test_fifo_inside(folder: Path) -> None:
     assert_refused(folder, "neither file nor folder")
 
 
+def test_a_folder_under_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    """As where a volume is not mounted."""
+    (tmp_path / "link").symlink_to(tmp_path / "volume")
+    store = Store(tmp_path / "link" / "cache", 2**20)
+    assert not store.database.can_write()
+    assert store.fault is not None
+    assert "No such file or directory" in store.fault
+
+
 def test_a_link_to_the_folder_is_followed(folder: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(folder)
