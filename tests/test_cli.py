@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -546,6 +547,17 @@ def test_scripts_are_doors_to_the_same_code(tmp_path: Path) -> None:
     assert (done.returncode, "nothing to prewarm" in done.stdout) == (0, True), done.stderr
     done = shell("softcap-runtime inspect | head -n 1", SOFTCAP_CACHE_DIR=str(tmp_path))
     assert (done.stdout.split()[0], "Traceback" in done.stderr) == ("folder", False)
+
+
+@pytest.mark.parametrize(("script", "name"), [("prewarm", "prewarm"), ("inspect_cache", "inspect")])
+def test_a_script_runs_the_package_beside_it_installed_or_not(tmp_path: Path, script: str, name: str) -> None:
+    for folder in ("scripts", "softcap_runtime"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / f"scripts/{script}.py", tmp_path / "scripts")
+    (tmp_path / "softcap_runtime/__init__.py").touch()
+    (tmp_path / "softcap_runtime/cli.py").write_text("def main(words): print('beside it', *words)\n")
+    done = shell(f"'{sys.executable}' '{tmp_path}/scripts/{script}.py' --json")
+    assert done.stdout == f"beside it {name} --json\n", done.stderr
 
 
 @pytest.mark.parametrize(
