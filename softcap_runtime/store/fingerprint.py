@@ -77,25 +77,15 @@ def _package(code: tuple[str, ...]) -> str:
 
 
 def _sources(pattern: str) -> list[tuple[str, bytes]]:
-    """The files of a pattern, by name; what was compiled from them where an image was stripped of sources."""
+    """The files of a pattern, by name.
+
+    What was compiled from them where an image was stripped of its sources; the whole archive where the package is
+    imported from a zip file.
+    """
     paths = sorted(PACKAGE_ROOT.glob(pattern)) or sorted(PACKAGE_ROOT.glob(f"{pattern}c"))
-    found = [(path.relative_to(PACKAGE_ROOT).as_posix(), path.read_bytes()) for path in paths]
-    return found or (_zipped(pattern) if not PACKAGE_ROOT.is_dir() else [])
-
-
-def _zipped(pattern: str) -> list[tuple[str, bytes]]:
-    """The same of a package that is imported from a zip file."""
-    import fnmatch
-    import zipfile
-
-    archive = next((path for path in PACKAGE_ROOT.parents if path.is_file()), None)
-    if archive is None:
-        return []
-    inside = f"{PACKAGE_ROOT.relative_to(archive).as_posix()}/"
-    every = inside + pattern.replace("**/", "")  # here * stands for folders as well
-    with zipfile.ZipFile(archive) as file:
-        names = sorted(name for name in file.namelist() if fnmatch.fnmatch(name, every))
-        return [(name.removeprefix(inside), file.read(name)) for name in names]
+    if paths:
+        return [(path.relative_to(PACKAGE_ROOT).as_posix(), path.read_bytes()) for path in paths]
+    return [(pattern, path.read_bytes()) for path in PACKAGE_ROOT.parents if path.is_file()]
 
 
 @functools.cache
