@@ -5,6 +5,7 @@ As in ``torch_private``, each says what is private, why it is used, and what ser
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -82,16 +83,23 @@ def _on_to_outer_levels(recording: bool) -> Iterator[None]:
 def apply_function(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """Apply an autograd function inside an operator's autograd kernel, also under torch.func transforms.
 
-    Private: ``torch._functorch.utils.enable_single_level_autograd_function``. The dispatcher has dealt with
-    torch.func when the kernel runs; the public ``apply`` would do so again, and fail. Gone: the public ``apply``,
-    without torch.func.
+    Private: ``torch._functorch.utils.enable_single_level_autograd_function``, and the class of what it enables. The
+    dispatcher has dealt with torch.func when the kernel runs; the public ``apply`` would do so again, and fail. Gone:
+    the public ``apply``, without torch.func.
     """
     if public_only() or not torch._C._are_functorch_transforms_active():
         return function.apply(*inputs)  # type: ignore[no-untyped-call]
     from torch._functorch.utils import enable_single_level_autograd_function
 
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*inputs)  # type: ignore[misc]
+        return _of_single_level(function).apply(*inputs)
+
+
+@functools.cache
+def _of_single_level(function: type[torch.autograd.Function]) -> Any:
+    """The same on the base class of ``Function``: 2.14 tells by the class whether ``apply`` looks for transforms."""
+    members = {name: vars(function)[name] for name in ("forward", "backward", "jvp")}
+    return type(function.__name__, (torch.autograd.function._SingleLevelFunction,), members)
 
 
 def is_batch_of_gradients(x: Tensor) -> bool:
