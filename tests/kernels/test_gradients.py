@@ -220,10 +220,25 @@ def test_large_capped_logits_cost_no_more_than_in_eager_code(
     for name, mine, theirs, exact in zip("qkv", got, peer, want, strict=True):
         errors = relative_error(mine, exact), relative_error(theirs, exact)
         print(f"{engine} {factor} d{name}: {errors[0]:.1e}, eager {errors[1]:.1e}")
-        if (
-            name == "v" or factor == 3.0
-        ):  # where a softmax is one-hot, dq and dk are what does not quite cancel
+        # Where a softmax is one-hot, dq and dk are what does not quite cancel.
+        if name == "v" or factor == 3.0:
             assert errors[0] <= max(1.5 * errors[1], 2e-6), name
+
+
+def test_the_eager_engine_is_as_exact_as_eager_code_at_its_cap(
+    runtimes: dict[str, Runtime], seed: int
+) -> None:
+    """Made from the forward's logsumexp and rounded output its gradients were off by 1.35 to 2.9 times as much; the
+    same formula may differ by the order of its sums: at most 1.06 in three seeds."""
+    config = AttentionConfig(softcap=50.0, scale=0.125)
+    mask = visible(200, 200, causal=True, window=None)
+    inputs = make_qkv(Sizes(1, 4, 2, 200, 200), factor=30.0)
+    grad_out = torch.randn(inputs[0].shape)
+    _, got = gradients(lambda *x: runtimes["eager"].attention(*x, config), inputs, grad_out)
+    _, peer = gradients(lambda *x: hf_eager(*x, config, mask), inputs, grad_out)
+    _, want = gradients(lambda *x: expected(*x, config), inputs, grad_out)
+    for name, mine, theirs, exact in zip("qkv", got, peer, want, strict=True):
+        assert relative_error(mine, exact) <= 1.2 * relative_error(theirs, exact), name
 
 
 @pytest.mark.parametrize("engine", TRAINS)
