@@ -48,9 +48,8 @@ def document_ids_from_position_ids(position_ids: Tensor) -> Tensor:
             f"position_ids: shape {tuple(position_ids.shape)}, expected [batch, seq_len] with seq_len >= 1; "
             "add the batch dimension"
         )
-    positions = position_ids.to(
-        torch.int64
-    )  # in uint8 the position after 255 would be 0, where a document starts
+    # In uint8 the position after 255 would be 0, where a document starts.
+    positions = position_ids.to(torch.int64)
     restarts = positions[:, 1:] != positions[:, :-1] + 1
     return torch.nn.functional.pad(restarts, (1, 0)).cumsum(1, dtype=torch.int32)
 
