@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,10 @@ from softcap_runtime.integrations.hf_probe import probe
 from softcap_runtime.integrations.transformers import HfMask, attention_forward
 from softcap_runtime.masks.intervals import dense
 
-from .conftest import NAME, WINDOW, gemma, registered, tokens
+from .conftest import NAME, NEEDS_TRANSFORMERS_5, WINDOW, gemma, registered, tokens
 from .test_transformers import assert_close_gradients, gradients, padded
 
-pytestmark = [
-    pytest.mark.usefixtures("runtime", "fresh_dynamo"),
-    # Older versions do not say whether a mask function is all their own; their masks are made outside the graph.
-    pytest.mark.skipif(
-        "use_vmap" not in signature(masking_utils.sdpa_mask).parameters, reason="a transformers before 5"
-    ),
-]
+pytestmark = [pytest.mark.usefixtures("runtime", "fresh_dynamo"), NEEDS_TRANSFORMERS_5]
 
 
 def eager_twin(model: Any, seed: int) -> Any:

@@ -15,9 +15,9 @@ from softcap_runtime import Runtime
 from softcap_runtime.integrations import hf_masks
 from softcap_runtime.masks.intervals import dense
 
-from .conftest import NAME
+from .conftest import NAME, NEEDS_TRANSFORMERS_5
 
-pytestmark = pytest.mark.usefixtures("runtime")
+pytestmark = [pytest.mark.usefixtures("runtime"), NEEDS_TRANSFORMERS_5]
 BATCH = 3
 
 
@@ -205,9 +205,10 @@ def test_span_in_two_pieces_raises(seed: int) -> None:
         )
 
 
-@pytest.mark.parametrize("make", [masking_utils.create_causal_mask, masking_utils.create_bidirectional_mask])
-def test_sequences_with_ids_of_their_own(make: Any, seed: int) -> None:
+@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
+def test_sequences_with_ids_of_their_own(kind: str, seed: int) -> None:
     """As models of proteins pass them: in any order, but each in one piece."""
+    make = getattr(masking_utils, f"create_{kind}_mask")
     for ids in ([0, 0, 1, 1, 2, 2], [7, 7, 3, 3, -1, -1], [-1, -1, 0, 1, 1, 1]):
         same = masking_utils.packed_sequence_mask_function(torch.tensor([ids]).expand(BATCH, -1))
         assert_equal_masks(make, 6, attention_mask=None, past_key_values=None, and_mask_function=same)

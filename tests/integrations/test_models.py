@@ -13,7 +13,7 @@ from softcap_runtime import Runtime
 from softcap_runtime.integrations.transformers import HfMask
 from softcap_runtime.masks.intervals import dense
 
-from .conftest import NAME, VOCABULARY, WINDOW, both, gemma, tokens
+from .conftest import NAME, NEEDS_TRANSFORMERS_5, VOCABULARY, WINDOW, both, gemma, tokens
 from .test_transformers import greedy, padded
 
 pytestmark = pytest.mark.usefixtures("runtime")
@@ -75,6 +75,7 @@ def test_layers_that_share_keys(cache: str | None) -> None:
     assert torch.equal(eager, ours)
 
 
+@NEEDS_TRANSFORMERS_5
 @pytest.mark.parametrize("side", [None, "left"])
 @pytest.mark.parametrize("make", ["causal", "sliding_window_causal", "bidirectional"])
 def test_last_rows_of_a_mask(make: str, side: str | None) -> None:
@@ -89,6 +90,7 @@ def test_last_rows_of_a_mask(make: str, side: str | None) -> None:
         assert torch.equal(dense(rows, "cpu"), dense(mask, "cpu")[:, first:])
 
 
+@NEEDS_TRANSFORMERS_5
 @pytest.mark.parametrize("use", ["arithmetic", "torch", "indices", "dtype"])
 def test_mask_used_as_a_tensor_raises_by_name(use: str) -> None:
     settings = gemma(0, num_hidden_layers=1).config

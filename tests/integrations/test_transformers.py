@@ -19,7 +19,7 @@ from softcap_runtime.integrations import transformers as integration
 from softcap_runtime.masks.documents import document_ids_from_position_ids
 from softcap_runtime.reference import attention as reference
 
-from .conftest import NAME, WINDOW, both, gemma, registered, tokens
+from .conftest import NAME, NEEDS_TRANSFORMERS_5, WINDOW, both, gemma, registered, tokens
 
 pytestmark = pytest.mark.usefixtures("runtime")
 
@@ -158,6 +158,7 @@ def test_prefill_in_chunks(static: bool, seed: int) -> None:
     assert (whole - ours)[mask.bool()].abs().max() < 1e-3
 
 
+@NEEDS_TRANSFORMERS_5
 def test_packed_sequences(runtime: Runtime, seed: int) -> None:
     """position_ids that restart: as eager, as each document by itself, and as document_ids to the runtime."""
     model, lengths, ids = gemma(seed), [31, 1, 38, 10], tokens(1, 80)
@@ -297,6 +298,7 @@ def test_weights_asked_for_in_the_config(seed: int, monkeypatch: pytest.MonkeyPa
         model(tokens(1, 6))
 
 
+@NEEDS_TRANSFORMERS_5
 def test_mask_of_another_length_raises(runtime: Runtime, seed: int) -> None:
     model = gemma(seed, attn_implementation=NAME)
     mask = transformers.masking_utils.create_causal_mask(
