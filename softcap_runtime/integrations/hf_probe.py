@@ -31,7 +31,9 @@ def probe(function: MaskFunction, batch: int, place: Place) -> RowIntervals:
 
     def sees(keys: Tensor) -> Tensor:
         inside = (keys >= 0) & (keys < kv_len)
-        return inside & function(batch_rows, head, own + offset, keys.clamp(0, kv_len - 1) + offset)
+        # Not keys.clamp(...): of an index that is arithmetic alone Inductor of torch 2.13 writes the check of bounds
+        # before the index itself, for masks as transformers 5.18 has them, and its C++ does not compile.
+        return inside & function(batch_rows, head, own + offset, torch.where(inside, keys, 0) + offset)
 
     seen = sees(own)
     lo = torch.where(seen, own - _reach(sees, own, -1), kv_len)
