@@ -83,16 +83,19 @@ def _on_to_outer_levels(recording: bool) -> Iterator[None]:
 def apply_function(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """Apply an autograd function inside an operator's autograd kernel, also under torch.func transforms.
 
+    The function is given the grad mode first, for its ``below_autograd``.
+
     Private: ``torch._functorch.utils.enable_single_level_autograd_function``, and the class of what it enables. The
     dispatcher has dealt with torch.func when the kernel runs; the public ``apply`` would do so again, and fail. Gone:
     the public ``apply``, without torch.func.
     """
+    recording = torch.is_grad_enabled()
     if public_only() or not torch._C._are_functorch_transforms_active():
-        return function.apply(*inputs)  # type: ignore[no-untyped-call]
+        return function.apply(recording, *inputs)  # type: ignore[no-untyped-call]
     from torch._functorch.utils import enable_single_level_autograd_function
 
     with enable_single_level_autograd_function():
-        return _of_single_level(function).apply(*inputs)
+        return _of_single_level(function).apply(recording, *inputs)
 
 
 @functools.cache

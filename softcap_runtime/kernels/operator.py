@@ -223,11 +223,7 @@ def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
         q, k, v, lo, hi, *rest = inputs
         check_qkv(q, k, v)
         inputs = (q, k, v, *_checked_edges(lo, hi, k.shape[2]), *rest)
-    return apply_function(_Attention, torch.is_grad_enabled(), *inputs)
-
-
-def _differentiable_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return apply_function(_Backward, torch.is_grad_enabled(), *inputs)
+    return apply_function(_Attention, *inputs)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tensor:
@@ -271,7 +267,7 @@ def checked_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
 LIBRARY.impl("attention", _checked_forward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_backward", _checked_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention", _differentiable, "Autograd")
-LIBRARY.impl("attention_backward", _differentiable_backward, "Autograd")
+LIBRARY.impl("attention_backward", functools.partial(apply_function, _Backward), "Autograd")
 LIBRARY.impl("attention", functools.partial(_autocast, "cpu"), "AutocastCPU")
 LIBRARY.impl("attention", functools.partial(_autocast, "cuda"), "AutocastCUDA")
 torch.library.register_fake("softcap_runtime::attention", _fake_forward, lib=LIBRARY)
