@@ -95,7 +95,7 @@ class Database:
                     # The last when SQLite's message quotes a damaged name.
                     if not self._move_aside(error):
                         return default
-            told = "its database is replaced again and again" if isinstance(last, Moved) else f"{last}"
+            told = f"{last}" if isinstance(last, OSError) else "its database is replaced again and again"
             self.note(what, f"cache folder {self.folder}: {told}; not used now")
             return default
 

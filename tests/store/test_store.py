@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -236,3 +237,13 @@ def test_without_flock_each_builds_for_itself_and_says_so(
         assert store.load_or_build(key(name), lambda: b"x").source == "built"
     assert len([record for record in caplog.records if "has no flock" in record.getMessage()]) == 1
     assert store.load_or_build(key("a"), never).source == "disk"
+
+
+def test_a_database_that_is_damaged_again_and_again_is_told(tmp_path: Path) -> None:
+    def damaged(_: object) -> None:
+        raise sqlite3.DatabaseError("damaged")
+
+    store = Store(tmp_path / "cache", 2**20)
+    assert store.database.use("read", damaged, None, create=True) is None
+    assert store.fault is not None
+    assert "replaced again and again; not used now" in store.fault
