@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.checks import check_qkv
+from softcap_runtime.kernels.batching import register_rules
 from softcap_runtime.kernels.engine import Call, empty_output
 from softcap_runtime.kernels.flops import register_formulas
 from softcap_runtime.masks.intervals import RowIntervals
@@ -273,3 +274,4 @@ LIBRARY.impl("attention", functools.partial(_autocast, "cuda"), "AutocastCUDA")
 torch.library.register_fake("softcap_runtime::attention", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("softcap_runtime::attention_backward", _fake_backward, lib=LIBRARY)
 register_formulas()
+register_rules(LIBRARY)

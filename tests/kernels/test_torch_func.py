@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -79,6 +80,36 @@ def test_levels_of_torch_func(runtimes: dict[str, Runtime], engine: str, seed: i
         got = case(lambda *x: runtimes[engine].attention(*x, CONFIG), *inputs)
         want = case(partial(expected_by, CONFIG), *(x.double() for x in inputs))
         assert relative_error(got, want) <= 5e-6, case.__name__
+
+
+@pytest.mark.skipif(not hasattr(torch.library, "register_vmap"), reason="this torch runs sample by sample")
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (2, None, None), (None, 1, 4), (-1, 0, None)])
+@pytest.mark.parametrize("shared", [None, [4], [3, 4]])
+def test_samples_of_vmap_are_one_call(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, in_dims: Any, shared: list[int] | None, seed: int
+) -> None:
+    inputs = [
+        x if dim is None else torch.stack([x, -x, 2 * x], dim)
+        for x, dim in zip(make_qkv(Sizes(len(shared or [1]), 4, 2, 9, 9)), in_dims, strict=True)
+    ]
+    ids = None if shared is None else torch.arange(9) // torch.tensor(shared)[:, None]
+    calls = []
+    served = runtime.forward
+    monkeypatch.setattr(runtime, "forward", lambda *call: calls.append(call) or served(*call))
+
+    def loss(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return run(q, k, v, CONFIG, document_ids=ids).pow(2).sum()
+
+    mapped = torch.func.vmap(torch.func.grad(partial(loss, runtime.attention), (0, 1, 2)), in_dims)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where it runs samples one by one
+        got = mapped(*inputs)
+    assert len(calls) == 1
+    want = torch.func.vmap(torch.func.grad(partial(loss, expected), (0, 1, 2)), in_dims)(
+        *(x.double() for x in inputs)
+    )
+    for mine, exact in zip(got, want, strict=True):
+        assert relative_error(mine, exact) <= 5e-6
 
 
 @pytest.mark.parametrize("name", ["attention_mask", "document_ids", "cache_lengths", "prefix_lengths"])

@@ -1,0 +1,55 @@
+"""The operator under ``torch.func.vmap``: its samples join the batch, so that one call serves them all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def register_rules(library: torch.library.Library) -> None:
+    """Register the rules of both operators; a torch without such rules (2.4) runs sample by sample, and warns."""
+    register = getattr(torch.library, "register_vmap", None)
+    if register is None:
+        return
+    register("softcap_runtime::attention", _attention, lib=library)
+    register("softcap_runtime::attention_backward", _attention_backward, lib=library)
+
+
+def _attention(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+    out, lse = torch.ops.softcap_runtime.attention(*_joined(info.batch_size, in_dims, inputs, 3))
+    train = inputs[-2]
+    return (_split(out, info.batch_size), _split(lse, info.batch_size) if train else lse), (
+        0,
+        0 if train else None,
+    )
+
+
+def _attention_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+    grads = torch.ops.softcap_runtime.attention_backward(*_joined(info.batch_size, in_dims, inputs, 6))
+    return tuple(_split(grad, info.batch_size) for grad in grads), (0, 0, 0)
+
+
+def _joined(samples: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...], count: int) -> list[Any]:
+    """An operator's inputs, ``samples`` times the batch: ``count`` tensors ``[B, ...]``, both edges, the numbers.
+
+    Edges ``[1, S]`` that all samples share serve any batch, and stay as they are.
+    """
+    tensors = [_join(x, dim, samples) for x, dim in zip(inputs[:count], in_dims, strict=False)]
+    edges, dims = inputs[count : count + 2], in_dims[count : count + 2]
+    shared = edges[0] is None or (dims == (None, None) and edges[0].shape[0] == 1)
+    if not shared:
+        batch = tensors[0].shape[0] // samples
+        edges = tuple(_join(x, dim, samples, batch) for x, dim in zip(edges, dims, strict=True))
+    return [*tensors, *edges, *inputs[count + 2 :]]
+
+
+def _join(x: Tensor, dim: int | None, samples: int, batch: int = -1) -> Tensor:
+    """``[samples * batch, ...]`` of a tensor with its samples in ``dim``, or the same one for all."""
+    each = x.expand(samples, *x.shape) if dim is None else x.movedim(dim, 0)
+    return each.expand(-1, batch, *each.shape[2:]).flatten(0, 1)
+
+
+def _split(x: Tensor, samples: int) -> Tensor:
+    return x.unflatten(0, (samples, -1))
