@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from benchmarks import forward, masks, overhead, startup, static, train
+from benchmarks import decode, forward, masks, overhead, startup, static, train
 from benchmarks.picture import draw
 from benchmarks.report import Report
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     help=__doc__,
 )
 PARTS = {
+    "decode": decode.measure,
     "forward": forward.measure,
     "masks": masks.measure,
     "overhead": overhead.measure,

@@ -16,8 +16,8 @@ from softcap_runtime.kernels.products import compute_dtype
 # Measured at Hq8 Hkv4 D256, blocked over flex in float32 and bf16: 0.7 and 0.6 at 32 x 32, 1.0 and 1.2 at 64 x 64,
 # 1.5 and 1.7 at 128 x 128, 1.4 and 2.0 at 256 x 256.
 SMALL_ROW = 2**15
-# Half-precision keys are widened once; fewer query rows than this do not pay for it. One row over 4,096 keys: 1.3 in
-# float32, 0.4 in bf16; 16 rows: 1.5 and 1.4.
+# Half-precision keys are widened once; fewer query rows than this do not pay for it. Over 4,096 keys, blocked over flex
+# in bf16: 0.8 for 4 rows, 1.0 for 8, 1.2 to 1.4 for 16. One row in any dtype: 0.4 to 0.8 (AVX2, groups of two).
 FEW_ROWS = 16
 
 
@@ -74,8 +74,10 @@ def _automatic(problem: Problem) -> Choice:
     q_len, kv_len = problem.mask.q_len, problem.mask.kv_len
     if problem.num_heads * q_len * kv_len < SMALL_ROW:
         return Choice(flex.ENGINE, "small rows: one kernel beats a loop over blocks")
+    if q_len == 1:
+        return Choice(flex.ENGINE, "decoding: one kernel, which reads a group's keys once")
     if q_len < FEW_ROWS and problem.dtype != torch.float32:
-        return Choice(flex.ENGINE, "decoding: a few rows do not pay for widening the keys")
+        return Choice(flex.ENGINE, "a few rows do not pay for widening the keys")
     return Choice(blocked.ENGINE, "large matrix products: 1.4 to 2.5 times flex")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -31,7 +32,7 @@ from rounding import logsumexp_error, output_error
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
 from softcap_runtime.kernels import blocked, blocked_walk, products
 from softcap_runtime.kernels.engine import Call
-from softcap_runtime.masks.intervals import row_intervals
+from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 
 PACKAGED = ["flex", "blocked", "eager"]
 
@@ -147,6 +148,31 @@ def test_lengths_at_the_edges_of_blocks(
     for window, causal in ((None, True), (100, True), (100, False)):
         config = AttentionConfig(softcap=50.0, scale=0.125, window=window, causal=causal)
         check(runtimes[engine], Case(Sizes(2, 4, 2, *lengths), config, {}, layout, seed), torch.float32, 2e-6)
+
+
+@pytest.mark.parametrize("groups", ["together", "apart"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decoding_of_groups(
+    runtimes: dict[str, Runtime], monkeypatch: pytest.MonkeyPatch, groups: str, dtype: torch.dtype, seed: int
+) -> None:
+    """One row a head: on the CPU flex takes the heads of a group together where there is one for each thread."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6 if groups == "together" else 7)
+    sizes, masks = Sizes(3, 8, 2, 1, 300), [{}]
+    masks.append({"attention_mask": torch.arange(300) >= torch.tensor([[0], [299], [300]])})
+    masks.append({"cache_lengths": torch.tensor([1, 300, 128])})
+    for window, causal in ((None, True), (1, True), (129, True), (300, False), (1000, True)):
+        config = AttentionConfig(softcap=50.0, scale=0.125, window=window, causal=causal)
+        for given_masks, layout in itertools.product(masks, LAYOUTS):
+            case = Case(sizes, config, given_masks, layout, seed)
+            check(runtimes["flex"], case, dtype, FORWARD_TOLERANCE[dtype])
+    q, k, v = make_qkv(sizes, dtype)
+    for left, right in (
+        (0, 0),
+        (300, 301),
+        (-5, -1),
+    ):  # bands that the operator's callers alone can make: nothing seen
+        call = Call(RowIntervals(1, 300, left, right, None, None), 0.125, 50.0, "flex", False)
+        assert not runtimes["flex"].forward(q, k, v, call)[0].any()
 
 
 @pytest.mark.parametrize("engine", ["auto", *PACKAGED, "dense"])

@@ -1,0 +1,51 @@
+"""Decoding: one new token of every sequence against its key/value cache, as in generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks import peers
+from benchmarks.report import Report, side_by_side
+
+# Batch and keys in the cache; Hq8 Hkv4 D256.
+SHAPES = ((1, 512), (1, 4096), (1, 32768), (8, 2048))
+
+
+def measure(report: Report) -> None:
+    """Time one step at a few caches in float32 and bfloat16."""
+    rows: list[dict[str, Any]] = []
+    for batch, keys in SHAPES[:1] if report.quick else SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            rows += _rows(report, batch, keys, dtype)
+    report.table("decode", rows, "ratio: of its time to softcap_runtime auto's; GB/s: of keys and values")
+
+
+def _rows(report: Report, batch: int, keys: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    q = torch.randn(batch, 8, 1, 256).to(dtype)
+    k, v = (torch.randn(batch, 4, keys, 256).to(dtype) for _ in range(2))  # as caches lie in memory
+    mask = torch.zeros(1, 1, 1, keys, dtype=dtype)
+    dense = peers.compiled_dense()
+    functions = {
+        "softcap_runtime auto": lambda: peers.ours(q, k, v),
+        "softcap_runtime flex": lambda: peers.ours(q, k, v, "flex"),
+        "softcap_runtime blocked": lambda: peers.ours(q, k, v, "blocked"),
+        "stock compiled flex": lambda: peers.stock_flex_of_all_keys(q, k, v),
+        "compiled dense": lambda: dense(q, k, v, mask),
+        "Hugging Face eager": lambda: peers.eager(q, k, v, mask),
+        "SDPA, no softcap": lambda: peers.sdpa(q, k, v, causal=False),
+    }
+    with torch.no_grad():
+        times = side_by_side(functions, report.rounds(25))
+    read = (k.numel() + v.numel()) * k.element_size()
+    return [
+        {
+            "what": f"B{batch}, {keys} keys, {str(dtype).removeprefix('torch.')}",
+            "who": who,
+            "ms": seconds * 1e3,
+            "ratio": seconds / times["softcap_runtime auto"],
+            "GB/s": read / seconds / 1e9,
+        }
+        for who, seconds in times.items()
+    ]
