@@ -21,7 +21,7 @@ from softcap_runtime.masks.validate import check_mask_arguments, data_is_readabl
 from softcap_runtime.plans import Plan, PlanKey, Plans
 from softcap_runtime.supply import Supply
 from softcap_runtime.torch_private import constant_in_graphs
-from softcap_runtime.torch_transforms import interpreters_active, requires_grad_inside
+from softcap_runtime.torch_transforms import interpreters_active
 
 if TYPE_CHECKING:
     from softcap_runtime.prewarm_rows import PrewarmResult
@@ -127,11 +127,8 @@ class Runtime:
         ``engine`` for that of the settings.
         """
         call = Call(mask, config.scale, config.softcap, engine or self.settings.engine, _wants_grad(q, k, v))
-        settled = torch.compiler.is_compiling() or call.train
-        if not (settled or q.is_meta or interpreters_active()):
+        if not (torch.compiler.is_compiling() or call.train or q.is_meta or interpreters_active()):
             return self.forward(q, k, v, call)[0]
-        if not settled and torch.is_grad_enabled():
-            call = call._replace(train=any(map(requires_grad_inside, (q, k, v))))
         return operator.attention(q, k, v, call, self.number)
 
     def prewarm(

@@ -32,13 +32,6 @@ def unwrapped(x: Tensor) -> Tensor:
     return x
 
 
-def requires_grad_inside(x: Tensor) -> bool:
-    """Whether ``x`` requires gradients at any level of torch.func; vmap's tensors hide it. Private: the same."""
-    while in_transform(x) and not x.requires_grad:
-        x = torch._C._functorch.get_unwrapped(x)
-    return x.requires_grad
-
-
 def assert_in_graph(condition: Tensor, message: str) -> None:
     """Have the program that is being traced raise RuntimeError(message) when it runs and ``condition`` is False.
 

@@ -214,12 +214,9 @@ class _Backward(torch.autograd.Function):
 
 
 def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3])
-    if needs_grad and not inputs[-2]:
-        raise RuntimeError(
-            "softcap_runtime::attention was called with train=False on inputs that require gradients; "
-            "pass train=True, or call it under torch.no_grad()"
-        )
+    # torch.func's levels and the compiler hide from a caller that gradients are wanted.
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3]):
+        inputs = (*inputs[:-2], True, inputs[-1])
     if not interpreters_active():
         q, k, v, lo, hi, *rest = inputs
         check_qkv(q, k, v)

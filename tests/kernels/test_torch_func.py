@@ -112,6 +112,44 @@ def test_samples_of_vmap_are_one_call(
         assert relative_error(mine, exact) <= 5e-6
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_torch_func_inside_a_graph(runtime: Runtime, backend: str, seed: int) -> None:
+    """The compiler shows no tensor of a transform as one that requires gradients."""
+    inputs = make_qkv(Sizes(2, 4, 2, 9, 9))
+    mask = torch.arange(9) >= torch.tensor([[2], [4]])
+    grad, vmap = torch.func.grad, torch.func.vmap
+
+    def of_grad(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.stack(grad(lambda k, v: run(q, k, v).pow(2).sum(), (0, 1))(k, v))
+
+    def of_vjp(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, pull = torch.func.vjp(partial(run, attention_mask=mask), q, k, v)
+        return pull(out)[0]
+
+    def of_jacobian(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.func.jacrev(lambda q: run(q, k, v)[0, 0, :2, :3])(q)
+
+    def grad_in_vmap(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return vmap(grad(lambda q: run(q, k, v).pow(2).sum()))(torch.stack([q, 2 * q]))
+
+    def vmap_in_autograd(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return vmap(lambda q: run(q, k, v))(torch.stack([q, 2 * q]))
+
+    for case in (of_grad, of_vjp, of_jacobian, grad_in_vmap, vmap_in_autograd):
+        leaf, exact = (
+            x.clone().requires_grad_(case is vmap_in_autograd) for x in (inputs[0], inputs[0].double())
+        )
+        attend = partial(case, lambda *x, **masks: runtime.attention(*x, CONFIG, **masks))
+        got = torch.compile(attend, backend=backend, fullgraph=True)(leaf, *inputs[1:])
+        attend_exact = partial(case, lambda *x, **masks: expected(*x, CONFIG, **masks))
+        want = attend_exact(exact, *(x.double() for x in inputs[1:]))
+        assert relative_error(got, want) <= 5e-6, case.__name__
+        if case is vmap_in_autograd:
+            got, want = torch.autograd.grad(got.sum(), leaf)[0], torch.autograd.grad(want.sum(), exact)[0]
+            assert relative_error(got, want) <= 5e-6, case.__name__
+
+
 @pytest.mark.parametrize("name", ["attention_mask", "document_ids", "cache_lengths", "prefix_lengths"])
 def test_a_mask_for_each_sample_of_vmap(runtime: Runtime, name: str, seed: int) -> None:
     inputs = [torch.stack([x, x.flip(0)]) for x in make_qkv(Sizes(2, 4, 2, 9, 9))]
