@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
@@ -73,6 +73,14 @@ class Runtime:
                     cls._own = cls()
         assert cls._own is not None
         return cls._own
+
+    def __deepcopy__(self, memo: object) -> Runtime:
+        """Itself: the copy of a model that holds a runtime (an average of its weights, say) is served by it too."""
+        return self
+
+    def __reduce__(self) -> tuple[Callable[..., Runtime], tuple[RuntimeSettings, ...]]:
+        """For another process: its own if this is the process's own, else one of the same settings."""
+        return (Runtime.get, ()) if self is Runtime._own else (Runtime, (self.settings,))
 
     def attention(
         self,

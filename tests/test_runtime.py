@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import pickle
 import random
 import sys
 import threading
@@ -111,6 +112,22 @@ def test_instances_of_your_own_are_apart(runtimes: dict[str, Runtime], tmp_path:
         with pytest.raises(KernelNotPrewarmed):
             forbids.attention(*inputs, CONFIG)
     assert torch.equal(eager.attention(*inputs, CONFIG), out)
+
+
+def test_a_model_that_holds_a_runtime_is_copied_and_pickled(
+    runtimes: dict[str, Runtime], own_runtime: Runtime, seed: int
+) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.runtime = runtimes["eager"]
+
+    assert torch.optim.swa_utils.AveragedModel(Model()).module.runtime is runtimes["eager"]
+    copied = pickle.loads(pickle.dumps(runtimes["eager"]))
+    assert copied.settings == runtimes["eager"].settings
+    inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
+    assert torch.equal(copied.attention(*inputs, CONFIG), runtimes["eager"].attention(*inputs, CONFIG))
+    assert pickle.loads(pickle.dumps(own_runtime)) is own_runtime
 
 
 def test_threads_that_need_the_same_kernel_build_it_once(builder: Builder, tmp_path: Path, seed: int) -> None:
