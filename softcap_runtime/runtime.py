@@ -135,7 +135,8 @@ class Runtime:
         ``engine`` for that of the settings.
         """
         call = Call(mask, config.scale, config.softcap, engine or self.settings.engine, _wants_grad(q, k, v))
-        if not (torch.compiler.is_compiling() or call.train or q.is_meta or interpreters_active()):
+        direct = not (torch.compiler.is_compiling() or call.train or q.is_meta)
+        if direct and not interpreters_active(q, k, v, *mask.vectors):
             return self.forward(q, k, v, call)[0]
         return operator.attention(q, k, v, call, self.number)
 
@@ -201,7 +202,7 @@ class Runtime:
     def _shortcut(self, q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Plan | None:
         """The plan of an inference call that was made before just so, in a few microseconds."""
         try:
-            if _wants_grad(q, k, v) or interpreters_active():
+            if _wants_grad(q, k, v) or interpreters_active(q, k, v):
                 return None
             call = (
                 q.shape,

@@ -107,14 +107,22 @@ def is_batch_of_gradients(x: Tensor) -> bool:
     return marked is not None and bool(marked(x))
 
 
-def interpreters_active() -> bool:
-    """Whether a dispatch mode, a functorch transform, autocast or forward-mode AD stands between a call and its kernel.
+def interpreters_active(*tensors: Tensor | None) -> bool:
+    """Whether a dispatch mode, a functorch transform, autocast or forward-mode AD stands between a call and its kernel,
+    or one of its tensors does: a subclass with a ``__torch_dispatch__`` has data that no kernel can read.
 
     Private: the depth of the dispatch-mode stack, functorch's stack, the any-device autocast flag and the level of
     ``torch.autograd.forward_ad``; no public name tells them. Gone: True, and every call goes through the torch
     operator, some microseconds slower.
     """
-    return _probe()
+    return _probe() or not (_PLAIN.issuperset(map(type, tensors)) or all(map(_is_read, tensors)))
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def _is_read(x: Tensor | None) -> bool:
+    return x is None or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _make_probe() -> Callable[[], bool]:
@@ -130,4 +138,3 @@ def _make_probe() -> Callable[[], bool]:
 
 
 _probe: Callable[[], bool] = (lambda: True) if public_only() else _make_probe()
-interpreters_active.__wrapped__ = _probe  # type: ignore[attr-defined]

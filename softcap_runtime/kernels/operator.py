@@ -163,7 +163,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, recording: bool, *inputs: Any) -> tuple[Tensor, Tensor]:
-        if interpreters_active():
+        if interpreters_active(*inputs[:5]):
             with below_autograd(recording):
                 output = torch.ops.softcap_runtime.attention(*inputs)
         else:
@@ -182,7 +182,8 @@ class _Attention(torch.autograd.Function):
         if grad_out is None:
             return (None, None, None, None, *nothing)
         q, k, v, out, lse, lo, hi = ctx.saved_tensors
-        watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or interpreters_active()
+        watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        watched = watched or interpreters_active(grad_out, q, k, v, out, lse, lo, hi)
         direct = not (watched or is_batch_of_gradients(grad_out))
         backward = _backward if direct else torch.ops.softcap_runtime.attention_backward
         return (None, *backward(grad_out, q, k, v, out, lse, lo, hi, *ctx.how, ctx.runtime), *nothing)
@@ -217,7 +218,7 @@ def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
     # torch.func's levels and the compiler hide from a caller that gradients are wanted.
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3]):
         inputs = (*inputs[:-2], True, inputs[-1])
-    if not interpreters_active():
+    if not interpreters_active(*inputs[:5]):
         q, k, v, lo, hi, *rest = inputs
         check_qkv(q, k, v)
         inputs = (q, k, v, *_checked_edges(lo, hi, k.shape[2]), *rest)
@@ -230,7 +231,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tenso
     left, right = (0, 0) if mask.left is None or mask.right is None else (mask.left, mask.right)
     _, scale, softcap, engine, train = call  # no slice of it: the compiler of torch 2.8 takes none
     inputs = (q, k, v, mask.lo, mask.hi, left, right, scale, softcap, engine, train, number)
-    if torch.compiler.is_compiling() or interpreters_active():
+    if torch.compiler.is_compiling() or interpreters_active(*inputs[:5]):
         output = torch.ops.softcap_runtime.attention(*inputs)
     else:
         output = _Attention.apply(True, *inputs)  # type: ignore[no-untyped-call]

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import weakref
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from helpers import NEEDS_FLEX, Block, Sizes, expected, gradients, in_model_order, make_qkv, relative_error
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -361,6 +363,46 @@ def test_fake_tensors_and_fake_masks(runtime: Runtime, seed: int) -> None:
             {"cache_lengths": torch.full((2,), 40)},
         ):
             assert runtime.attention(q, k, v, CONFIG, **masks).shape == q.shape
+
+
+class Wrapped(Tensor):
+    """A tensor around another, as quantized, distributed and fake ones are: it has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        strides, kind = inner.stride(), {"dtype": inner.dtype, "device": inner.device}
+        return Tensor._make_wrapper_subclass(cls, inner.shape, strides=strides, **kind)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        args = tree_map_only(Wrapped, lambda x: x.inner, args)
+        return tree_map_only(Tensor, Wrapped, function(*args, **(kwargs or {})))
+
+
+@pytest.mark.parametrize("engine", ["auto", pytest.param("flex", marks=NEEDS_FLEX), "blocked", "eager"])
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_tensors_that_wrap_others(runtimes: dict[str, Runtime], engine: str, place: int, seed: int) -> None:
+    """Their class sees the operator; a kernel that was given one read no memory of its, and crashed or was wrong."""
+    inputs, padding = make_qkv(Sizes(2, 4, 2, 30, 30)), torch.arange(30) >= torch.tensor([[3], [0]])
+    tensors = [Wrapped(x) if at == place else x for at, x in enumerate((*inputs, padding))]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        # The third call without a mask finds a shortcut.
+        mask = mask if place == 3 else None
+        return [runtimes[engine].attention(q, k, v, CONFIG, mask) for _ in range(3)][-1]
+
+    masks = {"attention_mask": padding} if place == 3 else {}
+    grad_out = torch.randn(inputs[0].shape)
+    want_out, want = gradients(lambda *x: expected(*x, CONFIG, **masks), inputs, grad_out)
+    attend(*inputs, padding)
+    out = attend(*tensors)
+    assert relative_error(out.inner, want_out) <= 2e-6
+    if engine != "flex":
+        _, got = gradients(lambda *x: attend(*x, tensors[3]), tuple(tensors[:3]), grad_out)
+        assert all(relative_error(a.inner, b) <= 3e-6 for a, b in zip(got, want, strict=True))
 
 
 def test_an_output_that_is_changed_in_place(runtime: Runtime, seed: int) -> None:
