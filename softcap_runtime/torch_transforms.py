@@ -131,10 +131,13 @@ def _make_probe() -> Callable[[], bool]:
         functorch = torch._C._functorch.peek_interpreter_stack
         autocast = torch._C._is_any_autocast_enabled
         forward_ad = torch.autograd.forward_ad
-        modes(), functorch(), autocast(), forward_ad._current_level
+        traced = torch._C._is_tracing
+        modes(), functorch(), autocast(), traced(), forward_ad._current_level
     except (AttributeError, TypeError):
         return lambda: True
-    return lambda: modes() > 0 or autocast() or functorch() is not None or forward_ad._current_level >= 0
+    return (
+        lambda: modes() > 0 or autocast() or functorch() is not None or traced() or forward_ad._current_level >= 0
+    )
 
 
 _probe: Callable[[], bool] = (lambda: True) if public_only() else _make_probe()

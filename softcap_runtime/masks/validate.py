@@ -91,10 +91,9 @@ def data_is_readable(tensor: Tensor) -> bool:
 
     A tensor of a torch.func transform may stand for many, whose data have no one answer.
     """
-    own = type(tensor) in (Tensor, torch.nn.Parameter)
-    return (
-        own and tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform(tensor)
-    )
+    own = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return own and not traced and not in_transform(tensor)
 
 
 def _check_dtype(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -232,3 +232,27 @@ def test_export_and_run_at_another_length(
             more = {"attention_mask": given[3]} if masked else {}
             assert relative_error(out, expected(*given[:3], CONFIG, **more)) <= 2e-6
     assert any("softcap_runtime.attention" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("engine", ["auto", "blocked", "eager"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_torchscript_trace(runtimes: dict[str, Runtime], engine: str, masked: bool, seed: int) -> None:
+    """As of TensorBoard's ``add_graph``: the operator is in it, and no mask that the example happened to have."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+        masks = {"attention_mask": attention_mask} if masked else {}
+        return runtimes[engine].attention(q, k, v, CONFIG, **masks)
+
+    example = make_qkv(Sizes(2, 4, 2, 20, 20))
+    attend(*example, torch.ones(2, 20, dtype=torch.int64))
+    for train in (False, True):
+        leaves = [x.clone().requires_grad_(train) for x in example]
+        traced = torch.jit.trace(attend, (*leaves, torch.ones(2, 20, dtype=torch.int64)), check_trace=False)
+        for length in (20, 31):
+            inputs, padding = (
+                make_qkv(Sizes(2, 4, 2, length, length)),
+                random_masks(2, length)["attention_mask"],
+            )
+            want = expected(*inputs, CONFIG, attention_mask=padding if masked else None)
+            assert relative_error(traced(*inputs, padding), want) <= 2e-6
