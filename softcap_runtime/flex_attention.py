@@ -21,6 +21,7 @@ from softcap_runtime.kernels.operator import checked_inputs
 from softcap_runtime.masks.elements import as_additive, intervals_of_elements
 from softcap_runtime.masks.flex import block_mask, form_of, intervals_of
 from softcap_runtime.masks.intervals import RowIntervals, band, dense
+from softcap_runtime.masks.validate import data_is_there
 from softcap_runtime.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -144,9 +145,9 @@ def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | 
             raise ValueError(f"causal_mask: on {mask.device}, expected Q's {q.device}; move it")
         elements = as_additive(mask, q_len, kv_len)
         _check_rows_and_heads(elements.shape, q)
-        # Inside a graph nobody can look at the elements; and those of a bias that is learned may all be 0 by now.
+        # The elements of a bias that is learned may all be 0 by now.
         learned = torch.is_grad_enabled() and elements.requires_grad
-        found = None if torch.compiler.is_compiling() or learned else intervals_of_elements(elements)
+        found = intervals_of_elements(elements) if data_is_there(elements) and not learned else None
         return elements if found is None else found
     if not hasattr(mask, "mask_mod"):
         raise TypeError(

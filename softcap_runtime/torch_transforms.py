@@ -108,12 +108,12 @@ def is_batch_of_gradients(x: Tensor) -> bool:
 
 
 def interpreters_active(*tensors: Tensor | None) -> bool:
-    """Whether a dispatch mode, a functorch transform, autocast or forward-mode AD stands between a call and its kernel,
-    or one of its tensors does: a subclass with a ``__torch_dispatch__`` has data that no kernel can read.
+    """Whether a dispatch mode, a functorch transform, autocast, forward-mode AD or ``torch.jit.trace`` stands between
+    a call and its kernel, or one of its tensors does: no kernel can read one of a class with a ``__torch_dispatch__``.
 
-    Private: the depth of the dispatch-mode stack, functorch's stack, the any-device autocast flag and the level of
-    ``torch.autograd.forward_ad``; no public name tells them. Gone: True, and every call goes through the torch
-    operator, some microseconds slower.
+    Private: the depth of the dispatch-mode stack, functorch's stack, the flags of autocast on any device and of
+    TorchScript's tracing, and the level of ``torch.autograd.forward_ad``; no public name tells them. Gone: True, and
+    every call goes through the torch operator, some microseconds slower.
     """
     return _probe() or not (_PLAIN.issuperset(map(type, tensors)) or all(map(_is_read, tensors)))
 
@@ -135,8 +135,8 @@ def _make_probe() -> Callable[[], bool]:
         modes(), functorch(), autocast(), traced(), forward_ad._current_level
     except (AttributeError, TypeError):
         return lambda: True
-    return (
-        lambda: modes() > 0 or autocast() or functorch() is not None or traced() or forward_ad._current_level >= 0
+    return lambda: (
+        modes() > 0 or autocast() or functorch() is not None or traced() or forward_ad._current_level >= 0
     )
 
 

@@ -408,3 +408,25 @@ def test_a_learned_bias_that_is_all_zero(own_runtime: Runtime, seed: int) -> Non
     assert grad.abs().max() > 0
     with torch.no_grad():
         assert torch.allclose(slow_attention_softcapping(q, k, v, bias, LAYER, 1, 30), out, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_mask_of_a_transform_or_a_trace(function: Any, additive: bool, seed: int) -> None:
+    """Nobody may look at its elements: there are many of each under vmap, and a trace is for other ones too."""
+    inputs = make_qkv(Sizes(2, 4, 2, 30, 30))
+    causal = torch.ones(30, 30, dtype=torch.bool).tril()
+    windowed = causal & ~causal.tril(-7)
+    masks = torch.stack([causal, windowed])
+    if additive:
+        masks = torch.zeros(masks.shape).masked_fill(~masks, -torch.inf)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return function(q, k, v, mask, LAYER, 2, 30)
+
+    want = torch.stack([wanted(*inputs), wanted(*inputs, window=7)])
+    got = torch.func.vmap(attend, (None, None, None, 0))(*inputs, masks)
+    assert relative_error(got, want) <= 2e-6
+    traced = torch.jit.trace(attend, (*inputs, masks[0]), check_trace=False)
+    assert relative_error(traced(*inputs, masks[1]), want[1]) <= 2e-6
