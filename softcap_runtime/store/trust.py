@@ -7,6 +7,7 @@ outside of it). Symbolic links inside are refused.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 LStat = Callable[[str], os.stat_result]
 SUBFOLDERS = ("locks", "quarantine")
+_MOST_LINKS = 40  # as in the kernel
 
 
 class Verdict(NamedTuple):
@@ -74,16 +76,36 @@ def make_private(folder: Path) -> None:
 
 
 def _chain_problem(folder: Path, user: int, lstat: LStat) -> str | None:
-    real = Path(os.path.realpath(folder))
-    seen: dict[Path, None] = {}
-    for path in (folder, real):
-        seen.update(dict.fromkeys([*reversed(path.parents), path]))
-    for path in seen:
-        status = lstat(str(path))
-        problem = _problem(path, status, user, above=path != real)
+    passed, real = _looked_up(folder)
+    for path in dict.fromkeys(passed):
+        problem = _problem(path, lstat(str(path)), user, above=path != real)
         if problem:
             return problem
     return None
+
+
+def _looked_up(folder: Path) -> tuple[list[Path], Path]:
+    """Every folder and link that the way to ``folder`` passes, those behind links too; and where it really is."""
+    place = Path("/")
+    passed = [place]
+    ahead = [*reversed(folder.parts[1:])]
+    links = 0
+    while ahead:
+        step = ahead.pop()
+        if step == "..":
+            place = place.parent
+        elif (place / step).is_symlink():
+            passed.append(place / step)
+            links += 1
+            if links > _MOST_LINKS:  # somebody changes them meanwhile
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
+            target = place / os.readlink(place / step)
+            place = Path("/")
+            ahead += reversed(target.parts[1:])
+        else:
+            place /= step
+        passed.append(place)
+    return passed, place
 
 
 def _content_problem(folder: Path, user: int, lstat: LStat) -> str | None:

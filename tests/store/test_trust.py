@@ -111,6 +111,26 @@ def test_a_link_to_the_folder_is_followed(folder: Path, tmp_path: Path) -> None:
     assert Store(link, 2**20).load(KEY) == b"payload"
 
 
+def test_links_to_links_are_followed_one_by_one(folder: Path, tmp_path: Path) -> None:
+    """Who may write where a second link lies can turn it to a folder of theirs after the check."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "second").symlink_to("../cache/../cache")
+    (tmp_path / "first").symlink_to("theirs/second/.")
+    assert Store(tmp_path / "first", 2**20).load(KEY) == b"payload"
+    theirs.chmod(0o777)
+    assert_refused(tmp_path / "first", str(theirs), "writable by others")
+    theirs.chmod(0o1777)
+    assert Store(tmp_path / "first", 2**20).load(KEY) == b"payload"
+
+
+def test_a_link_inside_that_leads_to_the_folder_itself(folder: Path) -> None:
+    """No sticky bit helps the folder that holds the cache, whatever the way to it."""
+    (folder / "locks" / "here").symlink_to(folder)
+    folder.chmod(0o1777)
+    assert_refused(folder / "locks" / "here", "writable by others")
+
+
 def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("not a folder")
     assert_refused(tmp_path / "cache", "is a file, expected a folder")
