@@ -6,6 +6,7 @@ Exit codes: 0 for success, 1 when something failed or is wrong with the cache, 2
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -32,6 +33,8 @@ LONGEST_DRAWN = 2**18
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; errors that are to be expected are one line on standard error."""
     caught = interrupted_by(signal.SIGINT, signal.SIGTERM)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path that its encoding lacks must not fail what was done
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = run(arguments)
     if caught:
         leave(caught[0])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 
 from softcap_runtime.config import RuntimeSettings
 from softcap_runtime.store import Store
@@ -24,6 +26,11 @@ def fail(line: str, code: int) -> int:
     """Say on standard error, in one line, what went wrong; ``code`` again."""
     print(f"softcap-runtime: {printable(' '.join(line.split()))}", file=sys.stderr)
     return code
+
+
+def print_json(answer: BaseModel) -> None:
+    """Print a document in ASCII, which every encoding of a terminal or pipe has."""
+    print(json.dumps(json.loads(answer.model_dump_json()), indent=2))
 
 
 @app.callback()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from softcap_runtime.checks import device_of
-from softcap_runtime.cli_app import UsageError, app, fail, store_of
+from softcap_runtime.cli_app import UsageError, app, fail, print_json, store_of
 from softcap_runtime.config import RuntimeSettings
 from softcap_runtime.errors import SoftcapRuntimeError
 from softcap_runtime.store import Store, fingerprint
@@ -56,13 +56,13 @@ def inspect(
     if explain:
         answer = cache_report.explain(store, fields or [])
         if json:
-            print(answer.model_dump_json(indent=2))
+            print_json(answer)
         else:
             tables.show_explanation(tables.console(), answer)
         return
     report = cache_report.report(store, settings.softcap_approx)
     if json:
-        print(report.model_dump_json(indent=2))
+        print_json(report)
     else:
         tables.show_report(tables.console(), report)
 

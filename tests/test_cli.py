@@ -454,6 +454,19 @@ def test_masks_are_drawn_with_what_the_terminal_can_show(encoding: str, full: st
     assert f"{full} full block" in done.stdout
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_folder_whose_name_the_output_cannot_show(tmp_path: Path, encoding: str) -> None:
+    """What was done is done, and JSON stays JSON."""
+    folder = tmp_path / os.fsdecode("caf\xe9 \u732b ".encode() + b"\xff")
+    fill(folder)
+    line = "softcap-runtime inspect --json && softcap-runtime inspect >&2 && softcap-runtime clear"
+    told = shell(line, SOFTCAP_CACHE_DIR=str(folder), PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert told.returncode == 0, told.stderr
+    document, end = json.JSONDecoder().raw_decode(told.stdout)
+    assert document["status"]["folder"].endswith("caf\xe9 \u732b \ufffd")
+    assert "removed 3 entries" in told.stdout[end:]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
