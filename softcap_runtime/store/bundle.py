@@ -87,9 +87,11 @@ def _chosen(
 
 
 def _write(path: Path, body: bytes, auth_key: bytes | None) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    if path.exists() and not path.is_file():  # to rename a file over /dev/null is to remove it
+        raise OSError("it is no file; name one")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # follows no link that another user put there
             file.write(body)
             file.write(hashlib.sha256(body).digest())
             if auth_key is not None:

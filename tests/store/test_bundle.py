@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import sqlite3
+import stat
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,31 @@ def test_a_bundle_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         OSError, match=r"^bundle \S+/none/bundle cannot be written: No such file or directory$"
     ):
         filled(tmp_path / "one").export_bundle(tmp_path / "none" / "bundle")
+
+
+def test_a_bundle_replaces_files_alone(tmp_path: Path) -> None:
+    """To rename a file over /dev/null removes it for the whole machine."""
+    store = filled(tmp_path / "one")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link", "one", "."):
+        with pytest.raises(OSError, match=r"^bundle \S+ cannot be written: it is no file; name one$"):
+            store.export_bundle(tmp_path / name)
+    assert stat.S_ISFIFO((tmp_path / "link").stat().st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "one", "pipe"]
+
+
+def test_a_link_where_a_bundle_is_written_first_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = filled(tmp_path / "one")
+    (tmp_path / "mine").write_text("mine")
+    monkeypatch.setattr(os, "urandom", bytes)
+    for guess in (os.getpid(), "00000000"):
+        (tmp_path / f"bundle.{guess}.tmp").symlink_to("mine")
+    with pytest.raises(OSError, match="cannot be written: File exists"):
+        store.export_bundle(tmp_path / "bundle")
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_a_bundle_above_the_size_limit_is_not_begun(tmp_path: Path) -> None:
