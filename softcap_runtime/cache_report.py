@@ -93,7 +93,8 @@ def missing(supply: Supply, specs: Iterable[KernelSpec]) -> list[KernelSpec]:
 
 def not_kept(supply: Supply, device: torch.device) -> str | None:
     """One line when kernels for ``device`` that this process built or loaded did not stay on disk: the size limit
-    is too small for all of them. None when all are there, or wait in memory for a disk that can be written."""
+    is too small for all of them, or another process took them away. None when all are there, or wait in memory for a
+    disk that can be written."""
     store = supply.store
     environment = fingerprint(device.type, device.index)
     sizes = {
@@ -104,10 +105,14 @@ def not_kept(supply: Supply, device: torch.device) -> str | None:
     gone = [digest for digest in sizes if not _is_good(store, digest)]
     if len(gone) <= store.held_in_memory:
         return None
-    return (
-        f"{len(gone)} of {len(sizes)} kernels did not stay in the cache: together they need {sum(sizes.values())} "
-        f"bytes, SOFTCAP_CACHE_SIZE_LIMIT is {store.size_limit}; raise it and prewarm again"
-    )
+    needed = sum(sizes.values())
+    told = f"{len(gone)} of {len(sizes)} kernels did not stay in the cache: "
+    if needed > store.size_limit:
+        limit = f"SOFTCAP_CACHE_SIZE_LIMIT is {store.size_limit}; raise it and prewarm again"
+        return f"{told}together they need {needed} bytes, {limit}"
+    # Nothing of ours evicts them: what this process used leaves last.
+    clearing = f"another process removed them: it cleared the cache, or its SOFTCAP_CACHE_SIZE_LIMIT is below {needed}"
+    return told + (store.fault or f"{clearing}; prewarm again")
 
 
 def _is_good(store: Store, digest: str) -> bool:

@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +173,35 @@ def test_prewarm_fails_when_its_kernels_evict_each_other(
     monkeypatch.setenv("SOFTCAP_CACHE_SIZE_LIMIT", f"{count}000")
     assert command(*words)[0] == 0
     assert command("--cache-dir", tmp_path / "cache", "verify")[1].startswith(f"{count} entries are good")
+
+
+@pytest.mark.parametrize("other", ["clears", "has a smaller limit"])
+def test_prewarm_fails_when_another_process_removes_its_kernels(
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_packages: list[KernelSpec],
+    other: str,
+) -> None:
+    folder = tmp_path / "cache"
+    prewarm = Runtime.prewarm
+
+    def then_removed(*arguments: Any, **options: Any) -> list[Any]:
+        results = prewarm(*arguments, **options)
+        if other == "clears":
+            Store(folder, 2**20).clear()
+        else:
+            Store(folder, 1000).load_or_build(Key({"name": "other"}, {}), lambda: bytes(1000))
+        return results
+
+    monkeypatch.setattr(Runtime, "prewarm", then_removed)
+    code, _, err = command("--cache-dir", folder, "prewarm", "--preset", "gemma2-2b")
+    count = len(tiny_packages)
+    told = "another process removed them: it cleared the cache, or its SOFTCAP_CACHE_SIZE_LIMIT is below"
+    assert (code, err.splitlines()[-1]) == (
+        1,
+        f"softcap-runtime: {count} of {count} kernels did not stay in the cache: {told} {count}000; prewarm again",
+    )
 
 
 def test_prewarm_builds_nothing_for_a_read_only_folder(
