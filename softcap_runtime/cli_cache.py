@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Annotated
@@ -138,7 +139,8 @@ def import_(
     except ValueError as error:  # a bundle that is none, or was changed, is no bad usage
         raise SoftcapRuntimeError(str(error)) from None
     print(f"imported {done.imported} entries, {done.present} were present, {len(done.refused)} refused")
-    for problem in done.refused:
-        fail(f"entry {problem.where[:12]} {problem.what}", 1)
+    for what, problems in itertools.groupby(done.refused, lambda problem: problem.what):
+        where = [problem.where[:12] for problem in problems]
+        fail(f"entry {where[0]} {what}" if len(where) == 1 else f"{len(where)} entries: {what}", 1)
     if done.refused:
         raise typer.Exit(1)

@@ -397,6 +397,12 @@ def test_bundles_travel_and_tampered_ones_do_not(command: Command, tmp_path: Pat
     assert (code, err.count("\n")) == (1, 1)
     assert command(*two, "import", tmp_path / "none")[0] == 1
 
+    assert command(*one, "export", bundle)[0] == 0
+    (tmp_path / "file").touch()
+    code, _, err = command("--cache-dir", tmp_path / "file", "import", bundle)
+    told = f"could not be written: cache folder {tmp_path / 'file'} is a file, expected a folder; remove it or set"
+    assert (code, err) == (1, f"softcap-runtime: 2 entries: {told} another SOFTCAP_CACHE_DIR\n")
+
     Store(tmp_path / "one", 2**30).export_bundle(bundle)  # with the entry of another machine
     code, out, err = command("--cache-dir", tmp_path / "four", "import", bundle)
     assert (code, out) == (1, "imported 2 entries, 0 were present, 1 refused\n")

@@ -139,6 +139,10 @@ class Database:
         if not os.path.lexists(self.folder):
             if not create:
                 return None
+            problem = trust.foresee(self.folder)
+            if problem is not None:
+                self.note("open", problem)
+                return None
             trust.make_private(self.folder)
         verdict = trust.check(self.folder)
         self.writable = verdict.writable

@@ -41,7 +41,8 @@ def check(folder: Path, lstat: LStat = os.lstat) -> Verdict:
     owner, mode = status.st_uid, stat.S_IMODE(status.st_mode)
     if not stat.S_ISDIR(status.st_mode):
         return Verdict(
-            f"cache folder {folder} is a file, expected a folder; remove it or set another one", False
+            f"cache folder {folder} is a file, expected a folder; remove it or set another SOFTCAP_CACHE_DIR",
+            False,
         )
     try:
         problem = _chain_problem(folder, user, lstat) or _content_problem(folder, user, lstat)
@@ -55,10 +56,13 @@ def foresee(folder: Path) -> str | None:
     if os.path.lexists(folder):
         return check(folder).problem
     above = next(path for path in folder.parents if os.path.lexists(path))
+    remedy = "set another SOFTCAP_CACHE_DIR"
+    if not above.exists():
+        return f"cache folder {folder}: {above} is a link that leads nowhere; mend it or {remedy}"
     if not above.is_dir():
-        return f"cache folder {folder}: {above} is a file, expected a folder; remove it or set another one"
+        return f"cache folder {folder}: {above} is a file, expected a folder; remove it or {remedy}"
     if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
-        return f"cache folder {folder} cannot be made in {above}: it is read-only; set another one"
+        return f"cache folder {folder} cannot be made in {above}: it is read-only; {remedy}"
     return None
 
 
@@ -140,7 +144,7 @@ def _problem(path: Path, status: os.stat_result, user: int, *, above: bool) -> s
     shown = f"cache folder not used: {path} (owner {owner_name(status.st_uid)}, mode {mode:04o})"
     if status.st_uid not in (user, 0) and not (above and _is_host_root(status.st_uid)):
         chown = f"chown {owner_name(user)} {path}"
-        return f"{shown} belongs to another user; choose a folder of your own or run: {chown}"
+        return f"{shown} belongs to another user; set another SOFTCAP_CACHE_DIR or run: {chown}"
     if stat.S_ISLNK(status.st_mode) or not mode & 0o022:
         return None
     if above and mode & stat.S_ISVTX:

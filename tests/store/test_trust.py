@@ -102,7 +102,7 @@ def test_a_folder_under_a_link_that_leads_nowhere(tmp_path: Path) -> None:
     store = Store(tmp_path / "link" / "cache", 2**20)
     assert not store.database.can_write()
     assert store.fault is not None
-    assert "No such file or directory" in store.fault
+    assert f"{tmp_path / 'link'} is a link that leads nowhere" in store.fault
 
 
 def test_a_link_to_the_folder_is_followed(folder: Path, tmp_path: Path) -> None:
@@ -220,6 +220,19 @@ def test_a_bad_cache_of_root_is_not_used_and_not_touched(
         "assert store.status().counters['corrupt'].value >= 1"
     )
     assert sorted(path.name for path in folder.iterdir()) == ["cache.db", "locks"]
+
+
+@needs_root
+def test_a_folder_that_this_user_cannot_make(
+    folder: Path, tmp_path: Path, as_nobody: Callable[[str], str]
+) -> None:
+    """As in a container whose user has HOME=/."""
+    told = f"cache folder {tmp_path}/a/b cannot be made in {tmp_path}: it is read-only; set another SOFTCAP_CACHE_DIR"
+    as_nobody(
+        f"store = Store({str(tmp_path / 'a' / 'b')!r}, 2**20)\n"
+        "assert store.load_or_build(key, lambda: b'new').data == b'new'\n"
+        f"assert store.fault == {told!r}, store.fault"
+    )
 
 
 @needs_root
