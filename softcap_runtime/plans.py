@@ -54,11 +54,23 @@ class Plan:
         self.hits = 0
 
 
+class Passing(NamedTuple):
+    """How a kind of call is served for now, and how many calls after its first were."""
+
+    engine: str
+    reason: str
+    calls: int
+
+
 class Plans:
-    """The plans of one runtime, and shortcuts from a call's arguments straight to them."""
+    """The plans of one runtime, and shortcuts from a call's arguments straight to them.
+
+    ``passing``: the kinds of call that have none, as their kernel is not here yet.
+    """
 
     def __init__(self) -> None:
         self.shortcuts: dict[Any, Plan] = {}
+        self.passing: dict[PlanKey, Passing] = {}
         self.misses = 0
         self._plans: dict[PlanKey, Plan] = {}
         self._forgotten_hits = 0
@@ -79,6 +91,18 @@ class Plans:
                 self._forget()
                 self._evictions = evictions
             self._plans[key] = plan
+            self.passing.pop(key, None)
+
+    def pass_by(self, key: PlanKey, plan: Plan) -> None:
+        """Count a call whose plan is not kept: another engine serves it until its kernel is here."""
+        with self._lock:
+            if key in self._plans:  # another thread found the kernel
+                return
+            if len(self.passing) >= MAX_PLANS:
+                self.passing.clear()
+            before = self.passing.get(key)
+            calls = 0 if before is None else before.calls + 1
+            self.passing[key] = Passing(plan.engine.name, plan.reason, calls)
 
     def items(self) -> Iterator[tuple[PlanKey, Plan]]:
         """A snapshot of what is remembered."""

@@ -197,6 +197,8 @@ class Runtime:
             plan = Plan(engine, reason, problem, engine.forward(problem, table), backward)
             if lasting:
                 self.plans.remember(key, plan, table.masks.evictions)
+            else:
+                self.plans.pass_by(key, plan)
         return plan
 
     def _shortcut(self, q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Plan | None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.plans import Passing
 
 if TYPE_CHECKING:
     from softcap_runtime.plans import Plan
@@ -40,7 +41,7 @@ class KernelStats(_Frozen):
 
 
 class EngineStats(_Frozen):
-    """``plans`` kinds of call go to ``engine`` for ``reason``; ``calls`` found one of them."""
+    """``plans`` kinds of call go to ``engine`` for ``reason``; ``calls`` after the first of each did."""
 
     engine: str
     reason: str
@@ -95,7 +96,7 @@ def collect(runtime: Runtime) -> RuntimeStats:
         package_bytes=package_bytes,
         mask_bytes=mask_bytes,
         kernels=_kernels(runtime, plans),
-        engines=_engines(plans),
+        engines=_engines(plans, list(runtime.plans.passing.values())),
         background_pending=supply.pending,
         background_failed={" ".join(map(str, spec)): error for spec, error in supply.failed.items()},
         cache_dir=str(supply.store.folder),
@@ -123,13 +124,13 @@ def _kernels(runtime: Runtime, plans: list[Plan]) -> list[KernelStats]:
     return rows
 
 
-def _engines(plans: list[Plan]) -> list[EngineStats]:
+def _engines(plans: list[Plan], passing: list[Passing]) -> list[EngineStats]:
     kinds: Counter[tuple[str, str]] = Counter()
     calls: Counter[tuple[str, str]] = Counter()
-    for plan in plans:
-        which = plan.engine.name, plan.reason
-        kinds[which] += 1
-        calls[which] += plan.hits
+    kept = [Passing(plan.engine.name, plan.reason, plan.hits) for plan in plans]
+    for engine, reason, count in kept + passing:
+        kinds[engine, reason] += 1
+        calls[engine, reason] += count
     return [
         EngineStats(engine=engine, reason=reason, plans=count, calls=calls[engine, reason])
         for (engine, reason), count in kinds.items()

@@ -82,7 +82,9 @@ class Supply:
             log.warning("building in a serving process: %s", self._why_missing(missing[0], problem))
         if self.settings.build == "background":
             self._build_in_background(missing)
-            return Chosen(engine_named("eager", problem.device), "until its kernel is built", False)
+            failed = not self.failed.keys().isdisjoint(missing)
+            why = "its kernel could not be built" if failed else "until its kernel is built"
+            return Chosen(engine_named("eager", problem.device), why, False)
         for spec in missing:
             self.table.runner(spec)
         return Chosen(choice.engine, choice.reason, True)

@@ -14,6 +14,7 @@ from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettin
 from softcap_runtime.kernels import package
 from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.stats import EngineStats
 from softcap_runtime.supply import Supplied
 
 pytestmark = pytest.mark.usefixtures("all_kernels")
@@ -80,6 +81,8 @@ def test_background_builds_are_pending_then_failed(tmp_path: Path, monkeypatch: 
     call(runtime, 8)
     assert started.wait(60)
     assert (runtime.stats().background_pending, runtime.stats().background_failed) == (1, {})
+    meanwhile = EngineStats(engine="eager", reason="until its kernel is built", plans=1, calls=0)
+    assert runtime.stats().engines == [meanwhile]
     go_on.set()
     for thread in threading.enumerate():
         if thread.name == "softcap-build":
@@ -89,6 +92,10 @@ def test_background_builds_are_pending_then_failed(tmp_path: Path, monkeypatch: 
     ((name, error),) = stats.background_failed.items()
     assert "block_forward" in name
     assert error == "cannot build block_forward: no luck"
+    for length in (8, 9):
+        call(runtime, length)
+    after = EngineStats(engine="eager", reason="its kernel could not be built", plans=2, calls=1)
+    assert runtime.stats().engines == [after]
 
 
 def test_a_folder_that_cannot_be_used_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
