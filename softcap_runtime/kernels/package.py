@@ -46,11 +46,17 @@ def find_compiler() -> str | None:
 
 
 def compiler_version() -> str:
-    """The first line of the compiler's own description; it runs the compiler."""
+    """The first line of the compiler's own description; it runs the compiler. Never raises: its kernel is built."""
     compiler = find_compiler()
     if compiler is None:
         return "none"
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=30)
+    command = [compiler, "--version"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
     return (done.stdout.splitlines() or ["unknown"])[0][:200]
 
 
@@ -66,29 +72,38 @@ def build(spec: KernelSpec) -> bytes:
             f"cannot build {spec.op}: no C++ compiler found (looked for $CXX, g++, clang++); install g++, "
             "import a bundle of prewarmed kernels, or use engine='eager'"
         )
-    temporary = tempfile.gettempdir()
+    try:
+        temporary = tempfile.gettempdir()
+    except OSError as error:
+        raise BuildFailed(
+            f"cannot build {spec.op}: {error.strerror}; set TMPDIR to a folder of yours"
+        ) from error
     if not _is_one_word(temporary):
         raise BuildFailed(
             f"cannot build {spec.op}: the folder for temporary files is {temporary!r}, and torch gives compilers no "
             "path with spaces, quotes or backslashes; set TMPDIR to another"
         )
     _sweep()
-    with tempfile.TemporaryDirectory(prefix=BUILD_FOLDER, ignore_cleanup_errors=True) as folder:
-        target = Path(folder) / "kernel.pt2"
-        module = "softcap_runtime.kernels.builder_process"
-        command = [sys.executable, "-m", module, json.dumps(spec.fields()), str(target)]
-        try:
-            code, stderr = children.current().run(
-                command, _child_environment(folder, compiler), Path(folder), BUILD_TIMEOUT_S
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise BuildFailed(f"cannot build {spec.op}: {error}") from error
-        if code != 0 or not target.is_file():
-            log.debug("build of %s failed:\n%s", spec, stderr)
-            if code < 0:
-                raise BuildFailed(f"cannot build {spec.op}: its builder died of {_death(-code)}")
-            raise BuildFailed(f"cannot build {spec.op} (exit {code}): {_last_words(stderr)}")
-        return target.read_bytes()
+    try:
+        with tempfile.TemporaryDirectory(prefix=BUILD_FOLDER, ignore_cleanup_errors=True) as folder:
+            return _built(spec, folder, compiler)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildFailed(f"cannot build {spec.op}: {error}") from error
+
+
+def _built(spec: KernelSpec, folder: str, compiler: str) -> bytes:
+    target = Path(folder) / "kernel.pt2"
+    module = "softcap_runtime.kernels.builder_process"
+    command = [sys.executable, "-m", module, json.dumps(spec.fields()), str(target)]
+    code, stderr = children.current().run(
+        command, _child_environment(folder, compiler), Path(folder), BUILD_TIMEOUT_S
+    )
+    if code != 0 or not target.is_file():
+        log.debug("build of %s failed:\n%s", spec, stderr)
+        if code < 0:
+            raise BuildFailed(f"cannot build {spec.op}: its builder died of {_death(-code)}")
+        raise BuildFailed(f"cannot build {spec.op} (exit {code}): {_last_words(stderr)}")
+    return target.read_bytes()
 
 
 def _is_one_word(path: str) -> bool:

@@ -263,6 +263,33 @@ def test_a_folder_that_compilers_cannot_be_given(
         package.build(KernelSpec("block_forward", "cpu", "float32", 0, True, ""))
 
 
+def test_no_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose file system is read-only, or full."""
+    spec = KernelSpec("block_forward", "cpu", "float32", 0, True, "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(
+        BuildFailed, match=r"^cannot build block_forward: .*No such file or directory: '.*/none/"
+    ):
+        package.build(spec)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    told = r"^cannot build block_forward: No usable temporary directory found in .*; set TMPDIR to a folder of yours$"
+    with pytest.raises(BuildFailed, match=told):
+        package.build(spec)
+
+
+@pytest.mark.parametrize("error", [subprocess.TimeoutExpired("g++", 30), OSError("text file busy")])
+def test_a_compiler_that_does_not_tell_its_version_has_built_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def run(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(package, "find_compiler", lambda: "g++")
+    monkeypatch.setattr(subprocess, "run", run)
+    assert package.compiler_version() == "unknown"
+
+
 @pytest.mark.parametrize(("name", "advice"), [("SEGV", "set CXX to another"), ("KILL", "free memory")])
 def test_a_builder_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, advice: str) -> None:
     """As where torch cannot load what the compiler made: the process that serves lives and says so."""
