@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
+from softcap_runtime import supply
 from softcap_runtime.config import RuntimeSettings
 from softcap_runtime.store import Store
 from softcap_runtime.store.entry import printable
@@ -44,6 +45,7 @@ def _options(
     """Prewarm and look after the kernel cache of softcap_runtime."""
     # The commands tell what is wrong with the cache themselves.
     logging.getLogger("softcap_runtime").setLevel(logging.ERROR)
+    logging.getLogger(supply.__name__).setLevel(logging.WARNING)  # but for a key file that is open to others
     context.obj = {} if cache_dir is None else {"cache_dir": cache_dir}
 
 

@@ -379,6 +379,15 @@ def test_verify_finds_and_repairs(command: Command, tmp_path: Path, seed: int) -
     assert "2 entries" in command("--cache-dir", tmp_path, "inspect")[1]
 
 
+def test_a_secret_that_is_open_to_others_is_told(command: Command, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"a secret")
+    secret.chmod(0o640)
+    told = shell(f"softcap-runtime --cache-dir {tmp_path}/cache inspect", SOFTCAP_CACHE_KEY_FILE=str(secret))
+    line = f"cache_key_file: {secret} is open to others (mode 0640); run: chmod 600 {secret}\n"
+    assert (told.returncode, told.stderr) == (0, line)
+
+
 def test_bundles_travel_and_tampered_ones_do_not(command: Command, tmp_path: Path, seed: int) -> None:
     fill(tmp_path / "one").close()
     bundle, one, two = (
