@@ -25,6 +25,8 @@ from softcap_runtime.store.key import is_digest
 
 COUNTERS_KEY = "counters"
 MODE_RAW = 1
+# By how much clocks may be set back, or differ between hosts, and times still tell which use was later.
+CLOCK_STEP_S = 60.0
 _NO_FILES = "entries name no files"
 
 
@@ -201,9 +203,11 @@ class Index(diskcache.Cache):
         if total <= size_limit:
             return 0
         others = "key IS NOT ? AND key IS NOT ?"
-        oldest_first = f"SELECT rowid, length(value) FROM Cache WHERE {others} ORDER BY access_time, rowid"
+        # Those of a clock that ran ahead come first: else they would outlive what is used until the clock is there.
+        order = "ORDER BY access_time <= ?, access_time, rowid"
+        oldest_first = f"SELECT rowid, length(value) FROM Cache WHERE {others} {order}"
         evicted = 0
-        for rowid, size in execute(oldest_first, (keep, COUNTERS_KEY)).fetchall():
+        for rowid, size in execute(oldest_first, (keep, COUNTERS_KEY, time.time() + CLOCK_STEP_S)).fetchall():
             execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
             evicted, total = evicted + 1, total - (size or 0)
             if total <= size_limit:
@@ -215,8 +219,7 @@ class Index(diskcache.Cache):
         with self._transact() as (execute, _):
             now = time.time()
             execute_use = (
-                "UPDATE Cache SET access_count = access_count + ?, access_time = max(access_time, ?)"
-                " WHERE key = ? AND raw = 1"
+                "UPDATE Cache SET access_count = access_count + ?, access_time = ? WHERE key = ? AND raw = 1"
             )
             for digest, count in uses.items():
                 execute(execute_use, (count, now, digest))

@@ -338,6 +338,21 @@ def test_clock_that_jumps(folder: Path, monkeypatch: pytest.MonkeyPatch, step: f
     assert [info.hits for info in store.entries() if info.fields == {"name": "a"}] == [3]
 
 
+def test_a_clock_that_ran_ahead_and_was_set_right(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was used then does not stay for years in place of what is used now."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 20 * 365 * 86400.0)
+    store = Store(folder, 5 * 20_000)
+    for name in "abcde":
+        store.load_or_build(key(name), lambda name=name: payload(name))
+    store.flush()
+    monkeypatch.setattr(time, "time", real)
+    assert store.load(key("a")) == payload("a")
+    for name in "xyz":
+        store.load_or_build(key(name), lambda name=name: payload(name))
+    assert sorted(str(info.fields["name"]) for info in store.entries()) == ["a", "e", "x", "y", "z"]
+
+
 NO_DESCRIPTORS = """
 import os, resource, sys
 from softcap_runtime.store import Key, Store
