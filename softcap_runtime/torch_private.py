@@ -105,9 +105,13 @@ class _MemoryFile:
 
     def __init__(self, data: bytes) -> None:
         self._fd = os.memfd_create("softcap_kernel", os.MFD_CLOEXEC)
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._fd, view) :]
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError:
+            os.close(self._fd)
+            raise
 
     def __enter__(self) -> str:
         # The loader takes a library whose path it has seen for the one it has, and descriptors are reused: spell

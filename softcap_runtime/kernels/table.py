@@ -100,6 +100,10 @@ class KernelTable:
 def _loaded(spec: KernelSpec, data: bytes) -> Runner:
     try:
         return load_package(data)
+    except OSError as error:  # descriptors, memory, or the folder for temporary files: the package is good
+        raise SoftcapRuntimeError(
+            f"kernel {spec.op} cannot be loaded now: {error}; give this process what it lacks and call again"
+        ) from error
     except Exception as error:
         raise SoftcapRuntimeError(
             f"the package of kernel {spec.op} does not load ({(str(error) or repr(error)).splitlines()[0]}); "

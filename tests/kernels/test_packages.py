@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -189,6 +190,43 @@ def test_bytes_that_are_verified_but_no_package(
         with pytest.raises(SoftcapRuntimeError, match="flex_forward does not load") as raised:
             broken.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), CONFIGS[BAND])
         assert "\n" not in str(raised.value)
+
+
+LOADED_WITH_LESS = """
+import os, resource, sys
+from softcap_runtime import SoftcapRuntimeError
+from softcap_runtime.kernels.table import _loaded
+from softcap_runtime.kernels.key import KernelSpec
+data = open(sys.argv[1], "rb").read()
+limit, low = getattr(resource, sys.argv[2]), int(sys.argv[3])
+spec, before = KernelSpec("flex_forward", "cpu", "float32", 64, True, "band"), resource.getrlimit(limit)
+descriptors = os.listdir("/proc/self/fd")
+resource.setrlimit(limit, (low, before[1]))
+for _ in range(3):
+    try:
+        _loaded(spec, data)
+        raise AssertionError("it was loaded")
+    except SoftcapRuntimeError as error:
+        print(error)
+resource.setrlimit(limit, before)
+assert os.listdir("/proc/self/fd") == descriptors
+_loaded(spec, data)
+"""
+
+
+@NEEDS_FLEX
+@pytest.mark.parametrize(
+    ("limit", "low", "words"),
+    [("RLIMIT_NOFILE", 3, "Too many open files"), ("RLIMIT_FSIZE", 4096, "File too large")],
+)
+def test_a_process_that_lacks_what_loading_needs_is_not_told_to_clear_the_cache(
+    packages: dict[KernelSpec, bytes], tmp_path: Path, limit: str, low: int, words: str
+) -> None:
+    (tmp_path / "package").write_bytes(packages[BAND])
+    command = [sys.executable, "-c", LOADED_WITH_LESS, tmp_path / "package", limit, str(low)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    told = rf"(kernel flex_forward cannot be loaded now: \[Errno \d+\] {words}; .* call again\n){{3}}"
+    assert re.fullmatch(told, done.stdout), done.stderr
 
 
 def test_kernels_loaded_at_once_are_not_mixed_up(packages: dict[KernelSpec, bytes], seed: int) -> None:
