@@ -78,10 +78,12 @@ class Supply:
             return Chosen(choice.engine, choice.reason, True)
         if self.settings.jit == "forbid":
             raise KernelNotPrewarmed(self._why_missing(missing[0], problem))
-        if self.settings.jit == "warn":
-            log.warning("building in a serving process: %s", self._why_missing(missing[0], problem))
-        if self.settings.build == "background":
-            self._build_in_background(missing)
+        background = self.settings.build == "background"
+        new = self._not_begun(missing) if background else missing
+        if new and self.settings.jit == "warn":
+            log.warning("building in a serving process: %s", self._why_missing(new[0], problem))
+        if background:
+            self._build_in_background(new)
             failed = not self.failed.keys().isdisjoint(missing)
             why = "its kernel could not be built" if failed else "until its kernel is built"
             return Chosen(engine_named("eager", problem.device), why, False)
@@ -198,10 +200,14 @@ class Supply:
     ) -> BlockOptions | None:
         return tuned.read(self.store, device_limits(device), device, dtype, head_dim, direction)
 
-    def _build_in_background(self, missing: list[KernelSpec]) -> None:
+    def _not_begun(self, missing: list[KernelSpec]) -> list[KernelSpec]:
+        """Those whose background build the caller is to begin: no other call did."""
         with self._guard:
             new = [spec for spec in missing if spec not in self._building and spec not in self.failed]
             self._building.update(new)
+        return new
+
+    def _build_in_background(self, new: list[KernelSpec]) -> None:
         if new:
             threading.Thread(target=self._build_all, args=(new,), name="softcap-build", daemon=True).start()
 

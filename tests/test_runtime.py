@@ -208,7 +208,8 @@ def test_jit_warn_logs_and_builds(
     assert len(warnings) == 1
     assert "softcap-runtime prewarm" in warnings[0]
     assert builder.built == [BAND]
-    assert runtime.stats().builds == 1
+    stats = runtime.stats()
+    assert (stats.builds, stats.misses, stats.hits) == (1, 1, 2), "what was built is planned at once"
 
 
 def wait_until(true: Callable[[], bool]) -> None:
@@ -220,9 +221,13 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 
 def test_built_in_the_background(
-    builder: Builder, runtimes: dict[str, Runtime], tmp_path: Path, seed: int
+    builder: Builder,
+    runtimes: dict[str, Runtime],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    seed: int,
 ) -> None:
-    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, build="background", engine="flex"))
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="warn", build="background", engine="flex"))
     inputs = make_qkv(Sizes(1, 4, 2, 150, 150))
     builder.may_go.clear()
     want = runtimes["eager"].attention(*inputs, CONFIG)
@@ -237,6 +242,7 @@ def test_built_in_the_background(
         assert torch.equal(runtime.attention(*inputs, CONFIG), want)
     assert builder.built == [BAND]
     assert {row.engine for row in runtime.stats().engines} == {"flex"}
+    assert caplog.text.count("serving process") == 1
 
 
 def test_a_background_build_that_fails_is_told_and_not_repeated(
@@ -327,6 +333,15 @@ def test_hits_and_misses(runtime: Runtime, seed: int) -> None:
     assert (stats.misses, stats.hits) == (1, 9)
     assert (stats.builds, stats.loads) == (0, 1)
     assert stats.package_bytes > 0
+    assert len(fresh.plans.shortcuts) == 1
+
+
+def test_a_backward_looks_up_as_well(runtimes: dict[str, Runtime]) -> None:
+    fresh = Runtime(runtimes["eager"].settings)
+    inputs = [x.requires_grad_() for x in make_qkv(Sizes(1, 4, 2, 20, 20))]
+    for _ in range(3):
+        fresh.attention(*inputs, CONFIG).sum().backward()
+    assert (fresh.stats().misses, fresh.stats().hits) == (1, 5)
 
 
 def test_shortcuts_see_every_difference(runtimes: dict[str, Runtime], seed: int) -> None:
