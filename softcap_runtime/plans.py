@@ -110,7 +110,7 @@ class Plans:
 
     @property
     def hits(self) -> int:
-        """Calls that found their plan."""
+        """Look-ups that found their plan."""
         return self._forgotten_hits + sum(plan.hits for _, plan in self.items())
 
     def after_fork(self) -> None:

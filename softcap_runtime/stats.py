@@ -41,7 +41,7 @@ class KernelStats(_Frozen):
 
 
 class EngineStats(_Frozen):
-    """``plans`` kinds of call go to ``engine`` for ``reason``; ``calls`` after the first of each did."""
+    """``plans`` kinds of call go to ``engine`` for ``reason``; ``calls`` after the first of each, counted as ``hits`` are."""
 
     engine: str
     reason: str
@@ -50,8 +50,8 @@ class EngineStats(_Frozen):
 
 
 class RuntimeStats(_Frozen):
-    """``hits`` and ``misses``: calls that found their plan, and look-ups that had to make one (prewarming a length
-    is one).
+    """``hits`` and ``misses``: look-ups that found their plan, and those that had to make one. A call is one, its
+    backward another, prewarming a length one as well.
     ``builds`` and ``loads``: kernels that were compiled, and that came from the cache, with the seconds each
     took. ``bytes``: ``package_bytes`` of loaded packages and ``mask_bytes`` of masks that are kept.
     ``background_pending``, ``background_failed``: builds behind calls that another engine serves meanwhile,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from softcap_runtime.runtime import Runtime
 
 _COUNTERS = {
-    "hits": "Calls that found their plan.",
+    "hits": "Look-ups that found their plan: of calls, and of their backwards.",
     "misses": "Look-ups that had to make a plan.",
     "builds": "Kernels compiled by this process.",
     "loads": "Kernels that this process took from the cache.",
