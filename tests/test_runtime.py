@@ -391,6 +391,17 @@ def test_plans_are_bounded(runtimes: dict[str, Runtime], monkeypatch: pytest.Mon
     assert runtime.stats().misses == 26
 
 
+def test_plans_go_when_a_mask_is_evicted(runtimes: dict[str, Runtime]) -> None:
+    """They hold the masks they are bound to: the memory's bound would be none."""
+    runtime = Runtime(runtimes["flex"].settings)
+    masks = runtime.supply.table.masks
+    for length in (300, 310):
+        runtime.attention(*make_qkv(Sizes(1, 4, 2, length, length)), CONFIG)
+        masks.limit_bytes = masks.bytes
+    assert masks.evictions == 1
+    assert [key.q_shape[2] for key, _ in runtime.plans.items()] == [310]
+
+
 def test_a_plan_serves_every_mask_of_its_form(runtimes: dict[str, Runtime], seed: int) -> None:
     """Contents come with the call: none is kept, and each is the one that is seen."""
     for engine in ("flex", "blocked", "dense", "eager"):

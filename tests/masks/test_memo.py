@@ -24,7 +24,7 @@ def test_hits_misses_and_eviction_of_the_oldest() -> None:
     memo.get_or_make("c", lambda: held(100))
     assert memo.get_or_make("a", pytest.fail) is first
     made = memo.get_or_make("b", lambda: held(100))
-    assert (memo.hits, memo.misses, memo.bytes) == (2, 4, 800)
+    assert (memo.hits, memo.misses, memo.bytes, memo.evictions) == (2, 4, 800, 2)
     assert memo.get_or_make("b", pytest.fail) is made
     memo.clear()
     assert (memo.bytes, len(memo), memo.hits) == (0, 0, 3)
@@ -50,6 +50,8 @@ def test_too_large_is_not_kept() -> None:
     memo.get_or_make("small", lambda: held(10))
     assert memo.get_or_make("large", lambda: held(1000)).shape == (1000,)
     assert (memo.bytes, len(memo)) == (40, 1)
+    memo.get_or_make("all of it", lambda: held(25))
+    assert (memo.bytes, len(memo)) == (100, 1)
 
 
 def test_block_masks_are_weighed_with_what_their_mask_mod_holds() -> None:

@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from softcap_runtime.store import Key, Store, database
+from softcap_runtime.store import Key, Store, database, inspection, repair
 from softcap_runtime.store.index import Index
 
 FINGERPRINT = {"cpu": "AVX512", "torch": "2"}
@@ -405,3 +406,38 @@ def test_a_fault_is_logged_once(folder: Path, caplog: pytest.LogCaptureFixture) 
     for thread in threads:
         thread.join()
     assert len([record for record in caplog.records if "is a file" in record.getMessage()]) == 1
+
+
+def test_a_bad_database_that_another_process_moves_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(folder, "a")
+    (folder / "cache.db").write_bytes(b"damaged" * 1000)
+    real = repair.set_aside
+
+    def too_late(*where: Any) -> Path | None:
+        assert real(*where) is not None
+        return real(*where)
+
+    monkeypatch.setattr(repair, "set_aside", too_late)
+    store = Store(folder, MB)
+    assert store.load_or_build(key("a"), lambda: payload("a")).source == "built"
+    assert (store.fault, store.database.set_aside) == (None, [])
+    assert_healed(store, folder, "a")
+
+
+@pytest.mark.parametrize(
+    ("kind", "network"), [("nfs4", True), ("fuse.sshfs", True), ("fuseblk", False), ("ext4", False)]
+)
+def test_a_network_filesystem_is_told(
+    folder: Path, kind: str, network: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "filesystem_type", lambda _: kind)
+    status = Store(folder, MB).status()
+    assert (status.filesystem, status.network_filesystem) == (kind, network)
+
+
+def test_the_filesystem_of_a_mount(tmpfs: Callable[[str], Path]) -> None:
+    place = tmpfs("size=1m")
+    assert inspection.filesystem_type(place / "not there" / "yet") == "tmpfs"
+    assert inspection.filesystem_type(place.with_name(place.name + "beside")) != "tmpfs"
