@@ -150,11 +150,12 @@ def test_paths_of_the_users_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CACHE_DIR", "CACHE_SIZE_LIMIT", "JIT", "BUILD", "ENGINE", "APPROX"):
+    for name in ("CACHE_DIR", "CACHE_SIZE_LIMIT", "CACHE_KEY_FILE", "JIT", "BUILD", "ENGINE", "APPROX"):
         monkeypatch.delenv(f"SOFTCAP_{name}", raising=False)
     settings = RuntimeSettings()
     assert (settings.jit, settings.build, settings.engine) == ("allow", "block", "auto")
     assert not settings.softcap_approx
+    assert (settings.cache_size_limit, settings.cache_key_file) == (2 * 2**30, None)
     assert settings.cache_dir == default_cache_dir()
     assert default_cache_dir().name in ("cache", "softcap_runtime")
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from softcap_runtime.store import Key, Store, database, inspection, repair
+from softcap_runtime.store import Key, Store, database, inspection, repair, schema
 from softcap_runtime.store.index import Index
+from softcap_runtime.store.locks import KeyLocks
 
 FINGERPRINT = {"cpu": "AVX512", "torch": "2"}
 MB = 2**20
@@ -387,6 +388,50 @@ def test_out_of_file_descriptors(folder: Path, opened: bool, run_bare: Callable[
     code = NO_DESCRIPTORS.format(folder=str(folder), fingerprint=FINGERPRINT, opened=opened)
     run_bare(code)
     assert Store(folder, MB).load(key("b")) == bytes(20_000)
+
+
+def test_a_locked_database_is_left_alone_for_a_while(folder: Path) -> None:
+    """Each access would wait for the lock anew."""
+    fill(folder, "a")
+    store = Store(folder, MB)
+
+    def locked(_: object) -> None:
+        raise sqlite3.OperationalError("database is locked")
+
+    store.database.use("read", locked, None)
+    assert store.load(key("a")) is None
+    store.database._retry_at = time.monotonic()
+    assert store.load(key("a")) == payload("a")
+
+
+def test_a_database_replaced_while_it_is_opened(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(folder, "a")
+    fill(tmp_path / "other", "b")
+    other, real = tmp_path / "other" / "cache.db", schema.check_schema
+
+    def check(connection: sqlite3.Connection) -> None:
+        real(connection)
+        if other.exists():
+            other.replace(folder / "cache.db")
+
+    monkeypatch.setattr(schema, "check_schema", check)
+    store = Store(folder, MB)
+    assert [info.fields for info in store.entries()] == [{"name": "b"}]
+
+
+def test_who_has_a_database_open_that_is_moved_aside_cannot_write_it(folder: Path) -> None:
+    fill(folder, "a")
+    with open(folder / "cache.db", "r+b") as file:
+        file.write(bytes(16))  # its magic
+    moved = repair.set_aside(folder, repair.inode(folder), KeyLocks(folder))
+    assert moved is not None
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+b'), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0x40000001)"
+    other = subprocess.run(
+        [sys.executable, "-c", code, str(moved)], capture_output=True, text=True, check=False
+    )
+    assert "BlockingIOError" in other.stderr, "the byte that SQLite locks to write"
 
 
 def test_a_database_left_in_wal_mode_keeps_its_entries(folder: Path) -> None:

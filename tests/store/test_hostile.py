@@ -122,6 +122,14 @@ def test_listing_and_repair_refuse_it_too(
     assert not (tmp_path / "bomb").exists()
 
 
+@pytest.mark.parametrize("attack", ["file beside a value", "odd mode", "text value", "pickle value"])
+def test_a_row_of_another_form_is_not_listed(
+    folder: Path, outside: Path, tmp_path: Path, attack: str
+) -> None:
+    ROWS[attack](folder, outside, tmp_path / "bomb")
+    assert [info.fields for info in Store(folder, ROUND).entries()] == [GOOD.fields]
+
+
 INSERT = "INSERT INTO Cache(key, raw, mode, size, filename, value, tag) VALUES (?, ?, ?, 0, ?, ?, 'tag')"
 
 

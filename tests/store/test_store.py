@@ -6,11 +6,12 @@ import os
 import sqlite3
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from softcap_runtime.store import Key, Store, fingerprint
+from softcap_runtime.store import Key, Store, fingerprint, locks
 
 FINGERPRINT = fingerprint("cpu")
 MB = 1024 * 1024
@@ -247,3 +248,20 @@ def test_a_database_that_is_damaged_again_and_again_is_told(tmp_path: Path) -> N
     assert store.database.use("read", damaged, None, create=True) is None
     assert store.fault is not None
     assert "replaced again and again; not used now" in store.fault
+
+
+def test_a_thread_that_waits_too_long_goes_on_without_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "LONGEST_WAIT_S", 0.05)
+    held = locks.KeyLocks(tmp_path)
+
+    def wait() -> float:
+        with held.thread("a") as waited:
+            return waited
+
+    with held.thread("a"), ThreadPoolExecutor(1) as pool:
+        for _ in range(2):  # the first leaves the lock with whose it is
+            assert pool.submit(wait).result() >= 0.05
+    wait()
+    assert not held._threads
