@@ -399,6 +399,17 @@ def test_nan_in_a_mask_comes_out(own_runtime: Runtime, function: Any, seed: int)
     assert bool(out[:, :7].isfinite().all() and out[:, 8:].isfinite().all())
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_a_dense_mask_of_row_intervals_runs_on_the_kernels(
+    own_runtime: Runtime, monkeypatch: pytest.MonkeyPatch, train: bool
+) -> None:
+    monkeypatch.setattr(documented, "attend_elements", pytest.fail)
+    q, k, v = (x.requires_grad_(train) for x in make_qkv(Sizes(2, 4, 2, 60, 60)))
+    seen = visible(60, 60, causal=True, window=20)
+    for mask in (seen, torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)):
+        assert slow_attention_softcapping(q, k, v, mask, LAYER, 2, 60).requires_grad is train
+
+
 def test_a_learned_bias_that_is_all_zero(own_runtime: Runtime, seed: int) -> None:
     """Its elements look like a mask's, but it is to be trained."""
     q, k, v = make_qkv(Sizes(1, 4, 2, 30, 30))

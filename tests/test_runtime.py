@@ -396,10 +396,12 @@ def test_plans_go_when_a_mask_is_evicted(runtimes: dict[str, Runtime]) -> None:
     runtime = Runtime(runtimes["flex"].settings)
     masks = runtime.supply.table.masks
     for length in (300, 310):
-        runtime.attention(*make_qkv(Sizes(1, 4, 2, length, length)), CONFIG)
+        for _ in range(3):
+            runtime.attention(*make_qkv(Sizes(1, 4, 2, length, length)), CONFIG)
         masks.limit_bytes = masks.bytes
     assert masks.evictions == 1
     assert [key.q_shape[2] for key, _ in runtime.plans.items()] == [310]
+    assert (runtime.stats().misses, runtime.stats().hits) == (2, 4)
 
 
 def test_a_plan_serves_every_mask_of_its_form(runtimes: dict[str, Runtime], seed: int) -> None:

@@ -99,14 +99,24 @@ def _backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.is_meta:
-        return _fake_backward(grad_out, q, k, v)
+        return _fake_backward(grad_out, q, k, v, out, lse, *rest)
     *how, runtime = rest
     call = _call(q, k, *(*how, True))
     grads: tuple[Tensor, Tensor, Tensor] = _server(runtime).backward(grad_out, q, k, v, out, lse, call)
     return grads
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+# Without gradients torch hands a call with any tensor on the meta device to the two below, which run nothing.
+
+
+def _check_no_other_is_meta(q: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device.type == "meta" != q.device.type:
+            raise ValueError(f"{name}: on meta, expected q's {q.device}; move one of them")
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    _check_no_other_is_meta(q, k=k, v=v, lo=lo, hi=hi)
     train = rest[-2]
     wide = torch.promote_types(q.dtype, torch.float32)
     return empty_output(q), q.new_empty(
@@ -115,8 +125,9 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
 
 
 def _fake_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Any, hi: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_no_other_is_meta(q, grad_out=grad_out, k=k, v=v, out=out, lse=lse, lo=lo, hi=hi)
     return empty_output(q), empty_output(k), empty_output(v)
 
 

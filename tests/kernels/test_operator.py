@@ -280,11 +280,13 @@ def test_a_call_by_name_is_checked(runtime: Runtime, engine: str, seed: int) -> 
         (r"mask.lo: torch.int64 \(1, 19\) on cpu, expected int32", (q, k, v, lo.long(), lo.long())),
         (r"mask.lo: torch.int32 \(1, 18\) on cpu, expected", (q, k, v, lo[:, 1:], lo[:, 1:])),
         (r"mask.hi: torch.int32 \(1, 19\) on cpu, expected int32 \(2, 19\)", (q, k, v, lo.repeat(2, 1), lo)),
-        (r"mask.lo: .* on meta, expected int32 .* on cpu", (q, k, v, lo.to("meta"), lo.to("meta"))),
+        ("lo: .*on meta, expected .* cpu", (q, k, v, lo.to("meta"), lo.to("meta"))),
+        ("v: on meta, expected q's cpu", (q, k, v.to("meta"), None, None)),
     ):
-        with pytest.raises(ValueError, match=words) as caught:
-            OP(*call, *rest)
-        assert "\n" not in str(caught.value)
+        for below_autograd in (False, True):
+            with torch.inference_mode(below_autograd), pytest.raises(ValueError, match=words) as caught:
+                OP(*call, *rest)
+            assert "\n" not in str(caught.value)
     # Edges past the keys show the keys that are there; their strides may be any.
     wide = torch.stack([lo[0] - 5, lo[0] + 10**6], 1)
     out = OP(q, k, v, wide[None, :, 0], wide[None, :, 1], *rest)[0]
@@ -312,6 +314,24 @@ def test_a_backward_by_name_is_checked(runtime: Runtime, seed: int) -> None:
             ValueError, match=f"^{name}: .* expected .* as the forward with train=True gave it"
         ):
             backward(grad_out, *head[:3], saved, logsumexp, *head[3:], number)
+
+
+def test_a_backward_by_name(runtime: Runtime, seed: int) -> None:
+    """Over more keys than a head has elements, as the checks of its edges count the former."""
+    inputs = [x.requires_grad_() for x in make_qkv(Sizes(1, 2, 1, 90, 90))]
+    ids = (torch.arange(90) // 40)[None]
+    mask = row_intervals(90, 90, causal=True, window=None, document_ids=ids)
+    want_out = runtime.attend(*inputs, CONFIG, mask)
+    grad_out = torch.randn_like(want_out)
+    want = torch.autograd.grad(want_out, inputs, grad_out)
+    head = [*(x.detach() for x in inputs), mask.lo, mask.hi, 0, 0, 0.125, 50.0, "auto"]
+    out, lse = OP(*head, True, runtime.number)
+    grads = torch.ops.softcap_runtime.attention_backward(
+        grad_out, *head[:3], out, lse, *head[3:], runtime.number
+    )
+    assert all(
+        torch.equal(mine, theirs) for mine, theirs in zip((out, *grads), (want_out, *want), strict=True)
+    )
 
 
 def test_a_backward_runs_where_its_forward_ran(runtime: Runtime, seed: int) -> None:

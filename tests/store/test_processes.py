@@ -54,7 +54,7 @@ def need_three(folder: str, record: str, barrier: Any, results: Any) -> None:
     results.put((right, max(one.waited for one in loaded)))
 
 
-@pytest.mark.parametrize(("method", "processes"), [("fork", 8), ("spawn", 2)])
+@pytest.mark.parametrize(("method", "processes"), [("fork", 8), ("spawn", 2), ("forkserver", 2)])
 def test_processes_build_three_kernels_once(
     folder: Path, tmp_path: Path, method: str, processes: int
 ) -> None:
