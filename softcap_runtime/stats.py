@@ -41,7 +41,7 @@ class KernelStats(_Frozen):
 
 
 class EngineStats(_Frozen):
-    """``plans`` kinds of call go to ``engine`` for ``reason``; ``calls`` after the first of each, counted as ``hits`` are."""
+    """``plans`` kinds of call go to ``engine`` for ``reason``; ``calls`` after the first of each, as ``hits`` count."""
 
     engine: str
     reason: str
