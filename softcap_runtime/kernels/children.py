@@ -29,6 +29,7 @@ class Children:
     def __init__(self) -> None:
         self._guard = threading.Lock()
         self._live: dict[subprocess.Popen[str], Path] = {}
+        self._pipes: set[int] = set()
         self._stopped = False
         _ALL.add(self)
 
@@ -46,6 +47,7 @@ class Children:
         was called.
         """
         theirs, ours = os.pipe()
+        self._pipes.add(ours)
         try:
             child = self._start(command, environment, folder, theirs)
             try:
@@ -58,6 +60,7 @@ class Children:
                     del self._live[child]
         finally:
             os.close(theirs)
+            self._pipes.discard(ours)  # first, as its number may be another's then
             os.close(ours)
         if self._stopped:
             raise Stopped
@@ -120,8 +123,15 @@ def _stop_all() -> None:
 
 
 def _in_forked_child() -> None:
-    """What runs is the parent's, and a lock that it held would never be released here."""
+    """What runs is the parent's, and a lock that it held would never be released here.
+
+    Nor may a pipe stay open here, whose end tells a child of the parent's that the parent is gone.
+    """
     global _ALL, _LOCAL, _PROCESS
+    for each in list(_ALL):
+        for pipe in each._pipes:
+            with contextlib.suppress(OSError):
+                os.close(pipe)
     _ALL, _LOCAL = weakref.WeakSet(), threading.local()
     _PROCESS = Children()
 

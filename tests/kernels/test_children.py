@@ -137,6 +137,37 @@ def test_builders_end_when_their_process_is_killed(tmp_path: Path) -> None:
     started.assert_gone(family)
 
 
+def test_builders_end_though_a_child_of_fork_outlives_their_process(tmp_path: Path) -> None:
+    """As workers do of a data loader whose process runs out of memory."""
+    code = (
+        "import os, pathlib, sys, threading, time\n"
+        "from softcap_runtime.kernels import children\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "builder = ['sh', '-c', 'touch runs; cat; touch ended']\n"
+        "run = lambda: children.current().run(builder, os.environ, folder, 600)\n"
+        "threading.Thread(target=run).start()\n"
+        "while not (folder / 'runs').exists(): time.sleep(0.01)\n"
+        "worker = os.fork()\n"
+        "if worker: print(worker, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    worker = psutil.Process(int(process.stdout.readline()))
+    try:
+        process.kill()
+        process.wait()
+        for _ in range(200):
+            if (tmp_path / "ended").exists():
+                break
+            time.sleep(0.1)
+        assert (tmp_path / "ended").exists()
+        assert worker.is_running()
+    finally:
+        worker.kill()
+        process.stdout.close()
+
+
 def test_a_child_of_fork_leaves_its_parents_builders_alone(tmp_path: Path) -> None:
     """And work that was stopped starts no other child."""
     code = (
