@@ -54,7 +54,7 @@ def need_three(folder: str, record: str, barrier: Any, results: Any) -> None:
     results.put((right, max(one.waited for one in loaded)))
 
 
-@pytest.mark.parametrize(("method", "processes"), [("fork", 8), ("spawn", 2), ("forkserver", 2)])
+@pytest.mark.parametrize(("method", "processes"), [("fork", 8), ("spawn", 2)])
 def test_processes_build_three_kernels_once(
     folder: Path, tmp_path: Path, method: str, processes: int
 ) -> None:
@@ -181,6 +181,20 @@ def test_fork_shares_no_connection_and_loses_no_count(folder: Path, held: bool) 
         assert status.counters["builds"].value == 5
         (info,) = [info for info in Store(folder, MB).entries() if info.fields == {"name": "a"}]
         assert info.hits == 9
+
+
+def load(folder: str) -> None:
+    assert Store(folder, MB).load(key("a")) == payload("a")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_child_writes_its_counts_at_its_end(folder: Path, method: str) -> None:
+    Store(folder, MB).load_or_build(key("a"), lambda: payload("a"))
+    child = multiprocessing.get_context(method).Process(target=load, args=(str(folder),))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert [info.hits for info in Store(folder, MB).entries()] == [1]
 
 
 def test_raw_fork_counts_once(folder: Path) -> None:
