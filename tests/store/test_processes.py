@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -183,17 +185,29 @@ def test_fork_shares_no_connection_and_loses_no_count(folder: Path, held: bool) 
         assert info.hits == 9
 
 
-def load(folder: str) -> None:
-    assert Store(folder, MB).load(key("a")) == payload("a")
+LOADS = """
+import sys
+from softcap_runtime.store import Key, Store
+sys.kept = Store({folder!r}, 2**20)
+assert sys.kept.load(Key({fields!r}, {fingerprint!r})) is not None
+"""
+STARTS = """
+import multiprocessing, runpy, sys
+child = multiprocessing.get_context(sys.argv[1]).Process(target=runpy.run_path, args=(sys.argv[2],))
+child.start()
+child.join()
+sys.exit(child.exitcode)
+"""
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_a_child_writes_its_counts_at_its_end(folder: Path, method: str) -> None:
-    Store(folder, MB).load_or_build(key("a"), lambda: payload("a"))
-    child = multiprocessing.get_context(method).Process(target=load, args=(str(folder),))
-    child.start()
-    child.join()
-    assert child.exitcode == 0
+def test_a_child_writes_its_counts_at_its_end(folder: Path, tmp_path: Path, method: str) -> None:
+    """Started by a process that has not imported the store."""
+    a = key("a")
+    Store(folder, MB).load_or_build(a, lambda: payload("a"))
+    script = tmp_path / "loads.py"
+    script.write_text(LOADS.format(folder=str(folder), fields=a.fields, fingerprint=a.fingerprint))
+    subprocess.run([sys.executable, "-c", STARTS, method, str(script)], check=True, timeout=120)
     assert [info.hits for info in Store(folder, MB).entries()] == [1]
 
 
