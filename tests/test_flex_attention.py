@@ -111,7 +111,8 @@ def test_every_other_kind_of_mask(function: Any, layout: str, seed: int) -> None
     # A bias on visible keys, and another mask for each head: no row intervals.
     bias = torch.randn(length, length).masked_fill(~plain[0], lowest)
     heads = holes[:, None] & (torch.rand(batch, 4, length, length) < 0.9)
-    for mask in (bias, heads):
+    windows = torch.cat([visible(length, length, causal=True, window=w)[None] for w in (3, 20, 50, None)], 1)
+    for mask in (bias, heads, windows):
         out = function(q, k, v, mask, LAYER, batch, length)
         assert relative_error(out, by_elements(q, k, v, mask)) <= 2e-6
 
@@ -246,6 +247,8 @@ def test_both_doors_give_the_same(own_runtime: Runtime, seed: int) -> None:
         ({"causal_mask": torch.zeros(40, 40, dtype=torch.int64)}, TypeError, "causal_mask: torch.int64"),
         ({"causal_mask": torch.zeros(40)}, ValueError, r"causal_mask: shape \(40,\)"),
         ({"causal_mask": torch.zeros(39, 39)}, ValueError, "causal_mask: 39 rows"),
+        ({"causal_mask": torch.zeros(39, 40)}, ValueError, "causal_mask: 39 rows and 40 keys"),
+        ({"causal_mask": torch.zeros(40, 39)}, ValueError, "causal_mask: 40 rows and 39 keys"),
         ({"causal_mask": torch.zeros(3, 1, 40, 40)}, ValueError, "causal_mask: "),
         ({"causal_mask": torch.zeros(1, 3, 40, 40)}, ValueError, "causal_mask: "),
         ({"self": object()}, ValueError, "self: object has no config"),

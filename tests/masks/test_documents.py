@@ -69,3 +69,5 @@ def test_bad_types_and_ranks() -> None:
         document_ids_from_position_ids(torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"position_ids: shape \(3,\)"):
         document_ids_from_position_ids(torch.arange(3))
+    with pytest.raises(ValueError, match=r"position_ids: shape \(2, 0\)"):
+        document_ids_from_position_ids(torch.zeros(2, 0, dtype=torch.int64))
