@@ -126,7 +126,7 @@ def test_bad_tensors(
             "attention_mask",
             torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]]),
             ValueError,
-            ["2 separate runs", "batch row 0"],
+            ["2 separate runs", "batch row 0", "as a dense mask"],
         ),
         ("attention_mask", [[1] * 8] * 2, TypeError, ["list"]),
         ("document_ids", torch.zeros(2, 7, dtype=torch.int64), ValueError, ["shape (2, 7)"]),

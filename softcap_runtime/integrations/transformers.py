@@ -175,7 +175,7 @@ def _check_padding(q_length: int, kv_length: int, batch_size: int, padding: Tens
         problem, holes, _ = str(error).partition("; a mask with holes")
         if not holes:
             raise
-        # What helps elsewhere, a BlockMask, has no way through a model.
+        # What helps elsewhere, a dense mask, has no way through a model.
         raise ValueError(
             f"{problem}; remove the tokens between, or use attn_implementation='eager'"
         ) from None

@@ -163,7 +163,7 @@ def _check_padding(attention_mask: Tensor) -> None:
         row = int(begins.argmax())
         raise ValueError(
             f"attention_mask: {int(begins[row])} separate runs of 1 in batch row {row}, expected one, with "
-            "padding before or after it; a mask with holes needs a BlockMask of your own"
+            "padding before or after it; a mask with holes goes to slow_attention_softcapping as a dense mask"
         )
 
 
