@@ -1,6 +1,7 @@
 """``softcap-runtime``: prewarm kernels, look into the cache, verify it, carry it to other machines.
 
-Exit codes: 0 for success, 1 when something failed or is wrong with the cache, 2 for bad usage.
+Exit codes: 0 for success, 1 when something failed or is wrong with the cache, 2 for bad usage, 130 and
+143 when ended by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations

@@ -48,8 +48,6 @@ def _specs(problem: Problem) -> list[KernelSpec]:
 
 
 def _refuses(problem: Problem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"the blocked engine runs on the CPU, q is on {problem.device}"
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q.dtype: {problem.dtype}, the blocked engine serves float32, bfloat16 and float16"
     if not torch_features.PACKAGES:

@@ -17,7 +17,7 @@ from softcap_runtime.kernels.products import compute_dtype
 # 1.5 and 1.7 at 128 x 128, 1.4 and 2.0 at 256 x 256.
 SMALL_ROW = 2**15
 # Half-precision keys are widened once; fewer query rows than this do not pay for it. Over 4,096 keys, blocked over flex
-# in bf16: 0.8 for 4 rows, 1.0 for 8, 1.2 to 1.4 for 16. One row in any dtype: 0.4 to 0.8 (AVX2, groups of two).
+# in bf16: 0.8 for 4 rows, 1.0 for 8, 1.2 to 1.4 for 16. One row, groups of two: 0.5 (AVX2), float32 0.7 (AVX-512).
 FEW_ROWS = 16
 
 

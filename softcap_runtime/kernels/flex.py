@@ -54,8 +54,6 @@ def _refuses(problem: Problem) -> str | None:
         return f"q.dtype: {problem.dtype}, the flex engine serves float32, bfloat16 and float16"
     if problem.train:
         return "flex_attention has no backward on the CPU"
-    if problem.device.type != "cpu":
-        return f"the flex engine runs on the CPU, q is on {problem.device}"
     if problem.head_dim < SHORT_HEAD and _avx2_at_most():
         return (
             f"head_dim: {problem.head_dim}, torch's product for heads below {SHORT_HEAD} writes past its buffer on a "
@@ -112,8 +110,8 @@ def _row_keys(mask: RowIntervals) -> tuple[int, int]:
 def _bound_by_group(problem: Problem, kernels: Kernels) -> MaskedForward:
     """As ``_bound`` for one query row a head: the heads of a group become rows of one, which reads their keys once.
 
-    Two AVX2 cores, D256, 4,096 keys: 1.4 (float32), 3.2 (bf16) and 1.3 times (fp16) as fast for groups of two, 2.1, 5.5
-    and 1.5 for groups of four.
+    A thread with AVX2, D256, 4,096 keys: 1.4 (float32), 3.2 (bf16) and 1.3 times (fp16) as fast for groups of two, 2.1,
+    5.5 and 1.5 for groups of four.
     """
     mask, kv_heads = problem.mask, problem.num_kv_heads
     groups = problem.num_heads // kv_heads
