@@ -30,7 +30,7 @@ from masks.oracle import mask_cases, oracle
 from rounding import logsumexp_error, output_error
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
-from softcap_runtime.kernels import blocked, blocked_walk, products
+from softcap_runtime.kernels import blocked, blocked_walk, flex, products
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 
@@ -157,6 +157,8 @@ def test_decoding_of_groups(
 ) -> None:
     """One row a head: on the CPU flex takes the heads of a group together where there is one for each thread."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6 if groups == "together" else 7)
+    for few in ("FEW_KEYS", "FEW_HALF_KEYS"):
+        monkeypatch.setattr(flex, few, 1)
     sizes, masks = Sizes(3, 8, 2, 1, 300), [{}]
     masks.append({"attention_mask": torch.arange(300) >= torch.tensor([[0], [299], [300]])})
     masks.append({"cache_lengths": torch.tensor([1, 300, 128])})
@@ -166,11 +168,8 @@ def test_decoding_of_groups(
             case = Case(sizes, config, given_masks, layout, seed)
             check(runtimes["flex"], case, dtype, FORWARD_TOLERANCE[dtype])
     q, k, v = make_qkv(sizes, dtype)
-    for left, right in (
-        (0, 0),
-        (300, 301),
-        (-5, -1),
-    ):  # bands that the operator's callers alone can make: nothing seen
+    # Bands that the operator's callers alone can make: nothing is seen.
+    for left, right in ((0, 0), (300, 301), (-5, -1)):
         call = Call(RowIntervals(1, 300, left, right, None, None), 0.125, 50.0, "flex", False)
         assert not runtimes["flex"].forward(q, k, v, call)[0].any()
 
