@@ -31,8 +31,8 @@ FORWARD = "flex_forward"
 # than this (torch 2.13, stock flex_attention as well: wrong rows over 24 and 40 keys at head_dim 16).
 SHORT_HEAD = 24
 # Keys of all heads from which a group's heads are better taken together, which itself costs 10 to 30 us. At Hq8 Hkv4
-# D256 (AVX2) they then take 1.2, 1.0 and 0.8 of the time in float32 for 1,024, 4,096 and 8,192 keys, and 1.2, 0.8 and 0.5
-# in bf16 for 64, 256 and 512.
+# D256 (AVX2) they then take 1.2, 1.0 and 0.8 of the time in float32 for 1,024, 4,096 and 8,192 keys, and 1.2, 0.8 and
+# 0.5 in bf16 for 64, 256 and 512.
 FEW_KEYS, FEW_HALF_KEYS = 4096, 256
 
 
