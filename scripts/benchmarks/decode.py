@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.report import Report, side_by_side
+from softcap_runtime.kernels.key import dtype_name
 
 # Batch and keys in the cache; Hq8 Hkv4 D256.
 SHAPES = ((1, 512), (1, 4096), (1, 32768), (8, 2048))
@@ -26,22 +27,12 @@ def _rows(report: Report, batch: int, keys: int, dtype: torch.dtype) -> list[dic
     q = torch.randn(batch, 8, 1, 256).to(dtype)
     k, v = (torch.randn(batch, 4, keys, 256).to(dtype) for _ in range(2))  # as caches lie in memory
     mask = torch.zeros(1, 1, 1, keys, dtype=dtype)
-    dense = peers.compiled_dense()
-    functions = {
-        "softcap_runtime auto": lambda: peers.ours(q, k, v),
-        "softcap_runtime flex": lambda: peers.ours(q, k, v, "flex"),
-        "softcap_runtime blocked": lambda: peers.ours(q, k, v, "blocked"),
-        "stock compiled flex": lambda: peers.stock_flex_of_all_keys(q, k, v),
-        "compiled dense": lambda: dense(q, k, v, mask),
-        "Hugging Face eager": lambda: peers.eager(q, k, v, mask),
-        "SDPA, no softcap": lambda: peers.sdpa(q, k, v, causal=False),
-    }
     with torch.no_grad():
-        times = side_by_side(functions, report.rounds(25))
+        times = side_by_side(peers.inference(q, k, v, mask), report.rounds(25))
     read = (k.numel() + v.numel()) * k.element_size()
     return [
         {
-            "what": f"B{batch}, {keys} keys, {str(dtype).removeprefix('torch.')}",
+            "what": f"B{batch}, {keys} keys, {dtype_name(dtype)}",
             "who": who,
             "ms": seconds * 1e3,
             "ratio": seconds / times["softcap_runtime auto"],

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.report import Report, side_by_side
+from softcap_runtime.kernels.key import dtype_name
 
 SHAPES = ((1, 8, 4, 512, 256), (1, 8, 4, 2048, 256), (2, 16, 8, 1024, 128))
 
@@ -27,15 +28,8 @@ def _rows(report: Report, shape: tuple[int, ...], dtype: torch.dtype) -> list[di
     batch, heads, kv_heads, length, head_dim = shape
     q, k, v = peers.inputs(batch, heads, kv_heads, length, head_dim, dtype)
     true, mask = peers.exact(q, k, v), peers.additive(length, dtype)
-    dense = peers.compiled_dense()
     functions = {
-        "softcap_runtime auto": lambda: peers.ours(q, k, v),
-        "softcap_runtime flex": lambda: peers.ours(q, k, v, "flex"),
-        "softcap_runtime blocked": lambda: peers.ours(q, k, v, "blocked"),
-        "stock compiled flex": lambda: peers.stock_flex(q, k, v),
-        "compiled dense": lambda: dense(q, k, v, mask),
-        "Hugging Face eager": lambda: peers.eager(q, k, v, mask),
-        "SDPA, no softcap": lambda: peers.sdpa(q, k, v),
+        **peers.inference(q, k, v, mask),
         "the products alone": lambda: peers.products_alone(q, k, v),
     }
     with torch.no_grad():
@@ -45,7 +39,7 @@ def _rows(report: Report, shape: tuple[int, ...], dtype: torch.dtype) -> list[di
             if name not in ("SDPA, no softcap", "the products alone")
         }
         times = side_by_side(functions, report.rounds(9))
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     visible_flop = 2 * batch * heads * head_dim * length * (length + 1)
     return [
         {

@@ -109,17 +109,11 @@ def stock_block_mask(length: int) -> Any:
 
 
 def stock_flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Stock compiled flex on a causal mask."""
-    mask = stock_block_mask(q.shape[2])
+    """Stock compiled flex on a causal mask; without one for a single new token, which sees its whole cache."""
+    mask = stock_block_mask(q.shape[2]) if q.shape[2] > 1 else None
     out: Tensor = compiled_flex()(
         q, k, v, score_mod=tanh_softcap, block_mask=mask, scale=q.shape[3] ** -0.5, enable_gqa=True
     )
-    return out
-
-
-def stock_flex_of_all_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Stock compiled flex without a mask: a new token sees its whole cache."""
-    out: Tensor = compiled_flex()(q, k, v, score_mod=tanh_softcap, scale=q.shape[3] ** -0.5, enable_gqa=True)
     return out
 
 
@@ -141,6 +135,21 @@ def products_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool = True) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Uncapped scaled_dot_product_attention: what attention without a softcap costs."""
+    causal = q.shape[2] > 1  # its mask is aligned top-left, where a single new token would see one key
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+
+def inference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Every engine and every peer on the same inputs, by name; ``mask``: the dense one, as eager code adds it."""
+    dense = compiled_dense()
+    return {
+        "softcap_runtime auto": lambda: ours(q, k, v),
+        "softcap_runtime flex": lambda: ours(q, k, v, "flex"),
+        "softcap_runtime blocked": lambda: ours(q, k, v, "blocked"),
+        "stock compiled flex": lambda: stock_flex(q, k, v),
+        "compiled dense": lambda: dense(q, k, v, mask),
+        "Hugging Face eager": lambda: eager(q, k, v, mask),
+        "SDPA, no softcap": lambda: sdpa(q, k, v),
+    }

@@ -19,11 +19,9 @@ def register_rules(library: torch.library.Library) -> None:
 
 def _attention(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
     out, lse = torch.ops.softcap_runtime.attention(*_joined(info.batch_size, in_dims, inputs, 3))
-    train = inputs[-2]
-    return (_split(out, info.batch_size), _split(lse, info.batch_size) if train else lse), (
-        0,
-        0 if train else None,
-    )
+    out = _split(out, info.batch_size)
+    train = inputs[-2]  # else there is no logsumexp
+    return ((out, _split(lse, info.batch_size)), (0, 0)) if train else ((out, lse), (0, None))
 
 
 def _attention_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:

@@ -159,6 +159,8 @@ def test_decoding_of_groups(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6 if groups == "together" else 7)
     for few in ("FEW_KEYS", "FEW_HALF_KEYS"):
         monkeypatch.setattr(flex, few, 1)
+    grouped, by_group = [], flex._bound_by_group
+    monkeypatch.setattr(flex, "_bound_by_group", lambda *of: grouped.append(of) or by_group(*of))
     sizes, masks = Sizes(3, 8, 2, 1, 300), [{}]
     masks.append({"attention_mask": torch.arange(300) >= torch.tensor([[0], [299], [300]])})
     masks.append({"cache_lengths": torch.tensor([1, 300, 128])})
@@ -167,6 +169,7 @@ def test_decoding_of_groups(
         for given_masks, layout in itertools.product(masks, LAYOUTS):
             case = Case(sizes, config, given_masks, layout, seed)
             check(runtimes["flex"], case, dtype, FORWARD_TOLERANCE[dtype])
+    assert bool(grouped) is (groups == "together")
     q, k, v = make_qkv(sizes, dtype)
     # Bands that the operator's callers alone can make: nothing is seen.
     for left, right in ((0, 0), (300, 301), (-5, -1)):
