@@ -1,0 +1,300 @@
+// Forward: out = softmax(cap * tanh(scale * q k^T / cap)) v over the visible keys, and the logsumexp.
+//
+// A task is a block of query rows of one key head, all query heads of its group together, as the lanes of vectors.
+// A chunk of keys at a time: S^T = K Q^T, the weights P^T = e^logit in float32, O^T += V^T P^T. A row's keys then lie
+// along one lane, so sums over keys, maxima and masks need no work across lanes. Where the cap bounds the logits the
+// weights are e^logit as it stands; otherwise they follow a running maximum, by which O^T is scaled.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+
+#include "packing.h"
+#include "problem.h"
+
+namespace softcap {
+
+// Keys a chunk, and keys whose weights are made while their products are in the first cache.
+constexpr int64_t CHUNK = 512, STEP = 64;
+
+// k and v of one call as operands, chunk by chunk: K [CHUNK][words], V^T [padded dim][CHUNK / PAIR].
+template <class A>
+class PackedKeys {
+  using Word = typename A::Word;
+
+ public:
+  explicit PackedKeys(const Problem& p)
+      : p_(p),
+        size(p.kv_len < CHUNK ? round_up(p.kv_len, A::PAD * A::PAIR) : CHUNK),
+        words(round_up(p.dim, A::PAD * A::PAIR) / A::PAIR),
+        dim(round_up(p.dim, A::PAD)),
+        chunks((p.kv_len + size - 1) / size),
+        keys_(p.batch * p.kv_heads * chunks * size * words),
+        values_(p.batch * p.kv_heads * chunks * dim * (size / A::PAIR)) {}
+
+  bool missing() const { return keys_.missing() || values_.missing(); }
+  const Word* keys(int64_t place, int64_t chunk) const { return keys_ + (place * chunks + chunk) * size * words; }
+  const Word* values(int64_t place, int64_t chunk) const {
+    return values_ + (place * chunks + chunk) * dim * (size / A::PAIR);
+  }
+
+  // Pack one chunk of key head `place` (batch * kv_heads + head); `room` has LANES rows of `dim` words.
+  void pack(const Tensors& t, int64_t place, int64_t chunk, Word* room) const {
+    int64_t batch = place / p_.kv_heads, head = place % p_.kv_heads, first = chunk * size;
+    Word* to = keys_ + (place * chunks + chunk) * size * words;
+    auto row = [&](const void* base, const Strides& strides, int64_t j) -> const void* {
+      return first + j < p_.kv_len ? at(base, p_, strides, batch, head, first + j) : nullptr;
+    };
+    for (int64_t j = 0; j < size; j++) along(to + j * words, row(t.k, p_.k, j), p_.dtype, p_.dim, words);
+    to = values_ + (place * chunks + chunk) * dim * (size / A::PAIR);
+    for (int64_t w = 0; w < size / A::PAIR; w += LANES) {
+      for (int64_t i = 0; i < LANES; i++) {
+        const void* rows[2] = {};
+        for (int64_t e = 0; e < A::PAIR; e++) rows[e] = row(t.v, p_.v, (w + i) * A::PAIR + e);
+        across(room + i * dim, rows, p_.dtype, p_.dim, dim);
+      }
+      transpose(to + w, size / A::PAIR, room, dim, LANES, dim);
+    }
+  }
+
+ private:
+  const Problem& p_;
+
+ public:
+  const int64_t size, words, dim, chunks;
+
+ private:
+  Scratch<Word> keys_, values_;
+};
+
+inline Vec capped_logit(const Softcap& c, Vec s) {
+  return c.capped ? c.cap * hyperbolic_tangent<false>(s * c.inner).value : s * c.inner;
+}
+
+inline Vec hide(Vec x, int64_t key, IVec lo, IVec hi, Vec otherwise) {
+  IVec j = splat(int32_t(key));
+  return select((j >= lo) & (j < hi), x, otherwise);
+}
+
+// S^T [keys][lanes] into logits, hidden ones -inf; `peak` gains each lane's largest.
+SOFTCAP_ONCE inline void make_logits(const Softcap& c, float* s, int64_t lanes, int64_t first, int64_t keys, const Edges& e,
+                        float* peak) {
+  for (int64_t v = 0; v < lanes; v += LANES) {
+    IVec lo = load<IVec>(e.lo + v), hi = load<IVec>(e.hi + v);
+    Vec most = load<Vec>(peak + v);
+    for (int64_t j = 0; j < keys; j++) {
+      Vec x = hide(capped_logit(c, load<Vec>(s + j * lanes + v)), first + j, lo, hi, splat(-INFINITY));
+      store(s + j * lanes + v, x);
+      most = select(x > most, x, most);
+    }
+    store(peak + v, most);
+  }
+}
+
+inline void store_weights(float* to, Vec* weights) { store(to, weights[0]); }
+inline void store_weights(uint32_t* to, Vec* weights) {
+  store(to, ((UVec)weights[0] >> 16) | (UVec)weights[1]);
+}
+
+// P^T from S^T: [keys / PAIR][lanes] words, e^(logit - peak); `total` gains each lane's sum, of what the next product
+// reads. Sums are taken STEP keys at a time: shorter sums leave less rounding.
+template <class A, bool READY, bool MASKED>
+SOFTCAP_ONCE inline void make_weights(const Softcap& c, typename A::Word* to, const float* s, int64_t lanes, int64_t first,
+                         int64_t keys, const Edges& e, const float* peak, float* total) {
+  for (int64_t v = 0; v < lanes; v += LANES) {
+    IVec lo = load<IVec>(e.lo + v), hi = load<IVec>(e.hi + v);
+    Vec reference = READY ? load<Vec>(peak + v) : Vec{};
+    Vec sum{};
+    for (int64_t j = 0; j < keys; j += A::PAIR) {
+      Vec weights[A::PAIR];
+      for (int i = 0; i < A::PAIR; i++) {
+        Vec x = load<Vec>(s + (j + i) * lanes + v);
+        Vec w = READY ? exponential(x - reference) : exponential(capped_logit(c, x));
+        if (MASKED) w = hide(w, first + j + i, lo, hi, Vec{});
+        if (A::PAIR == 2) w = of_bits(rounded_to_bfloat16(w));
+        weights[i] = w;
+        sum += w;
+      }
+      store_weights(to + j / A::PAIR * lanes + v, weights);
+    }
+    store(total + v, load<Vec>(total + v) + sum);
+  }
+}
+
+// One thread's memory, and the work on one block.
+template <class A>
+class ForwardTask {
+  using Word = typename A::Word;
+
+ public:
+  ForwardTask(const Problem& p, const Tensors& t, const PackedKeys<A>& keys, int64_t most)
+      : p_(p),
+        t_(t),
+        keys_(keys),
+        cap_(p),
+        rows_(most * keys.words),
+        q_(most * keys.words),
+        s_(CHUNK * most),
+        weights_(A::PAIR == 1 ? 1 : CHUNK / A::PAIR * most),
+        out_(most * keys.dim),
+        turned_(most * keys.dim),
+        numbers_(5 * most) {}
+
+  bool missing() const {
+    return rows_.missing() || q_.missing() || s_.missing() || weights_.missing() || out_.missing() ||
+           turned_.missing() || numbers_.missing();
+  }
+
+  void run(const RowBlock& block) {
+    int64_t lanes = round_up(block.lanes(), A::PAD);
+    float *total = numbers_, *peak = total + lanes, *shift = peak + lanes;
+    Edges edges{reinterpret_cast<int32_t*>(shift + lanes), reinterpret_cast<int32_t*>(shift + 2 * lanes), {}, {}};
+    edges.read(p_, t_, block, lanes);
+    for (int64_t r = 0; r < lanes; r++) {
+      total[r] = 0;
+      peak[r] = cap_.bounded ? 0 : -INFINITY;
+    }
+    pack_queries(block, lanes);
+    bool first = true;
+    int64_t place = block.batch * p_.kv_heads + block.kv_head;
+    for (int64_t c = edges.any.lo / keys_.size; c * keys_.size < edges.any.hi; c++) {
+      attend(place, c, lanes, edges, total, peak, shift, first);
+      first = false;
+    }
+    if (first) std::memset(out_, 0, keys_.dim * lanes * sizeof(float));
+    finish(block, lanes, total, peak);
+  }
+
+ private:
+  void pack_queries(const RowBlock& block, int64_t lanes) {
+    for (int64_t r = 0; r < lanes; r++)
+      along(rows_ + r * keys_.words, block.row(t_.q, p_, p_.q, r), p_.dtype, p_.dim, keys_.words);
+    transpose<Word>(q_, lanes, rows_, keys_.words, lanes, keys_.words);
+  }
+
+  // One chunk: the keys of it that any lane sees, out to whole words and tiles.
+  void attend(int64_t place, int64_t chunk, int64_t lanes, const Edges& e, float* total, float* peak, float* shift,
+              bool first) {
+    constexpr int64_t WHOLE = A::PAD * A::PAIR;
+    int64_t start = chunk * keys_.size;
+    int64_t lo = (e.any.lo > start ? e.any.lo - start : 0) / WHOLE * WHOLE;
+    int64_t hi = round_up(e.any.hi < start + keys_.size ? e.any.hi - start : keys_.size, WHOLE);
+    const Word* k = keys_.keys(place, chunk);
+    Word* weights = A::PAIR == 1 ? reinterpret_cast<Word*>(static_cast<float*>(s_)) : static_cast<Word*>(weights_);
+    if (!cap_.bounded) {
+      for (int64_t r = 0; r < lanes; r++) shift[r] = peak[r];
+      A::multiply(s_, lanes, k + lo * keys_.words, keys_.words, q_, lanes, hi - lo, lanes, keys_.words, false);
+      make_logits(cap_, s_, lanes, start + lo, hi - lo, e, peak);
+      follow_peak(lanes, total, peak, shift, first);
+    }
+    for (int64_t j = lo; j < hi; j += STEP) {
+      int64_t count = hi - j < STEP ? hi - j : STEP;
+      float* s = A::PAIR == 1 || !cap_.bounded ? s_ + (j - lo) * lanes : static_cast<float*>(s_);
+      Word* to = weights + (j - lo) / A::PAIR * lanes;
+      if (cap_.bounded) {
+        A::multiply(s, lanes, k + j * keys_.words, keys_.words, q_, lanes, count, lanes, keys_.words, false);
+        bool whole = start + j >= e.all.lo && start + j + count <= e.all.hi;
+        auto make = whole ? make_weights<A, false, false> : make_weights<A, false, true>;
+        make(cap_, to, s, lanes, start + j, count, e, peak, total);
+      } else {
+        make_weights<A, true, false>(cap_, to, s, lanes, start + j, count, e, shift, total);
+      }
+    }
+    A::multiply(out_, lanes, keys_.values(place, chunk) + lo / A::PAIR, keys_.size / A::PAIR, weights, lanes,
+                keys_.dim, lanes, (hi - lo) / A::PAIR, !first);
+  }
+
+  // The running maximum has grown from `shift` to `peak`: scale what was summed so far. `shift` becomes the maximum
+  // that weights are taken against, 0 where a row has seen no key.
+  void follow_peak(int64_t lanes, float* total, const float* peak, float* shift, bool first) {
+    bool same = true;
+    for (int64_t v = 0; v < lanes; v += LANES) {
+      Vec before = load<Vec>(shift + v), now = load<Vec>(peak + v);
+      Vec factor = select(now == before, splat(1.0f), exponential(before - now));
+      same = same && !any(now != before);
+      store(total + v, load<Vec>(total + v) * factor);
+      if (!first && any(now != before))
+        for (int64_t d = 0; d < keys_.dim; d++) {
+          float* at_d = out_ + d * lanes + v;
+          store(at_d, load<Vec>(at_d) * factor);
+        }
+      store(shift + v, select(now == splat(-INFINITY), Vec{}, now));
+    }
+  }
+
+  void finish(const RowBlock& block, int64_t lanes, const float* total, const float* peak) {
+    transpose<float>(turned_, keys_.dim, out_, lanes, keys_.dim, lanes);
+    for (int64_t r = 0; r < block.lanes(); r++) {
+      int64_t head = block.head_of(r), row = block.row_of(r);
+      float inverse = total[r] == 0 ? 0.0f : 1.0f / total[r];
+      write_row(block.row(t_.out, p_, p_.out, r), p_.dtype, turned_ + r * keys_.dim, inverse, p_.dim);
+      if (t_.lse)
+        t_.lse[(block.batch * p_.heads + head) * p_.q_len + row] =
+            total[r] == 0 ? -INFINITY : (cap_.bounded ? 0.0f : peak[r]) + std::log(total[r]);
+    }
+  }
+
+  const Problem& p_;
+  const Tensors& t_;
+  const PackedKeys<A>& keys_;
+  const Softcap cap_;
+  Scratch<Word> rows_, q_;
+  Scratch<float> s_;
+  Scratch<Word> weights_;
+  Scratch<float> out_, turned_, numbers_;
+};
+
+// How the query rows are cut into blocks. Fewer rows a block where there would be too few tasks for the threads.
+struct RowBlocks {
+  int64_t heads_each, rows_each, head_blocks, row_blocks, per_place;
+  RowBlocks(const Problem& p, int64_t most) {
+    int64_t group = p.heads / p.kv_heads;
+    for (;; most /= 2) {
+      heads_each = group < most ? group : most;
+      rows_each = most / heads_each;
+      if (rows_each > p.q_len) rows_each = p.q_len;
+      head_blocks = (group + heads_each - 1) / heads_each;
+      row_blocks = (p.q_len + rows_each - 1) / rows_each;
+      per_place = head_blocks * row_blocks;
+      if (most <= 32 || p.batch * p.kv_heads * per_place >= 2 * p.threads) return;
+    }
+  }
+  int64_t lanes() const { return heads_each * rows_each; }
+  // Block `number` of key head `place`; the last rows come first, as they see the most keys of a causal mask.
+  RowBlock block(const Problem& p, int64_t place, int64_t number) const {
+    int64_t group = p.heads / p.kv_heads, kv_head = place % p.kv_heads;
+    int64_t row = (row_blocks - 1 - number / head_blocks) * rows_each, head = number % head_blocks * heads_each;
+    int64_t rows = p.q_len - row < rows_each ? p.q_len - row : rows_each;
+    int64_t heads = group - head < heads_each ? group - head : heads_each;
+    return {place / p.kv_heads, kv_head, kv_head * group + head, heads, row, rows};
+  }
+};
+
+// Returns false when there is no memory.
+template <class A>
+bool forward(const Problem& p, const Tensors& t) {
+  PackedKeys<A> keys(p);
+  if (keys.missing()) return false;
+  RowBlocks blocks(p, A::ROWS);
+  int64_t places = p.batch * p.kv_heads, tasks = places * blocks.per_place;
+  std::atomic<bool> enough{true};
+#pragma omp parallel num_threads(int(p.threads))
+  {
+    Scratch<typename A::Word> room(LANES * keys.dim);
+    ForwardTask<A> task(p, t, keys, round_up(blocks.lanes(), A::PAD));
+    if (room.missing() || task.missing()) enough = false;
+#pragma omp barrier
+    if (enough) {
+      A::begin();
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < places * keys.chunks; i++)
+        keys.pack(t, i / keys.chunks, i % keys.chunks, room);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < tasks; i++) task.run(blocks.block(p, i / blocks.per_place, i % blocks.per_place));
+      A::end();
+    }
+  }
+  return enough;
+}
+
+}  // namespace softcap

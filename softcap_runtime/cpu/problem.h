@@ -1,0 +1,114 @@
+// What a call is given: sizes, strides, the mask and the softcap.
+#pragma once
+
+#include "vectors.h"
+
+namespace softcap {
+
+struct Strides {
+  int64_t batch, head, row;  // in elements; the last stride is 1
+};
+
+// softcap_runtime/cpu/library.py has the same fields in the same order.
+struct Problem {
+  int64_t dtype;  // 0 float32, 1 bfloat16, 2 float16
+  int64_t batch, heads, kv_heads, q_len, kv_len, dim;
+  Strides q, k, v, out;
+  Strides grad_out, grad_q, grad_k, grad_v;
+  // Row i sees the keys max(0, i + left) <= j < min(kv_len, i + right); with lo and hi, lo[i] <= j < hi[i].
+  int64_t left, right;
+  int64_t edge_stride;  // from one batch row's lo and hi to the next one's; 0 where all share one
+  int64_t threads;
+  int64_t arithmetic;  // 0 the fastest there is, 1 Single, 2 Dot, 3 Tile
+  double scale, softcap;  // softcap 0: none
+};
+
+struct Tensors {
+  const void *q, *k, *v;
+  void* out;
+  float* lse;  // [B, Hq, Sq] or null
+  const int32_t *lo, *hi;  // or null
+};
+
+struct Gradients {
+  const void* grad_out;
+  void *grad_q, *grad_k, *grad_v;
+};
+
+struct Range {
+  int64_t lo, hi;
+};
+
+inline Range visible(const Problem& p, const Tensors& t, int64_t batch, int64_t row) {
+  if (t.lo) {
+    int64_t at = batch * p.edge_stride + row;
+    int64_t lo = t.lo[at] < 0 ? 0 : t.lo[at];
+    return {lo, t.hi[at] < p.kv_len ? t.hi[at] : p.kv_len};
+  }
+  int64_t lo = row + p.left, hi = row + p.right;
+  return {lo < 0 ? 0 : lo, hi < p.kv_len ? hi : p.kv_len};
+}
+
+// Row `row` of head `head` of a tensor in the call's dtype.
+inline char* at(const void* base, const Problem& p, const Strides& s, int64_t batch, int64_t head, int64_t row) {
+  int64_t bytes = p.dtype == 0 ? 4 : 2;
+  return static_cast<char*>(const_cast<void*>(base)) + bytes * (batch * s.batch + head * s.head + row * s.row);
+}
+
+// With a cap of at most this much, e^logit and sums of millions of them stay inside float32, so no running maximum
+// is needed: e^64 is 6e27, and e^-64 far above float32's smallest number.
+constexpr double BOUNDED_CAP = 64.0;
+
+// How a raw product s becomes a logit: cap * tanh(s * inner), or s * inner without a cap.
+struct Softcap {
+  float inner, cap, scale;
+  bool capped, bounded;
+  explicit Softcap(const Problem& p)
+      : inner(float(p.softcap > 0 ? p.scale / p.softcap : p.scale)),
+        cap(float(p.softcap)),
+        scale(float(p.scale)),
+        capped(p.softcap > 0),
+        bounded(p.softcap > 0 && p.softcap <= BOUNDED_CAP) {}
+};
+
+// The query rows of one task, as lanes: heads [head, head + group) of one key head, rows [first, first + rows).
+// Lane g * rows + i is row i of head g.
+struct RowBlock {
+  int64_t batch, kv_head, head, group, first, rows;
+  int64_t lanes() const { return group * rows; }
+  int64_t head_of(int64_t lane) const { return head + lane / rows; }
+  int64_t row_of(int64_t lane) const { return first + lane % rows; }
+  // The row of a tensor like q that is in a lane; null for a lane past the last.
+  char* row(const void* base, const Problem& p, const Strides& s, int64_t lane) const {
+    return lane < lanes() ? at(base, p, s, batch, head_of(lane), row_of(lane)) : nullptr;
+  }
+};
+
+// Which keys the lanes of a block see: of each lane, of any lane, and those that all lanes see.
+struct Edges {
+  int32_t *lo, *hi;  // [lanes]
+  Range any, all;
+  void read(const Problem& p, const Tensors& t, const RowBlock& block, int64_t padded) {
+    any = {p.kv_len, 0};
+    all = {0, p.kv_len};
+    for (int64_t i = 0; i < block.rows; i++) {
+      Range r = visible(p, t, block.batch, block.first + i);
+      if (r.lo < r.hi) {
+        any.lo = r.lo < any.lo ? r.lo : any.lo;
+        any.hi = r.hi > any.hi ? r.hi : any.hi;
+      } else {
+        r = {0, 0};
+      }
+      all.lo = r.lo > all.lo ? r.lo : all.lo;
+      all.hi = r.hi < all.hi ? r.hi : all.hi;
+      for (int64_t g = 0; g < block.group; g++) {
+        lo[g * block.rows + i] = int32_t(r.lo);
+        hi[g * block.rows + i] = int32_t(r.hi);
+      }
+    }
+    for (int64_t lane = block.lanes(); lane < padded; lane++) lo[lane] = hi[lane] = 0;
+    if (any.lo > any.hi) any = {0, 0};
+  }
+};
+
+}  // namespace softcap
