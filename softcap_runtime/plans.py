@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.kernels.engine import Backward, Call, Engine, Forward, Problem
 
 # Beyond this number all plans are let go; making one again costs some 100 us.
@@ -44,12 +45,18 @@ class PlanKey(NamedTuple):
 class Plan:
     """A call's way to its kernel, bound to band and scalars: from then on a call is one dictionary look-up."""
 
-    __slots__ = ("backward", "engine", "forward", "hits", "problem", "reason")
+    __slots__ = ("artifacts", "backward", "engine", "forward", "hits", "problem", "reason")
 
     def __init__(
-        self, engine: Engine, reason: str, problem: Problem, forward: Forward, backward: Backward | None
+        self,
+        engine: Engine,
+        reason: str,
+        problem: Problem,
+        artifacts: Sequence[Artifact],
+        forward: Forward,
+        backward: Backward | None,
     ) -> None:
-        self.engine, self.reason, self.problem = engine, reason, problem
+        self.engine, self.reason, self.problem, self.artifacts = engine, reason, problem, artifacts
         self.forward, self.backward = forward, backward
         self.hits = 0
 

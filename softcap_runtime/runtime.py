@@ -151,13 +151,13 @@ class Runtime:
         """
         from softcap_runtime.prewarm import prewarm
 
-        return prewarm(self, requests, progress=progress, tune=tune)
+        return prewarm(self.supply, self.plan, requests, progress=progress, tune=tune)
 
     def stats(self) -> RuntimeStats:
         """Hits, misses, builds, loads, seconds and bytes of this process."""
         from softcap_runtime.stats import collect
 
-        return collect(self)
+        return collect(self.plans, self.supply)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         """Out and, for training, the logsumexp: what the operator calls, below autograd."""
@@ -191,12 +191,12 @@ class Runtime:
             _check_mask(q, k, call.mask)
             call = call._replace(mask=call.mask.form)  # a plan keeps no mask's contents alive
             problem = call.problem(q, k, self.settings.softcap_approx)
-            engine, reason, lasting = self.supply.engine(problem, call.engine)
-            table = self.supply.table
-            backward = engine.backward(problem, table) if call.train else None
-            plan = Plan(engine, reason, problem, engine.forward(problem, table), backward)
+            engine, reason, artifacts, lasting = self.supply.engine(problem, call.engine)
+            kernels = self.supply.kernels(problem)
+            backward = engine.backward(problem, kernels) if call.train else None
+            plan = Plan(engine, reason, problem, artifacts, engine.forward(problem, kernels), backward)
             if lasting:
-                self.plans.remember(key, plan, table.masks.evictions)
+                self.plans.remember(key, plan, self.supply.masks.evictions)
             else:
                 self.plans.pass_by(key, plan)
         return plan
