@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,11 +72,12 @@ class Passing(NamedTuple):
 class Plans:
     """The plans of one runtime, and shortcuts from a call's arguments straight to them.
 
+    ``shortcuts``: by all of the arguments but those of masks, then by the batch of the mask's vectors, None for a band.
     ``passing``: the kinds of call that have none, as their kernel is not here yet.
     """
 
     def __init__(self) -> None:
-        self.shortcuts: dict[Any, Plan] = {}
+        self.shortcuts: dict[Hashable, dict[int | None, Plan]] = {}
         self.passing: dict[PlanKey, Passing] = {}
         self.misses = 0
         self._plans: dict[PlanKey, Plan] = {}
@@ -99,6 +100,16 @@ class Plans:
                 self._evictions = evictions
             self._plans[key] = plan
             self.passing.pop(key, None)
+
+    def learn(self, arguments: Hashable, form: int | None, key: PlanKey) -> None:
+        """Remember the way from a call's arguments to the plan of ``key``, if that is remembered."""
+        with self._lock:
+            plan = self._plans.get(key)
+            if plan is None:
+                return
+            if len(self.shortcuts) >= MAX_PLANS:
+                self.shortcuts.clear()
+            self.shortcuts.setdefault(arguments, {})[form] = plan
 
     def pass_by(self, key: PlanKey, plan: Plan) -> None:
         """Count a call whose plan is not kept: another engine serves it until its kernel is here."""
