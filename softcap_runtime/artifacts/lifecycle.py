@@ -12,6 +12,7 @@ from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.artifacts.children import Stopped
 from softcap_runtime.errors import KernelNotPrewarmed
 from softcap_runtime.kernels.key import kernel_name
+from softcap_runtime.store.key import Key
 from softcap_runtime.store.store import Loaded, Store
 
 log = logging.getLogger(__name__)
@@ -124,17 +125,22 @@ class Artifacts:
             return artifact.build()
 
         if self.jit == "forbid" and command is not None:
-            loaded = self.store.look_up(key)  # without a lock: there is no build to wait for
+            loaded = self._on_disk(key)  # without a lock: there is no build to wait for
             return self._install(artifact, loaded or Loaded(build(), "built", 0.0, 0.0))
         return self._install(artifact, self.store.load_or_build(key, build, artifact.provenance))
 
     def _find(self, artifact: Artifact) -> bool:
         """Load it if it is on disk; whether it was."""
         key = artifact.key()
-        loaded = None if key is None else self.store.look_up(key)
+        loaded = None if key is None else self._on_disk(key)
         if loaded is not None:
             self._install(artifact, loaded)
         return loaded is not None
+
+    def _on_disk(self, key: Key) -> Loaded | None:
+        started = time.perf_counter()
+        data = self.store.load(key)
+        return None if data is None else Loaded(data, "disk", time.perf_counter() - started, 0.0)
 
     def _install(self, artifact: Artifact, loaded: Loaded | None) -> Any:
         started = time.perf_counter()

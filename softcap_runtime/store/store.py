@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -44,17 +43,12 @@ class Store(Stock):
 
     def load(self, key: Key) -> bytes | None:
         """The verified bytes stored under ``key``; None when there are none, or they are bad (see ``sealed``)."""
-        found = self.look_up(key)
-        return None if found is None else found.data
-
-    def look_up(self, key: Key) -> Loaded | None:
-        """As ``load``, with where the bytes came from. It takes no lock and writes nothing."""
-        started = time.perf_counter()
         found = self.find(key.digest)
         if found is None:
             self.counters.add("misses")
             return None
-        return self._found(key, found, started, 0.0)
+        self._count_hit(key, found[1])
+        return found[0]
 
     def _found(
         self, key: Key, found: tuple[bytes, Literal["disk", "memory"]], started: float, waited: float
@@ -91,23 +85,20 @@ class Store(Stock):
         found = self.find(key.digest)
         if found is not None:
             return self._found(key, found, started, 0.0)
-        with self.database.locks.thread(key.digest) as waited, self._lock(key) as waited_for_process:
-            waited += waited_for_process
+        with self.database.locks.thread(key.digest) as waited:
             found = self.find(key.digest)
             if found is not None:
                 return self._found(key, found, started, waited)
-            return self._build(key, build, describe, waited)
-
-    @contextlib.contextmanager
-    def _lock(self, key: Key) -> Iterator[float]:
-        """Hold a key against other processes, where a lock can be had; gives the seconds waited."""
-        if not self.database.can_write():
-            yield 0.0
-            return
-        with self.database.locks.process(key.digest) as waited:
-            if waited > 0.01:
-                self.counters.waited(waited)
-            yield waited
+            if not self.database.can_write():
+                return self._build(key, build, describe, waited)
+            with self.database.locks.process(key.digest) as waited_for_process:
+                if waited_for_process > 0.01:
+                    self.counters.waited(waited_for_process)
+                waited += waited_for_process
+                found = self.find(key.digest)
+                if found is not None:
+                    return self._found(key, found, started, waited)
+                return self._build(key, build, describe, waited)
 
     def _build(
         self,
