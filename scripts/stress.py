@@ -32,14 +32,14 @@ from stressing.calls import ONE_COMPILES_IN, packages
 from stressing.events import Event, Reader
 from stressing.worker import SIZE_LIMIT, Worker
 
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Package
 from softcap_runtime.store import Store
 
 LONGEST_CALL_S = 30.0
 LONGEST_COMPILE_S = 180.0  # with all processes busy beside it
 
 
-def work(folder: Path, log: Path, known: dict[KernelSpec, bytes], seed: int, until: float) -> None:
+def work(folder: Path, log: Path, known: dict[Package, bytes], seed: int, until: float) -> None:
     """The life of one process."""
     torch.manual_seed(seed)
     Worker(folder, log, known, seed, until).run()
@@ -49,7 +49,7 @@ class Run:
     """The parent: starts, kills and watches workers, and damages the database under them."""
 
     def __init__(
-        self, folder: Path, known: dict[KernelSpec, bytes], processes: int, seed: int, until: float
+        self, folder: Path, known: dict[Package, bytes], processes: int, seed: int, until: float
     ) -> None:
         self.folder = folder
         self.log = folder.parent / "events"

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
+from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.gpu_info import Gpu, gpus
-from softcap_runtime.kernels.jit import compiles_in_process
 from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.store import Key, Store, fingerprint
+from softcap_runtime.kernels.package import Package
+from softcap_runtime.store import Store, fingerprint
 from softcap_runtime.store.entry import Sealed
 from softcap_runtime.store.inspection import listed
 from softcap_runtime.store.key import FieldValue
 from softcap_runtime.store.report import EntryInfo, Explanation, StoreStatus
-
-if TYPE_CHECKING:
-    import torch
-
-    from softcap_runtime.supply import Supply
+from softcap_runtime.supply import Supply
 
 Fields = Mapping[str, FieldValue]
 OPS = (
@@ -38,7 +34,7 @@ _KNOWN: dict[str, tuple[tuple[str, ...], str]] = {
     "mask": (("band", "intervals", ""), "band, intervals or nothing"),
 }
 # Stands in for the fields that are not given while the cache is empty.
-_DEFAULTS = KernelSpec("flex_forward", "cpu", "float32", 256, True, "band")
+_DEFAULTS = Package("flex_forward", "cpu", "float32", 256, True, "band")
 
 
 class CacheReport(BaseModel):
@@ -75,33 +71,31 @@ def explain(store: Store, words: Sequence[str]) -> Explanation:
     """
     wanted = _parsed(words)
     known: list[tuple[Fields, bool]] = [
-        (info.fields, info.fits) for info in listed(store) if set(info.fields) == set(KernelSpec._fields)
+        (info.fields, info.fits)
+        for info in listed(store)
+        if set(info.fields) - {"sources"} == set(KernelSpec._fields)
     ]
-    known = known or [(_DEFAULTS.fields(), True)]
+    known = known or [(_DEFAULTS._asdict(), True)]
     closest = max(known, key=lambda one: (*_closeness(one[0], wanted), one[1]))[0]
     if wanted.get("op", closest["op"]) == closest["op"]:
         wanted = {name: value for name, value in wanted.items() if not _ignored(name, closest)}
-    fields = {**closest, **wanted}
-    return store.explain(Key(fields, fingerprint(str(fields["device"]))))
+    fields = {name: value for name, value in {**closest, **wanted}.items() if name != "sources"}
+    return store.explain(Package(**fields).key())  # type: ignore[arg-type]
 
 
-def missing(supply: Supply, specs: Iterable[KernelSpec]) -> list[KernelSpec]:
-    """Those of ``specs`` that are kept in the cache and are not, or not usable, on disk."""
-    kept = [spec for spec in specs if not compiles_in_process(spec)]
-    return [spec for spec in kept if not _is_good(supply.store, supply.key(spec).digest)]
+def missing(store: Store, artifacts: Iterable[Artifact]) -> list[Artifact]:
+    """Those of ``artifacts`` that are kept in the cache and are not, or not usable, on disk."""
+    keys = {one: one.key() for one in artifacts}
+    return [one for one, key in keys.items() if key is not None and not _is_good(store, key.digest)]
 
 
-def not_kept(supply: Supply, device: torch.device) -> str | None:
-    """One line when kernels for ``device`` that this process built or loaded did not stay on disk: the size limit
+def not_kept(supply: Supply) -> str | None:
+    """One line when kernels that this process built or loaded did not stay on disk: the size limit
     is too small for all of them, or another process took them away. None when all are there, or wait in memory for a
     disk that can be written."""
     store = supply.store
-    environment = fingerprint(device.type, device.index)
-    sizes = {
-        Key(spec.fields(), environment).digest: one.bytes
-        for spec, one in list(supply.supplied.items())
-        if one.source != "compiled"
-    }
+    supplied = [(one.key(), how.bytes) for one, how in list(supply.supplied.items())]
+    sizes = {key.digest: size for key, size in supplied if key is not None}
     gone = [digest for digest in sizes if not _is_good(store, digest)]
     if len(gone) <= store.held_in_memory:
         return None

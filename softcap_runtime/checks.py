@@ -60,7 +60,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def device_of(name: str) -> torch.device:
-    """The torch device of a request. Raises ValueError when the name is none, or the device is not there."""
+    """The torch device of a request, with the index of a CUDA device.
+
+    Raises ValueError when the name is none, or the device is not there.
+    """
     try:
         device = torch.device(name)
     except (RuntimeError, ValueError):
@@ -72,4 +75,6 @@ def device_of(name: str) -> torch.device:
         raise ValueError(
             f"device: {name!r}, but this process sees {count} CUDA devices; use 'cpu' or run there"
         )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -19,7 +19,6 @@ import typer
 from torch import Tensor
 
 from softcap_runtime import cli_cache  # noqa: F401  # its commands
-from softcap_runtime.checks import device_of
 from softcap_runtime.cli_app import ClickException, UsageError, app, fail
 from softcap_runtime.config import AttentionConfig, PrewarmRequest, RuntimeSettings
 from softcap_runtime.errors import EngineUnavailable, SoftcapRuntimeError
@@ -137,20 +136,20 @@ def _explicit(
 def _prewarm(runtime: Runtime, requests: list[PrewarmRequest], tune: bool) -> None:
     from softcap_runtime import cache_report
     from softcap_runtime import cli_tables as tables
-    from softcap_runtime.prewarm import kernels_of, runs_triton
-    from softcap_runtime.prewarm_rows import kernel_name
+    from softcap_runtime.kernels.key import kernel_name
+    from softcap_runtime.prewarm import artifacts_of
 
-    engine = runtime.settings.engine
-    specs = list(dict.fromkeys(spec for request in requests for spec in kernels_of(request, engine)))
-    if not specs and not any(runs_triton(request, engine) for request in requests):
+    needed = list(dict.fromkeys(one for request in requests for one in artifacts_of(runtime.supply, request)))
+    if not needed:
         print("nothing to prewarm: no kernel of the engine that would serve this is kept in the cache")
         return
     store = runtime.supply.store
     if not store.database.can_write() and store.fault is not None:
         raise SoftcapRuntimeError(f"nothing could be kept: {store.fault}")
-    if not store.database.writable and (missing := cache_report.missing(runtime.supply, specs)):
+    if not store.database.writable and (missing := cache_report.missing(store, needed)):
+        first = kernel_name(missing[0].describe())
         raise SoftcapRuntimeError(
-            f"{len(missing)} kernels are missing in {store.folder}, which is read-only ({kernel_name(missing[0])}); "
+            f"{len(missing)} kernels are missing in {store.folder}, which is read-only ({first}); "
             "prewarm it as its owner or set another SOFTCAP_CACHE_DIR"
         )
     results = runtime.prewarm(requests, progress=True, tune=tune)
@@ -161,7 +160,7 @@ def _prewarm(runtime: Runtime, requests: list[PrewarmRequest], tune: bool) -> No
     if store.held_in_memory:
         why = store.fault or f"{store.folder} is read-only"
         fail(f"{store.held_in_memory} kernels could not be written: {why}", 1)
-    not_kept = cache_report.not_kept(runtime.supply, device_of(requests[0].device))
+    not_kept = cache_report.not_kept(runtime.supply)
     if not_kept is not None:
         fail(not_kept, 1)
     if store.held_in_memory or not_kept or any(result.outcome == "failed" for result in results):

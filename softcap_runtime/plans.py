@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.kernels.engine import Backward, Call, Engine, Forward, Problem
 
 # Beyond this number all plans are let go; making one again costs some 100 us.
@@ -44,12 +45,18 @@ class PlanKey(NamedTuple):
 class Plan:
     """A call's way to its kernel, bound to band and scalars: from then on a call is one dictionary look-up."""
 
-    __slots__ = ("backward", "engine", "forward", "hits", "problem", "reason")
+    __slots__ = ("artifacts", "backward", "engine", "forward", "hits", "problem", "reason")
 
     def __init__(
-        self, engine: Engine, reason: str, problem: Problem, forward: Forward, backward: Backward | None
+        self,
+        engine: Engine,
+        reason: str,
+        problem: Problem,
+        artifacts: Sequence[Artifact],
+        forward: Forward,
+        backward: Backward | None,
     ) -> None:
-        self.engine, self.reason, self.problem = engine, reason, problem
+        self.engine, self.reason, self.problem, self.artifacts = engine, reason, problem, artifacts
         self.forward, self.backward = forward, backward
         self.hits = 0
 
@@ -65,11 +72,12 @@ class Passing(NamedTuple):
 class Plans:
     """The plans of one runtime, and shortcuts from a call's arguments straight to them.
 
+    ``shortcuts``: by all of the arguments but those of masks, then by the batch of the mask's vectors, None for a band.
     ``passing``: the kinds of call that have none, as their kernel is not here yet.
     """
 
     def __init__(self) -> None:
-        self.shortcuts: dict[Any, Plan] = {}
+        self.shortcuts: dict[Hashable, dict[int | None, Plan]] = {}
         self.passing: dict[PlanKey, Passing] = {}
         self.misses = 0
         self._plans: dict[PlanKey, Plan] = {}
@@ -92,6 +100,16 @@ class Plans:
                 self._evictions = evictions
             self._plans[key] = plan
             self.passing.pop(key, None)
+
+    def learn(self, arguments: Hashable, form: int | None, key: PlanKey) -> None:
+        """Remember the way from a call's arguments to the plan of ``key``, if that is remembered."""
+        with self._lock:
+            plan = self._plans.get(key)
+            if plan is None:
+                return
+            if len(self.shortcuts) >= MAX_PLANS:
+                self.shortcuts.clear()
+            self.shortcuts.setdefault(arguments, {})[form] = plan
 
     def pass_by(self, key: PlanKey, plan: Plan) -> None:
         """Count a call whose plan is not kept: another engine serves it until its kernel is here."""

@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from softcap_runtime import prewarm_gpu
+from softcap_runtime.artifacts.artifact import Artifact
+from softcap_runtime.artifacts.children import Children
 from softcap_runtime.checks import device_of
 from softcap_runtime.config import PrewarmRequest
 from softcap_runtime.kernels import blocked_cuda
-from softcap_runtime.kernels.children import Children
 from softcap_runtime.kernels.choose import candidates, choose
-from softcap_runtime.kernels.engine import Call, Problem
-from softcap_runtime.kernels.key import KernelSpec, dtype_of
+from softcap_runtime.kernels.engine import Call, Engine, Problem
+from softcap_runtime.kernels.key import dtype_of
 from softcap_runtime.masks.intervals import RowIntervals, band
 from softcap_runtime.prewarm_rows import Outcome, PrewarmResult, Shown, row_of, shown_work
-
-if TYPE_CHECKING:
-    from softcap_runtime.runtime import Runtime
+from softcap_runtime.prewarm_tune import measure, to_tune
+from softcap_runtime.supply import Supply
 
 
 def prewarm(
-    runtime: Runtime, requests: Iterable[PrewarmRequest], progress: bool, tune: bool
+    supply: Supply,
+    bind: Callable[[Tensor, Tensor, Call], object],
+    requests: Iterable[PrewarmRequest],
+    progress: bool,
+    tune: bool,
 ) -> list[PrewarmResult]:
     """Load or build every kernel that calls like ``requests`` may need, whatever ``jit`` says.
 
-    Each kernel is compiled by a child process (some 15 s of one core), as many at once as this process has
-    cores. With ``progress`` a bar on standard error shows them. A failure is a row of the result and stops no
-    other kernel. For the ``seq_lens`` of a request the masks are prepared as well, for a batch of 1 in this
-    process; nothing is run but the kernels on CUDA, which are found by making calls, of a batch of 1 and those lengths
-    among others. They are for tensors whose addresses are multiples of 16 bytes, which torch's own are. ``tune``
-    measures their blocks, warps and stages first, once per machine.
+    ``bind(q, k, call)`` makes the plan of a call.
+
+    Each kernel is compiled by a child process, as many at once as this process has cores. With ``progress`` a bar on
+    standard error shows them. A failure is a row of the result and stops no other kernel. For the ``seq_lens`` of a
+    request the masks are prepared as well, for a batch of 1 in this process; nothing is run. GPU kernels are those for
+    tensors whose addresses are multiples of 16 bytes, which torch's own are; ``tune`` measures their blocks, warps and
+    stages first, once per machine.
 
     Under torchrun every rank calls this before its first collective. One rank builds a kernel while those that
     need the same one wait for its file lock, then load it. A rank returns when all its kernels are published: while
@@ -45,38 +49,33 @@ def prewarm(
     cannot serve a request; all before anything is built.
     """
     requests = _checked(requests)
-    specs = {request: kernels_of(request, runtime.settings.engine) for request in requests}
-    on_gpu = dict.fromkeys(
-        request.model_copy(update={"config": request.config.model_copy(update={"window": None})})
-        for request in specs
-        if runs_triton(request, runtime.settings.engine)
-    )
-    calls = [call for request in on_gpu for call in prewarm_gpu.calls_of(request)]
-    distinct = list(dict.fromkeys(spec for each in specs.values() for spec in each))
-    if tune and not on_gpu:
+    needed = {request: artifacts_of(supply, request) for request in requests}
+    shapes = to_tune(one for one in needed if _has_options(supply, one)) if tune else {}
+    if tune and not shapes:
         raise ValueError(
             "tune: no request is served by kernels that have options to measure, those on CUDA have"
         )
-    shapes = prewarm_gpu.to_tune(on_gpu) if tune else {}
-    total = len(distinct) + len(shapes) + len(calls)
+    total = len(_distinct(needed)) + len(shapes)
     builders = Children()
     pool = ThreadPoolExecutor(_cores(), initializer=builders.adopt_thread)
     with shown_work(total, progress and total > 0) as shown:
         try:
-            results = list(pool.map(lambda spec: _obtain(runtime, spec, shown), distinct))
-            results += [prewarm_gpu.tune(runtime, *one, pool, shown) for one in shapes.items()]
-            runtime.supply.table.forget_options()
-            results += prewarm_gpu.make_calls(runtime, calls, pool, shown) if calls else []
+            tuned = [measure(supply, *one, pool, shown) for one in shapes.items()]
+            if tuned:  # other kernels than before may be the ones that calls need
+                supply.forget_options()
+                needed = {request: artifacts_of(supply, request) for request in requests}
+            distinct = _distinct(needed)
+            made = list(pool.map(lambda one: _obtain(supply, one, shown), distinct))
         except BaseException:  # Ctrl-C among others: nobody waits for compilers whose kernels nobody wants
             pool.shutdown(wait=False, cancel_futures=True)
             builders.stop()
             raise
     pool.shutdown()
-    failed = {result.spec for result in results if result.outcome == "failed"}
-    for request, each in specs.items():
+    failed = {one for one, row in zip(distinct, made, strict=True) if row.outcome == "failed"}
+    for request, each in needed.items():
         if not failed.intersection(each):
-            _bind_lengths(runtime, request)
-    return results
+            _bind_lengths(bind, supply.settings.engine, request)
+    return tuned + made
 
 
 def _checked(requests: Iterable[PrewarmRequest]) -> list[PrewarmRequest]:
@@ -95,25 +94,37 @@ def _checked(requests: Iterable[PrewarmRequest]) -> list[PrewarmRequest]:
     return listed
 
 
-def kernels_of(request: PrewarmRequest, engine: str) -> list[KernelSpec]:
-    """The kernels that calls like ``request`` may need from ``engine``, each once; none where nothing is compiled.
+def artifacts_of(supply: Supply, request: PrewarmRequest) -> list[Artifact]:
+    """The kernels that calls like ``request`` may need, each once; none where nothing is compiled.
 
-    Raises as ``prewarm`` does, and touches no cache.
+    Raises as ``prewarm`` does, and builds nothing.
     """
-    found: dict[KernelSpec, None] = {}
-    for problem in _problems(request):
-        engines = candidates(problem) if engine == "auto" else [choose(problem, engine).engine]
-        for one in engines:
-            found.update(dict.fromkeys(one.specs(problem)))
-    return list(found)
+    return list(
+        dict.fromkeys(
+            one
+            for engine, problem in _engines(supply, request)
+            for alike in engine.alike(problem)
+            for one in engine.artifacts(alike, supply.kernels(alike))
+        )
+    )
 
 
-def runs_triton(request: PrewarmRequest, engine: str) -> bool:
-    """Whether calls like ``request`` are served by Triton kernels; raises as ``prewarm`` does."""
-    return any(choose(problem, engine).engine is blocked_cuda.ENGINE for problem in _problems(request))
+def _engines(supply: Supply, request: PrewarmRequest) -> Iterator[tuple[Engine, Problem]]:
+    asked = supply.settings.engine
+    for problem in _problems(request, supply.settings.softcap_approx):
+        for engine in candidates(problem) if asked == "auto" else [choose(problem, asked).engine]:
+            yield engine, problem
 
 
-def _problems(request: PrewarmRequest) -> list[Problem]:
+def _has_options(supply: Supply, request: PrewarmRequest) -> bool:
+    return any(engine is blocked_cuda.ENGINE for engine, _ in _engines(supply, request))
+
+
+def _distinct(needed: Mapping[PrewarmRequest, Sequence[Artifact]]) -> list[Artifact]:
+    return list(dict.fromkeys(one for each in needed.values() for one in each))
+
+
+def _problems(request: PrewarmRequest, softcap_approx: bool) -> list[Problem]:
     """One problem per mask kind, for inference and where asked for training; lengths play no part."""
     if request.num_heads % request.num_kv_heads:
         raise ValueError(
@@ -134,27 +145,30 @@ def _problems(request: PrewarmRequest) -> list[Problem]:
             request.config.softcap,
             mask,
             train,
+            softcap_approx,
         )
         for train in ((False, True) if request.train else (False,))
         for mask in masks
     ]
 
 
-def _obtain(runtime: Runtime, spec: KernelSpec, shown: Shown) -> PrewarmResult:
-    supply = runtime.supply
-    if supply.table.ready(spec):
-        known = supply.supplied.get(spec)
-        return PrewarmResult(spec, "ready", 0.0, known.bytes if known else 0, None)
+def _obtain(supply: Supply, artifact: Artifact, shown: Shown) -> PrewarmResult:
+    spec = artifact.describe()
+    if supply.ready(artifact):
+        return PrewarmResult(spec, "ready", 0.0, supply.supplied[artifact].bytes, None)
     outcomes: dict[str, Outcome] = {"built": "built", "compiled": "ready"}
 
     def work() -> tuple[Outcome, int]:
-        supplied = supply.obtain(spec)
+        supply.get(artifact)
+        supplied = supply.supplied[artifact]
         return outcomes.get(supplied.source, "loaded"), supplied.bytes
 
     return row_of(spec, shown, work)
 
 
-def _bind_lengths(runtime: Runtime, request: PrewarmRequest) -> None:
+def _bind_lengths(
+    bind: Callable[[Tensor, Tensor, Call], object], engine: str, request: PrewarmRequest
+) -> None:
     """Bind the plans of the request's lengths, so that their first call finds its mask made."""
     config = request.config
     for length in dict.fromkeys(request.seq_lens):
@@ -164,7 +178,7 @@ def _bind_lengths(runtime: Runtime, request: PrewarmRequest) -> None:
         k = one.expand(1, request.num_kv_heads, length, request.head_dim)
         mask = band(length, length, causal=config.causal, window=config.window)
         for train in (False, True) if request.train else (False,):
-            runtime.plan(q, k, Call(mask, config.scale, config.softcap, runtime.settings.engine, train))
+            bind(q, k, Call(mask, config.scale, config.softcap, engine, train))
 
 
 def _cores() -> int:

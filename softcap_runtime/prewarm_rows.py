@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple
 
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.key import KernelSpec, kernel_name
 
 Outcome = Literal["built", "loaded", "ready", "failed"]
 # Called around the work on one kernel: what shows it to people.
@@ -29,12 +29,6 @@ class PrewarmResult(NamedTuple):
     seconds: float
     bytes: int
     error: str | None
-
-
-def kernel_name(spec: KernelSpec) -> str:
-    """A kernel in words, as progress bars and tables show it."""
-    words = [spec.op, spec.dtype, f"head_dim {spec.head_dim}" if spec.head_dim else "", spec.mask]
-    return " ".join(word for word in words if word) + ("" if spec.capped else " (no softcap)")
 
 
 def row_of(spec: KernelSpec, shown: Shown, work: Callable[[], tuple[Outcome, int]]) -> PrewarmResult:

@@ -6,13 +6,13 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import check_config, check_qkv
+from softcap_runtime.checks import check_config
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
 from softcap_runtime.kernels import operator
 from softcap_runtime.kernels.engine import Call
@@ -111,14 +111,22 @@ class Runtime:
         """
         # One by one: a tensor of a tuple that is compared with None takes 30 us.
         plain = attention_mask is None and document_ids is None and prefix_lengths is None
-        if plain and spans is None and cache_lengths is None and not torch.compiler.is_compiling():
-            plan = self._shortcut(q, k, v, config)
-            if plan is not None:
-                plan.hits += 1
-                return plan.forward(q, k, v)[0]
-        q, k, v = operator.checked_inputs(q, k, v)
+        plain = plain and spans is None and cache_lengths is None
+        key = None if torch.compiler.is_compiling() else _shortcut_key(q, k, v, config)
+        known = None if key is None else self.plans.shortcuts.get(key)
+        if known is None:
+            q, k, v = operator.checked_inputs(q, k, v)
+        elif plain and None in known:
+            return _run(known[None], q, k, v)
         mask = _intervals(q, k, config, attention_mask, document_ids, prefix_lengths, spans, cache_lengths)
-        return self.attend(q, k, v, config, mask)
+        form = None if mask.lo is None else mask.lo.shape[0]
+        if known is not None and form in known and (mask.lo is None or type(mask.lo) is Tensor):
+            return _run(known[form], q, k, v, *mask.vectors)
+        out = self.attend(q, k, v, config, mask)
+        if key is not None:
+            call = Call(mask, config.scale, config.softcap, self.settings.engine, False)
+            self.plans.learn(key, form, PlanKey.of(q, k, call))
+        return out
 
     def attend(
         self,
@@ -151,13 +159,13 @@ class Runtime:
         """
         from softcap_runtime.prewarm import prewarm
 
-        return prewarm(self, requests, progress=progress, tune=tune)
+        return prewarm(self.supply, self.plan, requests, progress=progress, tune=tune)
 
     def stats(self) -> RuntimeStats:
         """Hits, misses, builds, loads, seconds and bytes of this process."""
         from softcap_runtime.stats import collect
 
-        return collect(self)
+        return collect(self.plans, self.supply)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         """Out and, for training, the logsumexp: what the operator calls, below autograd."""
@@ -191,52 +199,15 @@ class Runtime:
             _check_mask(q, k, call.mask)
             call = call._replace(mask=call.mask.form)  # a plan keeps no mask's contents alive
             problem = call.problem(q, k, self.settings.softcap_approx)
-            engine, reason, lasting = self.supply.engine(problem, call.engine)
-            table = self.supply.table
-            backward = engine.backward(problem, table) if call.train else None
-            plan = Plan(engine, reason, problem, engine.forward(problem, table), backward)
+            engine, reason, artifacts, lasting = self.supply.engine(problem, call.engine)
+            kernels = self.supply.kernels(problem)
+            backward = engine.backward(problem, kernels) if call.train else None
+            plan = Plan(engine, reason, problem, artifacts, engine.forward(problem, kernels), backward)
             if lasting:
-                self.plans.remember(key, plan, table.masks.evictions)
+                self.plans.remember(key, plan, self.supply.masks.evictions)
             else:
                 self.plans.pass_by(key, plan)
         return plan
-
-    def _shortcut(self, q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Plan | None:
-        """The plan of an inference call that was made before just so, in a few microseconds."""
-        try:
-            if _wants_grad(q, k, v) or interpreters_active(q, k, v):
-                return None
-            call = (
-                q.shape,
-                k.shape,
-                v.shape,
-                q.dtype,
-                k.dtype,
-                v.dtype,
-                q.device,
-                k.device,
-                v.device,
-                config,
-            )
-            plan = self.plans.shortcuts.get(call)
-            if plan is None:
-                self._make_shortcut(q, k, v, config, call)
-                return None
-            plain = q.stride(3) == k.stride(3) == v.stride(3) == 1
-            return plan if plain and not (q.is_neg() or k.is_neg() or v.is_neg()) else None
-        except (AttributeError, IndexError, TypeError, RuntimeError):
-            return None  # not dense tensors of four dimensions, or no config: the checks say it properly
-
-    def _make_shortcut(
-        self, q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, arguments: object
-    ) -> None:
-        """Check a call's arguments once and for all, and remember where its plan is if there is one."""
-        check_qkv(q, k, v)
-        mask = _intervals(q, k, config, *_NO_MASKS)
-        call = Call(mask, config.scale, config.softcap, self.settings.engine, False)
-        plan = self.plans.get(PlanKey.of(q, k, call))
-        if plan is not None:
-            self.plans.shortcuts[arguments] = plan
 
     def _after_fork(self) -> None:
         self.plans.after_fork()
@@ -249,7 +220,35 @@ def _make_own() -> bool:
     return Runtime.get() is not None
 
 
-_NO_MASKS = (None,) * 5
+_DENSE_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+
+
+def _shortcut_key(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Hashable:
+    """What a call's plan and its checks depend on but for the mask arguments; None for a call that goes the long way:
+    one with gradients, under a transform, a mode or autocast, or of anything but dense tensors."""
+    if type(config) is not AttentionConfig or not _DENSE_TENSORS.issuperset((type(q), type(k), type(v))):
+        return None
+    if _wants_grad(q, k, v) or interpreters_active(q, k, v) or q.is_nested or k.is_nested or v.is_nested:
+        return None
+    layouts = (q.layout, k.layout, v.layout)
+    return (
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        k.dtype,
+        v.dtype,
+        q.device,
+        k.device,
+        v.device,
+        layouts,
+        config,
+    )
+
+
+def _run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor:
+    plan.hits += 1
+    return plan.forward(_rows_together(q), _rows_together(k), _rows_together(v), *edges)[0]
 
 
 def _intervals(
@@ -302,8 +301,9 @@ def _wants_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _rows_together(x: Tensor) -> Tensor:
     """The kernels take any strides but that of the last dimension, which must be 1, and read what is stored."""
-    x = x.resolve_neg()
-    return x if x.stride(-1) == 1 else x.contiguous()
+    if x.stride(3) == 1 and not x.is_neg():
+        return x
+    return x.resolve_neg().contiguous()
 
 
 def _after_fork() -> None:

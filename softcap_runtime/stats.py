@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict
 
-from softcap_runtime.kernels.cubin import CubinSpec
-from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.plans import Passing
-
-if TYPE_CHECKING:
-    from softcap_runtime.plans import Plan
-    from softcap_runtime.runtime import Runtime
+from softcap_runtime.artifacts.artifact import Artifact
+from softcap_runtime.artifacts.lifecycle import Supplied
+from softcap_runtime.kernels.key import kernel_name
+from softcap_runtime.plans import Passing, Plan, Plans
+from softcap_runtime.supply import Supply
 
 
 class _Frozen(BaseModel):
@@ -25,7 +23,7 @@ class KernelStats(_Frozen):
 
     ``op`` to ``mask``: what it was compiled for (see ``KernelSpec``). ``source``: ``built``, ``disk``, ``memory``
     or ``compiled`` (by torch, in this process). ``seconds`` to get it, ``bytes`` of its package. ``plans``: how
-    many kinds of call (lengths, batches, heads, windows, caps, scales) share it; not counted (0) for GPU kernels.
+    many kinds of call (lengths, batches, heads, windows, caps, scales) share it, those of odd strides aside.
     """
 
     op: str
@@ -76,18 +74,17 @@ class RuntimeStats(_Frozen):
     cache_fault: str | None
 
 
-def collect(runtime: Runtime) -> RuntimeStats:
-    """The state of ``runtime`` now; it runs nothing and takes about a millisecond per 100 plans."""
-    plans = [plan for _, plan in runtime.plans.items()]
-    supply = runtime.supply
+def collect(all_plans: Plans, supply: Supply) -> RuntimeStats:
+    """The state of a runtime now, by its plans and its kernels; it runs nothing."""
+    plans = [plan for _, plan in all_plans.items()]
     supplied = dict(supply.supplied)
     built = [one for one in supplied.values() if one.source == "built"]
     loaded = [one for one in supplied.values() if one.source in ("disk", "memory")]
     package_bytes = sum(one.bytes for one in supplied.values())
-    mask_bytes = supply.table.masks.bytes
+    mask_bytes = supply.masks.bytes
     return RuntimeStats(
-        hits=runtime.plans.hits,
-        misses=runtime.plans.misses,
+        hits=all_plans.hits,
+        misses=all_plans.misses,
         builds=len(built),
         loads=len(loaded),
         build_seconds=sum(one.seconds for one in built),
@@ -95,33 +92,23 @@ def collect(runtime: Runtime) -> RuntimeStats:
         bytes=package_bytes + mask_bytes,
         package_bytes=package_bytes,
         mask_bytes=mask_bytes,
-        kernels=_kernels(runtime, plans),
-        engines=_engines(plans, list(runtime.plans.passing.values())),
+        kernels=_kernels(supplied, plans),
+        engines=_engines(plans, list(all_plans.passing.values())),
         background_pending=supply.pending,
-        background_failed={" ".join(map(str, spec)): error for spec, error in supply.failed.items()},
+        background_failed={kernel_name(one.describe()): error for one, error in supply.failed.items()},
         cache_dir=str(supply.store.folder),
         cache_fault=supply.store.database.foreseen(),
     )
 
 
-def _kernels(runtime: Runtime, plans: list[Plan]) -> list[KernelStats]:
-    sharing: Counter[KernelSpec] = Counter()
+def _kernels(supplied: Mapping[Artifact, Supplied], plans: list[Plan]) -> list[KernelStats]:
+    sharing: Counter[Artifact] = Counter()
     for plan in plans:
-        sharing.update(set(plan.engine.specs(plan.problem)))
-    supplied = dict(runtime.supply.supplied)
-    rows = []
-    for spec in dict.fromkeys([*supplied, *sharing]):
-        known = supplied.get(spec)
-        rows.append(
-            KernelStats(
-                **(spec.summary() if isinstance(spec, CubinSpec) else spec)._asdict(),
-                source=known.source if known else "compiled",
-                seconds=known.seconds if known else 0.0,
-                bytes=known.bytes if known else 0,
-                plans=0 if isinstance(spec, CubinSpec) else sharing[spec],
-            )
-        )
-    return rows
+        sharing.update(plan.artifacts)
+    return [
+        KernelStats(**one.describe()._asdict(), **how._asdict(), plans=sharing[one])
+        for one, how in supplied.items()
+    ]
 
 
 def _engines(plans: list[Plan], passing: list[Passing]) -> list[EngineStats]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from softcap_runtime.artifacts.sources import digest
+from softcap_runtime.kernels.gpu_kernel import SOURCES
 from softcap_runtime.kernels.gpu_options import BlockOptions, DeviceLimits, Direction, variants
 from softcap_runtime.kernels.key import dtype_name
 from softcap_runtime.store import Key, Store, fingerprint
@@ -30,6 +32,7 @@ def _key(device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -
         "kernel": direction,
         "dtype": dtype_name(dtype),
         "head_dim": head_dim,
+        "sources": digest(*SOURCES),
     }
     return Key(fields, fingerprint("cuda", device))
 

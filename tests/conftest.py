@@ -17,7 +17,7 @@ from helpers import HEAD_DIM
 
 from softcap_runtime import BuildFailed, EngineUnavailable, Runtime, RuntimeSettings, torch_features
 from softcap_runtime.kernels import products
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Package
 
 # What an older torch lacks, by the words in which it is refused.
 LACKING = [
@@ -104,7 +104,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Kernels that many tests share; anything else is compiled by the test that needs it.
 SHARED_KERNELS = [
-    KernelSpec("flex_forward", "cpu", dtype, HEAD_DIM, capped, mask)
+    Package("flex_forward", "cpu", dtype, HEAD_DIM, capped, mask)
     for dtype, capped, mask in (
         ("float32", True, "band"),
         ("float32", True, "intervals"),
@@ -115,7 +115,7 @@ SHARED_KERNELS = [
         ("float16", True, "band"),
     )
 ] + [
-    KernelSpec(op, "cpu", dtype, 0, capped, "")
+    Package(op, "cpu", dtype, 0, capped, "")
     for op, dtype, capped in (
         ("block_forward", "float32", True),
         ("block_softmax", "float32", True),
@@ -137,7 +137,7 @@ def builds(cache_dir: Path) -> Iterator[list[Future[Any]]]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         there = {"flex_forward": torch_features.FLEX_PACKAGES}
         specs = [spec for spec in SHARED_KERNELS if there.get(spec.op, torch_features.PACKAGES)]
-        yield [pool.submit(supply.obtain, spec) for spec in specs]
+        yield [pool.submit(supply.get, spec) for spec in specs]
         pool.shutdown(cancel_futures=True)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, reference, torch_features
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Package
 
 LAYOUTS = ("transposed", "contiguous", "fused", "expanded", "strided")
 HEAD_DIM = 64  # flex has a kernel per head_dim: all tests share this one
@@ -253,10 +253,10 @@ def masks(draw: st.DrawFn, sizes: Sizes) -> dict[str, Tensor]:
     return found
 
 
-def package_of(runtime: Runtime, spec: KernelSpec) -> bytes:
+def package_of(runtime: Runtime, spec: Package) -> bytes:
     """The package of a kernel, compiled if it is not in the runtime's cache."""
-    runtime.supply.obtain(spec)
-    data = runtime.supply.store.load(runtime.supply.key(spec))
+    runtime.supply.get(spec)
+    data = runtime.supply.store.load(spec.key())
     assert data is not None
     return data
 

@@ -14,28 +14,25 @@ from torch.utils.data import DataLoader, Dataset
 from workers import results_of
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
-from softcap_runtime.kernels import package
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Package
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
 SPECS = [
-    KernelSpec("flex_forward", "cpu", "float32", HEAD_DIM, True, "band"),
-    KernelSpec("flex_forward", "cpu", "float32", HEAD_DIM, True, "intervals"),
-    KernelSpec("block_forward", "cpu", "float32", 0, True, ""),
+    Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "band"),
+    Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "intervals"),
+    Package("block_forward", "cpu", "float32", 0, True, ""),
 ]
 PROCESSES, BUILD_S = 8, 0.5
 
 
-def need_three(
-    folder: str, packages: dict[KernelSpec, bytes], record: str, barrier: Any, results: Any
-) -> None:
-    def build(spec: KernelSpec) -> bytes:
+def need_three(folder: str, packages: dict[Package, bytes], record: str, barrier: Any, results: Any) -> None:
+    def build(spec: Package) -> bytes:
         with open(record, "a") as file:
             file.write(f"{SPECS.index(spec)}\n")
         time.sleep(BUILD_S)
         return packages[spec]
 
-    package.build = build
+    Package.build = build  # type: ignore[method-assign]
     flex, blocked = (Runtime(RuntimeSettings(cache_dir=folder, engine=name)) for name in ("flex", "blocked"))
     inputs = make_qkv(Sizes(2, 4, 2, 40, 40))
     ids = torch.arange(40)[None] // 7
@@ -91,7 +88,7 @@ class Attended(Dataset):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])
 def test_workers_of_a_data_loader(runtime: Runtime, method: str, workers: int, seed: int) -> None:
-    runtime.supply.obtain(SPECS[0])
+    runtime.supply.get(SPECS[0])
     attended = Attended(str(runtime.settings.cache_dir))
     if method == "fork":
         attended[0]  # the workers inherit a runtime with its kernel loaded

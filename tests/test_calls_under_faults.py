@@ -19,12 +19,11 @@ from helpers import HEAD_DIM, Sizes, expected, make_qkv, package_of, relative_er
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, SoftcapRuntimeError
 from softcap_runtime.cache_report import report
-from softcap_runtime.kernels import package
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Package
 from softcap_runtime.store import database
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
-SPEC = KernelSpec("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
+SPEC = Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
 DB = "cache.db"
 
 
@@ -32,8 +31,8 @@ DB = "cache.db"
 def filled(runtime: Runtime, tmpfs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with a kernel, on a filesystem of its own; a build gives the session's package."""
     data = package_of(runtime, SPEC)
-    monkeypatch.setattr(package, "build", lambda spec: data)
-    monkeypatch.setattr(package, "compiler_version", lambda: "none, a test")
+    monkeypatch.setattr(Package, "build", lambda spec: data)
+    monkeypatch.setattr(Package, "provenance", lambda spec: {"compiler": "none, a test"})
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.2)
     folder = tmpfs("size=8m") / "cache"
     first = make(folder)

@@ -30,7 +30,7 @@ from softcap_runtime import (
     cli,
     cli_tables,
 )
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Package
 from softcap_runtime.store import Key, Store, fingerprint
 from softcap_runtime.store.schema import DBNAME
 
@@ -59,9 +59,9 @@ def fill(folder: Path) -> Store:
     """A cache of three entries that nobody will load: two kernels for here, one for another machine."""
     store = Store(folder, 2**30)
     for head_dim, dtype, here in ((64, "float32", True), (128, "float32", True), (256, "float16", False)):
-        spec = KernelSpec("flex_forward", "cpu", dtype, head_dim, True, "band")
+        spec = Package("flex_forward", "cpu", dtype, head_dim, True, "band")
         environment = fingerprint("cpu") if here else {**fingerprint("cpu"), "torch": "1.0"}
-        store.load_or_build(Key(spec.fields(), environment), lambda: os.urandom(1000))
+        store.load_or_build(Key(spec.key().fields, environment), lambda: os.urandom(1000))
     return store
 
 
@@ -145,21 +145,21 @@ def test_prewarm_shows_each_kernel(command: Command, warm_cache: Path) -> None:
 
 
 @pytest.fixture
-def tiny_packages(monkeypatch: pytest.MonkeyPatch) -> list[KernelSpec]:
+def tiny_packages(monkeypatch: pytest.MonkeyPatch) -> list[Package]:
     """Builds make 1,000 bytes that nobody can run; the specs that were built."""
-    built: list[KernelSpec] = []
+    built: list[Package] = []
 
-    def build(spec: KernelSpec) -> bytes:
+    def build(spec: Package) -> bytes:
         built.append(spec)
         return os.urandom(1000)
 
-    monkeypatch.setattr("softcap_runtime.kernels.package.build", build)
-    monkeypatch.setattr("softcap_runtime.kernels.table._loaded", lambda spec, data: object())
+    monkeypatch.setattr(Package, "build", build)
+    monkeypatch.setattr(Package, "load", lambda spec, data: object())
     return built
 
 
 def test_prewarm_fails_when_its_kernels_evict_each_other(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_packages: list[KernelSpec]
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_packages: list[Package]
 ) -> None:
     words = ["--cache-dir", tmp_path / "cache", "prewarm", "--preset", "gemma2-2b", "--train"]
     monkeypatch.setenv("SOFTCAP_CACHE_SIZE_LIMIT", "1500")
@@ -180,7 +180,7 @@ def test_prewarm_fails_when_another_process_removes_its_kernels(
     command: Command,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    tiny_packages: list[KernelSpec],
+    tiny_packages: list[Package],
     other: str,
 ) -> None:
     folder = tmp_path / "cache"
@@ -205,14 +205,14 @@ def test_prewarm_fails_when_another_process_removes_its_kernels(
 
 
 def test_prewarm_builds_nothing_for_a_read_only_folder(
-    command: Command, tmp_path: Path, tmpfs: Callable[[str], Path], tiny_packages: list[KernelSpec]
+    command: Command, tmp_path: Path, tmpfs: Callable[[str], Path], tiny_packages: list[Package]
 ) -> None:
     place = tmpfs("size=4m")
     what = ["prewarm", "--preset", "gemma2-2b", "--engine", "blocked"]
     assert command("--cache-dir", tmp_path / "other", *what)[0] == 0
     store = Store(place / "cache", 2**30)
     for spec in tiny_packages:
-        store.load_or_build(Key(spec.fields(), fingerprint("cpu")), lambda: b"a kernel")
+        store.load_or_build(spec.key(), lambda: b"a kernel")
     store.close()
     words = ["--cache-dir", place / "cache", *what]
     subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
@@ -228,7 +228,7 @@ def test_prewarm_builds_nothing_for_a_read_only_folder(
 def test_prewarm_fails_when_a_build_does(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("softcap_runtime.kernels.package.find_compiler", lambda: None)
+    monkeypatch.setattr("softcap_runtime.artifacts.build.find_compiler", lambda: None)
     words = ["--cache-dir", tmp_path / "cache", "prewarm", "--preset", "gemma2-2b", "--engine", "blocked"]
     code, out, _ = command(*words)
     assert (code, "failed" in out, "no C++ compiler found" in out) == (1, True, True)
@@ -251,9 +251,7 @@ def test_an_interruption_is_one_line(
 
 def test_inspect_shows_the_cache(command: Command, tmp_path: Path) -> None:
     store = fill(tmp_path / "cache")
-    store.load(
-        Key(KernelSpec("flex_forward", "cpu", "float32", 1, True, "band").fields(), fingerprint("cpu"))
-    )
+    store.load(Package("flex_forward", "cpu", "float32", 1, True, "band").key())
     store.close()
     code, out, err = command("--cache-dir", tmp_path / "cache", "inspect")
     assert (code, err) == (0, "")
@@ -346,8 +344,8 @@ def test_the_ops_that_can_be_explained_are_those_that_are_compiled() -> None:
 
 def test_explaining_a_kernel_that_depends_on_no_head_dim(command: Command, tmp_path: Path) -> None:
     store = fill(tmp_path)
-    spec = KernelSpec("block_forward", "cpu", "float32", 0, True, "")
-    store.load_or_build(Key(spec.fields(), fingerprint("cpu")), lambda: b"kernel")
+    spec = Package("block_forward", "cpu", "float32", 0, True, "")
+    store.load_or_build(spec.key(), lambda: b"kernel")
     store.close()
     explain = ["--cache-dir", tmp_path, "inspect", "--explain"]
     assert command(*explain, "op=block_forward", "head_dim=77", "mask=band")[1].startswith("present")
@@ -361,9 +359,7 @@ def test_explaining_a_kernel_that_depends_on_no_head_dim(command: Command, tmp_p
 
 def test_verify_finds_and_repairs(command: Command, tmp_path: Path, seed: int) -> None:
     store = fill(tmp_path)
-    payload = store.load(
-        Key(KernelSpec("flex_forward", "cpu", "float32", 64, True, "band").fields(), fingerprint("cpu"))
-    )
+    payload = store.load(Package("flex_forward", "cpu", "float32", 64, True, "band").key())
     store.close()
     words = ["--cache-dir", tmp_path, "verify"]
     assert command(*words)[:2] == (0, f"3 entries are good in {tmp_path}\n")

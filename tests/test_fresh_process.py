@@ -140,20 +140,20 @@ def test_one_bad_setting_is_one_line(tmp_path: Path) -> None:
 
 def test_two_cold_processes_build_once(runtime: Runtime, tmp_path: Path, seed: int) -> None:
     """They start together and need the same kernel; the compiler is a stand-in that takes its time."""
-    from softcap_runtime.kernels.key import KernelSpec
+    from softcap_runtime.kernels.package import Package
 
-    spec = KernelSpec("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
-    runtime.supply.obtain(spec)
-    data: Any = runtime.supply.store.load(runtime.supply.key(spec))
+    spec = Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
+    runtime.supply.get(spec)
+    data: Any = runtime.supply.store.load(spec.key())
     (tmp_path / "kernel.pt2").write_bytes(data)
     code = f"""
 import os, time, torch, softcap_runtime as s
-from softcap_runtime.kernels import package
+from softcap_runtime.kernels.package import Package
 def build(spec):
     with open({str(tmp_path / "builds")!r}, "a") as log: log.write(f"{{os.getpid()}}\\n")
     time.sleep(1)
     return open({str(tmp_path / "kernel.pt2")!r}, "rb").read()
-package.build, package.compiler_version = build, lambda: "none, a test"
+Package.build, Package.provenance = build, lambda spec: dict()
 q = torch.randn(1, 2, 8, 64)
 out = s.Runtime.get().attention(q, q, q, s.AttentionConfig(softcap=50.0, scale=0.125))
 assert out.shape == q.shape

@@ -22,15 +22,11 @@ from softcap_runtime import (
     PrewarmRequest,
     Runtime,
     RuntimeSettings,
-    prewarm_gpu,
 )
-from softcap_runtime import prewarm as prewarming
-from softcap_runtime.kernels import package
-from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Package
 from softcap_runtime.presets import PRESETS, requests_for
 from softcap_runtime.prewarm_rows import Outcome, kernel_name, row_of, shown_work
-from softcap_runtime.supply import Supplied
 
 pytestmark = pytest.mark.usefixtures("all_kernels")
 
@@ -53,8 +49,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch, failing: str | None = None) -> lis
             raise BuildFailed(f"cannot build {spec.op}: no luck\nsecond line")
         return b"package of " + repr(spec).encode()
 
-    monkeypatch.setattr(package, "build", build)
-    monkeypatch.setattr("softcap_runtime.kernels.table.load_package", lambda data: lambda inputs: inputs)
+    monkeypatch.setattr(Package, "build", build)
+    monkeypatch.setattr("softcap_runtime.kernels.package.load_package", lambda data: lambda inputs: inputs)
     return asked
 
 
@@ -286,41 +282,3 @@ def test_bad_model_files_are_told_in_one_line(tmp_path: Path, text: str | None, 
         requests_for(tmp_path / "config.json")
     assert str(caught.value).startswith("model: ")
     assert "\n" not in str(caught.value)
-
-
-def test_gpu_kernels_are_found_by_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With another engine in their place: each kind of mask, short and long, many rows and few, and backward."""
-    monkeypatch.setattr(prewarming, "runs_triton", lambda request, engine: True)
-    monkeypatch.setattr(prewarm_gpu, "MANY_KEYS", 200)
-    monkeypatch.setattr(prewarm_gpu, "TMA_FROM", 1)
-    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="eager"))
-    common = {"train": True, "seq_lens": (20, 30), "dtype": "bfloat16"}
-    wanted = [request(**common), request(**common, config=WIDE)]
-    rows = runtime.prewarm(wanted, progress=True)
-    assert {(row.spec.op, row.spec.mask, row.outcome) for row in rows} == {
-        (op, mask, "ready") for op in ("gpu training", "gpu decoding") for mask in ("band", "intervals")
-    }
-    plans = {(key.q_shape[2], key.k_shape[2], key.train) for key, _ in runtime.plans.items()}
-    group = wanted[0].num_heads // wanted[0].num_kv_heads
-    square = {(length, length, train) for length in (20, 30, 128) for train in (False, True)}
-    few = {(count, keys, False) for count in (1, 32 // group, 64 // group) for keys in (128, 200)}
-    assert plans == square | few
-
-    def brings(*arguments: object, **masks: object) -> None:
-        spec = CubinSpec("forward_kernel", 90, "bfloat16", (), "", True, (("D", 64),), 4, 2)
-        runtime.supply.supplied[spec] = Supplied("built", 1.5, 1000)
-
-    monkeypatch.setattr(runtime, "attention", brings)
-    rows = runtime.prewarm([request()], progress=False)
-    assert [(row.spec.op, row.outcome, row.seconds, row.bytes) for row in rows] == [
-        ("forward_kernel", "built", 1.5, 1000)
-    ]
-
-    def fails(*arguments: object, **masks: object) -> None:
-        raise RuntimeError("out of resources\nand more")
-
-    monkeypatch.setattr(runtime, "attention", fails)
-    rows = runtime.prewarm([request()], progress=False)
-    assert {(row.spec.op, row.outcome, row.error) for row in rows} == {
-        (op, "failed", "out of resources") for op in ("gpu forward", "gpu decoding")
-    }

@@ -28,26 +28,25 @@ from softcap_runtime import (
     Runtime,
     RuntimeSettings,
 )
-from softcap_runtime.kernels import package
 from softcap_runtime.kernels.engine import Call
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Package
 from softcap_runtime.masks.intervals import band, row_intervals
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
-BAND = KernelSpec("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
+BAND = Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
 
 
 class Builder:
     """Stands in for the compiler: hands out the session's packages, and counts."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.built: list[KernelSpec] = []
+        self.built: list[Package] = []
         self.may_go = threading.Event()
         self.may_go.set()
         self.error: Exception | None = None
         self._runtime = runtime
 
-    def __call__(self, spec: KernelSpec) -> bytes:
+    def __call__(self, spec: Package) -> bytes:
         self.built.append(spec)
         assert self.may_go.wait(120)
         if self.error is not None:
@@ -57,10 +56,10 @@ class Builder:
 
 @pytest.fixture
 def builder(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Iterator[Builder]:
-    runtime.supply.obtain(BAND)  # by the real compiler, if it is not there yet
+    runtime.supply.get(BAND)  # by the real compiler, if it is not there yet
     made = Builder(runtime)
-    monkeypatch.setattr(package, "build", made)
-    monkeypatch.setattr(package, "compiler_version", lambda: "none, a test")
+    monkeypatch.setattr(Package, "build", lambda spec: made(spec))
+    monkeypatch.setattr(Package, "provenance", lambda spec: {"compiler": "none, a test"})
     yield made
     made.may_go.set()
 
@@ -192,7 +191,7 @@ def test_jit_forbid_names_the_command(builder: Builder, tmp_path: Path, seed: in
         assert words in text
     assert not builder.built
     # As the command does it.
-    Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex")).supply.obtain(BAND)
+    Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex")).supply.get(BAND)
     assert relative_error(runtime.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
 
 
@@ -394,7 +393,7 @@ def test_plans_are_bounded(runtimes: dict[str, Runtime], monkeypatch: pytest.Mon
 def test_plans_go_when_a_mask_is_evicted(runtimes: dict[str, Runtime]) -> None:
     """They hold the masks they are bound to: the memory's bound would be none."""
     runtime = Runtime(runtimes["flex"].settings)
-    masks = runtime.supply.table.masks
+    masks = runtime.supply.masks
     for length in (300, 310):
         for _ in range(3):
             runtime.attention(*make_qkv(Sizes(1, 4, 2, length, length)), CONFIG)

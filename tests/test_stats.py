@@ -11,11 +11,11 @@ import torch
 from helpers import HEAD_DIM, NEEDS_FLEX
 
 from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettings
-from softcap_runtime.kernels import package
+from softcap_runtime.artifacts.lifecycle import Supplied
 from softcap_runtime.kernels.cubin import CubinSpec
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.gpu_kernel import GpuKernel
+from softcap_runtime.kernels.package import Package
 from softcap_runtime.stats import EngineStats
-from softcap_runtime.supply import Supplied
 
 pytestmark = pytest.mark.usefixtures("all_kernels")
 
@@ -71,12 +71,12 @@ def test_each_engine_has_its_row(warm_cache: Path, seed: int) -> None:
 def test_background_builds_are_pending_then_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, go_on = threading.Event(), threading.Event()
 
-    def build(spec: KernelSpec) -> bytes:
+    def build(spec: Package) -> bytes:
         started.set()
         go_on.wait(60)
         raise BuildFailed(f"cannot build {spec.op}: no luck")
 
-    monkeypatch.setattr(package, "build", build)
+    monkeypatch.setattr(Package, "build", build)
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, build="background", engine="blocked"))
     call(runtime, 8)
     assert started.wait(60)
@@ -100,10 +100,10 @@ def test_background_builds_are_pending_then_failed(tmp_path: Path, monkeypatch: 
 
 def test_a_folder_that_cannot_be_used_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(package, "build", lambda spec: b"package")
-    monkeypatch.setattr("softcap_runtime.kernels.table.load_package", lambda data: lambda inputs: inputs)
+    monkeypatch.setattr(Package, "build", lambda spec: b"package")
+    monkeypatch.setattr("softcap_runtime.kernels.package.load_package", lambda data: lambda inputs: inputs)
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path / "file"))
-    runtime.supply.obtain(KernelSpec("block_forward", "cpu", "float32", 0, True, ""))
+    runtime.supply.get(Package("block_forward", "cpu", "float32", 0, True, ""))
     stats = runtime.stats()
     assert stats.cache_dir == str(tmp_path / "file")
     assert "is a file" in (stats.cache_fault or "")
@@ -136,7 +136,7 @@ def test_gpu_kernels_are_shown_in_the_words_of_all_others(tmp_path: Path) -> Non
     constants = (("BAND", False), ("FORM", 1), ("D", 128))
     for stages, source in ((2, "built"), (3, "disk")):
         spec = CubinSpec("forward_kernel", 90, "bfloat16", ("*bf16",), "if", True, constants, 4, stages)
-        runtime.supply.supplied[spec] = Supplied(source, 1.5, 1000)
+        runtime.supply.supplied[GpuKernel(spec, 0)] = Supplied(source, 1.5, 1000)
     stats = runtime.stats()
     assert [(one.op, one.device, one.dtype, one.head_dim, one.capped, one.mask) for one in stats.kernels] == [
         ("forward_kernel", "cuda", "bfloat16", 128, True, "intervals")

@@ -18,8 +18,7 @@ from softcap_runtime import (
     Runtime,
     RuntimeSettings,
     cli,
-    prewarm_gpu,
-    supply,
+    prewarm_tune,
     tuned,
 )
 from softcap_runtime import prewarm as prewarming
@@ -37,7 +36,6 @@ SHAPE = Shape(torch.device("cuda", 0), torch.bfloat16, 8, 4, 128, 512, 0.1, 50.0
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supply:
     monkeypatch.setattr(gpu_options, "device_limits", lambda index: LIMITS)
-    monkeypatch.setattr(supply, "device_limits", lambda index: LIMITS)
     return Supply(RuntimeSettings(cache_dir=tmp_path))
 
 
@@ -46,15 +44,15 @@ def measure(best: BlockOptions) -> list[Trial]:
 
 
 def test_the_best_is_kept_once_and_used(own: Supply) -> None:
-    assert own.table.options(*WHAT) == choose(LIMITS, *WHAT[1:]) == VARIANTS[0]
+    assert own.options(*WHAT) == choose(LIMITS, *WHAT[1:]) == VARIANTS[0]
     first = tuned.measured_once(own.store, *WHAT, lambda: measure(VARIANTS[2]))
     second = tuned.measured_once(own.store, *WHAT, lambda: pytest.fail("measured again"))
     assert (first.source, second.source) == ("built", "disk")
-    assert own.table.options(*WHAT) == VARIANTS[0]  # what was bound before goes on
-    own.table.forget_options()
-    assert own.table.options(*WHAT) == VARIANTS[2]
+    assert own.options(*WHAT) == VARIANTS[0]  # what was bound before goes on
+    own.forget_options()
+    assert own.options(*WHAT) == VARIANTS[2]
     other: Any = (0, torch.bfloat16, 128, "dq")
-    assert own.table.options(*other) == choose(LIMITS, *other[1:])
+    assert own.options(*other) == choose(LIMITS, *other[1:])
     (entry,) = own.store.entries()
     assert entry.fields["op"] == "tuned_options"
     words = "{} x {}, {} warps, {} stages"
@@ -65,7 +63,7 @@ def test_the_best_is_kept_once_and_used(own: Supply) -> None:
 
 def test_noise_changes_nothing(own: Supply) -> None:
     tuned.measured_once(own.store, *WHAT, lambda: [Trial(VARIANTS[0], 1.0), Trial(VARIANTS[1], 0.98)])
-    assert own.table.options(*WHAT) == VARIANTS[0]
+    assert own.options(*WHAT) == VARIANTS[0]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +72,7 @@ def test_noise_changes_nothing(own: Supply) -> None:
 def test_anything_odd_is_not_used(own: Supply, data: bytes, caplog: pytest.LogCaptureFixture) -> None:
     own.store.load_or_build(tuned._key(*WHAT), lambda: data)
     with caplog.at_level(logging.WARNING, "softcap_runtime"):
-        assert own.table.options(*WHAT) == VARIANTS[0]
+        assert own.options(*WHAT) == VARIANTS[0]
     assert ["tuned options of forward" in record.message for record in caplog.records] == [True]
 
 
@@ -117,13 +115,11 @@ def test_prewarm_measures_what_its_requests_need(
             Trial(one, index) for index, one in enumerate(variants(LIMITS, *shape[1:2], shape[4], direction))
         ]
 
-    monkeypatch.setattr(prewarm_gpu, "trials", trials)
-    monkeypatch.setattr(prewarming, "runs_triton", lambda request, engine: True)
-    monkeypatch.setattr(prewarming, "kernels_of", lambda request, engine: [])
-    monkeypatch.setattr(prewarm_gpu, "calls_of", lambda request: [])
-    monkeypatch.setattr(prewarming, "_bind_lengths", lambda runtime, request: None)
-    monkeypatch.setattr(prewarm_gpu, "device_of", torch.device)
-    monkeypatch.setattr(prewarming, "device_of", torch.device)
+    monkeypatch.setattr(prewarm_tune, "trials", trials)
+    monkeypatch.setattr(prewarming, "_has_options", lambda supply, request: True)
+    monkeypatch.setattr(prewarming, "artifacts_of", lambda supply, request: [])
+    monkeypatch.setattr(prewarming, "_bind_lengths", lambda bind, engine, request: None)
+    monkeypatch.setattr(prewarm_tune, "device_of", torch.device)
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path))
     common: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 200, "device": "cuda:0"}
     wanted = [

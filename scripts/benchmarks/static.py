@@ -12,7 +12,7 @@ from benchmarks.report import Report, side_by_side
 from softcap_runtime.kernels.choose import engine_named
 from softcap_runtime.kernels.engine import Problem, Runner
 from softcap_runtime.kernels.graphs import graph
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Package
 from softcap_runtime.masks import MaskMemo, band
 
 LENGTHS = (512, 1024, 2048, 4096)
@@ -25,7 +25,7 @@ class StaticKernels:
         self.masks = MaskMemo(2**26)
         self.compiled: dict[Any, Any] = {}
 
-    def runner(self, spec: KernelSpec) -> Runner:
+    def get(self, spec: Package) -> Runner:
         """The graph of ``spec``, compiled at the first call of each shape."""
 
         def run(inputs: list[Tensor]) -> list[Tensor]:
@@ -57,7 +57,7 @@ def _row(report: Report, length: int, dtype: torch.dtype, name: str) -> dict[str
     mask = band(length, length, causal=True, window=None)
     problem = Problem(q.device, dtype, 1, 8, 4, 256, 256**-0.5, peers.SOFTCAP, mask, False)
     engine = engine_named(name, q.device)
-    dynamic = engine.forward(problem, peers.runtime(name).supply.table)
+    dynamic = engine.forward(problem, peers.runtime(name).supply.kernels(problem))
     static = engine.forward(problem, StaticKernels())
     with torch.no_grad():
         assert torch.allclose(dynamic(q, k, v)[0], static(q, k, v)[0], atol=1e-2)

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime, RuntimeSettings, reference
-from softcap_runtime.kernels import package
-from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.prewarm import kernels_of
+from softcap_runtime.kernels.package import Package
+from softcap_runtime.prewarm import artifacts_of
 from softcap_runtime.supply import Supply
 from stressing.events import Note
 
@@ -32,25 +31,26 @@ ONE_COMPILES_IN = 100
 LAST_COMPILE_S = 20.0  # before the end: the run should not wait for it
 TOLERANCE = 1e-5  # relative, in float32; a kernel or a mask that is not the right one is off by 1e-2 or more
 
-compile_package = package.build
+compile_package = Package.build
 
 
-def specs() -> list[KernelSpec]:
+def specs() -> list[Package]:
     """The kernels that the calls need."""
     config = AttentionConfig(softcap=50.0, scale=HEAD_DIM**-0.5)
     request = PrewarmRequest(
         config=config, num_heads=4, num_kv_heads=2, head_dim=HEAD_DIM, dtype="float32", train=False
     )
     trained = request.model_copy(update={"train": True})
-    return [*kernels_of(request, "flex"), *kernels_of(trained, "blocked")]
+    flex, blocked = (Supply(RuntimeSettings(engine=name)) for name in ENGINES)
+    return [*artifacts_of(flex, request), *artifacts_of(blocked, trained)]  # type: ignore[list-item]
 
 
-def packages(folder: Path) -> dict[KernelSpec, bytes]:
+def packages(folder: Path) -> dict[Package, bytes]:
     """The packages of all kernels, from the cache in ``folder`` or compiled into it."""
     supply = Supply(RuntimeSettings(cache_dir=folder))
 
-    def package_of(spec: KernelSpec) -> bytes:
-        return supply.store.load_or_build(supply.key(spec), lambda: compile_package(spec)).data
+    def package_of(spec: Package) -> bytes:
+        return supply.store.load_or_build(spec.key(), lambda: compile_package(spec)).data
 
     wanted = specs()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -76,7 +76,7 @@ class Calls:
     def __init__(
         self,
         settings: dict[str, object],
-        known: dict[KernelSpec, bytes],
+        known: dict[Package, bytes],
         draw: random.Random,
         note: Note,
         until: float,
@@ -84,9 +84,9 @@ class Calls:
         self.settings, self.known, self.draw, self.note, self.until = settings, known, draw, note, until
         self.compiling = Path(str(settings["cache_dir"])).parent / "compiling"
         self.runtimes: dict[str, Runtime] = {}
-        package.build = self.build
+        Package.build = lambda spec: self.build(spec)  # type: ignore[method-assign]
 
-    def build(self, spec: KernelSpec) -> bytes:
+    def build(self, spec: Package) -> bytes:
         """The bytes of a kernel: those from before the run, now and then compiled for real."""
         late = time.time() > self.until - LAST_COMPILE_S
         if not late and self.draw.randrange(ONE_COMPILES_IN) == 0:

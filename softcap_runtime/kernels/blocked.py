@@ -14,7 +14,8 @@ from torch import Tensor
 from softcap_runtime import torch_features
 from softcap_runtime.kernels.blocked_walk import Block, Walk
 from softcap_runtime.kernels.engine import Engine, Kernels, Problem, empty_output, per_mask, scalars
-from softcap_runtime.kernels.key import KernelSpec, dtype_name
+from softcap_runtime.kernels.key import dtype_name
+from softcap_runtime.kernels.package import Package
 from softcap_runtime.kernels.products import accumulate, compute_dtype, multiply_in_parts
 from softcap_runtime.kernels.workspace import Workspace
 
@@ -24,14 +25,14 @@ BOUNDED_CAP = 64.0
 CHUNK = 1024
 
 
-def _forward_spec(problem: Problem) -> KernelSpec:
+def _forward_package(problem: Problem) -> Package:
     bounded = problem.softcap is not None and problem.softcap <= BOUNDED_CAP
     op = _by_precision("block_forward", problem) if bounded else "block_softmax"
-    return _spec(op, problem)
+    return _package(op, problem)
 
 
-def _backward_spec(problem: Problem) -> KernelSpec:
-    return _spec(_by_precision("block_backward", problem), problem)
+def _backward_package(problem: Problem) -> Package:
+    return _package(_by_precision("block_backward", problem), problem)
 
 
 def _by_precision(op: str, problem: Problem) -> str:
@@ -39,12 +40,12 @@ def _by_precision(op: str, problem: Problem) -> str:
     return op if problem.softcap is None or problem.dtype == torch.float32 else f"{op}_half"
 
 
-def _spec(op: str, problem: Problem) -> KernelSpec:
-    return KernelSpec(op, "cpu", dtype_name(compute_dtype(problem.dtype)), 0, problem.softcap is not None, "")
+def _package(op: str, problem: Problem) -> Package:
+    return Package(op, "cpu", dtype_name(compute_dtype(problem.dtype)), 0, problem.softcap is not None, "")
 
 
-def _specs(problem: Problem) -> list[KernelSpec]:
-    return [_forward_spec(problem), *([_backward_spec(problem)] if problem.train else [])]
+def _artifacts(problem: Problem, kernels: Kernels) -> list[Package]:
+    return [_forward_package(problem), *([_backward_package(problem)] if problem.train else [])]
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -58,9 +59,9 @@ def _refuses(problem: Problem) -> str | None:
 class _Pass:
     """A problem bound to its fused kernel: what forward and backward have in common."""
 
-    def __init__(self, problem: Problem, kernels: Kernels, spec: KernelSpec) -> None:
+    def __init__(self, problem: Problem, kernels: Kernels, package: Package) -> None:
         self.problem = problem
-        self.fused = kernels.runner(spec)
+        self.fused = kernels.get(package)
         self.dtype = compute_dtype(problem.dtype)
         self.walk, self.numbers = Walk(problem), scalars(problem)
         # Half precision's own rounding is far larger than that of long sums.
@@ -95,9 +96,9 @@ class _Pass:
 
 class _Forward(_Pass):
     def __init__(self, problem: Problem, kernels: Kernels) -> None:
-        spec = _forward_spec(problem)
-        super().__init__(problem, kernels, spec)
-        self.safe = spec.op == "block_softmax"
+        package = _forward_package(problem)
+        super().__init__(problem, kernels, package)
+        self.safe = package.op == "block_softmax"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         out = empty_output(q)
@@ -150,7 +151,7 @@ class _Backward(_Pass):
     """
 
     def __init__(self, problem: Problem, kernels: Kernels) -> None:
-        super().__init__(problem, kernels, _backward_spec(problem))
+        super().__init__(problem, kernels, _backward_package(problem))
 
     def __call__(
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
@@ -222,4 +223,4 @@ def _row_sums(space: Workspace, grad_out: Tensor, out: Tensor) -> Tensor:
     return torch.mul(grad_out.float().view(out.shape), out, out=product).sum(-1)
 
 
-ENGINE = Engine("blocked", _refuses, _specs, per_mask(_Forward), per_mask(_Backward))
+ENGINE = Engine("blocked", _refuses, _artifacts, per_mask(_Forward), per_mask(_Backward))

@@ -80,6 +80,13 @@ class CubinSpec(NamedTuple):
             "stages": self.stages,
         }
 
+    @classmethod
+    def of_json(cls, text: str) -> CubinSpec:
+        """From what ``json.dumps`` made of one."""
+        kernel, capability, dtype, tensors, numbers, aligned, constants, warps, stages = json.loads(text)
+        pairs = tuple((name, value) for name, value in constants)
+        return cls(kernel, capability, dtype, tuple(tensors), numbers, aligned, pairs, warps, stages)
+
     def summary(self) -> KernelSpec:
         """The kernel in the words of all others."""
         known = dict(self.constants)

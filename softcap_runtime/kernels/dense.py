@@ -6,7 +6,8 @@ Both compute half-precision inputs in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,11 @@ from softcap_runtime.kernels.engine import (
     laid_out,
     per_mask,
 )
+from softcap_runtime.kernels.jit import Compiled
 from softcap_runtime.kernels.key import KernelSpec, dtype_name
 from softcap_runtime.masks.intervals import edges
+
+_FORWARD, _BACKWARD = "dense_forward", "dense_backward"
 
 
 def attend(
@@ -115,13 +119,17 @@ def _eager_backward(problem: Problem, kernels: Kernels) -> MaskedBackward:
     return run
 
 
-def _dense_spec(problem: Problem, op: str) -> KernelSpec:
-    return KernelSpec(op, problem.device.type, dtype_name(problem.dtype), 0, problem.softcap is not None, "")
+def _function(spec: KernelSpec) -> Callable[..., Any]:
+    return attend if spec.op == _FORWARD else attend_backward
 
 
-def _dense_specs(problem: Problem) -> list[KernelSpec]:
-    ops = ["dense_forward", "dense_backward"] if problem.train else ["dense_forward"]
-    return [_dense_spec(problem, op) for op in ops]
+def _compiled(problem: Problem, op: str) -> Compiled:
+    capped = problem.softcap is not None
+    return Compiled(KernelSpec(op, problem.device.type, dtype_name(problem.dtype), 0, capped, ""), _function)
+
+
+def _dense_artifacts(problem: Problem, kernels: Kernels) -> list[Compiled]:
+    return [_compiled(problem, op) for op in ((_FORWARD, _BACKWARD) if problem.train else (_FORWARD,))]
 
 
 def _dense_refuses(problem: Problem) -> str | None:
@@ -131,7 +139,7 @@ def _dense_refuses(problem: Problem) -> str | None:
 
 
 def _dense_forward(problem: Problem, kernels: Kernels) -> MaskedForward:
-    fixed, compiled = _arguments(problem), kernels.runner(_dense_spec(problem, "dense_forward"))
+    fixed, compiled = _arguments(problem), kernels.get(_compiled(problem, _FORWARD))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         out, lse = compiled([q, k, v, *fixed])  # type: ignore[list-item]
@@ -141,7 +149,7 @@ def _dense_forward(problem: Problem, kernels: Kernels) -> MaskedForward:
 
 
 def _dense_backward(problem: Problem, kernels: Kernels) -> MaskedBackward:
-    fixed, compiled = _arguments(problem), kernels.runner(_dense_spec(problem, "dense_backward"))
+    fixed, compiled = _arguments(problem), kernels.get(_compiled(problem, _BACKWARD))
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _lay_out_all(compiled([*tensors[:4], *fixed]), tensors)  # type: ignore[list-item]
@@ -150,6 +158,6 @@ def _dense_backward(problem: Problem, kernels: Kernels) -> MaskedBackward:
 
 
 EAGER = Engine(
-    "eager", _eager_refuses, lambda problem: [], per_mask(_eager_forward), per_mask(_eager_backward)
+    "eager", _eager_refuses, lambda problem, kernels: [], per_mask(_eager_forward), per_mask(_eager_backward)
 )
-DENSE = Engine("dense", _dense_refuses, _dense_specs, per_mask(_dense_forward), per_mask(_dense_backward))
+DENSE = Engine("dense", _dense_refuses, _dense_artifacts, per_mask(_dense_forward), per_mask(_dense_backward))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from softcap_runtime.kernels.cubin import CubinSpec, Function
+from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.kernels.gpu_options import BlockOptions, Direction
-from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.masks.memo import MaskMemo
 
@@ -72,15 +71,15 @@ class Call(NamedTuple):
 
 
 class Kernels(Protocol):
-    """Where an engine finds its compiled kernels (a missing one is loaded or built, or raises) and its masks."""
+    """Where an engine finds what it needs for one problem: its compiled kernels, its masks, its kernels' options."""
 
-    masks: MaskMemo
+    @property
+    def masks(self) -> MaskMemo:
+        """Block tables of masks, kept."""
 
-    def runner(self, spec: KernelSpec) -> Runner:
-        """The kernel of ``spec``, ready to run."""
-
-    def function(self, problem: Problem, spec: CubinSpec) -> Function:
-        """The GPU kernel of ``spec``, loaded on the device of ``problem``, which needs it."""
+    def get(self, artifact: Artifact) -> Any:
+        """What the artifact's ``load`` returned: found in this process, else loaded, built, or refused by the settings
+        (see ``Artifacts.get`` for what it raises)."""
 
     def options(self, device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:
         """The options of a GPU kernel on a device."""
@@ -89,17 +88,19 @@ class Kernels(Protocol):
 class Engine(NamedTuple):
     """One way to compute attention.
 
-    ``refuses``: why it cannot serve a problem, or None when it can. ``specs``: the compiled kernels that it
-    needs for one, by its dtype, heads and ``train`` alone, never its lengths. ``forward`` and ``backward``:
-    bind a problem to its kernels and return what computes it, under any intervals of the mask's form; ``q``, ``k``,
-    ``v`` have last stride 1.
+    ``refuses``: why it cannot serve a problem, or None when it can. ``artifacts``: the compiled kernels that it
+    needs for one whose tensors lie as torch's own do (a call whose tensors lie otherwise may ask ``Kernels`` for
+    others). ``forward`` and ``backward``: bind a problem to its kernels and return what computes it, under any
+    intervals of the mask's form; ``q``, ``k``, ``v`` have last stride 1. ``alike``: problems that between them need
+    every artifact that problems like this one may need, whatever their lengths; itself alone where these play no part.
     """
 
     name: str
     refuses: Callable[[Problem], str | None]
-    specs: Callable[[Problem], list[KernelSpec]]
+    artifacts: Callable[[Problem, Kernels], Sequence[Artifact]]
     forward: Callable[[Problem, Kernels], Forward]
     backward: Callable[[Problem, Kernels], Backward]
+    alike: Callable[[Problem], Sequence[Problem]] = lambda problem: [problem]
 
 
 MaskedForward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # of q, k, v

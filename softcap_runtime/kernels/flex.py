@@ -21,6 +21,7 @@ from softcap_runtime.kernels.engine import (
     scalars,
 )
 from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_name
+from softcap_runtime.kernels.package import Package
 from softcap_runtime.masks.blocks import BlockTables, block_tables
 from softcap_runtime.masks.intervals import RowIntervals, band
 
@@ -37,7 +38,7 @@ FEW_KEYS, FEW_HALF_KEYS = 4096, 256
 
 
 def kernel_spec(problem: Problem, op: str) -> KernelSpec:
-    """The key of flex's kernel ``op`` for a problem."""
+    """What flex's kernel ``op`` is compiled for to solve a problem."""
     mask: MaskKind = "band" if problem.mask.lo is None else "intervals"
     return KernelSpec(
         op,
@@ -49,8 +50,8 @@ def kernel_spec(problem: Problem, op: str) -> KernelSpec:
     )
 
 
-def _specs(problem: Problem) -> list[KernelSpec]:
-    return [kernel_spec(problem, FORWARD)]
+def _package(problem: Problem) -> Package:
+    return Package(*kernel_spec(problem, FORWARD))
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -89,7 +90,7 @@ def _forward(problem: Problem, kernels: Kernels) -> MaskedForward:
 
 
 def _bound(problem: Problem, kernels: Kernels) -> MaskedForward:
-    run_kernel = kernels.runner(kernel_spec(problem, FORWARD))
+    run_kernel = kernels.get(_package(problem))
     fixed = [*key_tables(problem, kernels), *mask_arguments(problem), *scalars(problem)]
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -185,4 +186,4 @@ def _backward(problem: Problem, kernels: Kernels) -> Backward:
     raise AssertionError("unreachable: the engine refuses training")
 
 
-ENGINE = Engine("flex", _refuses, _specs, per_mask(_forward), _backward)
+ENGINE = Engine("flex", _refuses, lambda problem, kernels: [_package(problem)], per_mask(_forward), _backward)

@@ -30,6 +30,7 @@ from softcap_runtime.kernels.flex import (
     mask_arguments,
 )
 from softcap_runtime.kernels.gpu_options import has_triton
+from softcap_runtime.kernels.jit import Compiled
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.masks.blocks import BlockTables, assemble, query_tables
 from softcap_runtime.torch_private import flex_backward, has_flex_backward
@@ -55,8 +56,12 @@ def _refuses(problem: Problem) -> str | None:
     return None
 
 
-def _specs(problem: Problem) -> list[KernelSpec]:
-    return [kernel_spec(problem, op) for op in ((FORWARD, BACKWARD) if problem.train else (FORWARD,))]
+def _compiled(problem: Problem, op: str) -> Compiled:
+    return Compiled(kernel_spec(problem, op), function, 0 if op == FORWARD else 1)
+
+
+def _artifacts(problem: Problem, kernels: Kernels) -> list[Compiled]:
+    return [_compiled(problem, op) for op in ((FORWARD, BACKWARD) if problem.train else (FORWARD,))]
 
 
 def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
@@ -119,7 +124,7 @@ def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _forward(problem: Problem, kernels: Kernels) -> MaskedForward:
-    compiled = kernels.runner(kernel_spec(problem, FORWARD))
+    compiled = kernels.get(_compiled(problem, FORWARD))
     fixed = [*key_tables(problem, kernels), *mask_arguments(problem), *scalars(problem)]
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -130,7 +135,7 @@ def _forward(problem: Problem, kernels: Kernels) -> MaskedForward:
 
 
 def _backward(problem: Problem, kernels: Kernels) -> MaskedBackward:
-    compiled = kernels.runner(kernel_spec(problem, BACKWARD))
+    compiled = kernels.get(_compiled(problem, BACKWARD))
     queries = query_tables(problem.mask, problem.device)
     fixed = [*key_tables(problem, kernels), *queries, *mask_arguments(problem), *scalars(problem)]
 
@@ -142,4 +147,4 @@ def _backward(problem: Problem, kernels: Kernels) -> MaskedBackward:
     return run
 
 
-ENGINE = Engine("flex", _refuses, _specs, per_mask(_forward), per_mask(_backward))
+ENGINE = Engine("flex", _refuses, _artifacts, per_mask(_forward), per_mask(_backward))

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softcap_runtime.kernels import triton_build
-from softcap_runtime.kernels.cubin import Cubin, CubinSpec, Function
+from softcap_runtime.kernels.cubin import CubinSpec, Function
 from softcap_runtime.kernels.cuda_driver import LoadedCubin
+from softcap_runtime.kernels.gpu_kernel import GpuKernel
 from softcap_runtime.kernels.gpu_options import BlockOptions, Direction, choose, device_limits, variants
 from softcap_runtime.kernels.triton_attention import bind_forward
 from softcap_runtime.kernels.triton_gradient import bind_backward
@@ -54,9 +54,8 @@ class _Kernels(NamedTuple):
     def function(self, spec: CubinSpec) -> Function:
         found = self.loaded.get(spec)
         if found is None:
-            found = self.loaded[spec] = LoadedCubin(
-                Cubin.unpack(triton_build.build(spec)), torch.cuda.current_device()
-            )
+            kernel = GpuKernel(spec, torch.cuda.current_device())
+            found = self.loaded[spec] = kernel.load(kernel.build())
         return found
 
     def options(self, q: Tensor, direction: Direction) -> BlockOptions:

@@ -2,48 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from softcap_runtime.kernels import dense, flex_cuda
-from softcap_runtime.kernels.engine import Runner
 from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.torch_private import take_for_numbers
+from softcap_runtime.torch_private import Runner, take_for_numbers
 
 
-class _Source(NamedTuple):
-    """``function(spec)`` is compiled. ``heads``: where among its inputs q is, k after it, when the compiler is to take
+class Compiled(NamedTuple):
+    """``function(spec)``, compiled. ``heads``: where among its inputs q is, k after it, when the compiler is to take
     heads and head_dim for numbers; None where they are symbols."""
 
+    spec: KernelSpec
     function: Callable[[KernelSpec], Callable[..., Any]]
     heads: int | None = None
 
+    def key(self) -> None:
+        """None: there are no bytes to keep (see ``Artifact``)."""
 
-_SOURCES = {
-    "dense_forward": _Source(lambda spec: dense.attend),
-    "dense_backward": _Source(lambda spec: dense.attend_backward),
-    flex_cuda.FORWARD: _Source(flex_cuda.function, 0),
-    flex_cuda.BACKWARD: _Source(flex_cuda.function, 1),
-}
+    def describe(self) -> KernelSpec:
+        """See ``Artifact``."""
+        return self.spec
+
+    def build(self) -> bytes:
+        """Never called, as there is no key."""
+        raise AssertionError("unreachable: it has no key")
+
+    def provenance(self) -> Mapping[str, str]:
+        """Never called, as there is no key."""
+        raise AssertionError("unreachable: it has no key")
+
+    def load(self, data: bytes) -> Runner:
+        """What compiles it with dynamic sizes, each kind of them at its first call; ``data`` is empty."""
+        return _runner(self)
 
 
-def compiles_in_process(spec: KernelSpec) -> bool:
-    """Whether ``spec`` is made here rather than loaded from a package."""
-    return spec.op in _SOURCES
-
-
-def compile_runner(spec: KernelSpec) -> Runner:
+def _runner(source: Compiled) -> Runner:
     """A runner of functions compiled with dynamic sizes, each at its first call.
 
     torch compiles anew for sizes of 1 or of one number, and for strides that relate to sizes in another way, and raises
     at its limit of eight recompilations a code object (``fullgraph=True``; else it would go on uncompiled in silence).
     So inputs are made contiguous, and each pattern of ones, and what else is a number, has code of its own.
     """
-    source = _SOURCES[spec.op]
     variants: dict[tuple[object, ...], Any] = {}
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
@@ -56,7 +60,7 @@ def compile_runner(spec: KernelSpec) -> Runner:
                 _make_heads_static(x)
         compiled = variants.get(kind)
         if compiled is None:
-            compiled = variants.setdefault(kind, _compiled(source, spec))
+            compiled = variants.setdefault(kind, _compiled(source))
         return list(compiled(*plain))
 
     return run
@@ -78,8 +82,10 @@ def _ones(x: Tensor) -> tuple[bool, ...]:
     return (x.storage_offset() == 0, *(size == 1 for size in x.shape))
 
 
-def _compiled(source: _Source, spec: KernelSpec) -> Any:
-    function = source.function(spec)
+def _compiled(source: Compiled) -> Any:
+    function = source.function(source.spec)
     assert isinstance(function, FunctionType)
-    own = FunctionType(function.__code__.replace(), function.__globals__, spec.op, None, function.__closure__)
+    own = FunctionType(
+        function.__code__.replace(), function.__globals__, source.spec.op, None, function.__closure__
+    )
     return torch.compile(own, dynamic=True, fullgraph=True)

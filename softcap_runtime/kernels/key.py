@@ -1,4 +1,4 @@
-"""The key of a compiled kernel: what its machine code depends on, and nothing else.
+"""What a compiled kernel is for, in words that all kernels share.
 
 Lengths, batch, head counts, strides, windows, caps and scales are run-time arguments of every kernel, so
 one artifact serves all of them.
@@ -14,7 +14,7 @@ MaskKind = Literal["band", "intervals", ""]
 
 
 class KernelSpec(NamedTuple):
-    """``op`` names the graph (see ``graphs/``); ``head_dim`` 0 and ``mask`` "" where it depends on neither."""
+    """``op`` names the kernel; ``head_dim`` 0 and ``mask`` "" where it depends on neither."""
 
     op: str
     device: str
@@ -23,14 +23,16 @@ class KernelSpec(NamedTuple):
     capped: bool
     mask: MaskKind
 
-    def fields(self) -> dict[str, str | int | bool]:
-        """The key as JSON fields for the store."""
-        return self._asdict()
-
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch's."""
         return dtype_of(self.dtype)
+
+
+def kernel_name(spec: KernelSpec) -> str:
+    """A kernel in words, as progress bars, tables and errors show it."""
+    words = [spec.op, spec.dtype, f"head_dim {spec.head_dim}" if spec.head_dim else "", spec.mask]
+    return " ".join(word for word in words if word) + ("" if spec.capped else " (no softcap)")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

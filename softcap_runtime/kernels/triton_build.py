@@ -1,9 +1,14 @@
-"""Compiles a Triton kernel ahead of time: no GPU is needed, and whoever launches the result needs no Triton."""
+"""Compiles a Triton kernel ahead of time: no GPU is needed, and whoever launches the result needs no Triton.
+
+As a child process: ``python -m softcap_runtime.kernels.triton_build CUBIN_SPEC_JSON FILE``.
+"""
 
 from __future__ import annotations
 
 import importlib
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from softcap_runtime.errors import BuildFailed
@@ -22,13 +27,6 @@ _BYTES = {"i": 4, "l": 8, "f": 4}
 _PARAMETER = re.compile(
     r"\.param (?:\.align \d+ )?\.(\w+)(?: \.ptr[\w. ]*)? \w+_param_\d+(?:\[(\d+)\])?[,\n]"
 )
-
-
-def compiler_version() -> str:
-    """What compiles, as the provenance of an entry."""
-    import triton
-
-    return f"triton {triton.__version__}"
 
 
 def build(spec: CubinSpec) -> bytes:
@@ -87,16 +85,20 @@ def _packed(spec: CubinSpec, compiled: Any) -> bytes:
     # is launched that disagrees.
     if found[: len(wanted)] != wanted or set(found[len(wanted) :]) - {8} or len(boxes) != _tiles(spec):
         raise BuildFailed(
-            f"kernel {spec.kernel}: {compiler_version()} passes parameters in a way that this version does not know; "
+            f"kernel {spec.kernel}: {_compiler()} passes parameters in a way that this version does not know; "
             "use another Triton"
         )
     if memory or metadata.num_ctas != 1:
-        raise BuildFailed(
-            f"kernel {spec.kernel}: {compiler_version()} wants scratch memory or clusters for it"
-        )
+        raise BuildFailed(f"kernel {spec.kernel}: {_compiler()} wants scratch memory or clusters for it")
     return Cubin(
         metadata.name, metadata.shared, 32 * metadata.num_warps, tuple(boxes), scratch, compiled.asm["cubin"]
     ).pack()
+
+
+def _compiler() -> str:
+    import triton
+
+    return f"triton {triton.__version__}"
 
 
 def _tiles(spec: CubinSpec) -> int:
@@ -120,3 +122,7 @@ def parameter_bytes(ptx: str) -> list[int]:
     head = ptx[ptx.index(".entry") :]
     head = head[: head.index(")")]
     return [int(count) if count else int(kind[1:]) // 8 for kind, count in _PARAMETER.findall(head + "\n")]
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_bytes(build(CubinSpec.of_json(sys.argv[1])))

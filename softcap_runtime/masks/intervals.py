@@ -191,7 +191,7 @@ def padding_edges(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _document_edges(document_ids: Tensor, *, ends: bool) -> tuple[Tensor, Tensor | None]:
     """Where each key's document starts and (if asked for) ends: int32 ``[B, kv_len]``."""
-    if document_ids.device.type != "cpu":
+    if document_ids.device.type != "cpu" or _is_short(document_ids):
         # One search a key, all at once: torch's scan of a row is serial on a GPU (80 us over 32,768 keys, H100).
         starts = torch.searchsorted(document_ids, document_ids, out_int32=True)
         past = torch.searchsorted(document_ids, document_ids, out_int32=True, right=True) if ends else None
@@ -204,6 +204,12 @@ def _document_edges(document_ids: Tensor, *, ends: bool) -> tuple[Tensor, Tensor
         return starts, None
     after = (keys + 1).masked_fill(pad(same, (0, 1)), kv_len)
     return starts, after.flip(1).cummin(1).values.flip(1)
+
+
+def _is_short(ids: Tensor) -> bool:
+    """Whether a search on a CPU takes less than the seven operations in its place: 2 against 20 us for 8 ids, 9 against
+    22 for 512, 32 against 27 for 2,048."""
+    return not torch.compiler.is_compiling() and ids.is_contiguous() and ids.numel() <= 1024
 
 
 def _span_ends(kv_len: int, prefix_lengths: Tensor | None, spans: Tensor | None) -> Tensor:

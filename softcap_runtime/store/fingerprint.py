@@ -1,7 +1,7 @@
 """What must be equal for machine code to be usable here: a flat dict of strings.
 
 The compiler is not part of it: a serving machine may have none. Who builds an entry records the compiler as
-provenance instead.
+provenance instead, and puts the digest of the sources that it is built from into the key's fields.
 """
 
 from __future__ import annotations
@@ -11,13 +11,7 @@ import hashlib
 import importlib.metadata
 import os
 import sys
-from pathlib import Path
 
-PACKAGE_ROOT = Path(__file__).resolve().parent.parent
-# What generated code depends on: the graphs, and where the numbers that they read are written.
-CPU_CODE = ("kernels/graphs/**/*.py", "kernels/flex.py", "kernels/key.py", "masks/blocks.py")
-# The block sizes are in a GPU kernel's key.
-GPU_CODE = ("kernels/cubin.py", "kernels/triton_*.py")
 CPUINFO_BYTES = 16384  # one processor's block is 1-3 KB; the file of a 256-core machine is 400 KB
 
 
@@ -46,7 +40,7 @@ def _host() -> dict[str, str]:
     import torch
 
     return {
-        "package": _package(CPU_CODE),
+        "package": version_of("softcap-runtime"),
         "torch": _torch(),
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "arch": os.uname().machine,
@@ -57,7 +51,7 @@ def _host() -> dict[str, str]:
 
 @functools.cache
 def _around_gpus() -> dict[str, str]:
-    return {"package": _package(GPU_CODE), "torch": _torch(), "triton": _version("triton")}
+    return {"package": version_of("softcap-runtime"), "torch": _torch(), "triton": version_of("triton")}
 
 
 def _torch() -> str:
@@ -66,30 +60,9 @@ def _torch() -> str:
     return f"{torch.__version__} {(torch.version.git_version or '')[:12]}".rstrip()
 
 
-def _package(code: tuple[str, ...]) -> str:
-    """Our version and a digest of the sources that generated code depends on."""
-    digest = hashlib.sha256()
-    for pattern in code:
-        for name, source in _sources(pattern):
-            digest.update(f"{name} {len(source)}\n".encode())
-            digest.update(source)
-    return f"{_version('softcap-runtime')} {digest.hexdigest()[:16]}"
-
-
-def _sources(pattern: str) -> list[tuple[str, bytes]]:
-    """The files of a pattern, by name.
-
-    What was compiled from them where an image was stripped of its sources; the whole archive where the package is
-    imported from a zip file.
-    """
-    paths = sorted(PACKAGE_ROOT.glob(pattern)) or sorted(PACKAGE_ROOT.glob(f"{pattern}c"))
-    if paths:
-        return [(path.relative_to(PACKAGE_ROOT).as_posix(), path.read_bytes()) for path in paths]
-    return [(pattern, path.read_bytes()) for path in PACKAGE_ROOT.parents if path.is_file()]
-
-
 @functools.cache
-def _version(distribution: str) -> str:
+def version_of(distribution: str) -> str:
+    """The version of what is installed; "none" where it is not."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

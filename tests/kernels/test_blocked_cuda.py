@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,9 +14,11 @@ from helpers import Sizes, expected, gradients, make_qkv, relative_error
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, reference
-from softcap_runtime.kernels import blocked_cuda, triton_attention, triton_gradient
+from softcap_runtime.kernels import blocked_cuda, triton_attention, triton_gradient, triton_launch
+from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.engine import Problem
-from softcap_runtime.kernels.gpu_options import triton_version
+from softcap_runtime.kernels.gpu_kernel import GpuKernel
+from softcap_runtime.kernels.gpu_options import BlockOptions, DeviceLimits, Direction, choose, triton_version
 from softcap_runtime.masks.intervals import RowIntervals, band, row_intervals
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.2)
@@ -113,3 +116,117 @@ def test_an_old_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         answer = blocked_cuda.ENGINE.refuses(problem(mask))
         assert (answer is not None and "triton 3.2 is too old" in answer) == refused
     triton_version.cache_clear()
+
+
+LIMITS = DeviceLimits(227 * 1024, (9, 0), 132)
+
+
+class Recorded:
+    """``Kernels`` of a Hopper card that is not here: it notes what is asked for, and launches nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: set[GpuKernel] = set()
+        for module in (triton_launch, triton_attention):
+            monkeypatch.setattr(module, "device_limits", lambda index: LIMITS)
+
+    def get(self, artifact: GpuKernel) -> Any:
+        self.asked.add(artifact)
+        return SimpleNamespace(bind=lambda grid, parameters, numbers: lambda *tensors: None)
+
+    def options(self, device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:
+        return choose(LIMITS, dtype, head_dim, direction)
+
+    def asked_by(self, call: Problem, layout: str = "transposed") -> set[GpuKernel]:
+        """What a call asks for, with tensors that have no memory."""
+        self.asked.clear()
+        kernels: Any = self
+        mask, shape = call.mask, (call.batch, call.num_heads, call.mask.q_len)
+
+        def empty(heads: int, length: int) -> Tensor:
+            sizes = (call.batch, length, heads, call.head_dim)
+            if layout == "contiguous":
+                sizes = (call.batch, heads, length, call.head_dim)
+            x = torch.empty(sizes, dtype=call.dtype, device="meta")
+            return x if layout == "contiguous" else x.transpose(1, 2)
+
+        q, k, v = empty(call.num_heads, mask.q_len), *(empty(call.num_kv_heads, mask.kv_len) for _ in "kv")
+        out, lse = blocked_cuda.ENGINE.forward(call, kernels)(q, k, v, *mask.vectors)
+        assert lse is not None
+        assert (out.shape, lse.shape) == (q.shape, shape)
+        if call.train:
+            blocked_cuda.ENGINE.backward(call, kernels)(q, q, k, v, out, lse, *mask.vectors)
+        return set(self.asked)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "contiguous"])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "heads", "kv_heads"),
+    [
+        (torch.bfloat16, 256, 8, 4),
+        (torch.float16, 128, 4, 4),
+        (torch.float32, 64, 16, 1),
+        (torch.bfloat16, 20, 6, 2),
+        (torch.bfloat16, 72, 40, 1),
+    ],
+)
+def test_what_is_listed_is_what_calls_ask_for(
+    dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, train: bool, layout: str,
+    seed: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A call's own list exactly; and of all lengths, batches and windows no call asks for what prewarming left out."""
+    recorded = Recorded(monkeypatch)
+    kernels: Any = recorded
+    group = heads // kv_heads
+    for packed in (False, True):
+
+        def call(batch: int, rows: int, keys: int, window: int | None, packed: bool = packed) -> Problem:
+            mask = band(rows, keys, causal=True, window=window)
+            if packed:
+                edge = torch.empty(random.choice([1, batch]), rows, dtype=torch.int32, device="meta")
+                mask = RowIntervals(rows, keys, None, None, edge, edge)
+            sizes = (batch, heads, kv_heads, head_dim)
+            return Problem(torch.device("cuda", 0), dtype, *sizes, 0.1, 50.0, mask, train)
+
+        recorded.asked.clear()
+        alike = blocked_cuda.ENGINE.alike(call(2, 77, 77, None))
+        listed = {one for each in alike for one in blocked_cuda.ENGINE.artifacts(each, kernels)}
+        assert not recorded.asked, "to list is to ask for nothing"
+        few = [
+            rows
+            for rows in (1, 2, 3, 5, 16 // group, 17 // group, 32 // group, 33 // group, 64 // group)
+            if rows
+        ]
+        shapes = [(1, rows, keys) for rows in few for keys in (rows + 1, 1000, 60_000, 2**20)]
+        shapes += [(batch, length, length) for batch in (1, 3) for length in (1, 64, 129, 4096, 40_000)]
+        shapes += [(random.randint(1, 64), *sorted(random.choices(range(1, 9000), k=2))) for _ in range(20)]
+        met = set()
+        for shape in shapes:
+            for window in (None, 1, random.randint(1, 5000)):
+                one = call(*shape, window)
+                asked = recorded.asked_by(one, layout)
+                assert set(blocked_cuda.ENGINE.artifacts(one, kernels)) == asked, shape
+                met |= asked
+        assert met <= listed
+        # In training a call of one row is its own kind: what is listed for inference alone is met there.
+        assert listed <= met, "prewarming builds what no call needs"
+
+
+def test_an_odd_layout_asks_for_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch)
+    kernels: Any = recorded
+    mask = band(300, 300, causal=True, window=None)
+    call = Problem(torch.device("cuda", 0), torch.bfloat16, 1, 4, 2, 64, 0.1, 50.0, mask, False)
+    q, k, v = (torch.empty(1, heads, 300, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
+    odd = torch.empty(1, 4, 300, 65, dtype=torch.bfloat16, device="meta")[..., :64]
+    forward = blocked_cuda.ENGINE.forward(call, kernels)
+    forward(q, k, v)
+    forward(odd, k, v)
+    assert sorted(one.spec.aligned for one in recorded.asked) == [False, True]
+
+
+def test_a_gpu_kernel_can_be_asked_of_a_child_process() -> None:
+    spec = CubinSpec(
+        "dq_kernel", 90, "bfloat16", ("*bf16", ""), "if", True, (("BAND", False), ("D", 128)), 4, 2
+    )
+    assert CubinSpec.of_json(json.dumps(spec)) == spec

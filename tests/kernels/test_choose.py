@@ -24,9 +24,11 @@ from softcap_runtime.kernels.choose import candidates, choose
 from softcap_runtime.kernels.engine import Problem
 from softcap_runtime.kernels.key import dtype_name, dtype_of
 from softcap_runtime.masks.intervals import RowIntervals, band
-from softcap_runtime.prewarm import kernels_of
+from softcap_runtime.prewarm import artifacts_of
+from softcap_runtime.supply import Supply
 
 CPU = torch.device("cpu")
+SUPPLY = Supply(RuntimeSettings(cache_dir="not made"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -68,7 +70,9 @@ def test_prewarming_covers_whatever_auto_picks(problem: Problem) -> None:
         dtype=dtype_name(problem.dtype),
         train=problem.train,
     )
-    assert set(choice.engine.specs(problem)) <= set(kernels_of(request, "auto"))
+    assert set(choice.engine.artifacts(problem, SUPPLY.kernels(problem))) <= set(
+        artifacts_of(SUPPLY, request)
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -81,7 +85,9 @@ def test_kernels_do_not_depend_on_sizes(problem: Problem, other: Problem) -> Non
     for name in ("flex", "blocked", "dense", "eager"):
         engine = rules.engine_named(name, CPU)
         if engine.refuses(problem) is None and (same_kind or name != "flex"):
-            assert engine.specs(problem) == engine.specs(same)
+            assert engine.artifacts(problem, SUPPLY.kernels(problem)) == engine.artifacts(
+                same, SUPPLY.kernels(same)
+            )
 
 
 def test_who_refuses_what() -> None:

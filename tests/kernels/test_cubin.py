@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from softcap_runtime import RuntimeSettings
+from softcap_runtime.artifacts.sources import digest
 from softcap_runtime.errors import BuildFailed, KernelNotPrewarmed
 from softcap_runtime.kernels import cuda_driver, triton_build
 from softcap_runtime.kernels.cubin import Box, Cubin, CubinSpec, Parameter, Pointer, Tile, spec_of
 from softcap_runtime.kernels.engine import Problem
+from softcap_runtime.kernels.gpu_kernel import SOURCES, GpuKernel
 from softcap_runtime.masks.intervals import band
 from softcap_runtime.supply import Supply
 
@@ -98,7 +100,7 @@ def test_parameters_that_lie_otherwise_are_not_launched(monkeypatch: pytest.Monk
 
         asm: dict[str, Any] = {"ptx": PTX, "cubin": b"code"}  # noqa: RUF012
 
-    monkeypatch.setattr(triton_build, "compiler_version", lambda: "triton 99")
+    monkeypatch.setattr(triton_build, "_compiler", lambda: "triton 99")
     monkeypatch.setattr(triton_build, "_compile", lambda spec: Compiled)
     with pytest.raises(BuildFailed, match="triton 99 passes parameters in a way"):
         triton_build.build(spec())
@@ -216,8 +218,8 @@ def built(monkeypatch: pytest.MonkeyPatch, driver: Driver) -> list[CubinSpec]:
         specs.append(spec)
         return CUBIN.pack()
 
-    monkeypatch.setattr(triton_build, "build", build)
-    monkeypatch.setattr(triton_build, "compiler_version", lambda: "triton of the test")
+    monkeypatch.setattr(GpuKernel, "build", lambda kernel: build(kernel.spec))
+    monkeypatch.setattr(GpuKernel, "provenance", lambda kernel: {"compiler": "triton of the test"})
     return specs
 
 
@@ -227,42 +229,40 @@ def supply(folder: Path, **settings: Any) -> Supply:
 
 def test_it_is_built_once_and_kept(tmp_path: Path, built: list[CubinSpec]) -> None:
     first = supply(tmp_path)
-    functions = [first.table.function(PROBLEM, spec()) for _ in range(2)]
+    functions = [first.get(GpuKernel(spec(), 0)) for _ in range(2)]
     assert functions[0] is functions[1]
-    other = PROBLEM._replace(device=torch.device("cuda", 1))
-    assert first.table.function(other, spec()) is not functions[0]
+    assert first.get(GpuKernel(spec(), 1)) is not functions[0]
     assert built == [spec()]
     second = supply(tmp_path, jit="forbid")
-    second.table.function(PROBLEM, spec())
+    second.kernels(PROBLEM).get(GpuKernel(spec(), 0))
     assert built == [spec()]
-    assert second.supplied[spec()].source == "disk"
+    assert second.supplied[GpuKernel(spec(), 0)].source == "disk"
     (entry,) = second.store.entries()
-    assert entry.fields == spec().fields()
+    assert entry.fields == {**spec().fields(), "sources": digest(*SOURCES)}
     assert entry.provenance["compiler"] == "triton of the test"
 
 
 def test_forbidden_it_names_the_command(tmp_path: Path, built: list[CubinSpec]) -> None:
     forbidding = supply(tmp_path, jit="forbid")
-    with pytest.raises(KernelNotPrewarmed, match="--device cuda --seq-len 300") as caught:
-        forbidding.table.function(PROBLEM, spec())
+    with pytest.raises(KernelNotPrewarmed, match=r"--dtype bfloat16 --device cuda$") as caught:
+        forbidding.kernels(PROBLEM).get(GpuKernel(spec(), 0))
     assert str(caught.value).startswith("kernel forward_kernel bfloat16 head_dim 128 band is not")
     approximate = supply(tmp_path, jit="forbid", softcap_approx=True)
     with pytest.raises(
         KernelNotPrewarmed, match=r"run: SOFTCAP_APPROX=1 SOFTCAP_CACHE_DIR=\S+ softcap-runtime"
     ):
-        approximate.table.function(PROBLEM, spec())
+        approximate.kernels(PROBLEM._replace(softcap_approx=True)).get(GpuKernel(spec(), 0))
     assert not built
-    with forbidding.prewarming():
-        forbidding.table.function(PROBLEM, spec())
+    forbidding.get(GpuKernel(spec(), 0))  # as prewarming does
     assert built == [spec()]
     with pytest.raises(KernelNotPrewarmed):
-        forbidding.table.function(PROBLEM, spec(stages=3))
+        forbidding.kernels(PROBLEM).get(GpuKernel(spec(stages=3), 0))
 
 
 def test_a_warning_is_logged(
     tmp_path: Path, built: list[CubinSpec], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "softcap_runtime"):
-        supply(tmp_path, jit="warn").table.function(PROBLEM, spec())
+        supply(tmp_path, jit="warn").kernels(PROBLEM).get(GpuKernel(spec(), 0))
     assert ["serving process: kernel forward_kernel" in record.message for record in caplog.records] == [True]
     assert built == [spec()]

@@ -79,7 +79,8 @@ def test_prewarming_tells_that_its_kernels_are_compiled_here(tmp_path: Path) -> 
             ("dense_forward", "ready")
         ]
     (kernel,) = runtime.stats().kernels
-    supplied = runtime.supply.obtain(KernelSpec("dense_forward", "cpu", "float32", 0, True, ""))
+    ((artifact, supplied),) = runtime.supply.supplied.items()
+    assert artifact.describe() == KernelSpec("dense_forward", "cpu", "float32", 0, True, "")
     assert (kernel.source, kernel.bytes) == (supplied.source, supplied.bytes) == ("compiled", 0)
     assert runtime.stats().builds == runtime.stats().loads == 0
 

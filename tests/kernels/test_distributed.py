@@ -17,7 +17,7 @@ from data_parallel import CONFIG, WORLD, train
 from helpers import package_of
 
 from softcap_runtime import Runtime, RuntimeSettings
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Package
 
 RANKS = 4
 
@@ -34,7 +34,7 @@ def test_gradients_are_those_of_one_process(warm_cache: Path, tmp_path: Path, ki
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_ranks_prewarm_each_kernel_once(runtime: Runtime, tmp_path: Path) -> None:
     """Under torchrun: one rank builds, no other is kept waiting for it once one stands in the barrier."""
-    specs = [KernelSpec(op, "cpu", "float32", 0, True, "") for op in ("block_forward", "block_backward")]
+    specs = [Package(op, "cpu", "float32", 0, True, "") for op in ("block_forward", "block_backward")]
     for spec in specs:
         (tmp_path / spec.op).write_bytes(package_of(runtime, spec))
     script = Path(__file__).with_name("torchrun_prewarm.py")

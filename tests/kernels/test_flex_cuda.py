@@ -11,7 +11,7 @@ from helpers import Sizes, expected, gradients, in_model_order, make_qkv, relati
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from softcap_runtime import AttentionConfig
-from softcap_runtime.kernels import blocked_cuda, choose, flex_cuda, jit
+from softcap_runtime.kernels import blocked_cuda, choose, flex_cuda
 from softcap_runtime.kernels.engine import Problem
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.masks.intervals import RowIntervals, band, row_intervals
@@ -28,7 +28,7 @@ class Kernels:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.masks = MaskMemo(2**20)
-        self.runner = functools.cache(jit.compile_runner)
+        self.get = functools.cache(lambda artifact: artifact.load(b""))
         self.counter = CompileCounterWithBackend("aot_eager")
         compiled = functools.partial(torch.compile, backend=self.counter)
         monkeypatch.setattr(torch, "compile", compiled)
@@ -121,6 +121,10 @@ def test_its_kernels_are_named_for_prewarming() -> None:
     mask = band(8, 8, causal=True, window=None)
     call = problem(mask, Sizes(1, 2, 1, 8, 8, 64), 50.0, CUDA)
     forward = KernelSpec("flex_cuda_forward", "cuda", "float32", 64, True, "band")
-    assert flex_cuda.ENGINE.specs(call) == [forward, forward._replace(op="flex_cuda_backward")]
-    assert flex_cuda.ENGINE.specs(call._replace(train=False)) == [forward]
-    assert all(jit.compiles_in_process(spec) for spec in flex_cuda.ENGINE.specs(call))
+    kernels: Any = None  # it asks for nothing to tell what it needs
+    both = flex_cuda.ENGINE.artifacts(call, kernels)
+    assert [one.describe() for one in both] == [forward, forward._replace(op="flex_cuda_backward")]
+    assert [one.describe() for one in flex_cuda.ENGINE.artifacts(call._replace(train=False), kernels)] == [
+        forward
+    ]
+    assert [one.key() for one in both] == [None, None]

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,26 +27,29 @@ from softcap_runtime import (
     SoftcapRuntimeError,
     torch_private,
 )
-from softcap_runtime.kernels import flex, package, table
+from softcap_runtime.artifacts import build
+from softcap_runtime.kernels import flex, package
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.kernels.graphs import graph
-from softcap_runtime.kernels.key import KernelSpec, MaskKind, dtype_of
+from softcap_runtime.kernels.key import MaskKind, dtype_of
+from softcap_runtime.kernels.package import Package
 from softcap_runtime.masks.intervals import band
-from softcap_runtime.store import Key, fingerprint
+from softcap_runtime.masks.memo import MaskMemo
+from softcap_runtime.store import fingerprint
 
 pytestmark = pytest.mark.usefixtures("all_kernels")
 
-BAND = KernelSpec("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
+BAND = Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
 UNCAPPED = BAND._replace(capped=False)
 CONFIGS = {BAND: AttentionConfig(softcap=50.0, scale=0.5), UNCAPPED: AttentionConfig(scale=0.5)}
 
 
 @pytest.fixture
-def packages(runtime: Runtime) -> dict[KernelSpec, bytes]:
+def packages(runtime: Runtime) -> dict[Package, bytes]:
     found = {}
     for spec in CONFIGS:
-        runtime.supply.obtain(spec)
-        data = runtime.supply.store.load(runtime.supply.key(spec))
+        runtime.supply.get(spec)
+        data = runtime.supply.store.load(spec.key())
         assert data is not None
         found[spec] = bytes(data)
     return found
@@ -53,14 +57,14 @@ def packages(runtime: Runtime) -> dict[KernelSpec, bytes]:
 
 @pytest.fixture
 def folder(
-    tmp_path: Path, packages: dict[KernelSpec, bytes], monkeypatch: pytest.MonkeyPatch, loads: list[bytes]
+    tmp_path: Path, packages: dict[Package, bytes], monkeypatch: pytest.MonkeyPatch, loads: list[bytes]
 ) -> Path:
     """A cache with both kernels; from here on a build hands out the right package, and counts."""
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path))
     for spec, data in packages.items():
-        runtime.supply.store.load_or_build(runtime.supply.key(spec), lambda data=data: data)
-    monkeypatch.setattr(package, "build", lambda spec: packages[spec])
-    monkeypatch.setattr(package, "compiler_version", lambda: "none, a test")
+        runtime.supply.store.load_or_build(spec.key(), lambda data=data: data)
+    monkeypatch.setattr(Package, "build", lambda spec: packages[spec])
+    monkeypatch.setattr(Package, "provenance", lambda spec: {"compiler": "none, a test"})
     return tmp_path
 
 
@@ -74,7 +78,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         seen.append(data)
         return real(data)
 
-    monkeypatch.setattr(table, "load_package", load)
+    monkeypatch.setattr(package, "load_package", load)
     return seen
 
 
@@ -85,11 +89,11 @@ def opened(folder: Path) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
-def digest(spec: KernelSpec) -> str:
-    return Key(spec.fields(), fingerprint("cpu")).digest
+def digest(spec: Package) -> str:
+    return spec.key().digest
 
 
-def serves(folder: Path, loads: list[bytes], packages: dict[KernelSpec, bytes]) -> Runtime:
+def serves(folder: Path, loads: list[bytes], packages: dict[Package, bytes]) -> Runtime:
     """Both calls succeed, and only right packages were loaded."""
     runtime = Runtime(RuntimeSettings(cache_dir=folder, engine="flex"))
     inputs = make_qkv(Sizes(1, 4, 2, 30, 30))
@@ -106,7 +110,7 @@ def sources(runtime: Runtime) -> list[str]:
     return [runtime.supply.supplied[spec].source for spec in CONFIGS]
 
 
-def test_untouched(folder: Path, loads: list[bytes], packages: dict[KernelSpec, bytes], seed: int) -> None:
+def test_untouched(folder: Path, loads: list[bytes], packages: dict[Package, bytes], seed: int) -> None:
     assert sources(serves(folder, loads, packages)) == ["disk", "disk"]
 
 
@@ -118,7 +122,7 @@ def test_untouched(folder: Path, loads: list[bytes], packages: dict[KernelSpec, 
 def test_the_packages_of_two_kernels_are_swapped(
     folder: Path,
     loads: list[bytes],
-    packages: dict[KernelSpec, bytes],
+    packages: dict[Package, bytes],
     columns: tuple[str, ...],
     kind: str,
     seed: int,
@@ -142,7 +146,7 @@ def test_the_packages_of_two_kernels_are_swapped(
 
 @pytest.mark.parametrize("fault", ["truncated", "flipped", "empty", "missing"])
 def test_a_damaged_package(
-    folder: Path, loads: list[bytes], packages: dict[KernelSpec, bytes], fault: str, seed: int
+    folder: Path, loads: list[bytes], packages: dict[Package, bytes], fault: str, seed: int
 ) -> None:
     data = bytearray(packages[BAND])
     if fault == "truncated":
@@ -167,13 +171,13 @@ def test_a_damaged_package(
 def test_packages_of_another_environment(
     folder: Path,
     loads: list[bytes],
-    packages: dict[KernelSpec, bytes],
+    packages: dict[Package, bytes],
     monkeypatch: pytest.MonkeyPatch,
     seed: int,
 ) -> None:
     for field, value in (("torch", "2.99.0"), ("cpu", "AVX2 of another machine"), ("package", "9.9 abc")):
         other = {**fingerprint("cpu"), field: value}
-        monkeypatch.setattr("softcap_runtime.supply.fingerprint", lambda device, other=other: other)
+        monkeypatch.setattr(package, "fingerprint", lambda device, other=other: other)
         loads.clear()
         assert sources(serves(folder, loads, packages)) == ["built", "built"]
     monkeypatch.undo()
@@ -183,8 +187,8 @@ def test_packages_of_another_environment(
 def test_bytes_that_are_verified_but_no_package(
     tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(package, "build", lambda spec: b"no package")
-    monkeypatch.setattr(package, "compiler_version", lambda: "none, a test")
+    monkeypatch.setattr(Package, "build", lambda spec: b"no package")
+    monkeypatch.setattr(Package, "provenance", lambda spec: {"compiler": "none, a test"})
     broken = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex"))
     for _ in range(2):
         with pytest.raises(SoftcapRuntimeError, match="flex_forward does not load") as raised:
@@ -195,22 +199,21 @@ def test_bytes_that_are_verified_but_no_package(
 LOADED_WITH_LESS = """
 import os, resource, sys
 from softcap_runtime import SoftcapRuntimeError
-from softcap_runtime.kernels.table import _loaded
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Package
 data = open(sys.argv[1], "rb").read()
 limit, low = getattr(resource, sys.argv[2]), int(sys.argv[3])
-spec, before = KernelSpec("flex_forward", "cpu", "float32", 64, True, "band"), resource.getrlimit(limit)
+spec, before = Package("flex_forward", "cpu", "float32", 64, True, "band"), resource.getrlimit(limit)
 descriptors = os.listdir("/proc/self/fd")
 resource.setrlimit(limit, (low, before[1]))
 for _ in range(3):
     try:
-        _loaded(spec, data)
+        spec.load(data)
         raise AssertionError("it was loaded")
     except SoftcapRuntimeError as error:
         print(error)
 resource.setrlimit(limit, before)
 assert os.listdir("/proc/self/fd") == descriptors
-_loaded(spec, data)
+spec.load(data)
 """
 
 
@@ -220,7 +223,7 @@ _loaded(spec, data)
     [("RLIMIT_NOFILE", 3, "Too many open files"), ("RLIMIT_FSIZE", 4096, "File too large")],
 )
 def test_a_process_that_lacks_what_loading_needs_is_not_told_to_clear_the_cache(
-    packages: dict[KernelSpec, bytes], tmp_path: Path, limit: str, low: int, words: str
+    packages: dict[Package, bytes], tmp_path: Path, limit: str, low: int, words: str
 ) -> None:
     (tmp_path / "package").write_bytes(packages[BAND])
     command = [sys.executable, "-c", LOADED_WITH_LESS, tmp_path / "package", limit, str(low)]
@@ -229,19 +232,16 @@ def test_a_process_that_lacks_what_loading_needs_is_not_told_to_clear_the_cache(
     assert re.fullmatch(told, done.stdout), done.stderr
 
 
-def test_kernels_loaded_at_once_are_not_mixed_up(packages: dict[KernelSpec, bytes], seed: int) -> None:
+def test_kernels_loaded_at_once_are_not_mixed_up(packages: dict[Package, bytes], seed: int) -> None:
     """The loader takes a library whose path it has seen for the one it has: each load has a path of its own."""
     q, k, v = make_qkv(Sizes(1, 4, 2, 30, 30))
     mask = band(30, 30, causal=True, window=None)
 
-    def no_gpu(*what: object) -> Any:
-        raise AssertionError(what)
-
-    tables = [table.KernelTable(packages.__getitem__, no_gpu, no_gpu) for _ in range(3)]
-    for kernels in tables:
+    for _ in range(3):
+        kernels: Any = SimpleNamespace(get=lambda spec: spec.load(packages[spec]), masks=MaskMemo(2**20))
         for spec, config in CONFIGS.items():
             problem = Call(mask, config.scale, config.softcap, "flex", False).problem(q, k)
-            assert flex.ENGINE.specs(problem) == [spec]
+            assert flex.ENGINE.artifacts(problem, kernels) == [spec]
             out, _ = flex.ENGINE.forward(problem, kernels)(q, k, v)
             assert relative_error(out, expected(q, k, v, config)) <= 2e-6
 
@@ -249,14 +249,14 @@ def test_kernels_loaded_at_once_are_not_mixed_up(packages: dict[KernelSpec, byte
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert package.find_compiler() is None
-    assert package.compiler_version() == "none"
+    assert build.find_compiler() is None
+    assert build.compiler_version() == "none"
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path / "cache"))
     with pytest.raises(BuildFailed, match=r"no C\+\+ compiler found.*g\+\+.*engine='eager'") as raised:
         runtime.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), CONFIGS[BAND])
     assert "\n" not in str(raised.value)
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    assert package.find_compiler() is None
+    assert build.find_compiler() is None
 
 
 def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,9 +264,9 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     compiler.write_text('#!/bin/sh\necho "fatal error: no space left" >&2\nexit 3\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    spec = KernelSpec("block_forward", "cpu", "float32", 0, True, "")
+    spec = Package("block_forward", "cpu", "float32", 0, True, "")
     with pytest.raises(BuildFailed, match="cannot build block_forward") as raised:
-        package.build(spec)
+        spec.build()
     assert "\n" not in str(raised.value)
 
 
@@ -287,7 +287,7 @@ def test_a_builder_runs_the_compiler_that_was_found_and_minds_no_folder(
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BuildFailed, match=r"cannot build block_forward .*this one ran"):
-        package.build(KernelSpec("block_forward", "cpu", "float32", 0, True, ""))
+        Package("block_forward", "cpu", "float32", 0, True, "").build()
 
 
 @pytest.mark.parametrize("name", ["with space", "it's", 'a"b', "back\\slash"])
@@ -298,22 +298,22 @@ def test_a_folder_that_compilers_cannot_be_given(
     with pytest.raises(
         BuildFailed, match=r"cannot build block_forward: the folder .*; set TMPDIR to another$"
     ):
-        package.build(KernelSpec("block_forward", "cpu", "float32", 0, True, ""))
+        Package("block_forward", "cpu", "float32", 0, True, "").build()
 
 
 def test_no_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container whose file system is read-only, or full."""
-    spec = KernelSpec("block_forward", "cpu", "float32", 0, True, "")
+    spec = Package("block_forward", "cpu", "float32", 0, True, "")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(
         BuildFailed, match=r"^cannot build block_forward: .*No such file or directory: '.*/none/"
     ):
-        package.build(spec)
+        spec.build()
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
     told = r"^cannot build block_forward: No usable temporary directory found in .*; set TMPDIR to a folder of yours$"
     with pytest.raises(BuildFailed, match=told):
-        package.build(spec)
+        spec.build()
 
 
 @pytest.mark.parametrize("error", [subprocess.TimeoutExpired("g++", 30), OSError("text file busy")])
@@ -323,9 +323,9 @@ def test_a_compiler_that_does_not_tell_its_version_has_built_all_the_same(
     def run(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr(package, "find_compiler", lambda: "g++")
+    monkeypatch.setattr(build, "find_compiler", lambda: "g++")
     monkeypatch.setattr(subprocess, "run", run)
-    assert package.compiler_version() == "unknown"
+    assert build.compiler_version() == "unknown"
 
 
 @pytest.mark.parametrize(("name", "advice"), [("SEGV", "set CXX to another"), ("KILL", "free memory")])
@@ -336,15 +336,15 @@ def test_a_builder_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(BuildFailed, match=f"its builder died of SIG{name}; .*{advice}") as raised:
-        package.build(KernelSpec("block_forward", "cpu", "float32", 0, True, ""))
+        Package("block_forward", "cpu", "float32", 0, True, "").build()
     assert "\n" not in str(raised.value)
 
 
 def test_a_builder_loads_what_it_built(tmp_path: Path) -> None:
-    spec = KernelSpec("block_forward", "cpu", "float32", 0, True, "")
+    spec = Package("block_forward", "cpu", "float32", 0, True, "")
     code = (
         "import sys; from softcap_runtime.kernels.graphs import builder\n"
-        "from softcap_runtime.kernels.key import KernelSpec\n"
+        "from softcap_runtime.kernels.key import Package\n"
         "builder.load_package = lambda data: print('loaded', len(data))\n"
         f"builder.compile_package({spec!r}, sys.argv[1])"
     )
@@ -355,7 +355,7 @@ def test_a_builder_loads_what_it_built(tmp_path: Path) -> None:
 
 def test_what_killed_builders_left_is_swept_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(package, "BUILD_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(build, "BUILD_TIMEOUT_S", 0.01)
     elsewhere = tmp_path / "elsewhere"
     for folder in (elsewhere, tmp_path / "softcap_build_old", tmp_path / "softcap_build_young"):
         folder.mkdir()
@@ -364,7 +364,7 @@ def test_what_killed_builders_left_is_swept_by_age(tmp_path: Path, monkeypatch: 
     for old in (elsewhere, tmp_path / "softcap_build_old"):
         os.utime(old, (1, 1))
     with pytest.raises(BuildFailed, match="timed out"):
-        package.build(KernelSpec("block_forward", "cpu", "float32", 0, True, ""))
+        Package("block_forward", "cpu", "float32", 0, True, "").build()
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"elsewhere", "softcap_build_young", "softcap_build_link"}
     assert (elsewhere / "kernel.cpp").exists()
@@ -374,7 +374,7 @@ def test_what_killed_builders_left_is_swept_by_age(tmp_path: Path, monkeypatch: 
 def test_no_head_dim_ties_strides_of_the_example_together(mask: MaskKind) -> None:
     """torch.export gives equal numbers one symbol: the kernel would read one tensor with another's stride."""
     for head_dim in range(1, 521):
-        example = graph(KernelSpec("flex_forward", "cpu", "float32", head_dim, True, mask)).example
+        example = graph(Package("flex_forward", "cpu", "float32", head_dim, True, mask)).example
         strided = [x for x in example if x.dim() > 1]
         assert len(strided) == 7
         strides = [stride for x in strided for stride in sorted(x.stride())[1:]]
@@ -420,7 +420,7 @@ for _ in range(50):
 @NEEDS_FLEX
 def test_a_process_with_more_threads_than_the_builder(runtime: Runtime, seed: int) -> None:
     """Inductor writes the builder's threads into flex kernels, whose buffers the others then overrun."""
-    runtime.supply.obtain(BAND)
+    runtime.supply.get(BAND)
     threads = str(4 * (os.cpu_count() or 1))
     done = subprocess.run(
         [sys.executable, "-c", MORE_THREADS, str(runtime.settings.cache_dir), str(seed), threads],

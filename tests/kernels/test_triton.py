@@ -122,3 +122,43 @@ def test_a_kernel_of_a_call_compiles_ahead_of_time(
     assert (spec["block_n"], spec["warps"], spec["stages"]) == options[1:]
     assert made["shared"] <= shared_bytes(options, getattr(torch, dtype), head_dim, direction)
     assert shared_bytes(options, getattr(torch, dtype), head_dim, direction) <= limits.shared_bytes
+
+
+IN_A_CHILD = """
+import sys, torch
+from softcap_runtime import BuildFailed
+from softcap_runtime.kernels.cubin import Cubin, Pointer, spec_of
+from softcap_runtime.kernels.gpu_kernel import GpuKernel
+single = Pointer(torch.float32)
+constants = {"D": 64, "DPAD": 64, "SPLITS": 8, "ALIGN": 8}
+how = {"capability": (9, 0), "dtype": torch.float32, "aligned": True, "warps": 4, "stages": 1}
+spec = spec_of("combine_kernel", [single] * 4, [1, 2, 3, 4, 5, 6], constants, **how)
+made = Cubin.unpack(GpuKernel(spec, 0).build())
+assert made.code[:4] == b"\\x7fELF" and made.threads == 128
+try:
+    GpuKernel(spec._replace(constants=()), 0).build()
+    raise AssertionError("it was built")
+except BuildFailed as error:
+    assert "combine_kernel" in str(error) and "\\n" not in str(error), error
+assert not {"triton", "torch._inductor", "torch._dynamo"} & set(sys.modules)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_the_process_that_wants_a_kernel_imports_no_triton(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(ROOT), str(PLACE), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_CHILD],
+        env={
+            **os.environ,
+            "PYTHONPATH": path,
+            "TMPDIR": str(tmp_path),
+            "TRITON_CACHE_DIR": str(tmp_path / "no"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == [], "nothing is left, nor kept where another process would trust it"

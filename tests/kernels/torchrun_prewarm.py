@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 
 from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime, RuntimeSettings
-from softcap_runtime.kernels import package
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.kernels.package import Package
 from softcap_runtime.store.locks import KeyLocks
 
 FOLDER = Path(sys.argv[1])
@@ -31,7 +30,7 @@ waits: list[tuple[float, float]] = []
 own_process_lock = KeyLocks.process
 
 
-def build(spec: KernelSpec) -> bytes:
+def build(spec: Package) -> bytes:
     builds.append(spec.op)
     time.sleep(BUILD_S)
     return (FOLDER / spec.op).read_bytes()
@@ -47,7 +46,7 @@ def process_lock(locks: KeyLocks, name: str, *longest: float) -> Iterator[float]
 
 def main() -> None:
     torch.set_num_threads(1)
-    package.build = build
+    Package.build = build  # type: ignore[method-assign]
     KeyLocks.process = process_lock  # type: ignore[method-assign]
     config = AttentionConfig(softcap=50.0, scale=0.125)
     request = PrewarmRequest(

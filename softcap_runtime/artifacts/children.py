@@ -1,7 +1,8 @@
 """Child processes that compile. None of them, nor a compiler that it runs, outlives the work that wants it.
 
 A child leads a session of its own, so that it is killed together with its compilers. A Ctrl-C in the terminal then
-reaches this process alone, which kills them.
+reaches this process alone, which kills them. In it a guard runs the command, as no compiler notices by itself that this
+process is gone: killed, it could not say so.
 """
 
 from __future__ import annotations
@@ -12,11 +13,29 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+# ``python -c GUARD FOLDER COMMAND...`` ends as the command does; with its standard input it ends all in its process
+# group, and removes the folder.
+_GUARD = """
+import os, shutil, signal, subprocess, sys, threading
+def end_with_parent():
+    while os.read(0, 1):
+        pass
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=end_with_parent, daemon=True).start()
+code = subprocess.call(sys.argv[2:], stdin=subprocess.DEVNULL)
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
 
 
 class Stopped(BaseException):
@@ -40,16 +59,18 @@ class Children:
     def run(
         self, command: Sequence[str], environment: Mapping[str, str], folder: Path, timeout: float
     ) -> tuple[int, str]:
-        """Run a child that works in ``folder``; its exit code and what it wrote to standard error.
+        """Run a command that works in ``folder``; its exit code (a signal's is negative) and what it wrote to standard
+        error.
 
-        So it imports nothing from the current folder, which may be anybody's. Its standard input is a pipe that ends
-        when this process does, however it ends. Raises OSError, subprocess.TimeoutExpired, and Stopped when ``stop``
+        So it imports nothing from the current folder, which may be anybody's. It ends when this process does, however
+        it ends. Raises OSError, subprocess.TimeoutExpired, and Stopped when ``stop``
         was called.
         """
         theirs, ours = os.pipe()
         self._pipes.add(ours)
+        guarded = [sys.executable, "-I", "-S", "-c", _GUARD, str(folder), *command]
         try:
-            child = self._start(command, environment, folder, theirs)
+            child = self._start(guarded, environment, folder, theirs)
             try:
                 _, stderr = child.communicate(timeout=timeout)
             except BaseException:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from softcap_runtime import torch_features
-from softcap_runtime.kernels import children, package
+from softcap_runtime.artifacts import build, children
 
 pytestmark = [
     pytest.mark.slow,
@@ -87,7 +87,7 @@ class Started:
     def family(self, compilers: int) -> list[psutil.Process]:
         """Everything that runs below the process, once it runs this many compilers."""
         wait_until(lambda: self.pids.exists() and len(self.pids.read_text().split()) >= compilers)
-        assert list(self.temporary.glob(f"{package.BUILD_FOLDER}*"))
+        assert list(self.temporary.glob(f"{build.BUILD_FOLDER}*"))
         family = psutil.Process(self.process.pid).children(recursive=True)
         self.pids.with_name("pids.seen").touch()
         return family
@@ -141,7 +141,7 @@ def test_builders_end_though_a_child_of_fork_outlives_their_process(tmp_path: Pa
     """As workers do of a data loader whose process runs out of memory."""
     code = (
         "import os, pathlib, sys, threading, time\n"
-        "from softcap_runtime.kernels import children\n"
+        "from softcap_runtime.artifacts import children\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "builder = ['sh', '-c', 'touch runs; cat; touch ended']\n"
         "run = lambda: children.current().run(builder, os.environ, folder, 600)\n"
@@ -172,7 +172,7 @@ def test_a_child_of_fork_leaves_its_parents_builders_alone(tmp_path: Path) -> No
     """And work that was stopped starts no other child."""
     code = (
         "import os, pathlib, subprocess, sys, threading\n"
-        "from softcap_runtime.kernels import children\n"
+        "from softcap_runtime.artifacts import children\n"
         "own = children.Children()\n"
         "run = lambda: print(own.run(['sleep', '1'], os.environ, pathlib.Path(sys.argv[1]), 60))\n"
         "thread = threading.Thread(target=run)\n"

@@ -1,0 +1,170 @@
+"""Builds in child processes: a folder of its own, a command that ends with whoever wants it, one line of what failed.
+
+The process that serves imports no compiler: a crash or a kill of one harms nobody, and the process-wide switches that
+compilers need are set where no user code runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from softcap_runtime.artifacts import children
+from softcap_runtime.errors import BuildFailed
+
+log = logging.getLogger(__name__)
+
+BUILD_TIMEOUT_S = 900
+BUILD_FOLDER = "softcap_build_"
+# How Python and compilers begin the line that says what went wrong; advice after it may name errors as well.
+_ERROR = re.compile(r"^[\w.]*(Error|Exception)\b|\berror: ")
+LEFT_BEHIND_S = 4 * BUILD_TIMEOUT_S
+_NOT_INHERITED = ("PYTHONOPTIMIZE", "PYTHONWARNINGS")
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that a build would run (``CXX``, else g++ or clang++); None when there is none."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and shutil.which(name):
+            # A name stays one: torch tells compilers apart by what it reads in it.
+            return os.path.abspath(name) if os.sep in name else name
+    return None
+
+
+def wanted_compiler(name: str) -> str:
+    """The C++ compiler for the kernel ``name``. Raises BuildFailed when there is none."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildFailed(
+            f"cannot build {name}: no C++ compiler found (looked for $CXX, g++, clang++); install g++, "
+            "import a bundle of prewarmed kernels, or use engine='eager'"
+        )
+    return compiler
+
+
+def compiler_version() -> str:
+    """The first line of the compiler's own description; it runs the compiler. Never raises: its kernel is built."""
+    compiler = find_compiler()
+    if compiler is None:
+        return "none"
+    command = [compiler, "--version"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return (done.stdout.splitlines() or ["unknown"])[0][:200]
+
+
+def built_by(
+    name: str,
+    command: Callable[[Path], Sequence[str]],
+    file: str,
+    environment: Callable[[Path], Mapping[str, str]] = lambda folder: {},
+) -> bytes:
+    """What a command writes: the bytes of ``folder / file`` after ``command(folder)`` ran in a child process.
+
+    ``name``: the kernel, for errors. ``folder``: where the command works and may leave what it likes; it is removed
+    afterwards. ``environment(folder)`` is added to this process's. ``children`` says how the command ends early.
+
+    Raises BuildFailed, in one line, when the command fails, dies, takes more than ``BUILD_TIMEOUT_S`` or there is no
+    folder for temporary files; ``children.Stopped`` when the work that wants the kernel is given up.
+    """
+    try:
+        temporary = tempfile.gettempdir()
+    except OSError as error:
+        raise BuildFailed(
+            f"cannot build {name}: {error.strerror}; set TMPDIR to a folder of yours"
+        ) from error
+    if not _is_one_word(temporary):
+        raise BuildFailed(
+            f"cannot build {name}: the folder for temporary files is {temporary!r}, and torch gives compilers no "
+            "path with spaces, quotes or backslashes; set TMPDIR to another"
+        )
+    _sweep()
+    try:
+        with tempfile.TemporaryDirectory(prefix=BUILD_FOLDER, ignore_cleanup_errors=True) as made:
+            folder = Path(made)
+            variables = {**_environment(folder), **environment(folder)}
+            code, stderr = children.current().run(command(folder), variables, folder, BUILD_TIMEOUT_S)
+            if code == 0 and (folder / file).is_file():
+                return (folder / file).read_bytes()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildFailed(f"cannot build {name}: {error}") from error
+    log.debug("build of %s failed:\n%s", name, stderr)
+    if code < 0:
+        raise BuildFailed(f"cannot build {name}: its builder died of {_death(-code)}")
+    raise BuildFailed(f"cannot build {name} (exit {code}): {_last_words(stderr)}")
+
+
+def built_by_module(
+    name: str,
+    module: str,
+    request: str,
+    file: str,
+    environment: Callable[[Path], Mapping[str, str]] = lambda folder: {},
+) -> bytes:
+    """``built_by`` a module of ours, which is run with ``request`` and the path of the file to write."""
+    return built_by(
+        name, lambda folder: [sys.executable, "-m", module, request, str(folder / file)], file, environment
+    )
+
+
+def _is_one_word(path: str) -> bool:
+    try:
+        return shlex.split(path) == [path]
+    except ValueError:  # a quote that nothing closes
+        return False
+
+
+def _death(number: int) -> str:
+    killer = signal.Signals(number).name
+    if killer == "SIGKILL":
+        return f"{killer}; free memory and try again"
+    return (
+        f"{killer}; if it does so again, torch cannot load what this compiler makes: set CXX to another, or use "
+        "engine='eager'"
+    )
+
+
+def _sweep() -> None:
+    """Remove what builders that were killed left in the folder for temporary files, by its age."""
+    for path in Path(tempfile.gettempdir()).glob(f"{BUILD_FOLDER}*"):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+            if ours and time.time() - status.st_mtime > LEFT_BEHIND_S:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """This process's environment for a child that works in ``folder``."""
+    root = str(Path(__file__).resolve().parents[2])
+    given = os.environ.get("PYTHONPATH")
+    paths = [root, *map(os.path.abspath, given.split(os.pathsep) if given else ())]
+    # Compilers written in Python read docstrings, which -OO drops, and warn of themselves, which must not end a build.
+    inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    return {
+        **inherited,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TMPDIR": str(folder),  # what a compiler that is killed leaves behind goes with the build
+    }
+
+
+def _last_words(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.search(line)] or [x for x in lines if "error" in x.lower()]
+    return (errors or lines or ["no output"])[-1][:500]
