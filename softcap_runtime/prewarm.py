@@ -14,7 +14,7 @@ from softcap_runtime.artifacts.children import Children
 from softcap_runtime.checks import device_of
 from softcap_runtime.config import PrewarmRequest
 from softcap_runtime.kernels import blocked_cuda
-from softcap_runtime.kernels.choose import candidates, choose
+from softcap_runtime.kernels.choose import choose
 from softcap_runtime.kernels.engine import Call, Engine, Problem
 from softcap_runtime.kernels.key import dtype_of
 from softcap_runtime.masks.intervals import RowIntervals, band
@@ -112,8 +112,7 @@ def artifacts_of(supply: Supply, request: PrewarmRequest) -> list[Artifact]:
 def _engines(supply: Supply, request: PrewarmRequest) -> Iterator[tuple[Engine, Problem]]:
     asked = supply.settings.engine
     for problem in _problems(request, supply.settings.softcap_approx):
-        for engine in candidates(problem) if asked == "auto" else [choose(problem, asked).engine]:
-            yield engine, problem
+        yield choose(problem, asked).engine, problem
 
 
 def _has_options(supply: Supply, request: PrewarmRequest) -> bool:

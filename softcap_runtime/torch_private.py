@@ -6,9 +6,7 @@ Each function says what is private, why it is used, and what serves when it is g
 
 from __future__ import annotations
 
-import functools
 import io
-import itertools
 import math
 import os
 import tempfile
@@ -18,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from softcap_runtime.memory_file import MemoryFile
 
 Runner = Callable[[list[Tensor]], list[Tensor]]
 
@@ -67,7 +67,7 @@ def load_package(data: bytes) -> Runner:
     runner_class = getattr(getattr(torch._C, "_aoti", None), "AOTIModelContainerRunnerCpu", None)
     if runner_class is None or public_only():
         return _load_public(data)
-    with _MemoryFile(_shared_library(data)) as path:
+    with MemoryFile(_shared_library(data)) as path:
         run: Runner = runner_class(path, 1).run
         return run
 
@@ -98,31 +98,6 @@ def _shared_library(package: bytes) -> bytes:
         return archive.read(names[0])
 
 
-class _MemoryFile:
-    """A file in memory with a path, gone when closed (what has been loaded from it stays mapped)."""
-
-    _counter = itertools.count(1)
-
-    def __init__(self, data: bytes) -> None:
-        self._fd = os.memfd_create("softcap_kernel", os.MFD_CLOEXEC)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._fd, view) :]
-        except OSError:
-            os.close(self._fd)
-            raise
-
-    def __enter__(self) -> str:
-        # The loader takes a library whose path it has seen for the one it has, and descriptors are reused: spell
-        # each path in its own way, a "./" for every 1 in the binary digits of a counter.
-        digits = f"{next(self._counter):b}"
-        return f"/proc/self/{''.join('./' if digit == '1' else '/' for digit in digits)}fd/{self._fd}"
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._fd)
-
-
 def _make_current_stream() -> Callable[[int], int]:
     raw: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     if raw is None or public_only():
@@ -134,22 +109,6 @@ def _make_current_stream() -> Callable[[int], int]:
 # Private: ``torch._C._cuda_getCurrentRawStream``, which Inductor's kernels ask as well. Gone: the public stream
 # object, a microsecond slower.
 current_stream = _make_current_stream()
-
-
-@functools.cache
-def cpu_has_amx() -> bool:
-    """Whether this CPU multiplies bf16 in tiles (AMX).
-
-    Private: ``torch.cpu._is_amx_tile_supported``; no public name tells. Gone: the kernel's list of CPU flags.
-    """
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    if probe is not None and not public_only():
-        return bool(probe())
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as info:
-            return "amx_bf16" in info.read(16384)
-    except OSError:
-        return False
 
 
 def take_for_numbers(x: Tensor, dims: list[int]) -> None:

@@ -11,22 +11,25 @@
 #include "backward.h"
 #include "decode.h"
 
+#include <ctime>
+
 namespace softcap {
 namespace {
 
-enum Arithmetic { FASTEST, SINGLE, DOT, TILE };
+enum Arithmetic : int64_t { SINGLE = 1, DOT = 2, TILE = 3 };
 
-// The arithmetic that serves a call: pairs are for bfloat16 alone.
-int64_t chosen(const Problem& p) {
-  if (p.dtype != BFLOAT16) return SINGLE;
+bool is_here(int64_t arithmetic) {
 #if SOFTCAP_TILE
-  if ((p.arithmetic == FASTEST || p.arithmetic == TILE) && Tile::permitted()) return TILE;
+  if (arithmetic == TILE) return Tile::permitted();
 #endif
 #if SOFTCAP_DOT
-  if (p.arithmetic != SINGLE) return DOT;
+  if (arithmetic == DOT) return true;
 #endif
-  return SINGLE;
+  return arithmetic == SINGLE;
 }
+
+// The arithmetic that serves a call: pairs are for bfloat16 alone.
+int64_t chosen(const Problem& p) { return p.dtype == BFLOAT16 && is_here(p.arithmetic) ? p.arithmetic : SINGLE; }
 
 template <class F>
 bool with_arithmetic(const Problem& p, F call) {
@@ -41,6 +44,29 @@ bool with_arithmetic(const Problem& p, F call) {
   return call(Single{});
 }
 
+// Seconds of a product of 64 x 256 and 256 x 64 elements, the best of several.
+template <class A>
+double seconds_of_product() {
+  constexpr int64_t ROWS = 64, TERMS = 256 / A::PAIR;
+  Scratch<typename A::Word> a(ROWS * TERMS), b(TERMS * ROWS);
+  Scratch<float> c(ROWS * ROWS);
+  if (a.missing() || b.missing() || c.missing()) return 1e9;
+  std::memset(static_cast<void*>(a), 0, ROWS * TERMS * 4);
+  std::memset(static_cast<void*>(b), 0, ROWS * TERMS * 4);
+  double best = 1e9;
+  A::begin();
+  for (int i = 0; i < 50; i++) {
+    timespec from, to;
+    clock_gettime(CLOCK_MONOTONIC, &from);
+    A::multiply(c, ROWS, a, TERMS, b, ROWS, ROWS, ROWS, TERMS, false);
+    clock_gettime(CLOCK_MONOTONIC, &to);
+    double seconds = double(to.tv_sec - from.tv_sec) + 1e-9 * double(to.tv_nsec - from.tv_nsec);
+    best = seconds < best ? seconds : best;
+  }
+  A::end();
+  return best;
+}
+
 }  // namespace
 }  // namespace softcap
 
@@ -48,29 +74,51 @@ using namespace softcap;
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
+// Below this many multiply-adds a second thread costs more to wake than it saves (some microseconds).
+constexpr int64_t WORTH_A_THREAD = 1 << 18;
+
+static Problem with_threads(const Problem& p) {
+  Problem made = p;
+  if (p.batch * p.heads * p.q_len * p.kv_len * p.dim < WORTH_A_THREAD) made.threads = 1;
+  return made;
+}
+
 // Both return 0, or 1 when there is no memory for their scratch buffers.
-EXPORTED int64_t softcap_forward(const Problem* p, const void* q, const void* k, const void* v, void* out, float* lse,
+EXPORTED int64_t softcap_forward(const Problem* given, const void* q, const void* k, const void* v, void* out, float* lse,
                                  const int32_t* lo, const int32_t* hi) {
+  const Problem p = with_threads(*given);
   Tensors t{q, k, v, out, lse, lo, hi};
   bool done;
-  if (p->heads / p->kv_heads * p->q_len <= FEW_ROWS)
-    done = p->dtype == FLOAT32 ? decode<float>(*p, t) : p->dtype == BFLOAT16 ? decode<BFloat16>(*p, t) : decode<Float16>(*p, t);
+  if (p.heads / p.kv_heads * p.q_len <= FEW_ROWS)
+    done = p.dtype == FLOAT32 ? decode<float>(p, t) : p.dtype == BFLOAT16 ? decode<BFloat16>(p, t) : decode<Float16>(p, t);
   else
-    done = with_arithmetic(*p, [&](auto a) { return forward<decltype(a)>(*p, t); });
+    done = with_arithmetic(p, [&](auto a) { return forward<decltype(a)>(p, t); });
   return done ? 0 : 1;
 }
 
-EXPORTED int64_t softcap_backward(const Problem* p, const void* q, const void* k, const void* v, const void* out,
+EXPORTED int64_t softcap_backward(const Problem* given, const void* q, const void* k, const void* v, const void* out,
                                   const float* lse, const int32_t* lo, const int32_t* hi, const void* grad_out,
                                   void* grad_q, void* grad_k, void* grad_v) {
+  const Problem p = with_threads(*given);
   Tensors t{q, k, v, const_cast<void*>(out), const_cast<float*>(lse), lo, hi};
   Gradients g{grad_out, grad_q, grad_k, grad_v};
-  return with_arithmetic(*p, [&](auto a) { return backward<decltype(a)>(*p, t, g); }) ? 0 : 1;
+  return with_arithmetic(p, [&](auto a) { return backward<decltype(a)>(p, t, g); }) ? 0 : 1;
 }
 
-// The arithmetic that bfloat16 calls run in: 1 float32, 2 bfloat16 dot products, 3 tiles.
-EXPORTED int64_t softcap_arithmetic() {
-  Problem p{};
-  p.dtype = BFLOAT16;
-  return chosen(p);
+// The arithmetic that multiplies bfloat16 fastest on this machine, by measurement: instructions for pairs are slower
+// than float32's on some processors that have them.
+EXPORTED int64_t softcap_fastest() {
+  int64_t found = SINGLE;
+  double best = seconds_of_product<Single>(), seconds = 0;
+#if SOFTCAP_DOT
+  seconds = seconds_of_product<Dot>();
+  if (seconds < best) best = seconds, found = DOT;
+#endif
+#if SOFTCAP_TILE
+  if (Tile::permitted()) {
+    seconds = seconds_of_product<Tile>();
+    if (seconds < best) best = seconds, found = TILE;
+  }
+#endif
+  return found;
 }

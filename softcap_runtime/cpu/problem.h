@@ -19,7 +19,7 @@ struct Problem {
   int64_t left, right;
   int64_t edge_stride;  // from one batch row's lo and hi to the next one's; 0 where all share one
   int64_t threads;
-  int64_t arithmetic;  // 0 the fastest there is, 1 Single, 2 Dot, 3 Tile
+  int64_t arithmetic;  // of products of bfloat16: 1 Single, 2 Dot, 3 Tile; one that is not here counts as 1
   double scale, softcap;  // softcap 0: none
 };
 

@@ -18,13 +18,13 @@ BUILDER = "softcap_runtime.kernels.graphs.builder"
 SOURCES = (
     "kernels/flex.py",
     "kernels/graphs/__init__.py",
-    "kernels/graphs/block.py",
     "kernels/graphs/builder.py",
     "kernels/graphs/example.py",
     "kernels/graphs/flex.py",
     "kernels/graphs/softcap.py",
     "kernels/key.py",
     "masks/blocks.py",
+    "memory_file.py",
     "torch_private.py",
 )
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
-from softcap_runtime.kernels.graphs import block, flex
+from softcap_runtime.kernels.graphs import flex
 from softcap_runtime.kernels.graphs.example import Graph
 from softcap_runtime.kernels.key import KernelSpec
 
 _MAKERS: dict[str, Callable[[KernelSpec], Graph]] = {
     "flex_forward": flex.flex_forward,
-    "block_forward": block.block_forward,
-    "block_forward_half": functools.partial(block.block_forward, half=True),
-    "block_softmax": block.block_softmax,
-    "block_backward": block.block_backward,
-    "block_backward_half": functools.partial(block.block_backward, half=True),
 }
 
 

@@ -1,0 +1,142 @@
+"""The C++ sources of this folder as one library: compiled once per machine, loaded from memory, called by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.resources
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from softcap_runtime.artifacts import build
+from softcap_runtime.memory_file import MemoryFile
+from softcap_runtime.artifacts.sources import digest
+from softcap_runtime.errors import SoftcapRuntimeError
+from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.store.fingerprint import fingerprint
+from softcap_runtime.store.key import Key
+
+MAIN = "attention.cpp"
+HEADERS = ("backward.h", "decode.h", "forward.h", "packing.h", "problem.h", "products.h", "vectors.h")
+SOURCES = tuple(f"cpu/{name}" for name in (MAIN, *HEADERS))
+# What torch calls a CPU's capability, and what the compiler may use for it. Any other is the machine's own: on
+# processors other than x86-64 there is one.
+_INSTRUCTIONS = {"DEFAULT": ["-march=x86-64"], "AVX2": ["-march=x86-64", "-mavx2", "-mfma", "-mf16c"]}
+# Products and sums may be contracted to fused multiply-adds, which round less often.
+_FLAGS = (
+    "-std=c++17 -O2 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -w"
+).split()
+# Run with the library's path in a process of its own: it shows that the library loads, and measures.
+_PROBE = (
+    "import ctypes, sys\n"
+    "try: ctypes.CDLL('libgomp.so.1', ctypes.RTLD_GLOBAL)\n"
+    "except OSError: pass\n"
+    "print(ctypes.CDLL(sys.argv[1]).softcap_fastest(), file=open(sys.argv[2], 'w'))"
+)
+
+
+class Library(NamedTuple):
+    """The loaded library. ``forward`` and ``backward`` take addresses: see attention.cpp. ``arithmetic``: what
+    multiplies bfloat16 fastest on this machine, as its build measured (1 float32, 2 pairs, 3 tiles)."""
+
+    forward: Any
+    backward: Any
+    arithmetic: int
+
+
+class CpuLibrary(NamedTuple):
+    """The artifact: all kernels of the CPU, for ``capability``, torch's name of what this process may use."""
+
+    capability: str
+
+    def key(self) -> Key:
+        """See ``Artifact``."""
+        fields = {
+            "op": "attention",
+            "device": "cpu",
+            "capability": self.capability,
+            "sources": digest(*SOURCES),
+        }
+        return Key(fields, fingerprint("cpu"))
+
+    def describe(self) -> KernelSpec:
+        """See ``Artifact``."""
+        return KernelSpec("attention", "cpu", "", 0, True, "")
+
+    def build(self) -> bytes:
+        """Compile and try it; see ``Artifact`` for what it raises."""
+        name, compiler = "attention", build.wanted_compiler("attention")
+        compiled = build.built_by(
+            name, lambda folder: _compile(compiler, self.capability, folder), "kernel.o"
+        )
+        library = build.built_by(name, lambda folder: _link(compiler, compiled, folder), "kernel.so")
+
+        def probe(folder: Path) -> Sequence[str]:
+            (folder / "kernel.so").write_bytes(library)
+            return [sys.executable, "-I", "-c", _PROBE, str(folder / "kernel.so"), str(folder / "fastest")]
+
+        fastest = int(build.built_by(name, probe, "fastest"))
+        return json.dumps({"arithmetic": fastest}).encode() + b"\n" + library
+
+    def provenance(self) -> Mapping[str, str]:
+        """The C++ compiler."""
+        return {"compiler": build.compiler_version()}
+
+    def load(self, data: bytes) -> Library:
+        """The library, from a file in memory; see ``Artifact`` for what it raises."""
+        line, _, code = data.partition(b"\n")
+        try:
+            arithmetic = int(json.loads(line)["arithmetic"])
+        except (KeyError, TypeError, ValueError):
+            raise SoftcapRuntimeError(
+                "the library of kernel attention is not what this version writes; run: softcap-runtime clear"
+            ) from None
+        try:
+            with MemoryFile(code) as path:
+                loaded = _loaded(path)
+        except OSError as error:
+            raise SoftcapRuntimeError(
+                f"kernel attention cannot be loaded: {error}; raise this process's limits if it is out of file "
+                "descriptors or memory, else run: softcap-runtime clear"
+            ) from error
+        forward, backward = loaded.softcap_forward, loaded.softcap_backward
+        for function, count in ((forward, 8), (backward, 12)):
+            function.argtypes, function.restype = [ctypes.c_void_p] * count, ctypes.c_int64
+        return Library(forward, backward, arithmetic)
+
+
+def library() -> CpuLibrary:
+    """The artifact for this process."""
+    return CpuLibrary(torch.backends.cpu.get_cpu_capability())
+
+
+def _compile(compiler: str, capability: str, folder: Path) -> Sequence[str]:
+    """The command that compiles the sources, which it puts into ``folder``."""
+    package = importlib.resources.files("softcap_runtime.cpu")
+    for name in (MAIN, *HEADERS):
+        (folder / name).write_bytes((package / name).read_bytes())
+    x86 = os.uname().machine == "x86_64"
+    target = _INSTRUCTIONS.get(capability, ["-march=native"]) if x86 else ["-mcpu=native"]
+    return [compiler, *_FLAGS, *target, "-c", MAIN, "-o", "kernel.o"]
+
+
+def _link(compiler: str, compiled: bytes, folder: Path) -> Sequence[str]:
+    """The command that makes a library of the compiled sources."""
+    (folder / "kernel.o").write_bytes(compiled)
+    # OpenMP's functions are left open: in a process they are torch's own, so that both use the same threads. Clang
+    # calls a runtime of its own, which torch does not bring.
+    openmp = ["-fopenmp"] if "clang" in os.path.basename(compiler) else []
+    return [compiler, "-shared", *openmp, "kernel.o", "-o", "kernel.so"]
+
+
+def _loaded(path: str) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(path)
+    except OSError:  # a torch whose OpenMP is not there for all: the system's
+        ctypes.CDLL("libgomp.so.1", ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(path)
