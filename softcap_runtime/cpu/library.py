@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from softcap_runtime.artifacts import build
-from softcap_runtime.memory_file import MemoryFile
 from softcap_runtime.artifacts.sources import digest
 from softcap_runtime.errors import SoftcapRuntimeError
 from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.memory_file import MemoryFile
 from softcap_runtime.store.fingerprint import fingerprint
 from softcap_runtime.store.key import Key
 
@@ -28,9 +28,17 @@ SOURCES = tuple(f"cpu/{name}" for name in (MAIN, *HEADERS))
 # processors other than x86-64 there is one.
 _INSTRUCTIONS = {"DEFAULT": ["-march=x86-64"], "AVX2": ["-march=x86-64", "-mavx2", "-mfma", "-mf16c"]}
 # Products and sums may be contracted to fused multiply-adds, which round less often.
-_FLAGS = (
-    "-std=c++17 -O2 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -w"
-).split()
+_FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-w",
+]
 # Run with the library's path in a process of its own: it shows that the library loads, and measures.
 _PROBE = (
     "import ctypes, sys\n"

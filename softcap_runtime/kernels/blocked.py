@@ -79,16 +79,18 @@ def _described(problem: Problem, arithmetic: int, threads: int, *strides: tuple[
 
 def _layouts(problem: Problem, arithmetic: int) -> Callable[..., int]:
     """The address of the described problem, kept for each layout of a call's tensors and number of threads."""
-    known: dict[tuple[Any, ...], CpuProblem] = {}
+    known: dict[tuple[Any, ...], tuple[int, CpuProblem]] = {}
 
     def address(*strides: tuple[int, ...]) -> int:
-        key = (torch.get_num_threads(), *strides)
+        threads = torch.get_num_threads()
+        key = (threads, *strides)
         found = known.get(key)
         if found is None:
             if len(known) >= MAX_LAYOUTS:
                 known.clear()
-            found = known[key] = _described(problem, arithmetic, *key)
-        return ctypes.addressof(found)
+            made = _described(problem, arithmetic, threads, *strides)
+            found = known[key] = ctypes.addressof(made), made
+        return found[0]
 
     return address
 
@@ -128,13 +130,12 @@ def _backward(problem: Problem, kernels: Kernels) -> Backward:
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads = empty_output(q), empty_output(k), empty_output(v)
         tensors = (q, k, v, out, grad_out, *grads)
-        edge = [x.data_ptr() for x in edges] or [None, None]
-        given = [x.data_ptr() for x in (q, k, v, out, lse)]
+        given: list[int | None] = [x.data_ptr() for x in (q, k, v, out, lse, *edges)]
+        given += [None] * (7 - len(given))
         _check(
             differentiate(
                 address(*[x.stride() for x in tensors]),
                 *given,
-                *edge,
                 grad_out.data_ptr(),
                 *[grad.data_ptr() for grad in grads],
             )

@@ -45,7 +45,7 @@ def _automatic(problem: Problem) -> Choice:
     if problem.dtype == torch.float64:
         return Choice(dense.EAGER, "float64 has no compiled kernel")
     blocked_engine, flex_engine = (engine_named(name, problem.device) for name in ("blocked", "flex"))
-    refusals = []
+    refusals: list[str] = []
     for engine, reason in ((blocked_engine, "our own kernels are the fastest"), (flex_engine, "")):
         refusal = engine.refuses(problem)
         if refusal is None:
