@@ -133,8 +133,9 @@ def _entries_table(entries: Sequence[EntryInfo]) -> Table:
 def _entry_name(fields: Mapping[str, FieldValue]) -> str:
     """What an entry holds, in the words of ``kernel_name``; for keys of another form what it is, then the fields."""
     texts = all(isinstance(fields.get(name), str) for name in ("op", "dtype", "mask"))
-    if set(fields) == set(KernelSpec._fields) and texts:
-        return kernel_name(KernelSpec(**fields))  # type: ignore[arg-type]
+    named = {name: value for name, value in fields.items() if name != "sources"}
+    if set(named) == set(KernelSpec._fields) and texts:
+        return kernel_name(KernelSpec(**named))  # type: ignore[arg-type]
     words = [str(fields[name]) for name in ("op", "dtype") if name in fields]
     words += [f"{name}={value}" for name, value in fields.items() if name not in ("op", "dtype")]
     return " ".join(words)

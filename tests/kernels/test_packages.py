@@ -344,7 +344,7 @@ def test_a_builder_loads_what_it_built(tmp_path: Path) -> None:
     spec = Package("block_forward", "cpu", "float32", 0, True, "")
     code = (
         "import sys; from softcap_runtime.kernels.graphs import builder\n"
-        "from softcap_runtime.kernels.key import Package\n"
+        "from softcap_runtime.kernels.package import Package\n"
         "builder.load_package = lambda data: print('loaded', len(data))\n"
         f"builder.compile_package({spec!r}, sys.argv[1])"
     )
