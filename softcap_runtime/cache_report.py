@@ -12,7 +12,7 @@ from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.kernels.package import Package
 from softcap_runtime.store import Store, fingerprint
 from softcap_runtime.store.entry import Sealed
-from softcap_runtime.store.inspection import listed
+from softcap_runtime.store.inspection import rows
 from softcap_runtime.store.key import FieldValue
 from softcap_runtime.store.report import EntryInfo, Explanation, StoreStatus
 from softcap_runtime.supply import Supply
@@ -38,7 +38,7 @@ _DEFAULTS = Package("flex_forward", "cpu", "float32", 256, True, "band")
 
 
 class CacheReport(BaseModel):
-    """The document of ``inspect --json``; its JSON schema is ``store/status.schema.json``.
+    """The document of ``inspect --json``; ``CacheReport.model_json_schema()`` gives its JSON schema.
 
     ``status``: the folder and the counters of every process. ``fingerprint``: of this environment, for the CPU.
     ``entries``: least recently used first. ``gpus``: the CUDA devices here and the options of their kernels.
@@ -72,7 +72,7 @@ def explain(store: Store, words: Sequence[str]) -> Explanation:
     wanted = _parsed(words)
     known: list[tuple[Fields, bool]] = [
         (info.fields, info.fits)
-        for info in listed(store)
+        for info in rows(store)[0]
         if set(info.fields) - {"sources"} == set(KernelSpec._fields)
     ]
     known = known or [(_DEFAULTS._asdict(), True)]

@@ -37,10 +37,7 @@ def inspect(
     ] = None,
     json: Annotated[
         bool,
-        typer.Option(
-            "--json",
-            help="JSON, as store/status.schema.json says; with --explain a document of its own, the answer's.",
-        ),
+        typer.Option("--json", help="Print a CacheReport as JSON, or with --explain an Explanation."),
     ] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say whether a kernel would be found, or why not.")

@@ -16,7 +16,7 @@ from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.prewarm_rows import PrewarmResult, kernel_name
 from softcap_runtime.store.entry import printable
 from softcap_runtime.store.key import FieldValue
-from softcap_runtime.store.report import Counter, EntryInfo, Explanation, Problem
+from softcap_runtime.store.report import EntryInfo, Explanation, Problem
 
 # A pipe has no width; 80 columns would cut what a reader or grep looks for.
 PIPE_WIDTH = 160
@@ -108,10 +108,10 @@ def plain(value: object) -> Text:
     return Text(printable(str(value)))
 
 
-def _counters_table(counters: dict[str, Counter]) -> Table:
-    table = Table("counter", "value", "since")
-    for name, counter in counters.items():
-        table.add_row(name, f"{counter.value:.6g}", _date(counter.since))
+def _counters_table(counters: Mapping[str, int]) -> Table:
+    table = Table("counter", "value")
+    for name, value in counters.items():
+        table.add_row(name, str(value))
     return table
 
 
@@ -167,7 +167,3 @@ def ago(moment: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
-
-
-def _date(moment: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))

@@ -51,14 +51,14 @@ def check(folder: Path, lstat: LStat = os.lstat) -> Verdict:
     return Verdict(problem, os.access(folder, os.W_OK | os.X_OK, effective_ids=True), owner, mode)
 
 
-def foresee(folder: Path) -> str | None:
-    """Why ``folder``, which may not be there yet, could not be used, in one line; creates nothing. Never raises."""
+def probe(folder: Path) -> str | None:
+    """Why ``folder``, which need not exist yet, could not be used, in one line; creates nothing. Never raises."""
     if os.path.lexists(folder):
         return check(folder).problem
     above = next(path for path in folder.parents if os.path.lexists(path))
     remedy = "set another SOFTCAP_CACHE_DIR"
     if not above.exists():
-        return f"cache folder {folder}: {above} is a link that leads nowhere; mend it or {remedy}"
+        return f"cache folder {folder}: {above} is a link that leads nowhere; repair it or {remedy}"
     if not above.is_dir():
         return f"cache folder {folder}: {above} is a file, expected a folder; remove it or {remedy}"
     if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
