@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
+import platform
 import sys
 from typing import Annotated, Any
 
+import torch
 import typer
 from pydantic import BaseModel
 
@@ -20,7 +23,7 @@ from softcap_runtime.supply import Supply
 UsageError: Any = typer.BadParameter.__mro__[1]
 ClickException: Any = typer.BadParameter.__mro__[2]
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def fail(line: str, code: int) -> int:
@@ -34,6 +37,13 @@ def print_json(answer: BaseModel) -> None:
     print(json.dumps(json.loads(answer.model_dump_json()), indent=2))
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        version = importlib.metadata.version("softcap-runtime")
+        print(f"softcap-runtime {version} (torch {torch.__version__}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     context: typer.Context,
@@ -41,6 +51,10 @@ def _options(
         str | None,
         typer.Option(metavar="PATH", help="Folder of the cache, in place of SOFTCAP_CACHE_DIR."),
     ] = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
 ) -> None:
     """Prewarm and look after the kernel cache of softcap_runtime."""
     # The commands tell what is wrong with the cache themselves.

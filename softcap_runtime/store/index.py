@@ -150,7 +150,7 @@ class Index(diskcache.Cache):
         execute("BEGIN IMMEDIATE")
         self._txn_id = threading.get_ident()
         try:
-            # After BEGIN, so that who moves a database aside (holding its lock) cannot come between.
+            # After BEGIN: whoever moves a database aside holds its lock, so cannot come between.
             self.check_place()
             yield execute, self._disk.remove
             execute("COMMIT")

@@ -1,4 +1,4 @@
-"""What the store tells people and ``inspect --json``: pydantic models. Not imported on the start-up path."""
+"""The pydantic models of what the store reports, also as ``inspect --json``. Not imported at start-up."""
 
 from __future__ import annotations
 
