@@ -140,7 +140,7 @@ def import_(
     expected = fingerprint(device_of(device).type)
     try:
         done = store_of(context).import_bundle(file, expected)
-    except ValueError as error:  # a bundle that is none, or was changed, is no bad usage
+    except ValueError as error:  # a bad bundle is not bad usage
         raise SoftcapRuntimeError(str(error)) from None
     print(f"imported {done.imported} entries, {done.present} were present, {len(done.refused)} refused")
     for what, problems in itertools.groupby(done.refused, lambda problem: problem.what):

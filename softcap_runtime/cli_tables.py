@@ -1,4 +1,4 @@
-"""How the command line shows its answers: rich tables, and plain words for sizes and times."""
+"""How the command line shows its answers: rich tables, and sizes and times for people."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def problems_table(problems: Sequence[Problem]) -> Table:
 
 
 def plain(value: object) -> Text:
-    """What may come from disk, as it stands: no markup, no commands to the terminal."""
+    """Text that may come from disk, shown literally: no markup, no control sequences."""
     return Text(printable(str(value)))
 
 
@@ -134,7 +134,7 @@ def _entries_table(entries: Sequence[EntryInfo]) -> Table:
 
 
 def _entry_name(fields: Mapping[str, FieldValue]) -> str:
-    """What an entry holds, in the words of ``kernel_name``; for keys of another form what it is, then the fields."""
+    """The name of an entry's kernel as in ``kernel_name``; for keys of another form op and dtype, then the fields."""
     texts = all(isinstance(fields.get(name), str) for name in ("op", "dtype", "mask"))
     if set(fields) == set(KernelSpec._fields) and texts:
         return kernel_name(KernelSpec(**fields))  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def _entry_name(fields: Mapping[str, FieldValue]) -> str:
 
 
 def _table(*columns: str) -> Table:
-    """A table that a narrow terminal folds and does not cut."""
+    """A table whose cells a narrow terminal folds instead of cutting."""
     table = Table()
     for name in columns:
         table.add_column(name, overflow="fold")

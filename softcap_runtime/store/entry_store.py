@@ -157,7 +157,10 @@ class EntryStore:
         """Write what is held in memory: counts, and entries not written yet. Never raises."""
         with DATABASE_LOCK:
             for digest in list(self._memory):
-                self._publish(digest)
+                if self.sealed(digest) is None:
+                    self._publish(digest)
+                else:  # another process was faster
+                    del self._memory[digest]
             counts, uses = self.counters.take()
             if not counts and not uses:
                 return
