@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 
@@ -53,9 +54,9 @@ def show_report(out: Console, report: CacheReport, counters: bool = False) -> No
     kernels = [info.fits for info in report.entries if info.fields.get("op") != "tuned_options"]
     wrong = _wrong(status)
     state = f"{len(wrong)} problem{'s' * (len(wrong) > 1)}:" if wrong else "nothing is wrong"
-    out.print(f"{len(kernels)} kernels, {sum(kernels)} fit this environment; {state}")
+    _say(out, f"{len(kernels)} kernels, {sum(kernels)} fit this environment; {state}")
     for line in wrong:
-        out.print(plain(f"- {line}"))
+        _say(out, line, "- ")
     access = "writable" if status.writable else "read-only" if status.exists else "none yet"
     network = ", a network filesystem" if status.network_filesystem else ""
     facts = {
@@ -71,12 +72,13 @@ def show_report(out: Console, report: CacheReport, counters: bool = False) -> No
     }
     for name, text in facts.items():
         if text:
-            out.print(plain(f"{name:<14}{text}"))
+            _say(out, text, f"{name:<14}")
     if report.entries:
         out.print(_entries_table(report.entries))
-        out.print(
+        _say(
+            out,
             "A kernel serves every batch, length, number of heads, window, scale, cap and stride; "
-            "block kernels every head_dim and mask too."
+            "block kernels every head_dim and mask too.",
         )
     for gpu in report.gpus:
         _show_gpu(out, gpu)
@@ -95,7 +97,7 @@ def show_explanation(out: Console, answer: Explanation) -> None:
     """Whether a key would be found, and how the nearest entry differs."""
     name = _entry_name(answer.fields)
     found = f"present: {name} would be loaded"
-    out.print(plain(found if answer.present else f"absent: {name}: {answer.reason}"))
+    _say(out, found if answer.present else f"absent: {name}: {answer.reason}")
     if answer.differences:
         table = _table("field", "wanted", "stored")
         for one in answer.differences:
@@ -111,6 +113,13 @@ def problems_table(problems: Sequence[Problem]) -> Table:
             plain(problem.where), plain(problem.what), "in quarantine" if problem.repaired else "no"
         )
     return table
+
+
+def _say(out: Console, text: str, label: str = "") -> None:
+    """Print wrapped lines with ``label`` before the first; rich's own wrapping leaves blanks at the ends of lines."""
+    wrapper = textwrap.TextWrapper(out.width, label, " " * len(label), break_on_hyphens=False)
+    for line in wrapper.wrap(printable(text)):
+        out.print(Text(line), soft_wrap=True)
 
 
 def plain(value: object) -> Text:
@@ -153,7 +162,7 @@ def _table(*columns: str) -> Table:
 
 def _show_gpu(out: Console, gpu: Gpu) -> None:
     title = f"{gpu.device} {gpu.name}, sm {gpu.capability}, {gpu.shared_bytes} bytes of shared memory a block"
-    out.print(plain(f"{title}, {gpu.tanh} tanh"))
+    _say(out, f"{title}, {gpu.tanh} tanh")
     table = _table("kernel", "dtype", "head_dim", "block", "warps", "stages", "shared memory", "from")
     for one in gpu.kernels:
         block = f"{one.block_m} x {one.block_n}"

@@ -259,3 +259,23 @@ def test_a_thread_that_waits_too_long_goes_on_without_the_lock(tmp_path: Path) -
         for _ in range(2):  # the first leaves the lock with its holder
             assert pool.submit(wait).result() >= 0.05
     assert wait() < 0.05
+
+
+def test_a_dropped_store_loses_no_count(tmp_path: Path) -> None:
+    store = Store(tmp_path / "cache", MB)
+    store.load_or_build(key("a"), lambda: b"x")
+    store.load(key("a"))
+    del store
+    again = Store(tmp_path / "cache", MB)  # writes what was dropped
+    assert again.status().counters["hits"] == 1
+    assert [info.hits for info in again.entries()] == [1]
+
+
+def test_what_could_not_be_written_replaces_no_good_entry(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    assert store.load_or_build(key("a"), lambda: b"held").source == "built"
+    (tmp_path / "cache").unlink()
+    Store(tmp_path / "cache", MB).load_or_build(key("a"), lambda: b"good")
+    store.flush()
+    assert store.held_in_memory == 0
+    assert Store(tmp_path / "cache", MB).load(key("a")) == b"good"
