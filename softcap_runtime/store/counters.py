@@ -15,8 +15,9 @@ NAMES = (
     "write_failures",
     "evictions",
     "lock_waits",
-    "lock_wait_ms",
+    "longest_lock_wait_ms",
 )
+_GREATEST = "longest_lock_wait_ms"  # of this one the greatest is kept; the others add up
 
 
 class Counters:
@@ -28,30 +29,30 @@ class Counters:
     def forget_parent(self) -> None:
         """Start anew: in a forked child the counts are the parent's to write, and its lock may be held for ever."""
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
+        self._counts: dict[str, int] = {}
         self._uses: Counter[str] = Counter()
 
     def add(self, name: str, amount: int = 1) -> None:
         """Add ``amount`` to the counter ``name``, one of ``NAMES``."""
         with self._lock:
-            self._counts[name] += amount
+            self._counts = _combined(self._counts, {name: amount})
 
     def use(self, digest: str, amount: int = 1) -> None:
         """Count loads of an entry; 0 marks it as wanted, which keeps it from being the next to be evicted."""
         with self._lock:
             self._uses[digest] += amount
 
-    def take(self) -> tuple[Counter[str], Counter[str]]:
+    def take(self) -> tuple[dict[str, int], Counter[str]]:
         """All counts and uses, which are then no longer here: write them, or ``give_back``."""
         with self._lock:
             taken = self._counts, self._uses
-            self._counts, self._uses = Counter(), Counter()
+            self._counts, self._uses = {}, Counter()
             return taken
 
-    def give_back(self, counts: Counter[str], uses: Counter[str]) -> None:
+    def give_back(self, counts: dict[str, int], uses: Counter[str]) -> None:
         """Undo ``take`` when writing failed."""
         with self._lock:
-            self._counts.update(counts)
+            self._counts = _combined(self._counts, counts)
             self._uses.update(uses)
 
     def total(self, stored: bytes | None) -> dict[str, int]:
@@ -60,7 +61,7 @@ class Counters:
             return added(stored, self._counts)
 
 
-def added(stored: bytes | None, counts: Counter[str]) -> dict[str, int]:
+def added(stored: bytes | None, counts: dict[str, int]) -> dict[str, int]:
     """The stored counters plus ``counts``; what is missing or malformed there counts as 0."""
     try:
         document = json.loads(stored) if stored else {}
@@ -68,4 +69,10 @@ def added(stored: bytes | None, counts: Counter[str]) -> dict[str, int]:
         document = {}
     known = document if isinstance(document, dict) else {}
     plausible = {name: count for name, count in known.items() if type(count) is int and 0 <= count < 2**53}
-    return {name: plausible.get(name, 0) + counts[name] for name in NAMES}
+    total = _combined(plausible, counts)
+    return {name: total.get(name, 0) for name in NAMES}
+
+
+def _combined(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    pairs = {name: (one.get(name, 0), other.get(name, 0)) for name in one | other}
+    return {name: max(pair) if name == _GREATEST else sum(pair) for name, pair in pairs.items()}

@@ -70,7 +70,7 @@ class Store(EntryStore):
         with locks.hold(self.folder, key.digest) as waited:
             if waited > 0.01:
                 self.counters.add("lock_waits")
-                self.counters.add("lock_wait_ms", round(1000 * waited))
+                self.counters.add("longest_lock_wait_ms", round(1000 * waited))
             return self._load(key, waited) or self._build(key, build, describe, waited)
 
     def _load(self, key: Key, waited: float = 0.0) -> Loaded | None:
