@@ -20,14 +20,14 @@ import torch.distributed as dist
 
 from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime, RuntimeSettings
 from softcap_runtime.kernels.package import Package
-from softcap_runtime.store.locks import KeyLocks
+from softcap_runtime.store import locks
 
 FOLDER = Path(sys.argv[1])
 RANK = os.environ["RANK"]
 BUILD_S = 1.5
 builds: list[str] = []
 waits: list[tuple[float, float]] = []
-own_process_lock = KeyLocks.process
+own_hold = locks.hold
 
 
 def build(spec: Package) -> bytes:
@@ -37,9 +37,9 @@ def build(spec: Package) -> bytes:
 
 
 @contextlib.contextmanager
-def process_lock(locks: KeyLocks, name: str, *longest: float) -> Iterator[float]:
+def hold(folder: Path, name: str, *longest: float) -> Iterator[float]:
     started = time.time()
-    with own_process_lock(locks, name, *longest) as waited:
+    with own_hold(folder, name, *longest) as waited:
         waits.append((started, time.time()))
         yield waited
 
@@ -47,7 +47,7 @@ def process_lock(locks: KeyLocks, name: str, *longest: float) -> Iterator[float]
 def main() -> None:
     torch.set_num_threads(1)
     Package.build = build  # type: ignore[method-assign]
-    KeyLocks.process = process_lock  # type: ignore[method-assign]
+    locks.hold = hold
     config = AttentionConfig(softcap=50.0, scale=0.125)
     request = PrewarmRequest(
         config=config, num_heads=4, num_kv_heads=2, head_dim=64, dtype="float32", train=True
