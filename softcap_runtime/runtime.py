@@ -94,6 +94,7 @@ class Runtime:
         prefix_lengths: Tensor | None = None,
         spans: Tensor | None = None,
         cache_lengths: Tensor | None = None,
+        query_positions: Tensor | None = None,
     ) -> Tensor:
         """Softcapped attention: ``[B, Hq, Sq, D]`` in q's dtype, laid out ``[B, Sq, Hq, D]`` in memory.
 
@@ -103,7 +104,9 @@ class Runtime:
         ``document_ids`` ``[B, Skv]``, integers that never decrease: a token sees only its own document.
         ``prefix_lengths`` ``[B]``: the first tokens see each other both ways. ``spans`` ``[B, N, 2]``: half-open
         ranges of tokens that see each other both ways. ``cache_lengths`` ``[B]``: how many keys of each batch
-        row are valid, the new tokens included; row i then stands at ``cache_lengths - Sq + i``. Keys and values that
+        row are valid, the new tokens included; row i then stands at ``cache_lengths - Sq + i``.
+        ``query_positions`` ``[Sq]`` or ``[B, Sq]``: the key at which each query row stands, from 0 on and in any order,
+        in place of ``Skv - Sq + i``. Keys and values that
         no row sees must be finite all the same (zeros, say): an engine may multiply them by a weight of 0.
 
         Raises ValueError or TypeError on an argument that does not fit, EngineUnavailable when the engine asked
@@ -111,13 +114,15 @@ class Runtime:
         """
         # One by one: a tensor of a tuple that is compared with None takes 30 us.
         plain = attention_mask is None and document_ids is None and prefix_lengths is None
-        if plain and spans is None and cache_lengths is None and not torch.compiler.is_compiling():
+        plain = plain and spans is None and cache_lengths is None and query_positions is None
+        if plain and not torch.compiler.is_compiling():
             plan = self._shortcut(q, k, v, config)
             if plan is not None:
                 plan.hits += 1
                 return plan.forward(q, k, v)[0]
         q, k, v = operator.checked_inputs(q, k, v)
-        mask = _intervals(q, k, config, attention_mask, document_ids, prefix_lengths, spans, cache_lengths)
+        given = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths, query_positions)
+        mask = _intervals(q, k, config, *given)
         return self.attend(q, k, v, config, mask)
 
     def attend(
@@ -249,7 +254,7 @@ def _make_own() -> bool:
     return Runtime.get() is not None
 
 
-_NO_MASKS = (None,) * 5
+_NO_MASKS = (None,) * 6
 
 
 def _intervals(
@@ -261,6 +266,7 @@ def _intervals(
     prefix_lengths: Tensor | None,
     spans: Tensor | None,
     cache_lengths: Tensor | None,
+    query_positions: Tensor | None,
 ) -> RowIntervals:
     """Check the config and the mask arguments, and intersect these with the config's."""
     check_config(config)
@@ -271,6 +277,7 @@ def _intervals(
         "prefix_lengths": prefix_lengths,
         "spans": spans,
         "cache_lengths": cache_lengths,
+        "query_positions": query_positions,
     }
     check_mask_arguments(q_len, kv_len, q.shape[0], q.device, causal=config.causal, **given)
     if attention_mask is not None and data_is_readable(attention_mask) and bool(attention_mask.all()):
