@@ -28,6 +28,19 @@ def check_config(config: Any) -> None:
         )
 
 
+def check_no_context_parallel() -> None:
+    """Raise RuntimeError inside torch's ``context_parallel``, which shards what only its own attention puts together.
+
+    It is told by its replacement for ``scaled_dot_product_attention``, a function of its module.
+    """
+    home = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None)
+    if home is not None and home.startswith("torch.distributed.tensor"):
+        raise RuntimeError(
+            "context_parallel of torch: replaces scaled_dot_product_attention alone, and this call would see a part of "
+            "the sequence; use softcap_runtime.distributed.context_mask and Runtime.context_attention in place of it"
+        )
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise TypeError for what is no float tensor, ValueError for shapes, dtypes or devices that do not fit.
 

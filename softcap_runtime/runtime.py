@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import check_config, check_qkv
+from softcap_runtime.checks import check_config, check_no_context_parallel, check_qkv
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
 from softcap_runtime.kernels import operator
 from softcap_runtime.kernels.engine import Call
+from softcap_runtime.kernels.sharding import whole
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
 from softcap_runtime.plans import Plan, PlanKey, Plans
@@ -112,6 +113,7 @@ class Runtime:
         Raises ValueError or TypeError on an argument that does not fit, EngineUnavailable when the engine asked
         for cannot serve the call, KernelNotPrewarmed under ``jit="forbid"``, BuildFailed when the compiler fails.
         """
+        check_no_context_parallel()
         # One by one: a tensor of a tuple that is compared with None takes 30 us.
         plain = attention_mask is None and document_ids is None and prefix_lengths is None
         plain = plain and spans is None and cache_lengths is None and query_positions is None
@@ -121,7 +123,8 @@ class Runtime:
                 plan.hits += 1
                 return plan.forward(q, k, v)[0]
         q, k, v = operator.checked_inputs(q, k, v)
-        given = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths, query_positions)
+        masks = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths, query_positions)
+        given = [None if x is None else whole(x) for x in masks]
         mask = _intervals(q, k, config, *given)
         return self.attend(q, k, v, config, mask)
 
@@ -139,6 +142,7 @@ class Runtime:
         As ``attention`` without its checks of q, k and v. ``mask`` stands in for the config's window and causal;
         ``engine`` for that of the settings.
         """
+        check_no_context_parallel()
         call = Call(mask, config.scale, config.softcap, engine or self.settings.engine, _wants_grad(q, k, v))
         direct = not (torch.compiler.is_compiling() or call.train or q.is_meta)
         if direct and not interpreters_active(q, k, v, *mask.vectors):

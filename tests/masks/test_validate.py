@@ -26,7 +26,9 @@ def check(**arguments: Any) -> None:
 def test_every_good_mask_passes(case: MaskCase) -> None:
     arguments = {name: value for name, value in case.items() if name != "window"}
     batch = oracle(case).shape[0]
-    if case["q_len"] > case["kv_len"] and case["query_positions"] is None:  # such rows have no id and no place in a cache
+    if (
+        case["q_len"] > case["kv_len"] and case["query_positions"] is None
+    ):  # such rows have no id and no place in a cache
         arguments.update(document_ids=None, cache_lengths=None)
     check_mask_arguments(batch=batch, device=CPU, **arguments)
 
