@@ -23,9 +23,10 @@ from torch import Tensor
 from softcap_runtime.checks import Cap, check_qkv
 from softcap_runtime.config import check_positive
 from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, intersect, read
+from softcap_runtime.integrations.hf_packed import packed_arguments
 from softcap_runtime.integrations.hf_probe import probe
 from softcap_runtime.kernels.operator import autocast_inputs
-from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, row_intervals
+from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
 from softcap_runtime.runtime import Runtime
 
@@ -205,8 +206,8 @@ def attention_forward(
     """The attention function: ``[B, Sq, Hq, D]`` and no weights.
 
     ``query`` ``[B, Hq, Sq, D]``, ``key`` and ``value`` ``[B, Hkv, Skv, D]``. ``attention_mask`` comes from
-    ``interval_mask`` and holds the window already; without one (encoders, layers on their own) ``is_causal``,
-    else the module's, and ``sliding_window`` count.
+    ``interval_mask`` and holds the window already; without one (encoders, wrappers that drop it) ``is_causal``, else
+    the module's, ``sliding_window`` and the documents of ``cu_seq_lens_q`` or ``position_ids`` count.
 
     Raises ValueError on what the kernels don't do, naming it and what to do, before anything runs.
     """
@@ -219,9 +220,10 @@ def attention_forward(
     lengths = query.shape[2], key.shape[2]
     if attention_mask is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        check_mask_arguments(*lengths, query.shape[0], query.device, causal=causal)
+        packed = packed_arguments(query.shape[0], *lengths, causal, kwargs)
+        check_mask_arguments(*lengths, query.shape[0], query.device, causal=causal, **packed)
         check_positive("sliding_window", sliding_window)
-        mask = band(*lengths, causal=causal, window=sliding_window)
+        mask = row_intervals(*lengths, causal=causal, window=sliding_window, **packed)
         return runtime.attend(query, key, value, cap, mask).transpose(1, 2), None
     if lengths != (attention_mask.q_len, attention_mask.kv_len):
         raise ValueError(

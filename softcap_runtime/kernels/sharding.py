@@ -84,7 +84,7 @@ def _check_placements(q: Any, k: Any, v: Any) -> None:
     if q.shape[1] % ranks or k.shape[1] % ranks:
         raise ValueError(
             f"{said['heads']} asks for heads over {ranks} ranks, but there are {q.shape[1]} query and {k.shape[1]} key "
-            "heads, expected multiples of it; redistribute to Replicate(), or shard the sequence with Runtime.context_attention"
+            "heads, expected multiples of it; redistribute to Replicate(), or use Runtime.context_attention"
         )
     ranks, batch = split["the batch"], q.shape[0]
     if ranks > 1 and math.ceil(batch / math.ceil(batch / ranks)) < ranks:
