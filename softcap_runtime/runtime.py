@@ -25,6 +25,7 @@ from softcap_runtime.torch_private import constant_in_graphs
 from softcap_runtime.torch_transforms import interpreters_active
 
 if TYPE_CHECKING:
+    from softcap_runtime.distributed import ContextMask
     from softcap_runtime.prewarm_rows import PrewarmResult
     from softcap_runtime.stats import RuntimeStats
 
@@ -148,6 +149,30 @@ class Runtime:
         if direct and not interpreters_active(q, k, v, *mask.vectors):
             return self.forward(q, k, v, call)[0]
         return operator.attention(q, k, v, call, self.number)
+
+    def context_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: AttentionConfig,
+        context: ContextMask,
+        *,
+        stages: int = 1,
+    ) -> Tensor:
+        """Attention of this rank's rows over a whole sequence that is spread over ranks: as ``attention``, of its rows.
+
+        ``q`` ``[B, Hq, rows, D]``, ``k`` and ``v`` ``[B, Hkv, rows, D]``: the rows that the layout of ``context``
+        gives this rank. Every rank of its mesh calls it. ``context``: of ``softcap_runtime.distributed.context_mask``,
+        with the window and causal of ``config``; it holds the masks. ``stages``: groups of key heads, each of which
+        travels while the one before is computed.
+
+        Raises as ``attention`` does, before anything is sent. At the first call of a kind ranks tell each other whether
+        they are ready: RuntimeError on the others when one is not, or when they disagree.
+        """
+        from softcap_runtime.distributed.attention import context_attention
+
+        return context_attention(self, q, k, v, config, context, stages)
 
     def prewarm(
         self, requests: Iterable[PrewarmRequest], progress: bool = True, tune: bool = False

@@ -18,7 +18,7 @@ _INSTEAD = "give the layer its mask (attention_mask)"
 
 def packed_arguments(
     batch: int, q_len: int, kv_len: int, causal: bool, kwargs: dict[str, Any]
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """``document_ids`` and ``query_positions`` for ``row_intervals``; nothing where a row is one document.
 
     Raises ValueError on offsets or positions from which the documents can't be told.
@@ -71,7 +71,7 @@ def _from_positions(positions: Tensor, batch: int, q_len: int, kv_len: int) -> d
     whole = readable and not bool(document_ids.any()) and bool((rows[:, -1] >= kv_len - 1).all())
     if not whole:
         raise ValueError(
-            f"position_ids: for {q_len} rows over {kv_len} keys without a mask, expected positions on the CPU that count on "
-            f"from the keys before them, else the documents can't be told; {_INSTEAD}"
+            f"position_ids: for {q_len} rows over {kv_len} keys and no mask, expected positions on the CPU that count "
+            f"on from the keys before them, else the documents can't be told; {_INSTEAD}"
         )
     return {}

@@ -39,7 +39,7 @@ def sharded_edges(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor
     """
     if not (is_dtensor(q) or is_dtensor(k) or is_dtensor(v)):
         return lo, hi
-    _check_placements(q, k, v)
+    check_placements(q, k, v)
     _register_once()
     return _replicated(lo, q), _replicated(hi, q)
 
@@ -53,7 +53,8 @@ def _replicated(edge: Tensor | None, q: Any) -> Any:
     return DTensor.from_local(edge, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def _check_placements(q: Any, k: Any, v: Any) -> None:
+def check_placements(q: Any, k: Any, v: Any) -> None:
+    """Raise ValueError, naming the tensor and its placement, where DTensors are sharded as no rule has it."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not is_dtensor(x):
             raise ValueError(
