@@ -30,7 +30,9 @@ def agree(what: str, mesh: DeviceMesh, facts: dict[str, int], error: Exception |
     """
     own = torch.tensor([int(error is not None), *facts.values()], dtype=torch.int64, device=mesh.device_type)
     gathered = own.new_empty(mesh.size() * own.shape[0])
-    dist.all_gather_into_tensor(gathered, own, group=mesh.get_group())
+    # Named anew in torch 2.13, which warns of the old name.
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    gather(gathered, own, group=mesh.get_group())
     table = gathered.view(mesh.size(), -1).tolist()
     if error is not None:
         raise error

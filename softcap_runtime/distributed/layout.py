@@ -55,7 +55,7 @@ class SequenceLayout:
         loads = [0] * ranks
         for at in sorted(range(len(blocks)), key=lambda at: -weights[at]):
             open_ranks = (rank for rank in range(ranks) if len(given[rank]) < most)
-            rank = min(open_ranks, key=lambda rank: (loads[rank], rank))
+            rank = min(open_ranks, key=lambda rank: (loads[rank], len(given[rank]), rank))
             given[rank].append(blocks[at])
             loads[rank] += weights[at]
         return cls(seq_len, tuple(merged(own) for own in given))
