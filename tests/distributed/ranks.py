@@ -28,7 +28,13 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import init_device_mesh
 
-from softcap_runtime import AttentionConfig, KernelNotPrewarmed, Runtime, RuntimeSettings
+from softcap_runtime import (
+    AttentionConfig,
+    KernelNotPrewarmed,
+    Runtime,
+    RuntimeSettings,
+    document_ids_from_position_ids,
+)
 from softcap_runtime.distributed import ContextMask, SequenceLayout, context_mask
 from softcap_runtime.masks import row_intervals
 
@@ -321,14 +327,88 @@ def a_missing_kernel_raises_before_anything_is_sent(ranks: Ranks) -> None:
         layout = SequenceLayout.contiguous(40, ranks.count)
         context = context_mask(CAUSAL, layout, ranks.mesh)
         q, k, v = (layout.shard(x, 2, ranks.rank) for x in whole_inputs(1, 4, 4, 40))
-        words = "missing" if last else f"failed on rank {ranks.count - 1}"
+        words = "prewarm" if last else f"failed on rank {ranks.count - 1}"
         counted = collectives.all_to_all_single_autograd = Counted(ranks)  # type: ignore[assignment]
         try:
             kind = KernelNotPrewarmed if last else RuntimeError
-            expect("" if last else words, kind, lambda: runtime.context_attention(q, k, v, CAUSAL, context))
+            expect(words, kind, lambda: runtime.context_attention(q, k, v, CAUSAL, context))
         finally:
             collectives.all_to_all_single_autograd = counted.exchange
         assert counted.bytes == 0
+
+
+@case
+def a_hugging_face_model(ranks: Ranks) -> None:
+    """Packed documents, global and window layers on one layout: logits and the gradients of all weights."""
+    transformers = pytest.importorskip("transformers")
+    from softcap_runtime.integrations.transformers import register
+
+    config = transformers.Gemma2Config(
+        vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=16, attn_logit_softcapping=5.0,
+    )  # fmt: skip
+    model = transformers.Gemma2ForCausalLM(config)
+    lengths = [19, 30, 8]
+    seq_len = sum(lengths)
+    tokens = torch.randint(3, 101, (1, seq_len))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    contexts: dict[str, ContextMask] = {}
+    register(ranks.runtime, "softcap")
+    register(ranks.runtime, "softcap_context", context=contexts)
+    weight = torch.randn(1, seq_len, 101)
+    ids = document_ids_from_position_ids(positions)
+    for name in LAYOUTS:
+        model.set_attn_implementation("softcap")
+        model.zero_grad()
+        want = model(tokens, position_ids=positions, use_cache=False).logits
+        (want * weight).sum().backward()
+        grads = [parameter.grad.clone() for parameter in model.parameters()]
+        configs = [AttentionConfig.from_hf(config, layer_idx=at) for at in range(2)]
+        layout = layout_of(name, configs[1], seq_len, ranks.count, {"document_ids": ids})
+        for kind, made in zip(config.layer_types, configs, strict=True):
+            contexts[kind] = context_mask(made, layout, ranks.mesh, document_ids=ids)
+        model.set_attn_implementation("softcap_context")
+        model.zero_grad()
+        mine = [layout.shard(x, 1, ranks.rank) for x in (tokens, positions, weight)]
+        logits = model(mine[0], position_ids=mine[1], use_cache=False).logits
+        (logits * mine[2]).sum().backward()
+        assert torch.allclose(logits, layout.shard(want, 1, ranks.rank), atol=1e-4)
+        for parameter, grad in zip(model.parameters(), grads, strict=True):
+            dist.all_reduce(parameter.grad)
+            # Sums over rows, in float32 and another order, through two layers.
+            assert float((parameter.grad - grad).norm()) <= 1e-4 * float(grad.norm())
+        with pytest.raises(ValueError, match="attention_mask: .* give the whole sequence's to context_mask"):
+            model(mine[0], attention_mask=torch.zeros_like(mine[0]), position_ids=mine[1], use_cache=False)
+        del contexts["full_attention"]
+        with pytest.raises(
+            ValueError, match="context: .* expected a ContextMask for 'full_attention' layers too"
+        ):
+            model(mine[0], position_ids=mine[1], use_cache=False)
+
+
+@case
+def fully_sharded_parameters_beside_the_context(ranks: Ranks) -> None:
+    """FSDP2 over dp x cp: gradients are averaged over both, so a loss that is a sum over ranks comes ranks times less."""
+    from helpers import Block
+    from torch.distributed.fsdp import fully_shard
+
+    shape = (2, ranks.count // 2) if ranks.count > 2 else (1, 2)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "cp"))
+    layout = SequenceLayout.zigzag(61, shape[1])
+    context = context_mask(WINDOW, layout, mesh["cp"])
+    ours = lambda q, k, v: ranks.runtime.context_attention(q, k, v, WINDOW, context)  # noqa: E731
+    model = Block(ours)
+    alone = Block(lambda q, k, v: ranks.runtime.attention(q, k, v, WINDOW))
+    alone.load_state_dict(model.state_dict())
+    x = torch.randn(shape[0], 61, 128)
+    alone(x).square().sum().backward()
+    wrapped = fully_shard(model, mesh=mesh["dp", "cp"]._flatten("all"))
+    row = mesh["dp"].get_local_rank()
+    mine = layout.shard(x[row : row + 1], 1, mesh["cp"].get_local_rank())
+    (wrapped(mine).square().sum() * ranks.count).backward()
+    for parameter, want in zip(wrapped.parameters(), alone.parameters(), strict=True):
+        whole = parameter.grad.full_tensor()
+        assert float((whole - want.grad).norm()) <= 1e-5 * float(want.grad.norm())
 
 
 def main() -> None:
