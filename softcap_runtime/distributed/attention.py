@@ -241,9 +241,10 @@ def _by_heads(
         whole = _rows_together(here, sum(heads), q, context).split(heads, 1)
         out = runtime.attend(whole[0], whole[1], whole[2], config, context.whole)
         outs.append(_back_to_rows(out, context))
-    # [rank, B, rows, heads, D] of each group: heads in the order of ranks, then of groups.
-    joined = outs[0] if stages == 1 else torch.cat(outs, 3)
-    return joined.permute(1, 2, 0, 3, 4).flatten(2, 3).transpose(1, 2)
+    # [rank, B, rows, heads, D] of each group: heads in the order of ranks, then of groups. A copy, so that what is
+    # returned has been waited for.
+    by_rank = zip(*(out.unbind(0) for out in outs), strict=True)
+    return torch.cat([heads for groups in by_rank for heads in groups], 2).transpose(1, 2)
 
 
 def _head_groups(

@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
-from helpers import gradients
+from helpers import gradients, in_model_order
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import init_device_mesh
@@ -98,6 +98,8 @@ def compare(
     attend = call or (lambda q, k, v: runtime.context_attention(q, k, v, config, context, stages=stages))
     out, got = gradients(attend, mine[:3], mine[3])
     pairs = [(out, want_out), *zip(got, want, strict=True)]
+    assert type(out.detach()) is Tensor
+    assert in_model_order(out)
     for name, (found, all_rows) in zip(("out", "q", "k", "v"), pairs, strict=True):
         # Over all ranks: a rank of few rows may have gradients that are nothing but rounding.
         error = (found.double() - layout.shard(all_rows, 2, ranks.rank).double()).square().sum()
@@ -198,7 +200,10 @@ def bytes_on_the_wire(ranks: Ranks) -> None:
         layout = layout_of(name, config, 61, ranks.count, masks)
         context = context_mask(config, layout, ranks.mesh, method=method, **masks)
         q, k, v = (layout.shard(x, 2, ranks.rank) for x in whole_inputs(2, 4, kv_heads, 61))
-        ranks.runtime.context_attention(q, k, v, config, context)  # what is agreed on at first is not counted
+        out = ranks.runtime.context_attention(
+            q, k, v, config, context
+        )  # what is agreed on at first is not counted
+        assert type(out) is Tensor
         counted = collectives.all_to_all_single_autograd = Counted(ranks)  # type: ignore[assignment]
         try:
             ranks.runtime.context_attention(q, k, v, config, context)
@@ -377,18 +382,18 @@ def a_hugging_face_model(ranks: Ranks) -> None:
             dist.all_reduce(parameter.grad)
             # Sums over rows, in float32 and another order, through two layers.
             assert float((parameter.grad - grad).norm()) <= 1e-4 * float(grad.norm())
-        with pytest.raises(ValueError, match="attention_mask: .* give the whole sequence's to context_mask"):
+        with pytest.raises(ValueError, match=r"attention_mask: .* give the whole sequence's to context_mask"):
             model(mine[0], attention_mask=torch.zeros_like(mine[0]), position_ids=mine[1], use_cache=False)
         del contexts["full_attention"]
         with pytest.raises(
-            ValueError, match="context: .* expected a ContextMask for 'full_attention' layers too"
+            ValueError, match=r"context: .* expected a ContextMask for 'full_attention' layers too"
         ):
             model(mine[0], position_ids=mine[1], use_cache=False)
 
 
 @case
 def fully_sharded_parameters_beside_the_context(ranks: Ranks) -> None:
-    """FSDP2 over dp x cp: gradients are averaged over both, so a loss that is a sum over ranks comes ranks times less."""
+    """FSDP2 over dp x cp: gradients are averaged over both, so a sum over ranks comes out ranks times less."""
     from helpers import Block
     from torch.distributed.fsdp import fully_shard
 
