@@ -82,9 +82,13 @@ def main() -> None:
     console.print(
         f"[bold]seed {seed}[/bold]; {len(batches)} rows of {LENGTH} bytes, {documents:,} paragraphs packed in them"
     )
-    prewarm(console)
+    # Curves are compared on one device: with a GPU each rank trains on its own.
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if ranks and torch.cuda.is_available() else "cpu"
+    )
+    prewarm(console, str(device))
     names = ("eager", "softcap") if ranks is None else ("one process", f"{ranks} ranks")
-    curves = train_both(seed, batches, names, console, rank)
+    curves = train_both(seed, batches, names, console, rank, device)
     if rank:
         return
     difference = show(console, curves)
@@ -138,7 +142,7 @@ def packed(row: list[bytes]) -> Batch:
     return Batch(ids[None], positions[None], labels[None])
 
 
-def prewarm(console: Console) -> None:
+def prewarm(console: Console, device: str) -> None:
     """Have the kernels ready, so that the first step isn't the one that builds them."""
     runtime = Runtime.get()
     register(runtime)
@@ -150,6 +154,7 @@ def prewarm(console: Console) -> None:
         head_dim=config.head_dim,
         dtype="float32",
         train=True,
+        device=device,
     )
     results = runtime.prewarm([request], progress=True)
     failed = [result for result in results if result.outcome == "failed"]
@@ -170,7 +175,12 @@ def start_ranks() -> int:
 
 
 def train_both(
-    seed: int, batches: list[Batch], names: tuple[str, str], console: Console, rank: int
+    seed: int,
+    batches: list[Batch],
+    names: tuple[str, str],
+    console: Console,
+    rank: int,
+    device: torch.device | str,
 ) -> dict[str, Curve]:
     columns = (
         TextColumn("{task.description:11}"),
@@ -185,7 +195,7 @@ def train_both(
             if rank and name == names[0]:
                 continue  # in one process
             task = progress.add_task(name, total=len(batches), loss=float("nan"))
-            model = small_gemma(seed, "eager" if name == "eager" else "softcap")
+            model = small_gemma(seed, "eager" if name == "eager" else "softcap").to(device)
             step = whole_step if name in ("eager", "softcap", "one process") else RanksStep(model)
             report = lambda loss, task=task: progress.update(task, advance=1, loss=loss)  # noqa: E731
             curves[name] = train(model, batches, step, report)
@@ -195,7 +205,8 @@ def train_both(
 def whole_step(model: Gemma2ForCausalLM, batch: Batch) -> float:
     """Loss and gradients of one row in this process."""
     # Transformers looks for packed sequences only where there is no cache.
-    loss = model(**batch._asdict(), use_cache=False).loss
+    given = {name: x.to(model.device) for name, x in batch._asdict().items()}
+    loss = model(**given, use_cache=False).loss
     loss.backward()
     return loss.item()
 
