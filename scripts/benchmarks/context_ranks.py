@@ -95,6 +95,7 @@ def torch_flex(config: AttentionConfig, ids: Tensor | None, seq_len: int, mesh: 
 
     mask = _create_cp_block_mask(mask_mod, 1, 1, seq_len, seq_len, mesh)
     style = torch_context._ContextParallel(2, torch_context._ContextParallel.AttentionType.FLEX)
+    torch._dynamo.reset()  # beyond its limit of compilations torch would compute it unfused, in silence
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -153,6 +154,8 @@ def ways(config: AttentionConfig, ids: Tensor | None, seq_len: int, mesh: Device
     rows = seq_len - contiguous.count(0)
     each = 2 * kv_heads * head_dim * DTYPE.itemsize
     add("gather k and v, our kernels", by_keys, gather, rows * each)
+    if ids is not None and seq_len > min(LENGTHS) or seq_len > 200_000:
+        return found  # each mask and length is compiled anew: the rest would take longer than all else
     try:
         flex = torch_flex(config, ids, seq_len, mesh)
     except (ImportError, AttributeError, NotImplementedError) as error:
