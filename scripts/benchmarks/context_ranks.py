@@ -154,7 +154,7 @@ def ways(config: AttentionConfig, ids: Tensor | None, seq_len: int, mesh: Device
     rows = seq_len - contiguous.count(0)
     each = 2 * kv_heads * head_dim * DTYPE.itemsize
     add("gather k and v, our kernels", by_keys, gather, rows * each)
-    if ids is not None and seq_len > min(LENGTHS) or seq_len > 200_000:
+    if (ids is not None and seq_len > min(LENGTHS)) or seq_len > 200_000:
         return found  # each mask and length is compiled anew: the rest would take longer than all else
     try:
         flex = torch_flex(config, ids, seq_len, mesh)
