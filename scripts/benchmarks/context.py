@@ -42,7 +42,7 @@ def measure(report: Report) -> None:
     report.table(
         "context",
         rows,
-        "ms: of the slowest rank; x alone: against its own computing, all keys there already; MB: received forward by the "
+        "ms: the slowest rank's; x alone: against its own computing, all keys there; MB: received forward by the "
         "rank that receives most; pairs: visible pairs of the busiest rank over the mean; GB: peak beyond what is held "
         "before; error: of the output, relative, against one process",
     )
