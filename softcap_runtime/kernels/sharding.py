@@ -32,16 +32,27 @@ def whole(x: Tensor | None) -> Any:
     return x.full_tensor() if is_dtensor(x) else x  # type: ignore[union-attr]
 
 
-def sharded_edges(q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None) -> tuple[Any, Any]:
-    """``lo`` and ``hi`` as a call with these q, k and v takes them: replicated where those are DTensors.
+def sharded_inputs(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None
+) -> tuple[Any, Any, Any, Any, Any]:
+    """A call's tensors as a rule has them; as they are where q, k and v are no DTensors.
 
-    Raises ValueError, naming the tensor and its placement, where they are sharded as no rule has it.
+    A sharded sequence goes to heads, and plain edges are taken as replicated. Raises ValueError, naming the tensor and
+    its placement, where they are sharded as no rule has it.
     """
     if not (is_dtensor(q) or is_dtensor(k) or is_dtensor(v)):
-        return lo, hi
+        return q, k, v, lo, hi
     check_placements(q, k, v)
     _register_once()
-    return _replicated(lo, q), _replicated(hi, q)
+    return _by_heads(q), _by_heads(k), _by_heads(v), _replicated(lo, q), _replicated(hi, q)
+
+
+def _by_heads(x: Any) -> Any:
+    from torch.distributed.tensor import Shard
+
+    if Shard(2) not in x.placements:
+        return x
+    return x.redistribute(placements=[Shard(1) if own == Shard(2) else own for own in x.placements])
 
 
 def _replicated(edge: Tensor | None, q: Any) -> Any:
@@ -112,7 +123,7 @@ def _register_once() -> bool:
 
 
 # A rule lists what each result and each argument may be on one dimension of a mesh; torch takes what costs least to
-# come to. Heads stand first: of a sharded sequence they are as cheap as the batch.
+# come to.
 
 
 def _forward(q: Any, k: Any, v: Any, lo: Any, hi: Any, *numbers: Any) -> list[tuple[list[Any], list[Any]]]:

@@ -416,6 +416,88 @@ def fully_sharded_parameters_beside_the_context(ranks: Ranks) -> None:
         assert float((whole - want.grad).norm()) <= 1e-5 * float(want.grad.norm())
 
 
+def of_dtensors(
+    ranks: Ranks,
+    mesh: Any,
+    placements: list[Any],
+    inputs: list[Tensor],
+    run: Callable[..., Tensor] | None = None,
+    **masks: Any,
+) -> Any:
+    """Output and gradients are those of the whole tensors to the bit; returns the output's placements."""
+    from torch.distributed.tensor import distribute_tensor
+
+    plain = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in masks.items()}
+    grad_out = torch.randn_like(inputs[0])
+    want, wanted = gradients(
+        lambda q, k, v: ranks.runtime.attention(q, k, v, WINDOW, **plain), inputs, grad_out
+    )
+    mine = [distribute_tensor(x, mesh, placements).detach().requires_grad_() for x in inputs]
+    run = run or (lambda q, k, v: ranks.runtime.attention(q, k, v, WINDOW, **masks))
+    out: Any = run(*mine)
+    out.backward(distribute_tensor(grad_out, mesh, placements))
+    assert torch.equal(out.full_tensor(), want)
+    for x, grad in zip(mine, wanted, strict=True):
+        assert torch.equal(x.grad.full_tensor(), grad)
+    with torch.no_grad():
+        assert torch.equal(ranks.runtime.attention(*mine, WINDOW, **masks).full_tensor(), want)
+    return out.placements
+
+
+@case
+def dtensors(ranks: Ranks) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    count, mesh = ranks.count, ranks.mesh
+    inputs = whole_inputs(count, 2 * count, count, 41)
+    whole: dict[str, Any] = masks_of("documents", count, 41)
+    for masks in ({}, whole, {name: distribute_tensor(x, mesh, [Shard(0)]) for name, x in whole.items()}):
+        for placement in (Shard(0), Shard(1), Replicate()):
+            assert of_dtensors(ranks, mesh, [placement], inputs, **masks) == (placement,)
+        assert of_dtensors(ranks, mesh, [Shard(2)], inputs, **masks) == (Shard(1),)
+    positions = torch.randperm(41)
+    assert of_dtensors(ranks, mesh, [Shard(1)], inputs, query_positions=positions) == (Shard(1),)
+    attend = lambda q, k, v: ranks.runtime.attention(q, k, v, WINDOW, **whole)  # noqa: E731
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for placement in (Shard(0), Shard(1)):
+        of_dtensors(ranks, mesh, [placement], inputs, compiled, **whole)
+    if count == 4:
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        for pair in ([Shard(0), Shard(1)], [Shard(1), Shard(1)], [Replicate(), Shard(1)]):
+            assert of_dtensors(ranks, square, pair, inputs, **whole) == tuple(pair)
+        assert of_dtensors(ranks, square, [Shard(0), Shard(2)], inputs) == (Shard(0), Shard(1))
+        odd = whole_inputs(2, 6, 6, 41)
+        with pytest.raises(
+            ValueError, match=r"q: Shard\(dim=1\) on mesh dimension 'dp' asks for heads over 4 ranks"
+        ):
+            of_dtensors(ranks, square, [Shard(1), Shard(2)], odd)
+
+    def refused(words: str, tensors: list[Tensor], placement: Any) -> None:
+        with pytest.raises(ValueError, match=words):
+            of_dtensors(ranks, mesh, [placement], tensors)
+
+    refused(r"q: Shard\(dim=3\) on mesh dimension 'cp' splits head_dim", inputs, Shard(3))
+    refused(r"q: Shard\(dim=1\) .* 1 key heads", whole_inputs(1, count, 1, 41), Shard(1))
+    refused(r"q: Shard\(dim=2\) .* 1 key heads", whole_inputs(1, count, 1, 41), Shard(2))
+    refused(r"q: Shard\(dim=0\) .* batch rows", whole_inputs(1, count, count, 41), Shard(0))
+    with pytest.raises(ValueError, match="k: a plain tensor beside DTensors"):
+        ranks.runtime.attention(distribute_tensor(inputs[0], mesh, [Shard(1)]), inputs[1], inputs[2], WINDOW)
+
+
+@case
+def context_parallel_of_torch_is_refused(ranks: Ranks) -> None:
+    from torch.distributed.tensor.experimental import context_parallel
+
+    q, k, v = whole_inputs(1, 4, 4, 16 * ranks.count)
+    ranks.runtime.attention(q, k, v, CAUSAL)
+    with (
+        context_parallel(ranks.mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2]),
+        pytest.raises(RuntimeError, match=r"context_parallel of torch: .* use .*context_attention"),
+    ):
+        ranks.runtime.attention(q, k, v, CAUSAL)
+    ranks.runtime.attention(q, k, v, CAUSAL)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
