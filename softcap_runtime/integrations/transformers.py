@@ -14,8 +14,9 @@ Rows of padding see nothing and give zeros, where eager attention gives the mean
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,15 @@ from torch import Tensor
 from softcap_runtime.checks import Cap, check_qkv
 from softcap_runtime.config import check_positive
 from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, intersect, read
+from softcap_runtime.integrations.hf_packed import packed_arguments
 from softcap_runtime.integrations.hf_probe import probe
 from softcap_runtime.kernels.operator import autocast_inputs
-from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, row_intervals
+from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
 from softcap_runtime.runtime import Runtime
+
+if TYPE_CHECKING:
+    from softcap_runtime.distributed import ContextMask
 
 OLDEST = (4, 56)
 # What other attention functions take and no kernel here computes; False and None mean it isn't asked for.
@@ -89,8 +94,14 @@ def _last_rows(mask: HfMask, count: int) -> HfMask:
     return mask._replace(q_len=count, left=left, right=min(mask.right + first, UNBOUNDED))
 
 
-def register(runtime: Runtime | None = None, name: str = "softcap") -> None:
+def register(
+    runtime: Runtime | None = None, name: str = "softcap", context: Mapping[str, ContextMask] | None = None
+) -> None:
     """Make ``attn_implementation=name`` run on ``runtime`` (the process's own when None), for every model.
+
+    ``context``: models then run on this rank's rows of a sequence over many devices (``softcap_runtime.distributed``).
+    A ContextMask for each kind of layer, "full_attention" and "sliding_attention"; fill it anew before each batch, and
+    pass ``position_ids=layout.rows(rank)`` (or the rank's rows of the batch's own), no cache and no mask.
 
     Raises ImportError when transformers is missing or older than 4.56, RuntimeError when its mask functions
     mean something else than those that this module reads.
@@ -107,8 +118,11 @@ def register(runtime: Runtime | None = None, name: str = "softcap") -> None:
             f"transformers {transformers.__version__}: expected 4.56 or newer; run: pip install -U transformers"
         )
     check_readings(masking_utils)
-    AttentionInterface.register(name, partial(attention_forward, runtime))
-    AttentionMaskInterface.register(name, interval_mask)
+    forward = partial(attention_forward, runtime)
+    if context is not None:
+        forward = partial(context_forward, runtime, context)
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, interval_mask if context is None else no_mask)
 
 
 def interval_mask(
@@ -205,8 +219,8 @@ def attention_forward(
     """The attention function: ``[B, Sq, Hq, D]`` and no weights.
 
     ``query`` ``[B, Hq, Sq, D]``, ``key`` and ``value`` ``[B, Hkv, Skv, D]``. ``attention_mask`` comes from
-    ``interval_mask`` and holds the window already; without one (encoders, layers on their own) ``is_causal``,
-    else the module's, and ``sliding_window`` count.
+    ``interval_mask`` and holds the window already; without one (encoders, wrappers that drop it) ``is_causal``, else
+    the module's, ``sliding_window`` and the documents of ``cu_seq_lens_q`` or ``position_ids`` count.
 
     Raises ValueError on what the kernels don't do, naming it and what to do, before anything runs.
     """
@@ -219,9 +233,10 @@ def attention_forward(
     lengths = query.shape[2], key.shape[2]
     if attention_mask is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        check_mask_arguments(*lengths, query.shape[0], query.device, causal=causal)
+        packed = packed_arguments(query.shape[0], *lengths, causal, kwargs)
+        check_mask_arguments(*lengths, query.shape[0], query.device, causal=causal, **packed)
         check_positive("sliding_window", sliding_window)
-        mask = band(*lengths, causal=causal, window=sliding_window)
+        mask = row_intervals(*lengths, causal=causal, window=sliding_window, **packed)
         return runtime.attend(query, key, value, cap, mask).transpose(1, 2), None
     if lengths != (attention_mask.q_len, attention_mask.kv_len):
         raise ValueError(
@@ -229,6 +244,59 @@ def attention_forward(
             f"layer has {lengths[0]} over {lengths[1]}; its cache and its mask disagree"
         )
     return runtime.attend(query, key, value, cap, attention_mask).transpose(1, 2), None
+
+
+def no_mask(*_: Any, attention_mask: Tensor | None = None, **ignored: Any) -> None:
+    """The mask function of a model over many devices: its masks are in its ContextMasks.
+
+    Raises ValueError on padding of these rows, which says nothing about the others.
+    """
+    if attention_mask is not None and not (data_is_readable(attention_mask) and bool(attention_mask.all())):
+        raise ValueError(
+            f"attention_mask: {tuple(attention_mask.shape)} for a model over many devices, expected none; give the "
+            "whole sequence's to context_mask"
+        )
+
+
+def context_forward(
+    runtime: Runtime | None,
+    contexts: Mapping[str, ContextMask],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of a model over many devices: ``[B, rows, Hq, D]`` and no weights.
+
+    Raises ValueError on what the kernels don't do, and where a layer is not what its ContextMask was made for.
+    """
+    _refuse(module, attention_mask, dropout, kwargs)
+    for name in ("attention_mask", "cu_seq_lens_q"):
+        if (attention_mask if name == "attention_mask" else kwargs.get(name)) is not None:
+            raise ValueError(
+                f"{name}: expected none, a model over many devices has its masks from context_mask"
+            )
+    kind = "full_attention" if sliding_window is None else "sliding_attention"
+    context = contexts.get(kind)
+    if context is None:
+        raise ValueError(f"context: {sorted(contexts)}, expected a ContextMask for {kind!r} layers too")
+    cap, config = _cap(softcap, scaling, query.shape[-1]), context.config
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    layer, made = (*cap, sliding_window, causal), (config.softcap, config.scale, config.window, config.causal)
+    if layer != made:
+        raise ValueError(
+            f"context[{kind!r}]: made for softcap, scale, window, causal = {made}, but the layer has {layer}; make it "
+            "with AttentionConfig.from_hf(model.config, layer_idx)"
+        )
+    out = (runtime or Runtime.get()).context_attention(query, key, value, config, context)
+    return out.transpose(1, 2), None
 
 
 def _cap(softcap: float | None, scaling: float | None, head_dim: int) -> Cap:

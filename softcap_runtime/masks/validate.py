@@ -30,6 +30,7 @@ def check_mask_arguments(
     prefix_lengths: Tensor | None = None,
     spans: Tensor | None = None,
     cache_lengths: Tensor | None = None,
+    query_positions: Tensor | None = None,
 ) -> None:
     """Check the arguments of ``intervals.row_intervals``, which says what each of them means.
 
@@ -37,10 +38,11 @@ def check_mask_arguments(
     the one named there (with one batch row or ``batch``), another device than ``device``, more queries than
     keys where every query needs a position among the keys, and data that no mask can have.
     """
-    if causal and q_len > kv_len:
+    placed = query_positions is not None
+    if causal and q_len > kv_len and not placed:
         raise ValueError(
             f"q: {q_len} rows over {kv_len} keys with causal=True, expected at most as many rows as keys; "
-            "pass the keys of the earlier tokens too, or causal=False"
+            "pass the keys of the earlier tokens too, query_positions, or causal=False"
         )
     if attention_mask is not None:
         _check_tensor("attention_mask", attention_mask, batch, (kv_len,), device, (torch.bool, *_INTEGERS))
@@ -52,7 +54,7 @@ def check_mask_arguments(
             assert_in_graph(whole.all(), "attention_mask: holes, expected one run of 1")
     if document_ids is not None:
         _check_tensor("document_ids", document_ids, batch, (kv_len,), device, _INTEGERS)
-        if q_len > kv_len:
+        if q_len > kv_len and not placed:
             raise ValueError(
                 f"document_ids: {kv_len} ids for {q_len} query rows, expected one for every row; "
                 "packed sequences need the keys of all their queries"
@@ -75,10 +77,12 @@ def check_mask_arguments(
         _check_range(
             "cache_lengths",
             cache_lengths,
-            q_len,
+            0 if placed else q_len,
             kv_len,
-            "from the number of query rows to the number of keys",
+            f"from {'0' if placed else 'the number of query rows'} to the number of keys",
         )
+    if query_positions is not None:
+        _check_query_positions(query_positions, q_len, kv_len, batch, device)
 
 
 def check_integers(name: str, tensor: Any) -> None:
@@ -146,6 +150,25 @@ def _check_range(name: str, lengths: Tensor, low: int, high: int, words: str) ->
     for row, length in enumerate(lengths.tolist()):
         if not low <= length <= high:
             raise ValueError(f"{name}: {length} in batch row {row}, expected {low} to {high}, {words}")
+
+
+def _check_query_positions(
+    positions: Tensor, q_len: int, kv_len: int, batch: int, device: torch.device
+) -> None:
+    shared = isinstance(positions, Tensor) and positions.dim() == 1
+    rows = positions[None] if shared else positions
+    _check_tensor("query_positions", rows, batch, (q_len,), device, _INTEGERS)
+    if device.type != "cpu":
+        return
+    inside = (rows >= 0) & (rows < kv_len)
+    if not data_is_readable(positions):
+        assert_in_graph(inside.all(), "query_positions: out of range, expected 0 to the number of keys - 1")
+    elif not bool(inside.all()):
+        row, index = (int(at) for at in (~inside).nonzero()[0])
+        raise ValueError(
+            f"query_positions: {int(rows[row, index])} for query row {index} of batch row {row}, expected 0 to "
+            f"{kv_len - 1}, the place of the row's own key among the {kv_len} keys"
+        )
 
 
 def _check_padding(attention_mask: Tensor) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import Sizes, make_qkv
+from softcap_runtime.kernels.blocked_walk import block_rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from softcap_runtime import Runtime
 from softcap_runtime.kernels.blocked import CHUNK
-from softcap_runtime.kernels.blocked_walk import block_rows
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.masks.intervals import RowIntervals, band, row_intervals
 

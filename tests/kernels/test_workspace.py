@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 
 import torch
-
 from softcap_runtime.kernels.workspace import KEPT_BYTES, Workspace
 
 

@@ -1,8 +1,9 @@
 """What each rank of ``test_ranks_prewarm_each_kernel_once`` runs: prewarm, meet in a barrier, train a step.
 
-    torchrun ... torchrun_prewarm.py FOLDER
+    torchrun ... torchrun_prewarm.py FOLDER HOSTS
 
-``FOLDER`` holds the packages that builds give, and takes in what each rank saw.
+``FOLDER`` holds the packages that builds give, and takes in what each rank saw. Ranks of one of the ``HOSTS`` share a
+cache folder.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from softcap_runtime.store import locks
 
 FOLDER = Path(sys.argv[1])
 RANK = os.environ["RANK"]
+HOST = int(RANK) % int(sys.argv[2])
 BUILD_S = 1.5
 builds: list[str] = []
 waits: list[tuple[float, float]] = []
@@ -52,7 +54,7 @@ def main() -> None:
     request = PrewarmRequest(
         config=config, num_heads=4, num_kv_heads=2, head_dim=64, dtype="float32", train=True
     )
-    runtime = Runtime(RuntimeSettings(cache_dir=FOLDER / "cache", engine="blocked", jit="forbid"))
+    runtime = Runtime(RuntimeSettings(cache_dir=FOLDER / f"cache{HOST}", engine="blocked", jit="forbid"))
     started = time.time()
     rows = runtime.prewarm([request], progress=False)
     at_barrier = time.time()
@@ -64,6 +66,7 @@ def main() -> None:
     mean = q.grad.clone()
     dist.all_reduce(mean)
     seen = {
+        "host": HOST,
         "started": started,
         "at barrier": at_barrier,
         "builds": builds,
