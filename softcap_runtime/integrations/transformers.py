@@ -24,6 +24,7 @@ from softcap_runtime.checks import Cap, check_qkv
 from softcap_runtime.config import check_positive
 from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, read
 from softcap_runtime.integrations.hf_probe import probe
+from softcap_runtime.integrations.hf_serving import admit, attend_paged
 from softcap_runtime.kernels.operator import autocast_inputs
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, combined, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
@@ -92,6 +93,9 @@ def _last_rows(mask: HfMask, count: int) -> HfMask:
 def register(runtime: Runtime | None = None, name: str = "softcap") -> None:
     """Make ``attn_implementation=name`` run on ``runtime`` (the process's own when None), for every model.
 
+    ``name`` followed by ``_flash`` is the same for continuous batching too: ``generate_batch`` only takes names with
+    "flash" in them.
+
     Raises ImportError when transformers is missing or older than 4.56, RuntimeError when its mask functions
     mean something else than those that this module reads.
     """
@@ -107,8 +111,11 @@ def register(runtime: Runtime | None = None, name: str = "softcap") -> None:
             f"transformers {transformers.__version__}: expected 4.56 or newer; run: pip install -U transformers"
         )
     check_readings(masking_utils)
-    AttentionInterface.register(name, partial(attention_forward, runtime))
-    AttentionMaskInterface.register(name, interval_mask)
+    serving = f"{name}_flash"
+    admit(serving)
+    for implementation, forward in ((name, attention_forward), (serving, serving_forward)):
+        AttentionInterface.register(implementation, partial(forward, runtime))
+        AttentionMaskInterface.register(implementation, interval_mask)
 
 
 def interval_mask(
@@ -229,6 +236,34 @@ def attention_forward(
             f"layer has {lengths[0]} over {lengths[1]}; its cache and its mask disagree"
         )
     return runtime.attend(query, key, value, cap, attention_mask).transpose(1, 2), None
+
+
+def serving_forward(
+    runtime: Runtime | None,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: HfMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As ``attention_forward``, and where continuous batching calls, with its ``cache``, over the paged cache."""
+    if kwargs.get("cache") is None:
+        return attention_forward(
+            runtime, module, query, key, value, attention_mask, dropout, scaling, softcap, sliding_window, **kwargs
+        )  # fmt: skip
+    # The mask that the model made is of the new tokens alone.
+    _refuse(module, None, dropout, kwargs)
+    check_positive("sliding_window", sliding_window)
+    query, key, value = autocast_inputs(query, key, value)
+    check_qkv(query, key, value)
+    cap = _cap(softcap, scaling, query.shape[-1])
+    run = torch.compiler.disable(attend_paged)  # the cache is written in place
+    return run(runtime or Runtime.get(), module, query, key, value, cap, sliding_window, kwargs), None
 
 
 def _cap(softcap: float | None, scaling: float | None, head_dim: int) -> Cap:
