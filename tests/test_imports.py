@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("kernels.key",),
     ("checks", "reference"),
     ("torch_features", "torch_private", "torch_transforms", "compat"),
-    ("config", "errors", "interrupts"),
+    ("config", "errors", "interrupts", "memory_file"),
 ]
 HEAVY = ("torch._dynamo", "torch._inductor", "triton")
 
