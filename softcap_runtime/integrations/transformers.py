@@ -23,11 +23,11 @@ from torch import Tensor
 
 from softcap_runtime.checks import Cap, check_qkv
 from softcap_runtime.config import check_positive
-from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, intersect, read
+from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, read
 from softcap_runtime.integrations.hf_packed import packed_arguments
 from softcap_runtime.integrations.hf_probe import probe
 from softcap_runtime.kernels.operator import autocast_inputs
-from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, row_intervals
+from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, combined, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
 from softcap_runtime.runtime import Runtime
 
@@ -176,7 +176,7 @@ def interval_mask(
         mask = read(mask_function, place)
     if padding is not None and not _shows_all(padding, mask):
         shown = row_intervals(q_length, kv_length, causal=False, window=None, attention_mask=padding)
-        mask = intersect(mask, shown, device)
+        mask = combined(mask, shown, device)
     return HfMask(*mask)
 
 

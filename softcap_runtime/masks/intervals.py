@@ -155,6 +155,20 @@ def dense(intervals: RowIntervals, device: torch.device | str) -> Tensor:
     return visible(*edges(intervals, device), intervals.kv_len)
 
 
+def combined(a: RowIntervals, b: RowIntervals, device: torch.device, *, union: bool = False) -> RowIntervals:
+    """The keys that both masks show, a band if both are bands.
+
+    With ``union`` each row from the earlier of the two beginnings to the later of the two ends.
+    """
+    if a.left is not None and a.right is not None and b.left is not None and b.right is not None:
+        # By name, here: torch.export has functions of its own in the place of min and max.
+        first, last = (min, max) if union else (max, min)
+        return a._replace(left=first(a.left, b.left), right=last(a.right, b.right))
+    (a_lo, a_hi), (b_lo, b_hi) = edges(a, device), edges(b, device)
+    lo, hi = (torch.minimum, torch.maximum) if union else (torch.maximum, torch.minimum)
+    return clipped(a.q_len, a.kv_len, lo(a_lo, b_lo), hi(a_hi, b_hi))
+
+
 def clipped(q_len: int, kv_len: int, lo: Tensor, hi: Tensor) -> RowIntervals:
     """Edges ``[B or 1, q_len]`` as row intervals: within the keys, an empty row as one that no extremum takes."""
     return _intervals(q_len, kv_len, *_clipped(kv_len, lo, hi))
