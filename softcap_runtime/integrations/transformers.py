@@ -26,6 +26,7 @@ from softcap_runtime.config import check_positive
 from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, read
 from softcap_runtime.integrations.hf_packed import packed_arguments
 from softcap_runtime.integrations.hf_probe import probe
+from softcap_runtime.integrations.hf_serving import admit, attend_paged
 from softcap_runtime.kernels.operator import autocast_inputs
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, combined, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
@@ -99,6 +100,8 @@ def register(
 ) -> None:
     """Make ``attn_implementation=name`` run on ``runtime`` (the process's own when None), for every model.
 
+    ``name`` followed by ``_flash`` is the same for continuous batching too: ``generate_batch`` only takes names with
+    "flash" in them.
     ``context``: models then run on this rank's rows of a sequence over many devices (``softcap_runtime.distributed``).
     A ContextMask for each kind of layer, "full_attention" and "sliding_attention"; fill it anew before each batch, and
     pass ``position_ids=layout.rows(rank)`` (or the rank's rows of the batch's own), no cache and no mask.
@@ -123,6 +126,10 @@ def register(
         forward = partial(context_forward, runtime, context)
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, interval_mask if context is None else no_mask)
+    serving = f"{name}_flash"
+    admit(serving)
+    AttentionInterface.register(serving, partial(serving_forward, runtime))
+    AttentionMaskInterface.register(serving, interval_mask)
 
 
 def interval_mask(
@@ -244,6 +251,34 @@ def attention_forward(
             f"layer has {lengths[0]} over {lengths[1]}; its cache and its mask disagree"
         )
     return runtime.attend(query, key, value, cap, attention_mask).transpose(1, 2), None
+
+
+def serving_forward(
+    runtime: Runtime | None,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: HfMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As ``attention_forward``, and where continuous batching calls, with its ``cache``, over the paged cache."""
+    if kwargs.get("cache") is None:
+        return attention_forward(
+            runtime, module, query, key, value, attention_mask, dropout, scaling, softcap, sliding_window, **kwargs
+        )  # fmt: skip
+    # The mask that the model made is of the new tokens alone.
+    _refuse(module, None, dropout, kwargs)
+    check_positive("sliding_window", sliding_window)
+    query, key, value = autocast_inputs(query, key, value)
+    check_qkv(query, key, value)
+    cap = _cap(softcap, scaling, query.shape[-1])
+    run = torch.compiler.disable(attend_paged)  # the cache is written in place
+    return run(runtime or Runtime.get(), module, query, key, value, cap, sliding_window, kwargs), None
 
 
 def no_mask(*_: Any, attention_mask: Tensor | None = None, **ignored: Any) -> None:
