@@ -188,7 +188,7 @@ def mask(
         "document_ids": None if documents is None else _document_ids(documents, seq_len),
         "prefix_lengths": None if prefix is None else torch.tensor([prefix]),
     }
-    check_mask_arguments(seq_len, seq_len, 1, torch.device("cpu"), causal=True, **tensors)
+    check_mask_arguments(seq_len, seq_len, 1, torch.device("cpu"), causal=True, holes=False, **tensors)
     intervals = row_intervals(seq_len, seq_len, causal=True, window=window, **tensors)
     out = console()
     out.print(draw.mask_text(intervals, ascii_only=out.options.ascii_only))

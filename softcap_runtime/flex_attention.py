@@ -18,10 +18,9 @@ from softcap_runtime.config import EngineName, check_positive
 from softcap_runtime.errors import EngineUnavailable, KernelNotPrewarmed
 from softcap_runtime.kernels.general import attend_block_mask, attend_elements, elements_of
 from softcap_runtime.kernels.operator import checked_inputs
-from softcap_runtime.masks.elements import as_additive, intervals_of_elements
+from softcap_runtime.masks.elements import check_rows_and_heads, read_elements
 from softcap_runtime.masks.flex import block_mask, form_of, intervals_of
 from softcap_runtime.masks.intervals import RowIntervals, band, combined, dense, row_intervals
-from softcap_runtime.masks.validate import data_is_there
 from softcap_runtime.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -159,20 +158,13 @@ def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | 
     if mask is None:
         return _band(q_len, kv_len, True, None)
     if isinstance(mask, Tensor):
-        if mask.device != q.device:
-            raise ValueError(f"causal_mask: on {mask.device}, expected Q's {q.device}; move it")
-        elements = as_additive(mask, q_len, kv_len)
-        _check_rows_and_heads(elements.shape, q)
-        # The elements of a bias that is learned may all be 0 by now.
-        learned = torch.is_grad_enabled() and elements.requires_grad
-        found = intervals_of_elements(elements) if data_is_there(elements) and not learned else None
-        return elements if found is None else found
+        return read_elements(mask, q, kv_len, "causal_mask")
     if not hasattr(mask, "mask_mod"):
         raise TypeError(
             f"causal_mask: {type(mask).__name__}, expected a BlockMask, a tensor or None; see "
             "create_flex_attention_causal_mask"
         )
-    _check_rows_and_heads(mask.shape, q)
+    check_rows_and_heads(mask.shape, q, "causal_mask")
     form = form_of(mask)
     if form is not None:
         return _band(q_len, kv_len, *form)
@@ -201,12 +193,6 @@ def _within_documents(
         )
     own = row_intervals(q_len, kv_len, causal=False, window=None, document_ids=documents)
     return combined(mask, own, documents.device)
-
-
-def _check_rows_and_heads(shape: tuple[int, ...], q: Tensor) -> None:
-    for size, wanted, words in zip(shape[:2], q.shape[:2], ("batch rows", "heads"), strict=True):
-        if size not in (1, wanted):
-            raise ValueError(f"causal_mask: {size} {words}, expected 1 or Q's {wanted}")
 
 
 def _band(q_len: int, kv_len: int, causal: bool, window: int | None) -> RowIntervals:

@@ -17,6 +17,7 @@ from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, 
 from softcap_runtime.kernels import operator
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.kernels.sharding import whole
+from softcap_runtime.masks.holes import may_have_holes, without_hidden
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
 from softcap_runtime.plans import Plan, PlanKey, Plans
@@ -102,7 +103,7 @@ class Runtime:
 
         ``q`` ``[B, Hq, Sq, D]``, ``k`` and ``v`` ``[B, Hkv, Skv, D]``: float32, bfloat16, float16 (float64: the
         eager engine), any strides; query row i stands at key position ``Skv - Sq + i``.
-        ``attention_mask`` ``[B, Skv]``, bool or 0/1: padding, left or right.
+        ``attention_mask`` ``[B, Skv]``, bool or 0/1: padding, left or right, or any other tokens to hide.
         ``document_ids`` ``[B, Skv]``, integers that never decrease: a token sees only its own document.
         ``prefix_lengths`` ``[B]``: the first tokens see each other both ways. ``spans`` ``[B, N, 2]``: half-open
         ranges of tokens that see each other both ways. ``cache_lengths`` ``[B]``: how many keys of each batch
@@ -125,7 +126,10 @@ class Runtime:
         elif plain and None in known:
             return _run(known[None], q, k, v)
         masks = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths, query_positions)
-        mask = _intervals(q, k, config, *[None if x is None else whole(x) for x in masks])
+        given = [None if x is None else whole(x) for x in masks]
+        mask = _intervals(q, k, config, *given)
+        if given[0] is not None and may_have_holes(given[0]):
+            k, v, mask = without_hidden(k, v, mask, given[0])
         form = None if mask.lo is None else mask.lo.shape[0]
         if known is not None and form in known and (mask.lo is None or type(mask.lo) is Tensor):
             return _run(known[form], q, k, v, *mask.vectors)
@@ -305,9 +309,11 @@ def _intervals(
         "cache_lengths": cache_lengths,
         "query_positions": query_positions,
     }
-    check_mask_arguments(q_len, kv_len, q.shape[0], q.device, causal=config.causal, **given)
-    if attention_mask is not None and data_is_readable(attention_mask) and bool(attention_mask.all()):
-        given["attention_mask"] = None
+    check_mask_arguments(q_len, kv_len, q.shape[0], q.device, causal=config.causal, holes=True, **given)
+    if attention_mask is not None and (
+        may_have_holes(attention_mask) or (data_is_readable(attention_mask) and bool(attention_mask.all()))
+    ):
+        given["attention_mask"] = None  # holes are taken out of the keys
     return row_intervals(q_len, kv_len, causal=config.causal, window=config.window, **given)
 
 

@@ -14,6 +14,8 @@ Rows of padding see nothing and give zeros, where eager attention gives the mean
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,9 +29,11 @@ from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_rea
 from softcap_runtime.integrations.hf_packed import packed_arguments
 from softcap_runtime.integrations.hf_probe import probe
 from softcap_runtime.integrations.hf_serving import admit, attend_paged
+from softcap_runtime.kernels.general import attend_elements
 from softcap_runtime.kernels.operator import autocast_inputs
-from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, combined, row_intervals
-from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
+from softcap_runtime.masks.elements import read_elements
+from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, combined, dense, row_intervals
+from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable, data_is_there, has_holes
 from softcap_runtime.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -38,7 +42,6 @@ if TYPE_CHECKING:
 OLDEST = (4, 56)
 # What other attention functions take and no kernel here computes; False and None mean it isn't asked for.
 _REFUSED = {
-    "output_attentions": "the weights are never computed",
     "head_mask": "heads can't be masked",
     "s_aux": "attention sinks have no kernel",
     "sinks": "attention sinks have no kernel",
@@ -144,8 +147,10 @@ def interval_mask(
     cache_position: Tensor | None = None,
     use_vmap: bool | None = None,
     **ignored: Any,
-) -> HfMask:
+) -> HfMask | Tensor:
     """The mask function: row intervals from what transformers says about a forward pass.
+
+    Of padding with holes a bool mask ``[B, 1, q_length, kv_length]``.
 
     ``q_length`` rows from position ``q_offset`` on, ``kv_length`` keys from ``kv_offset`` on; ``attention_mask``
     bool ``[B, seen]``, True where a token is no padding, keys past its end hidden. Older versions give
@@ -170,7 +175,9 @@ def interval_mask(
     if attention_mask is not None:
         padding = attention_mask[:, kv_offset : kv_offset + kv_length]
         padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
-        _check_padding(q_length, kv_length, batch_size, padding)
+        check_mask_arguments(
+            q_length, kv_length, batch_size, padding.device, causal=False, holes=True, attention_mask=padding
+        )
     place = Place(q_length, kv_length, end, kv_offset, padding, device)
     if torch.compiler.is_dynamo_compiling():
         if use_vmap is not False:  # transformers before 5 doesn't say; where the graph breaks, parts are read
@@ -181,25 +188,12 @@ def interval_mask(
         mask = probe(mask_function, batch_size, place)
     else:
         mask = read(mask_function, place)
+    if padding is not None and data_is_there(padding) and has_holes(padding):
+        return dense(mask, device)[:, None] & padding.to(device)[:, None, None].bool()
     if padding is not None and not _shows_all(padding, mask):
         shown = row_intervals(q_length, kv_length, causal=False, window=None, attention_mask=padding)
         mask = combined(mask, shown, device)
     return HfMask(*mask)
-
-
-def _check_padding(q_length: int, kv_length: int, batch_size: int, padding: Tensor) -> None:
-    try:
-        check_mask_arguments(
-            q_length, kv_length, batch_size, padding.device, causal=False, attention_mask=padding
-        )
-    except ValueError as error:
-        problem, holes, _ = str(error).partition("; a mask with holes")
-        if not holes:
-            raise
-        # What helps elsewhere, a dense mask, has no way through a model.
-        raise ValueError(
-            f"{problem}; remove the tokens between, or use attn_implementation='eager'"
-        ) from None
 
 
 def _shows_all(padding: Tensor, mask: RowIntervals) -> bool:
@@ -215,7 +209,7 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: HfMask | None,
+    attention_mask: HfMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -227,7 +221,8 @@ def attention_forward(
 
     ``query`` ``[B, Hq, Sq, D]``, ``key`` and ``value`` ``[B, Hkv, Skv, D]``. ``attention_mask`` comes from
     ``interval_mask`` and holds the window already; without one (encoders, wrappers that drop it) ``is_causal``, else
-    the module's, ``sliding_window`` and the documents of ``cu_seq_lens_q`` or ``position_ids`` count.
+    the module's, ``sliding_window`` and the documents of ``cu_seq_lens_q`` or ``position_ids`` count. A
+    tensor is the caller's own mask, ``[B, H, Sq, Skv]``, bool or additive, and stands for itself.
 
     Raises ValueError on what the kernels don't do, naming it and what to do, before anything runs.
     """
@@ -238,6 +233,8 @@ def attention_forward(
     query, key, value = autocast_inputs(query, key, value)
     check_qkv(query, key, value)
     lengths = query.shape[2], key.shape[2]
+    if isinstance(attention_mask, Tensor):
+        return _by_elements(runtime, query, key, value, cap, attention_mask).transpose(1, 2), None
     if attention_mask is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         packed = packed_arguments(query.shape[0], *lengths, causal, kwargs)
@@ -251,6 +248,24 @@ def attention_forward(
             f"layer has {lengths[0]} over {lengths[1]}; its cache and its mask disagree"
         )
     return runtime.attend(query, key, value, cap, attention_mask).transpose(1, 2), None
+
+
+def _by_elements(
+    runtime: Runtime, query: Tensor, key: Tensor, value: Tensor, cap: Cap, attention_mask: Tensor
+) -> Tensor:
+    mask = read_elements(attention_mask, query, key.shape[2], "attention_mask")
+    if isinstance(mask, RowIntervals):
+        return runtime.attend(query, key, value, cap, mask)
+    if not torch.compiler.is_compiling():
+        _warn_once(
+            "attention_mask: no run of keys in each row; plain torch serves such masks, rows x keys at a time"
+        )
+    return attend_elements(query, key, value, mask, scale=cap.scale, softcap=cap.softcap)
+
+
+@functools.cache
+def _warn_once(words: str) -> None:
+    logging.getLogger(__name__).warning(words)
 
 
 def serving_forward(
@@ -347,14 +362,12 @@ def _refuse(module: Any, attention_mask: Any, dropout: float, kwargs: dict[str, 
         raise ValueError(
             f"dropout: {dropout} on attention weights has no kernel; set attention_dropout=0 in the config"
         )
-    asked = kwargs
-    if "output_attentions" not in kwargs:  # a call's argument stands above the config
-        config = getattr(module, "config", None)
-        asked = {**kwargs, "output_attentions": getattr(config, "output_attentions", None)}
     for name, why in _REFUSED.items():
-        if asked.get(name) is not None and asked[name] is not False:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{name}: {why}; {instead}")
-    if attention_mask is not None and not isinstance(attention_mask, HfMask):
+    if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
+        _warn_once("output_attentions: no weights are computed, None is returned in their place; " + instead)
+    if attention_mask is not None and not isinstance(attention_mask, (HfMask, Tensor)):
         shape = tuple(getattr(attention_mask, "shape", ()))
         raise ValueError(
             f"attention_mask: {type(attention_mask).__name__} {shape}, expected 2-D [batch, keys] of 0 and 1 where "
@@ -364,7 +377,7 @@ def _refuse(module: Any, attention_mask: Any, dropout: float, kwargs: dict[str, 
     if (
         packed is not None
         and packed.shape[0] > 2
-        and attention_mask is not None
+        and isinstance(attention_mask, HfMask)
         and attention_mask.lo is None
     ):
         raise ValueError(

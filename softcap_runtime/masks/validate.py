@@ -25,6 +25,7 @@ def check_mask_arguments(
     device: torch.device,
     *,
     causal: bool,
+    holes: bool = False,
     attention_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
     prefix_lengths: Tensor | None = None,
@@ -33,6 +34,8 @@ def check_mask_arguments(
     query_positions: Tensor | None = None,
 ) -> None:
     """Check the arguments of ``intervals.row_intervals``, which says what each of them means.
+
+    ``holes``: whether the caller serves an ``attention_mask`` of several runs of 1, which is no row interval.
 
     Raises TypeError for what is no tensor or has the wrong dtype, ValueError for all else: a shape other than
     the one named there (with one batch row or ``batch``), another device than ``device``, more queries than
@@ -47,7 +50,9 @@ def check_mask_arguments(
     if attention_mask is not None:
         _check_tensor("attention_mask", attention_mask, batch, (kv_len,), device, (torch.bool, *_INTEGERS))
         if data_is_readable(attention_mask):
-            _check_padding(attention_mask)
+            _check_zeros_and_ones(attention_mask)
+            if not holes:
+                _check_runs(attention_mask)
         elif attention_mask.device.type == "cpu":
             first, last = padding_edges(attention_mask)
             whole = (attention_mask != 0).sum(1, keepdim=True) >= last - first
@@ -83,6 +88,17 @@ def check_mask_arguments(
         )
     if query_positions is not None:
         _check_query_positions(query_positions, q_len, kv_len, batch, device)
+
+
+def has_holes(attention_mask: Tensor) -> bool:
+    """Whether any row of a mask ``[B, kv_len]`` shows more than one run of keys; looks at the data."""
+    return bool((_runs(attention_mask) > 1).any())
+
+
+def _runs(attention_mask: Tensor) -> Tensor:
+    """Runs of visible keys of each row: those that begin behind a hidden key, and one at the very start."""
+    seen = attention_mask != 0
+    return (seen[:, 1:] & ~seen[:, :-1]).sum(1, dtype=torch.int32) + seen[:, 0]
 
 
 def check_integers(name: str, tensor: Any) -> None:
@@ -171,22 +187,21 @@ def _check_query_positions(
         )
 
 
-def _check_padding(attention_mask: Tensor) -> None:
-    seen = attention_mask
-    if seen.dtype != torch.bool:
-        seen = attention_mask != 0
-        if not torch.equal(seen.to(attention_mask.dtype), attention_mask):
-            bad = attention_mask[(attention_mask != 0) & (attention_mask != 1)][0].item()
-            raise ValueError(
-                f"attention_mask: {bad}, expected 0 (padding) or 1; pass mask != 0 if that is meant"
-            )
-    # Runs of visible keys: those that begin behind a hidden key, and one at the very start.
-    begins = (seen[:, 1:] & ~seen[:, :-1]).sum(1, dtype=torch.int32) + seen[:, 0]
-    if bool((begins > 1).any()):
-        row = int(begins.argmax())
+def _check_zeros_and_ones(attention_mask: Tensor) -> None:
+    if attention_mask.dtype == torch.bool:
+        return
+    if not torch.equal((attention_mask != 0).to(attention_mask.dtype), attention_mask):
+        bad = attention_mask[(attention_mask != 0) & (attention_mask != 1)][0].item()
+        raise ValueError(f"attention_mask: {bad}, expected 0 (padding) or 1; pass mask != 0 if that is meant")
+
+
+def _check_runs(attention_mask: Tensor) -> None:
+    runs = _runs(attention_mask)
+    if bool((runs > 1).any()):
+        row = int(runs.argmax())
         raise ValueError(
-            f"attention_mask: {int(begins[row])} separate runs of 1 in batch row {row}, expected one, with "
-            "padding before or after it; a mask with holes goes to slow_attention_softcapping as a dense mask"
+            f"attention_mask: {int(runs[row])} separate runs of 1 in batch row {row}, expected one, with padding "
+            "before or after it"
         )
 
 
