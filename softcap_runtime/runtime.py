@@ -184,6 +184,33 @@ class Runtime:
 
         return context_attention(self, q, k, v, config, context, stages)
 
+    def paged_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: AttentionConfig,
+        page_table: Tensor,
+        cache_lengths: Tensor,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+    ) -> Tensor:
+        """Attention over a paged cache, for decoding and prefill in chunks: ``[B, Hq, Sq, D]``; no gradients.
+
+        ``q`` ``[B, Hq, Sq, D]``: the new rows of each sequence. ``k``, ``v`` ``[num_pages, page_size, Hkv, D]``, any
+        strides: all pages, those of the new rows filled already; ``page_size`` 16, 32, 64, 128 or 256.
+        ``page_table`` ``[B, pages]``, integers: each sequence's pages in order; entries past its last page count for
+        nothing. ``cache_lengths`` ``[B]``, integers: its keys, the new ones included; the last row stands at the last
+        key. ``cu_seqlens_q`` ``[B + 1]``, integers: where the rows of each sequence begin in a q of ``[1, Hq, rows,
+        D]``, for as many new rows in each as there are; rows past the last offset give 0.
+
+        Raises as ``attention`` does. On a GPU the contents of tables, lengths and offsets aren't looked at: a page
+        that is none is read as another, never memory outside of k and v.
+        """
+        from softcap_runtime.paged import Pages, paged_attention
+
+        return paged_attention(self, q, Pages(k, v, page_table, cache_lengths), config, cu_seqlens_q)
+
     def prewarm(
         self, requests: Iterable[PrewarmRequest], progress: bool = True, tune: bool = False
     ) -> list[PrewarmResult]:
