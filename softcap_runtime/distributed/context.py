@@ -196,7 +196,7 @@ def _whole(config: AttentionConfig, seq_len: int, masks: dict[str, Tensor | None
                 )
             batch = max(batch, mask.shape[0]) if mask.dim() else batch
     cpu = torch.device("cpu")
-    check_mask_arguments(seq_len, seq_len, batch, cpu, causal=config.causal, **masks)
+    check_mask_arguments(seq_len, seq_len, batch, cpu, causal=config.causal, holes=False, **masks)
     return row_intervals(seq_len, seq_len, causal=config.causal, window=config.window, **masks)
 
 
