@@ -12,7 +12,7 @@ from torch import Tensor
 from softcap_runtime.checks import FLOATS, check_config
 from softcap_runtime.config import AttentionConfig
 from softcap_runtime.errors import EngineUnavailable
-from softcap_runtime.kernels import blocked_cuda
+from softcap_runtime.kernels import blocked, blocked_cuda
 from softcap_runtime.kernels.engine import Call, Problem
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, clipped
 from softcap_runtime.masks.validate import check_integers, data_is_readable
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from softcap_runtime.runtime import Runtime
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
+# Query rows of a group's heads up to which the CPU's decoding reads pages as they lie; more are worth a copy, since
+# products of whole blocks then serve them.
+MOST_ROWS = 64
 # Kinds of calls whose kernels are kept bound, of each runtime.
 MAX_BOUND = 1024
 _bound: WeakKeyDictionary[Runtime, dict[Any, Any]] = WeakKeyDictionary()
@@ -46,6 +49,9 @@ def paged_attention(
     check(q, pages, config, cu_seqlens_q)
     if _through_the_table(runtime, q, config):
         return _on_gpu(runtime, q, pages, config, cu_seqlens_q)
+    out = _on_cpu(runtime, q, pages, config, cu_seqlens_q)
+    if out is not None:
+        return out
     k, v, mask = gathered(q, pages, config, cu_seqlens_q)
     return runtime.attend(q, k, v, config, mask)
 
@@ -101,6 +107,36 @@ def _on_gpu(
     return bound[key](*tensors, lengths, *offsets)
 
 
+def _on_cpu(
+    runtime: Runtime, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
+) -> Tensor | None:
+    """By the C++ library, where it is what serves and the rows are few; else None."""
+    sequences, group = pages.table.shape[0], q.shape[1] // pages.k.shape[2]
+    each, spare = divmod(q.shape[2], sequences) if cu_seqlens_q is not None else (q.shape[2], 0)
+    if q.device.type != "cpu" or group > blocked.FEW_ROWS or each * group > MOST_ROWS or spare:
+        return None
+    if cu_seqlens_q is not None:
+        if each == 0 or not torch.equal(cu_seqlens_q, each * torch.arange(sequences + 1)):
+            return None
+        # As many rows in each: every sequence a batch row.
+        rows = q[0].unflatten(1, (sequences, each)).transpose(0, 1)
+        out = _on_cpu(runtime, rows, pages, config, None)
+        return None if out is None else out.transpose(0, 1).flatten(1, 2)[None]
+    lo, hi = (edge.contiguous() for edge in _edges(q, pages, config, None))
+    k, v = (x.transpose(1, 2) for x in (pages.k, pages.v))
+    if k.stride(-1) != 1 or v.stride(-1) != 1:
+        return None
+    mask = RowIntervals(q.shape[2], pages.table.shape[1] * k.shape[2], None, None, lo, hi)
+    call = Call(mask, config.scale, config.softcap, runtime.settings.engine, False)
+    problem = call.problem(q, k)
+    chosen = runtime.supply.engine(problem, call.engine)
+    if chosen.engine is not blocked.ENGINE:
+        return None
+    run = blocked.bind_paged(problem, runtime.supply.kernels(problem))
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    return run(q, k, v, lo, hi, pages.table.to(torch.int32).contiguous())
+
+
 def gathered(
     q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
 ) -> tuple[Tensor, Tensor, RowIntervals]:
@@ -117,18 +153,26 @@ def gathered(
         x[table].flatten(1, 2).masked_fill(past[..., None, None], 0.0)  # [B, keys, Hkv, D]
         for x in (pages.k, pages.v)
     )
-    ends, positions = row_positions(q, pages, cu_seqlens_q)
-    hi = torch.minimum(positions + 1, ends) if config.causal else ends.expand_as(positions)
-    reach = min(config.window or UNBOUNDED, UNBOUNDED)
-    lo = (positions + 1 - reach).clamp(min=0)
-    if config.window is not None and not config.causal:
-        hi = torch.minimum(hi, positions + reach)
+    lo, hi = _edges(q, pages, config, cu_seqlens_q)
     if cu_seqlens_q is not None:
         first = (_sequence_of(q, cu_seqlens_q) * keys).to(torch.int32)[None]
         k, v = (x.flatten(0, 1)[None] for x in (k, v))
         empty = lo >= hi
         lo, hi, keys = lo + first, (hi + first).masked_fill(empty, 0), keys * table.shape[0]
     return k.transpose(1, 2), v.transpose(1, 2), clipped(q.shape[2], keys, lo, hi)
+
+
+def _edges(
+    q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The keys ``[lo, hi)`` of its sequence that each row sees: int32 ``[B or 1, Sq]`` both."""
+    ends, positions = row_positions(q, pages, cu_seqlens_q)
+    hi = torch.minimum(positions + 1, ends) if config.causal else ends.expand_as(positions)
+    reach = min(config.window or UNBOUNDED, UNBOUNDED)
+    lo = (positions + 1 - reach).clamp(min=0)
+    if config.window is not None and not config.causal:
+        hi = torch.minimum(hi, positions + reach)
+    return lo, hi
 
 
 def row_positions(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> tuple[Tensor, Tensor]:

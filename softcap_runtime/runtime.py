@@ -126,9 +126,10 @@ class Runtime:
         elif plain and None in known:
             return _run(known[None], q, k, v)
         masks = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths, query_positions)
-        mask = _intervals(q, k, config, *[None if x is None else whole(x) for x in masks])
-        if attention_mask is not None and may_have_holes(attention_mask):
-            k, v, mask = without_hidden(k, v, mask, attention_mask)
+        given = [None if x is None else whole(x) for x in masks]
+        mask = _intervals(q, k, config, *given)
+        if given[0] is not None and may_have_holes(given[0]):
+            k, v, mask = without_hidden(k, v, mask, given[0])
         form = None if mask.lo is None else mask.lo.shape[0]
         if known is not None and form in known and (mask.lo is None or type(mask.lo) is Tensor):
             return _run(known[form], q, k, v, *mask.vectors)

@@ -74,6 +74,10 @@ using namespace softcap;
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
+static bool decode(const Problem& p, const Tensors& t) {
+  return p.dtype == FLOAT32 ? decode<float>(p, t) : p.dtype == BFLOAT16 ? decode<BFloat16>(p, t) : decode<Float16>(p, t);
+}
+
 // Below this many multiply-adds a second thread costs more to wake than it saves (some microseconds).
 constexpr int64_t WORTH_A_THREAD = 1 << 18;
 
@@ -87,20 +91,35 @@ static Problem with_threads(const Problem& p) {
 EXPORTED int64_t softcap_forward(const Problem* given, const void* q, const void* k, const void* v, void* out, float* lse,
                                  const int32_t* lo, const int32_t* hi) {
   const Problem p = with_threads(*given);
-  Tensors t{q, k, v, out, lse, lo, hi};
+  Tensors t{q, k, v, out, lse, lo, hi, nullptr};
   bool done;
   if (p.heads / p.kv_heads * p.q_len <= FEW_ROWS)
-    done = p.dtype == FLOAT32 ? decode<float>(p, t) : p.dtype == BFLOAT16 ? decode<BFloat16>(p, t) : decode<Float16>(p, t);
+    done = decode(p, t);
   else
     done = with_arithmetic(p, [&](auto a) { return forward<decltype(a)>(p, t); });
   return done ? 0 : 1;
+}
+
+// The same over keys in pages, for heads whose groups are no larger than FEW_ROWS: so many rows at a time.
+EXPORTED int64_t softcap_paged(const Problem* given, const void* q, const void* k, const void* v, void* out,
+                               const int32_t* lo, const int32_t* hi, const int32_t* table) {
+  const Problem p = with_threads(*given);
+  int64_t step = FEW_ROWS / (p.heads / p.kv_heads), bytes = p.dtype == FLOAT32 ? 4 : 2;
+  for (int64_t first = 0; first < p.q_len; first += step) {
+    Problem part = p;
+    part.q_len = p.q_len - first < step ? p.q_len - first : step;
+    Tensors t{static_cast<const char*>(q) + bytes * first * p.q.row, k, v,
+              static_cast<char*>(out) + bytes * first * p.out.row, nullptr, lo + first, hi + first, table};
+    if (!decode(part, t)) return 1;
+  }
+  return 0;
 }
 
 EXPORTED int64_t softcap_backward(const Problem* given, const void* q, const void* k, const void* v, const void* out,
                                   const float* lse, const int32_t* lo, const int32_t* hi, const void* grad_out,
                                   void* grad_q, void* grad_k, void* grad_v) {
   const Problem p = with_threads(*given);
-  Tensors t{q, k, v, const_cast<void*>(out), const_cast<float*>(lse), lo, hi};
+  Tensors t{q, k, v, const_cast<void*>(out), const_cast<float*>(lse), lo, hi, nullptr};
   Gradients g{grad_out, grad_q, grad_k, grad_v};
   return with_arithmetic(p, [&](auto a) { return backward<decltype(a)>(p, t, g); }) ? 0 : 1;
 }

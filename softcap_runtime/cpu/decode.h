@@ -131,10 +131,11 @@ bool decode(const Problem& p, const Tensors& t) {
         }
       from = least > from ? least : from;
       to = past < to ? past : to;
-      for (int64_t j = from; j < to; j += DECODE_STEP) {
-        int64_t keys = to - j < DECODE_STEP ? to - j : DECODE_STEP;
-        const T* k = reinterpret_cast<const T*>(at(t.k, p, p.k, batch, head, j));
-        const T* v = reinterpret_cast<const T*>(at(t.v, p, p.v, batch, head, j));
+      for (int64_t j = from, keys; j < to; j += keys) {
+        keys = to - j < DECODE_STEP ? to - j : DECODE_STEP;
+        if (t.table && keys > p.page_size - j % p.page_size) keys = p.page_size - j % p.page_size;
+        const T* k = reinterpret_cast<const T*>(key_at(t.k, p, t, p.k, batch, head, j));
+        const T* v = reinterpret_cast<const T*>(key_at(t.v, p, t, p.v, batch, head, j));
         for (int64_t r = 0; r < rows;) {
           const float* q = queries + (place * rows + r) * ld;
           auto take = [&](auto step, int64_t count) {

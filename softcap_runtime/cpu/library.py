@@ -49,10 +49,14 @@ _PROBE = (
 
 
 class Library(NamedTuple):
-    """The loaded library. ``forward`` and ``backward`` take addresses: see attention.cpp. ``arithmetic``: what
-    multiplies bfloat16 fastest on this machine, as its build measured (1 float32, 2 pairs, 3 tiles)."""
+    """The loaded library. ``forward``, ``paged`` and ``backward`` take addresses: see attention.cpp.
+
+    ``arithmetic``: what multiplies bfloat16 fastest on this machine, as its build measured (1 float32, 2 pairs, 3
+    tiles).
+    """
 
     forward: Any
+    paged: Any
     backward: Any
     arithmetic: int
 
@@ -112,10 +116,10 @@ class CpuLibrary(NamedTuple):
                 f"kernel attention cannot be loaded: {error}; raise this process's limits if it is out of file "
                 "descriptors or memory, else run: softcap-runtime clear"
             ) from error
-        forward, backward = loaded.softcap_forward, loaded.softcap_backward
-        for function, count in ((forward, 8), (backward, 12)):
+        forward, paged, backward = loaded.softcap_forward, loaded.softcap_paged, loaded.softcap_backward
+        for function, count in ((forward, 8), (paged, 8), (backward, 12)):
             function.argtypes, function.restype = [ctypes.c_void_p] * count, ctypes.c_int64
-        return Library(forward, backward, arithmetic)
+        return Library(forward, paged, backward, arithmetic)
 
 
 def library() -> CpuLibrary:

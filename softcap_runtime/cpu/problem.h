@@ -21,6 +21,7 @@ struct Problem {
   int64_t threads;
   int64_t arithmetic;  // of products of bfloat16: 1 Single, 2 Dot, 3 Tile; one that is not here counts as 1
   double scale, softcap;  // softcap 0: none
+  int64_t page_size, table_stride, pages;  // of keys in pages, whose batch stride leads from page to page
 };
 
 struct Tensors {
@@ -28,6 +29,7 @@ struct Tensors {
   void* out;
   float* lse;  // [B, Hq, Sq] or null
   const int32_t *lo, *hi;  // or null
+  const int32_t* table;    // [B, table_stride]: where a batch row's pages lie, in order; null: no pages
 };
 
 struct Gradients {
@@ -53,6 +55,15 @@ inline Range visible(const Problem& p, const Tensors& t, int64_t batch, int64_t 
 inline char* at(const void* base, const Problem& p, const Strides& s, int64_t batch, int64_t head, int64_t row) {
   int64_t bytes = p.dtype == 0 ? 4 : 2;
   return static_cast<char*>(const_cast<void*>(base)) + bytes * (batch * s.batch + head * s.head + row * s.row);
+}
+
+// Key `key` of a batch row, of k or v; no table leads outside of the pages.
+inline char* key_at(const void* base, const Problem& p, const Tensors& t, const Strides& s, int64_t batch, int64_t head,
+                    int64_t key) {
+  if (!t.table) return at(base, p, s, batch, head, key);
+  int64_t page = t.table[batch * p.table_stride + key / p.page_size];
+  page = page < 0 ? 0 : page < p.pages ? page : p.pages - 1;
+  return at(base, p, s, page, head, key % p.page_size);
 }
 
 // With a cap of at most this much, e^logit and sums of millions of them stay inside float32, so no running maximum

@@ -105,7 +105,6 @@ def register(
 
     ``name`` followed by ``_flash`` is the same for continuous batching too: ``generate_batch`` only takes names with
     "flash" in them.
-
     ``context``: models then run on this rank's rows of a sequence over many devices (``softcap_runtime.distributed``).
     A ContextMask for each kind of layer, "full_attention" and "sliding_attention"; fill it anew before each batch, and
     pass ``position_ids=layout.rows(rank)`` (or the rank's rows of the batch's own), no cache and no mask.
@@ -130,11 +129,10 @@ def register(
         forward = partial(context_forward, runtime, context)
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, interval_mask if context is None else no_mask)
-    if context is None:
-        serving = f"{name}_flash"
-        admit(serving)
-        AttentionInterface.register(serving, partial(serving_forward, runtime))
-        AttentionMaskInterface.register(serving, interval_mask)
+    serving = f"{name}_flash"
+    admit(serving)
+    AttentionInterface.register(serving, partial(serving_forward, runtime))
+    AttentionMaskInterface.register(serving, interval_mask)
 
 
 def interval_mask(
@@ -223,8 +221,8 @@ def attention_forward(
 
     ``query`` ``[B, Hq, Sq, D]``, ``key`` and ``value`` ``[B, Hkv, Skv, D]``. ``attention_mask`` comes from
     ``interval_mask`` and holds the window already; without one (encoders, wrappers that drop it) ``is_causal``, else
-    the module's, ``sliding_window`` and the documents of ``cu_seq_lens_q`` or ``position_ids`` count. A tensor is the
-    caller's own mask, ``[B, H, Sq, Skv]``, bool or additive, and stands for itself.
+    the module's, ``sliding_window`` and the documents of ``cu_seq_lens_q`` or ``position_ids`` count. A
+    tensor is the caller's own mask, ``[B, H, Sq, Skv]``, bool or additive, and stands for itself.
 
     Raises ValueError on what the kernels don't do, naming it and what to do, before anything runs.
     """
@@ -250,6 +248,52 @@ def attention_forward(
             f"layer has {lengths[0]} over {lengths[1]}; its cache and its mask disagree"
         )
     return runtime.attend(query, key, value, cap, attention_mask).transpose(1, 2), None
+
+
+def _by_elements(
+    runtime: Runtime, query: Tensor, key: Tensor, value: Tensor, cap: Cap, attention_mask: Tensor
+) -> Tensor:
+    mask = read_elements(attention_mask, query, key.shape[2], "attention_mask")
+    if isinstance(mask, RowIntervals):
+        return runtime.attend(query, key, value, cap, mask)
+    if not torch.compiler.is_compiling():
+        _warn_once(
+            "attention_mask: no run of keys in each row; plain torch serves such masks, rows x keys at a time"
+        )
+    return attend_elements(query, key, value, mask, scale=cap.scale, softcap=cap.softcap)
+
+
+@functools.cache
+def _warn_once(words: str) -> None:
+    logging.getLogger(__name__).warning(words)
+
+
+def serving_forward(
+    runtime: Runtime | None,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: HfMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As ``attention_forward``, and where continuous batching calls, with its ``cache``, over the paged cache."""
+    if kwargs.get("cache") is None:
+        return attention_forward(
+            runtime, module, query, key, value, attention_mask, dropout, scaling, softcap, sliding_window, **kwargs
+        )  # fmt: skip
+    # The mask that the model made is of the new tokens alone.
+    _refuse(module, None, dropout, kwargs)
+    check_positive("sliding_window", sliding_window)
+    query, key, value = autocast_inputs(query, key, value)
+    check_qkv(query, key, value)
+    cap = _cap(softcap, scaling, query.shape[-1])
+    run = torch.compiler.disable(attend_paged)  # the cache is written in place
+    return run(runtime or Runtime.get(), module, query, key, value, cap, sliding_window, kwargs), None
 
 
 def no_mask(*_: Any, attention_mask: Tensor | None = None, **ignored: Any) -> None:

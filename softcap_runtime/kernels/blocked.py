@@ -24,6 +24,8 @@ _STRIDES = [
     for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
     for dim in "bhs"
 ]
+# Rows that decoding takes at a time: query heads of a group times query rows (cpu/decode.h).
+FEW_ROWS = 8
 # A plan's tensors have one layout or a few; more than this number is a caller that invents them.
 MAX_LAYOUTS = 64
 
@@ -40,6 +42,7 @@ class CpuProblem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("left", "right", "edge_stride", "threads", "arithmetic")),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("page_size", "table_stride", "pages")),
     ]
 
 
@@ -117,6 +120,32 @@ def _forward(problem: Problem, kernels: Kernels) -> Forward:
             )
         )
         return out, lse
+
+    return run
+
+
+def bind_paged(problem: Problem, kernels: Kernels) -> Callable[..., Tensor]:
+    """Attention over keys in pages, for a problem whose groups are no larger than ``FEW_ROWS`` and few rows each.
+
+    The result takes q ``[B, Hq, Sq, D]``, k and v ``[num_pages, Hkv, page_size, D]`` with a last stride of 1, lo and hi
+    int32 ``[B, Sq]`` and the table, int32 ``[B, pages]``, the last three contiguous; it returns out.
+    """
+    loaded: Library = kernels.get(library())
+
+    def run(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, table: Tensor) -> Tensor:
+        out = empty_output(q)
+        made = _described(
+            problem,
+            loaded.arithmetic,
+            torch.get_num_threads(),
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            out.stride(),
+        )
+        made.page_size, made.table_stride, made.pages = k.shape[2], table.shape[1], k.shape[0]
+        _check(loaded.paged(ctypes.addressof(made), *[x.data_ptr() for x in (q, k, v, out, lo, hi, table)]))
+        return out
 
     return run
 
