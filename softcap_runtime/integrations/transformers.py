@@ -129,10 +129,11 @@ def register(
         forward = partial(context_forward, runtime, context)
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, interval_mask if context is None else no_mask)
-    serving = f"{name}_flash"
-    admit(serving)
-    AttentionInterface.register(serving, partial(serving_forward, runtime))
-    AttentionMaskInterface.register(serving, interval_mask)
+    if context is None:
+        serving = f"{name}_flash"
+        admit(serving)
+        AttentionInterface.register(serving, partial(serving_forward, runtime))
+        AttentionMaskInterface.register(serving, interval_mask)
 
 
 def interval_mask(
