@@ -251,52 +251,6 @@ def attention_forward(
     return runtime.attend(query, key, value, cap, attention_mask).transpose(1, 2), None
 
 
-def _by_elements(
-    runtime: Runtime, query: Tensor, key: Tensor, value: Tensor, cap: Cap, attention_mask: Tensor
-) -> Tensor:
-    mask = read_elements(attention_mask, query, key.shape[2], "attention_mask")
-    if isinstance(mask, RowIntervals):
-        return runtime.attend(query, key, value, cap, mask)
-    if not torch.compiler.is_compiling():
-        _warn_once(
-            "attention_mask: no run of keys in each row; plain torch serves such masks, rows x keys at a time"
-        )
-    return attend_elements(query, key, value, mask, scale=cap.scale, softcap=cap.softcap)
-
-
-@functools.cache
-def _warn_once(words: str) -> None:
-    logging.getLogger(__name__).warning(words)
-
-
-def serving_forward(
-    runtime: Runtime | None,
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: HfMask | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """As ``attention_forward``, and where continuous batching calls, with its ``cache``, over the paged cache."""
-    if kwargs.get("cache") is None:
-        return attention_forward(
-            runtime, module, query, key, value, attention_mask, dropout, scaling, softcap, sliding_window, **kwargs
-        )  # fmt: skip
-    # The mask that the model made is of the new tokens alone.
-    _refuse(module, None, dropout, kwargs)
-    check_positive("sliding_window", sliding_window)
-    query, key, value = autocast_inputs(query, key, value)
-    check_qkv(query, key, value)
-    cap = _cap(softcap, scaling, query.shape[-1])
-    run = torch.compiler.disable(attend_paged)  # the cache is written in place
-    return run(runtime or Runtime.get(), module, query, key, value, cap, sliding_window, kwargs), None
-
-
 def no_mask(*_: Any, attention_mask: Tensor | None = None, **ignored: Any) -> None:
     """The mask function of a model over many devices: its masks are in its ContextMasks.
 
