@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu.kernels import Libraries
 
+from cpu.kernels import Libraries
 from softcap_runtime.artifacts.lifecycle import Artifacts
 from softcap_runtime.store import Store
 

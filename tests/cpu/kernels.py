@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from helpers import make_qkv
 from helpers import Sizes as Sizes
+from helpers import make_qkv
 from hypothesis import strategies as st
 from rounding import gradient_errors, output_error
 from torch import Tensor

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from cpu.kernels import NARROW, NATIVE, Call, Kernel, Libraries, calls, check
 from hypothesis import given, settings
+
+from cpu.kernels import NARROW, NATIVE, Call, Kernel, Libraries, calls, check
 
 KERNELS = pytest.mark.parametrize("kernel", [*NATIVE, *NARROW], ids=str)
 

@@ -17,7 +17,7 @@ from data_parallel import CONFIG, WORLD, train
 from helpers import package_of
 
 from softcap_runtime import Runtime, RuntimeSettings
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.cpu.library import library
 
 RANKS = 4
 
@@ -34,9 +34,7 @@ def test_gradients_are_those_of_one_process(warm_cache: Path, tmp_path: Path, ki
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_ranks_prewarm_each_kernel_once(runtime: Runtime, tmp_path: Path) -> None:
     """Under torchrun: one rank builds, no other is kept waiting for it once one stands in the barrier."""
-    specs = [Package(op, "cpu", "float32", 0, True, "") for op in ("block_forward", "block_backward")]
-    for spec in specs:
-        (tmp_path / spec.op).write_bytes(package_of(runtime, spec))
+    (tmp_path / "attention").write_bytes(package_of(runtime, library()))
     script = Path(__file__).with_name("torchrun_prewarm.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     done = subprocess.run(
@@ -49,11 +47,9 @@ def test_ranks_prewarm_each_kernel_once(runtime: Runtime, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
-    assert sorted(op for rank in ranks for op in rank["builds"]) == ["block_backward", "block_forward"]
+    assert [op for rank in ranks for op in rank["builds"]] == ["attention"]
     outcomes = Counter((op, outcome) for rank in ranks for op, outcome in rank["outcomes"].items())
-    assert outcomes == {
-        (spec.op, how): n for spec in specs for how, n in (("built", 1), ("loaded", RANKS - 1))
-    }
+    assert outcomes == {("attention", "built"): 1, ("attention", "loaded"): RANKS - 1}
     assert all(rank["same"] for rank in ranks)
     first_at_barrier = min(rank["at barrier"] for rank in ranks)
     # Ranks start seconds apart on a busy machine: only who asked before the end of a build waited at all.
