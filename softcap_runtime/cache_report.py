@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 
 from softcap_runtime.artifacts.artifact import Artifact
+from softcap_runtime.cpu.library import library
 from softcap_runtime.gpu_info import Gpu, gpus
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.kernels.package import Package
@@ -18,14 +19,7 @@ from softcap_runtime.store.report import EntryInfo, Explanation, StoreStatus
 from softcap_runtime.supply import Supply
 
 Fields = Mapping[str, FieldValue]
-OPS = (
-    "flex_forward",
-    "block_forward",
-    "block_forward_half",
-    "block_softmax",
-    "block_backward",
-    "block_backward_half",
-)
+OPS = ("attention", "flex_forward")
 # The values of a field, and the words for them in an error. GPU kernels have keys of another form.
 _KNOWN: dict[str, tuple[tuple[str, ...], str]] = {
     "op": (OPS, ", ".join(OPS)),
@@ -33,7 +27,7 @@ _KNOWN: dict[str, tuple[tuple[str, ...], str]] = {
     "dtype": (("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
     "mask": (("band", "intervals", ""), "band, intervals or nothing"),
 }
-# Stands in for the fields that are not given while the cache is empty.
+# Stands in for the fields that are not given while the cache holds no package.
 _DEFAULTS = Package("flex_forward", "cpu", "float32", 256, True, "band")
 
 
@@ -66,19 +60,20 @@ def report(store: Store, softcap_approx: bool = False) -> CacheReport:
 def explain(store: Store, words: Sequence[str]) -> Explanation:
     """Whether the kernel of some key fields (``["head_dim=256", "dtype=float32"]``) would be found, or why not.
 
-    Fields that are not given are those of the entry that agrees with most of the given ones. Raises ValueError
+    Without an op it is that of the cache's packages, where it holds any: all else depends on none of these fields.
+    Fields that are not given are those of the package that agrees with most of the given ones. Raises ValueError
     for a word that is no ``field=value`` of a kernel's key.
     """
     wanted = _parsed(words)
-    known: list[tuple[Fields, bool]] = [
+    packages: list[tuple[Fields, bool]] = [
         (info.fields, info.fits)
         for info in rows(store)[0]
         if set(info.fields) - {"sources"} == set(KernelSpec._fields)
     ]
-    known = known or [(_DEFAULTS._asdict(), True)]
-    closest = max(known, key=lambda one: (*_closeness(one[0], wanted), one[1]))[0]
-    if wanted.get("op", closest["op"]) == closest["op"]:
-        wanted = {name: value for name, value in wanted.items() if not _ignored(name, closest)}
+    if wanted.get("op", "flex_forward" if packages else "attention") == "attention":
+        return store.explain(library().key())
+    packages = packages or [(_DEFAULTS._asdict(), True)]
+    closest = max(packages, key=lambda one: (_agreeing(one[0], wanted), one[1]))[0]
     fields = {name: value for name, value in {**closest, **wanted}.items() if name != "sources"}
     return store.explain(Package(**fields).key())  # type: ignore[arg-type]
 
@@ -116,19 +111,8 @@ def _is_good(store: Store, digest: str) -> bool:
     return isinstance(store.examine(digest), Sealed)
 
 
-def _closeness(fields: Fields, wanted: Fields) -> tuple[bool, int, int]:
-    """Whether the op agrees, how many fields agree, and how few given ones the kernel ignores (negated)."""
-    agreeing = sum(fields.get(name) == value for name, value in wanted.items())
-    return (
-        wanted.get("op", fields.get("op")) == fields.get("op"),
-        agreeing,
-        -sum(_ignored(name, fields) for name in wanted),
-    )
-
-
-def _ignored(name: str, fields: Fields) -> bool:
-    """Whether a kernel does not depend on ``name``: block kernels take any head_dim and mask."""
-    return name in ("head_dim", "mask") and fields.get(name) in (0, "")
+def _agreeing(fields: Fields, wanted: Fields) -> int:
+    return sum(fields.get(name) == value for name, value in wanted.items())
 
 
 def _parsed(words: Sequence[str]) -> dict[str, FieldValue]:

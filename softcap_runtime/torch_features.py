@@ -12,9 +12,8 @@ import torch
 FLEX_ATTENTION: bool = torch.__version__ >= "2.5"
 # A ``BlockMask`` of any lengths; 2.5 rounds them up to whole blocks, and compiles flex for no others.
 MASK_LENGTHS: bool = torch.__version__ >= "2.6"
-# Kernels compiled ahead of time with every size dynamic, and loaded without the compiler.
-PACKAGES: bool = torch.__version__ >= "2.6"
-# flex among them, on the CPU: 2.6 cannot trace it, 2.7 and 2.8 fail in the compiler (an assertion on its buffers).
+# flex compiled ahead of time with every size dynamic, on the CPU, and loaded without the compiler: 2.6 cannot trace it,
+# 2.7 and 2.8 fail in the compiler (an assertion on its buffers).
 FLEX_PACKAGES: bool = torch.__version__ >= "2.9"
 # Inductor keeps ``torch._assert_async``; older ones drop it, and with it the checks of a mask's data inside a graph.
 GRAPH_CHECKS: bool = torch.__version__ >= "2.9"

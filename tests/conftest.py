@@ -7,24 +7,20 @@ import os
 import random
 import subprocess
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM
 
 from softcap_runtime import BuildFailed, EngineUnavailable, Runtime, RuntimeSettings, torch_features
-from softcap_runtime.kernels import products
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.cpu.library import library
 
 # What an older torch lacks, by the words in which it is refused.
 LACKING = [
     words
     for there, *refusals in (
         (torch_features.FLEX_PACKAGES, "'flex' cannot serve", "cannot build flex_forward"),
-        (torch_features.PACKAGES, "'blocked' cannot serve", "cannot build block_"),
         (torch_features.MASK_LENGTHS, "a BlockMask of your own needs"),
     )
     if not there
@@ -50,17 +46,6 @@ pytest_runtest_setup = pytest_runtest_call  # what a test asks for, its fixtures
 def one_thread() -> None:
     """On a busy machine, threads that wait for each other make small tensor operations 10 times slower."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_tiles() -> Iterator[None]:
-    """The same products, and so the same error bounds, on every CPU.
-
-    ``bf16_tiles`` in kernels/test_gradients.py has the products of a CPU with bf16 tiles (AMX), which round more often.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "cpu_has_amx", lambda: False)
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -102,55 +87,11 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kernels")
 
 
-# Kernels that many tests share; anything else is compiled by the test that needs it.
-SHARED_KERNELS = [
-    Package("flex_forward", "cpu", dtype, HEAD_DIM, capped, mask)
-    for dtype, capped, mask in (
-        ("float32", True, "band"),
-        ("float32", True, "intervals"),
-        ("float32", False, "band"),
-        ("float32", False, "intervals"),
-        ("bfloat16", True, "band"),
-        ("bfloat16", True, "intervals"),
-        ("float16", True, "band"),
-    )
-] + [
-    Package(op, "cpu", dtype, 0, capped, "")
-    for op, dtype, capped in (
-        ("block_forward", "float32", True),
-        ("block_softmax", "float32", True),
-        ("block_softmax", "float32", False),
-        ("block_backward", "float32", True),
-        ("block_backward", "float32", False),
-        ("block_forward_half", "float32", True),
-        ("block_forward_half", "bfloat16", True),
-        ("block_backward_half", "float32", True),
-        ("block_backward_half", "bfloat16", True),
-    )
-]
-
-
 @pytest.fixture(scope="session")
-def builds(cache_dir: Path) -> Iterator[list[Future[Any]]]:
-    """The shared kernels, being built in the background."""
-    supply = Runtime(RuntimeSettings(cache_dir=cache_dir)).supply
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        there = {"flex_forward": torch_features.FLEX_PACKAGES}
-        specs = [spec for spec in SHARED_KERNELS if there.get(spec.op, torch_features.PACKAGES)]
-        yield [pool.submit(supply.get, spec) for spec in specs]
-        pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture(scope="session")
-def warm_cache(cache_dir: Path, builds: list[Future[Any]]) -> Path:
-    """The session's cache. A test that needs a kernel which is not there yet waits for it, or builds it itself."""
+def warm_cache(cache_dir: Path) -> Path:
+    """The session's cache with the CPU's library in it. A test that needs another kernel builds it, once for all."""
+    Runtime(RuntimeSettings(cache_dir=cache_dir)).supply.get(library())
     return cache_dir
-
-
-@pytest.fixture(scope="session")
-def all_kernels(builds: list[Future[Any]]) -> None:
-    """Waits for the shared kernels: for tests that count builds, or put something else in the compiler's place."""
-    wait(builds)
 
 
 @pytest.fixture(scope="session")

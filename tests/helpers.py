@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, reference, torch_features
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.artifacts.artifact import Artifact
 
 LAYOUTS = ("transposed", "contiguous", "fused", "expanded", "strided")
 HEAD_DIM = 64  # flex has a kernel per head_dim: all tests share this one
@@ -259,10 +259,12 @@ def masks(draw: st.DrawFn, sizes: Sizes) -> dict[str, Tensor]:
     return found
 
 
-def package_of(runtime: Runtime, spec: Package) -> bytes:
-    """The package of a kernel, compiled if it is not in the runtime's cache."""
+def package_of(runtime: Runtime, spec: Artifact) -> bytes:
+    """The bytes of a kernel, compiled if it is not in the runtime's cache."""
     runtime.supply.get(spec)
-    data = runtime.supply.store.load(spec.key())
+    key = spec.key()
+    assert key is not None
+    data = runtime.supply.store.load(key)
     assert data is not None
     return data
 

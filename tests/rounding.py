@@ -39,7 +39,9 @@ def _softmax(q: Tensor, k: Tensor, config: AttentionConfig, mask: Tensor, eps: f
         tanh = torch.tanh(logits / config.softcap)
         logits, slope = config.softcap * tanh, 1 - tanh**2
         error = error / nearest.cosh() ** 2 + eps * config.softcap
-    weights = torch.softmax(logits.masked_fill(~mask[:, None], -torch.inf), -1)
+    hidden = ~mask[:, None]
+    # A row that sees nothing has no weights.
+    weights = torch.softmax(logits.masked_fill(hidden, -torch.inf), -1).masked_fill(hidden, 0.0)
     mean = (weights * error).sum(-1)
     relative = (error + mean[..., None] + eps).clamp(max=1)
     return _Softmax(weights, relative, mean, slope, slope_error)

@@ -9,30 +9,32 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM, Sizes, expected, make_qkv, package_of, relative_error
+from helpers import HEAD_DIM, NEEDS_FLEX, Sizes, expected, make_qkv, package_of, relative_error
 from torch.utils.data import DataLoader, Dataset
 from workers import results_of
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
+from softcap_runtime.artifacts.artifact import Artifact
+from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.kernels.package import Package
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
 SPECS = [
     Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "band"),
     Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "intervals"),
-    Package("block_forward", "cpu", "float32", 0, True, ""),
+    library(),
 ]
 PROCESSES, BUILD_S = 8, 0.5
 
 
-def need_three(folder: str, packages: dict[Package, bytes], record: str, barrier: Any, results: Any) -> None:
-    def build(spec: Package) -> bytes:
+def need_three(folder: str, packages: dict[Artifact, bytes], record: str, barrier: Any, results: Any) -> None:
+    def build(spec: Artifact) -> bytes:
         with open(record, "a") as file:
             file.write(f"{SPECS.index(spec)}\n")
         time.sleep(BUILD_S)
         return packages[spec]
 
-    Package.build = build  # type: ignore[method-assign]
+    Package.build = CpuLibrary.build = build  # type: ignore[method-assign]
     flex, blocked = (Runtime(RuntimeSettings(cache_dir=folder, engine=name)) for name in ("flex", "blocked"))
     inputs = make_qkv(Sizes(2, 4, 2, 40, 40))
     ids = torch.arange(40)[None] // 7
@@ -49,6 +51,7 @@ def need_three(folder: str, packages: dict[Package, bytes], record: str, barrier
     results.put(max(errors))
 
 
+@NEEDS_FLEX
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_processes_that_start_at_once_build_each_kernel_once(
     runtime: Runtime, tmp_path: Path, seed: int
@@ -80,7 +83,7 @@ class Attended(Dataset):
     def __getitem__(self, number: int) -> float:
         if self.runtime is None:
             torch.set_num_threads(1)
-            self.runtime = Runtime(RuntimeSettings(cache_dir=self.cache_dir, engine="flex", jit="forbid"))
+            self.runtime = Runtime(RuntimeSettings(cache_dir=self.cache_dir, jit="forbid"))
         inputs = make_qkv(Sizes(1, 4, 2, 10 + number, 10 + number))
         return relative_error(self.runtime.attention(*inputs, CONFIG), expected(*inputs, CONFIG))
 
@@ -88,7 +91,6 @@ class Attended(Dataset):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])
 def test_workers_of_a_data_loader(runtime: Runtime, method: str, workers: int, seed: int) -> None:
-    runtime.supply.get(SPECS[0])
     attended = Attended(str(runtime.settings.cache_dir))
     if method == "fork":
         attended[0]  # the workers inherit a runtime with its kernel loaded

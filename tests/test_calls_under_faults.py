@@ -15,24 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import HEAD_DIM, Sizes, expected, make_qkv, package_of, relative_error
+from helpers import Sizes, expected, make_qkv, package_of, relative_error
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, SoftcapRuntimeError
 from softcap_runtime.cache_report import report
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.store import database
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
-SPEC = Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
 DB = "cache.db"
 
 
 @pytest.fixture
 def filled(runtime: Runtime, tmpfs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with a kernel, on a filesystem of its own; a build gives the session's package."""
-    data = package_of(runtime, SPEC)
-    monkeypatch.setattr(Package, "build", lambda spec: data)
-    monkeypatch.setattr(Package, "provenance", lambda spec: {"compiler": "none, a test"})
+    """A cache with a kernel, on a filesystem of its own; a build gives the session's library."""
+    data = package_of(runtime, library())
+    monkeypatch.setattr(CpuLibrary, "build", lambda artifact: data)
+    monkeypatch.setattr(CpuLibrary, "provenance", lambda artifact: {"compiler": "none, a test"})
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.2)
     folder = tmpfs("size=8m") / "cache"
     first = make(folder)
@@ -42,7 +41,7 @@ def filled(runtime: Runtime, tmpfs: Callable[[str], Path], monkeypatch: pytest.M
 
 
 def make(folder: Path) -> Runtime:
-    return Runtime(RuntimeSettings(cache_dir=folder, engine="flex"))
+    return Runtime(RuntimeSettings(cache_dir=folder, engine="blocked"))
 
 
 def assert_right(runtime: Runtime) -> None:
@@ -86,7 +85,7 @@ FAULTS: dict[str, Callable[[Path], Any]] = {
     "truncated": lambda folder: os.truncate(folder / DB, (folder / DB).stat().st_size // 2),
     "zeroed": lambda folder: overwrite(folder / DB, bytes),
     "random bytes": lambda folder: overwrite(folder / DB, random.randbytes),
-    "flipped in the package": lambda folder: overwrite(folder / DB, lambda size: flipped(folder / DB, size)),
+    "flipped in the library": lambda folder: overwrite(folder / DB, lambda size: flipped(folder / DB, size)),
 }
 
 
@@ -109,7 +108,7 @@ def test_a_call_is_right_and_the_fault_is_seen(filled: Path, fault: str, seed: i
     status = report(fresh.supply.store).status
     seen = [name for name in ("corrupt", "rejected", "write_failures") if status.counters[name]]
     assert seen, "the fault is not counted"
-    healed = fault in ("truncated", "zeroed", "random bytes", "flipped in the package")
+    healed = fault in ("truncated", "zeroed", "random bytes", "flipped in the library")
     assert (status.fault is None) == (fresh.stats().cache_fault is None) == healed
     if healed:
         assert make(filled).supply.store.verify() == []

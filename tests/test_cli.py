@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM
+from helpers import HEAD_DIM, NEEDS_FLEX
 from rich.console import Console
 
 from softcap_runtime import (
@@ -30,11 +30,10 @@ from softcap_runtime import (
     cli,
     cli_tables,
 )
+from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.kernels.package import Package
 from softcap_runtime.store import Key, Store, fingerprint
 from softcap_runtime.store.schema import DBNAME
-
-pytestmark = pytest.mark.usefixtures("all_kernels")
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = ["--num-heads", "4", "--num-kv-heads", "2", "--head-dim", str(HEAD_DIM), "--scale", "0.125"]
@@ -120,19 +119,20 @@ def test_the_command_names_every_kernel_of_the_call(tmp_path: Path, warm_cache: 
     line = the_command_for(tmp_path / "empty", "auto", softcap, length)
     line = line.replace(str(tmp_path / "empty"), str(warm_cache))
     done = shell(line)
-    assert (done.returncode, done.stdout.count("loaded")) == (0, 3), done.stdout + done.stderr
+    assert (done.returncode, done.stdout.count("loaded")) == (0, 1), done.stdout + done.stderr
     arguments = [sys.executable, "-c", CALL, str(warm_cache), "auto", str(softcap), str(length)]
     served = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert served.returncode == 0, served.stderr
 
 
-def test_prewarm_shows_each_kernel(command: Command, warm_cache: Path) -> None:
+@NEEDS_FLEX
+def test_prewarm_shows_each_kernel(command: Command, runtimes: dict[str, Runtime], warm_cache: Path) -> None:
+    for mask in ("band", "intervals"):
+        for dtype in ("float32", "bfloat16"):
+            runtimes["flex"].supply.get(Package("flex_forward", "cpu", dtype, HEAD_DIM, True, mask))
     words = ["--cache-dir", warm_cache, "prewarm", *NUMBERS, "--softcap", "50", "--dtype", "float32"]
     code, out, _ = command(*words, "--train", "--seq-len", "100", "--seq-len", "2000")
-    assert code == 0
-    for op in ("flex_forward", "block_forward", "block_backward"):
-        assert op in out
-    assert out.count("loaded") == 4
+    assert (code, out.count("attention"), out.count("loaded")) == (0, 1, 1)
     code, out, _ = command(*words, "--dtype", "bfloat16", "--engine", "flex")
     assert (code, out.count("flex_forward float32"), out.count("flex_forward bfloat16")) == (0, 2, 2)
     without_scale = [word for word in words if word not in NUMBERS[-2:]]
@@ -145,23 +145,28 @@ def test_prewarm_shows_each_kernel(command: Command, warm_cache: Path) -> None:
 
 
 @pytest.fixture
-def tiny_packages(monkeypatch: pytest.MonkeyPatch) -> list[Package]:
-    """Builds make 1,000 bytes that nobody can run; the specs that were built."""
-    built: list[Package] = []
+def tiny_packages(monkeypatch: pytest.MonkeyPatch) -> list[Package | CpuLibrary]:
+    """Builds make 1,000 bytes that nobody can run; the artifacts that were built."""
+    built: list[Package | CpuLibrary] = []
 
-    def build(spec: Package) -> bytes:
+    def build(spec: Package | CpuLibrary) -> bytes:
         built.append(spec)
         return os.urandom(1000)
 
-    monkeypatch.setattr(Package, "build", build)
-    monkeypatch.setattr(Package, "load", lambda spec, data: object())
+    for artifact in (Package, CpuLibrary):
+        monkeypatch.setattr(artifact, "build", build)
+        monkeypatch.setattr(artifact, "load", lambda spec, data: object())
     return built
 
 
+@NEEDS_FLEX
 def test_prewarm_fails_when_its_kernels_evict_each_other(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_packages: list[Package]
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_packages: list[Package | CpuLibrary],
 ) -> None:
-    words = ["--cache-dir", tmp_path / "cache", "prewarm", "--preset", "gemma2-2b", "--train"]
+    words = ["--cache-dir", tmp_path / "cache", "prewarm", "--preset", "gemma2-2b", "--engine", "flex"]
     monkeypatch.setenv("SOFTCAP_CACHE_SIZE_LIMIT", "1500")
     code, _, err = command(*words)
     count = len(tiny_packages)
@@ -180,7 +185,7 @@ def test_prewarm_fails_when_another_process_removes_its_kernels(
     command: Command,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    tiny_packages: list[Package],
+    tiny_packages: list[Package | CpuLibrary],
     other: str,
 ) -> None:
     folder = tmp_path / "cache"
@@ -204,11 +209,12 @@ def test_prewarm_fails_when_another_process_removes_its_kernels(
     )
 
 
+@NEEDS_FLEX
 def test_prewarm_builds_nothing_for_a_read_only_folder(
-    command: Command, tmp_path: Path, tmpfs: Callable[[str], Path], tiny_packages: list[Package]
+    command: Command, tmp_path: Path, tmpfs: Callable[[str], Path], tiny_packages: list[Package | CpuLibrary]
 ) -> None:
     place = tmpfs("size=4m")
-    what = ["prewarm", "--preset", "gemma2-2b", "--engine", "blocked"]
+    what = ["prewarm", "--preset", "gemma2-2b"]
     assert command("--cache-dir", tmp_path / "other", *what)[0] == 0
     store = Store(place / "cache", 2**30)
     for spec in tiny_packages:
@@ -218,9 +224,9 @@ def test_prewarm_builds_nothing_for_a_read_only_folder(
     subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
     tiny_packages.clear()
     assert command(*words)[0] == 0, "all of it is there"
-    code, out, err = command(*words, "--train")
+    code, out, err = command(*words, "--engine", "flex")
     assert (code, out, tiny_packages) == (1, "", [])
-    told = f"softcap-runtime: 1 kernels are missing in {place / 'cache'}, which is read-only (block_backward"
+    told = f"softcap-runtime: 2 kernels are missing in {place / 'cache'}, which is read-only (flex_forward"
     assert err.startswith(told)
     assert err.count("\n") == 1
 
@@ -363,17 +369,22 @@ def test_a_bad_entry_is_explained_and_stays(
 def test_the_ops_that_can_be_explained_are_those_that_are_compiled() -> None:
     from softcap_runtime.kernels import graphs
 
-    assert set(cache_report.OPS) == set(graphs._MAKERS)
+    assert set(cache_report.OPS) == {library().describe().op, *graphs._MAKERS}
 
 
-def test_explaining_a_kernel_that_depends_on_no_head_dim(command: Command, tmp_path: Path) -> None:
+def test_explaining_the_library_that_depends_on_no_head_dim(command: Command, tmp_path: Path) -> None:
     store = fill(tmp_path)
-    spec = Package("block_forward", "cpu", "float32", 0, True, "")
-    store.load_or_build(spec.key(), lambda: b"kernel")
-    store.close()
     explain = ["--cache-dir", tmp_path, "inspect", "--explain"]
-    assert command(*explain, "op=block_forward", "head_dim=77", "mask=band")[1].startswith("present")
+    assert command(*explain, "op=attention")[1].startswith("absent: attention ")
+    store.load_or_build(library().key(), lambda: b"kernel")
+    store.close()
+    assert command(*explain, "op=attention", "head_dim=77", "mask=band")[1].startswith("present: attention ")
     assert "head_dim: wanted 77" in command(*explain, "head_dim=77")[1]
+    store = Store(tmp_path / "alone", 2**30)
+    store.load_or_build(library().key(), lambda: b"kernel")
+    store.close()
+    alone = command("--cache-dir", tmp_path / "alone", "inspect", "--explain", "head_dim=77")[1]
+    assert alone.startswith("present: attention ")
     (tmp_path / "empty").mkdir(mode=0o700)
     assert (
         "the cache is empty"
@@ -565,7 +576,7 @@ def test_a_folder_whose_name_the_output_cannot_show(tmp_path: Path, encoding: st
         ("inspect --explain width=3", "'width=3', expected field=value"),
         ("inspect --explain head_dim=x", "head_dim='x', expected an integer"),
         ("inspect --explain capped=2", "capped='2', expected true or false"),
-        ("inspect --explain op=foo", "op='foo', expected flex_forward, block_forward, "),
+        ("inspect --explain op=foo", "op='foo', expected attention, flex_forward"),
         ("inspect --explain mask=foo", "mask='foo', expected band, intervals or nothing"),
         ("inspect --explain dtype=foo", "dtype='foo', expected float32, bfloat16 or float16"),
         ("inspect --explain device=cuda", "device='cuda', expected cpu; inspect lists the kernels of a GPU"),

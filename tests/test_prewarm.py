@@ -23,12 +23,11 @@ from softcap_runtime import (
     Runtime,
     RuntimeSettings,
 )
+from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.kernels.package import Package
 from softcap_runtime.presets import PRESETS, requests_for
 from softcap_runtime.prewarm_rows import Outcome, kernel_name, row_of, shown_work
-
-pytestmark = pytest.mark.usefixtures("all_kernels")
 
 CONFIG = AttentionConfig(softcap=50.0, scale=HEAD_DIM**-0.5, window=100)
 WIDE = CONFIG.model_copy(update={"window": None})
@@ -40,69 +39,68 @@ def request(**changes: object) -> PrewarmRequest:
 
 
 def compiler(monkeypatch: pytest.MonkeyPatch, failing: str | None = None) -> list[KernelSpec]:
-    """Stands in for the compiler: what was asked of it, and no package that could be loaded."""
+    """Stands in for the compiler: what was asked of it, and nothing that could be run."""
     asked: list[KernelSpec] = []
 
-    def build(spec: KernelSpec) -> bytes:
+    def build(artifact: Package | CpuLibrary) -> bytes:
+        spec = artifact.describe()
         asked.append(spec)
         if spec.mask == failing:
             raise BuildFailed(f"cannot build {spec.op}: no luck\nsecond line")
-        return b"package of " + repr(spec).encode()
+        return b"kernel of " + repr(spec).encode()
 
-    monkeypatch.setattr(Package, "build", build)
-    monkeypatch.setattr("softcap_runtime.kernels.package.load_package", lambda data: lambda inputs: inputs)
+    for kind in (Package, CpuLibrary):
+        monkeypatch.setattr(kind, "build", build)
+        monkeypatch.setattr(kind, "load", lambda artifact, data: lambda inputs: inputs)
     return asked
 
 
 @NEEDS_FLEX
-def test_every_kernel_of_the_candidates_is_built_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_kernel_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = compiler(monkeypatch)
-    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="forbid"))
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="forbid", engine="flex"))
     wanted = [request(), request(config=CONFIG.model_copy(update={"window": None})), request(num_heads=2)]
     first = runtime.prewarm(wanted, progress=False)
     assert {(row.spec.op, row.spec.mask) for row in first} == {
         ("flex_forward", "band"),
         ("flex_forward", "intervals"),
-        ("block_forward", ""),
     }
     assert sorted(asked) == sorted(row.spec for row in first)
     assert all(row.outcome == "built" and row.bytes > 0 and row.error is None for row in first)
     assert {row.outcome for row in runtime.prewarm(wanted, progress=False)} == {"ready"}
 
-    other = Runtime(RuntimeSettings(cache_dir=tmp_path)).prewarm(wanted, progress=False)
+    other = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex")).prewarm(wanted, progress=False)
     assert {row.outcome for row in other} == {"loaded"}
     assert {row.spec: row.bytes for row in other} == {row.spec: row.bytes for row in first}
-    assert len(asked) == 3
+    assert len(asked) == 2
 
 
-@NEEDS_FLEX
-def test_training_adds_kernels_and_an_engine_narrows_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiler(monkeypatch)
-    ops = {
-        row.spec.op
-        for row in Runtime(RuntimeSettings(cache_dir=tmp_path)).prewarm([request(train=True)], False)
-    }
-    assert ops == {"flex_forward", "block_forward", "block_backward"}
-    blocked = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="blocked"))
-    assert [row.spec.op for row in blocked.prewarm([request()], False)] == ["block_forward"]
-    assert (
-        Runtime(RuntimeSettings(cache_dir=tmp_path, engine="eager")).prewarm([request(train=True)], False)
-        == []
-    )
+def test_one_library_serves_every_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = compiler(monkeypatch)
+    wanted = [
+        request(config=config, dtype=dtype, head_dim=head_dim, train=train)
+        for config in (CONFIG, WIDE, CONFIG.model_copy(update={"softcap": None}))
+        for dtype in ("float32", "bfloat16", "float16")
+        for head_dim in (64, 256)
+        for train in (False, True)
+    ]
+    for engine, outcome in (("auto", "built"), ("blocked", "loaded")):
+        runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine=engine))
+        (row,) = runtime.prewarm(wanted, progress=False)
+        assert (row.spec, row.outcome) == (library().describe(), outcome)
+    assert asked == [library().describe()]
+    eager = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="eager"))
+    assert eager.prewarm([request(train=True)], False) == []
 
 
 @NEEDS_FLEX
 def test_a_failure_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler(monkeypatch, failing="intervals")
-    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path))
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex"))
     rows = {row.spec.mask: row for row in runtime.prewarm([request(seq_lens=[64])], progress=True)}
     assert rows["intervals"].outcome == "failed"
     assert rows["intervals"].error == "cannot build flex_forward: no luck"
-    assert rows["band"].outcome == rows[""].outcome == "built"
+    assert rows["band"].outcome == "built"
     assert runtime.stats().misses == 0, "no length is bound while a kernel is missing"
 
 

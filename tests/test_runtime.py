@@ -19,8 +19,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM, Sizes, expected, gradients, make_qkv, package_of, relative_error
-from torch import Tensor
+from helpers import (
+    HEAD_DIM,
+    NEEDS_FLEX,
+    Sizes,
+    expected,
+    gradients,
+    make_qkv,
+    package_of,
+    relative_error,
+)
 
 from softcap_runtime import (
     AttentionConfig,
@@ -29,25 +37,28 @@ from softcap_runtime import (
     Runtime,
     RuntimeSettings,
 )
+from softcap_runtime.artifacts.artifact import Artifact
+from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.kernels.package import Package
 from softcap_runtime.masks.intervals import band, row_intervals
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
-BAND = Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
+KERNEL = library()
+FLEX = [Package("flex_forward", "cpu", "float32", HEAD_DIM, True, mask) for mask in ("band", "intervals")]
 
 
 class Builder:
-    """Stands in for the compiler: hands out the session's packages, and counts."""
+    """Stands in for the compiler: hands out the session's kernels, and counts."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.built: list[Package] = []
+        self.built: list[Artifact] = []
         self.may_go = threading.Event()
         self.may_go.set()
         self.error: Exception | None = None
         self._runtime = runtime
 
-    def __call__(self, spec: Package) -> bytes:
+    def __call__(self, spec: Artifact) -> bytes:
         self.built.append(spec)
         assert self.may_go.wait(120)
         if self.error is not None:
@@ -57,10 +68,10 @@ class Builder:
 
 @pytest.fixture
 def builder(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Iterator[Builder]:
-    runtime.supply.get(BAND)  # by the real compiler, if it is not there yet
     made = Builder(runtime)
-    monkeypatch.setattr(Package, "build", lambda spec: made(spec))
-    monkeypatch.setattr(Package, "provenance", lambda spec: {"compiler": "none, a test"})
+    for kind in (Package, CpuLibrary):
+        monkeypatch.setattr(kind, "build", lambda artifact: made(artifact))
+        monkeypatch.setattr(kind, "provenance", lambda artifact: {"compiler": "none, a test"})
     yield made
     made.may_go.set()
 
@@ -99,7 +110,7 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
     assert runtime is Runtime.get()
     assert (runtime.settings.jit, runtime.settings.engine) == ("forbid", "blocked")
     assert runtime.supply.store.folder == tmp_path
-    with pytest.raises(KernelNotPrewarmed, match="block_forward"):
+    with pytest.raises(KernelNotPrewarmed, match=r"^kernel attention is not in the cache; "):
         runtime.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), CONFIG)
 
 
@@ -131,19 +142,19 @@ def test_a_model_that_holds_a_runtime_is_copied_and_pickled(
 
 
 def test_threads_that_need_the_same_kernel_build_it_once(builder: Builder, tmp_path: Path, seed: int) -> None:
-    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex"))
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="blocked"))
     inputs = make_qkv(Sizes(2, 4, 2, 50, 50))
     builder.may_go.clear()
     threading.Timer(0.3, builder.may_go.set).start()
     outs = in_threads(16, lambda: runtime.attention(*inputs, CONFIG))
-    assert builder.built == [BAND]
+    assert builder.built == [KERNEL]
     assert all(torch.equal(out, outs[0]) for out in outs)
     assert relative_error(outs[0], expected(*inputs, CONFIG)) <= 2e-6
     # Another runtime, as another process: from disk.
-    other = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex"))
+    other = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="blocked"))
     assert torch.equal(other.attention(*inputs, CONFIG), outs[0])
-    assert other.supply.supplied[BAND].source == "disk"
-    assert builder.built == [BAND]
+    assert other.supply.supplied[KERNEL].source == "disk"
+    assert builder.built == [KERNEL]
 
 
 def test_many_threads_with_many_shapes(runtime: Runtime, seed: int) -> None:
@@ -162,18 +173,18 @@ def test_many_threads_with_many_shapes(runtime: Runtime, seed: int) -> None:
 
 
 def test_a_failed_build_is_not_remembered(builder: Builder, tmp_path: Path, seed: int) -> None:
-    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex"))
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="blocked"))
     inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
-    builder.error = BuildFailed("cannot build flex_forward: no luck")
+    builder.error = BuildFailed("cannot build attention: no luck")
     with pytest.raises(BuildFailed, match="no luck"):
         runtime.attention(*inputs, CONFIG)
     builder.error = None
     assert relative_error(runtime.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
-    assert builder.built == [BAND, BAND]
+    assert builder.built == [KERNEL, KERNEL]
 
 
 def test_jit_forbid_names_the_command(builder: Builder, tmp_path: Path, seed: int) -> None:
-    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="forbid", engine="flex"))
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="forbid", engine="blocked"))
     inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
     with pytest.raises(KernelNotPrewarmed) as raised:
         runtime.attention(*inputs, CONFIG)
@@ -187,19 +198,19 @@ def test_jit_forbid_names_the_command(builder: Builder, tmp_path: Path, seed: in
         f"--head-dim {HEAD_DIM}",
         "--softcap 50.0",
         "--dtype float32",
-        "--engine flex",
+        "--engine blocked",
     ):
         assert words in text
     assert not builder.built
     # As the command does it.
-    Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex")).supply.get(BAND)
+    Runtime(RuntimeSettings(cache_dir=tmp_path, engine="blocked")).supply.get(KERNEL)
     assert relative_error(runtime.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
 
 
 def test_jit_warn_logs_and_builds(
     builder: Builder, tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int
 ) -> None:
-    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="warn", engine="flex"))
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="warn", engine="blocked"))
     inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
     with caplog.at_level(logging.WARNING, logger="softcap_runtime"):
         for _ in range(3):
@@ -207,7 +218,7 @@ def test_jit_warn_logs_and_builds(
     warnings = [record.getMessage() for record in caplog.records if "serving process" in record.getMessage()]
     assert len(warnings) == 1
     assert "softcap-runtime prewarm" in warnings[0]
-    assert builder.built == [BAND]
+    assert builder.built == [KERNEL]
     stats = runtime.stats()
     assert (stats.builds, stats.misses, stats.hits) == (1, 1, 2), "what was built is planned at once"
 
@@ -227,7 +238,7 @@ def test_built_in_the_background(
     caplog: pytest.LogCaptureFixture,
     seed: int,
 ) -> None:
-    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="warn", build="background", engine="flex"))
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="warn", build="background", engine="blocked"))
     inputs = make_qkv(Sizes(1, 4, 2, 150, 150))
     builder.may_go.clear()
     want = runtimes["eager"].attention(*inputs, CONFIG)
@@ -237,26 +248,26 @@ def test_built_in_the_background(
     assert not runtime.supply.supplied
     builder.may_go.set()
     wait_until(lambda: runtime.stats().background_pending == 0)
-    want = runtimes["flex"].attention(*inputs, CONFIG)
+    want = runtimes["blocked"].attention(*inputs, CONFIG)
     for _ in range(3):
         assert torch.equal(runtime.attention(*inputs, CONFIG), want)
-    assert builder.built == [BAND]
-    assert {row.engine for row in runtime.stats().engines} == {"flex"}
+    assert builder.built == [KERNEL]
+    assert {row.engine for row in runtime.stats().engines} == {"blocked"}
     assert caplog.text.count("serving process") == 1
 
 
 def test_a_background_build_that_fails_is_told_and_not_repeated(
     builder: Builder, runtimes: dict[str, Runtime], tmp_path: Path, seed: int
 ) -> None:
-    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, build="background", engine="flex"))
+    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, build="background", engine="blocked"))
     inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
-    builder.error = BuildFailed("cannot build flex_forward: no luck")
+    builder.error = BuildFailed("cannot build attention: no luck")
     want = runtimes["eager"].attention(*inputs, CONFIG)
     assert torch.equal(runtime.attention(*inputs, CONFIG), want)
     wait_until(lambda: bool(runtime.stats().background_failed) and runtime.stats().background_pending == 0)
     for _ in range(3):
         assert torch.equal(runtime.attention(*inputs, CONFIG), want)
-    assert builder.built == [BAND]
+    assert builder.built == [KERNEL]
     (failed,) = runtime.stats().background_failed.values()
     assert "no luck" in failed
 
@@ -275,9 +286,15 @@ def in_a_fork(run: Callable[[], None]) -> None:
     assert os.waitpid(pid, 0)[1] == 0
 
 
+@NEEDS_FLEX
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_fork_in_the_middle(builder: Builder, tmp_path: Path, seed: int) -> None:
+def test_a_fork_in_the_middle(
+    runtimes: dict[str, Runtime], request: pytest.FixtureRequest, tmp_path: Path, seed: int
+) -> None:
     """While a thread of the parent builds a kernel and holds its locks."""
+    for kernel in FLEX:
+        runtimes["flex"].supply.get(kernel)  # by the real compiler, if it is not there yet
+    builder: Builder = request.getfixturevalue("builder")
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex"))
     inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
     want = runtime.attention(*inputs, CONFIG)
@@ -312,7 +329,7 @@ def test_a_cache_folder_that_is_a_file(builder: Builder, tmp_path: Path, seed: i
     """It works from memory and says so."""
     file = tmp_path / "file"
     file.write_text("not a folder")
-    runtime = Runtime(RuntimeSettings(cache_dir=file, engine="flex"))
+    runtime = Runtime(RuntimeSettings(cache_dir=file, engine="blocked"))
     inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
     for _ in range(2):
         assert relative_error(runtime.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
@@ -320,7 +337,7 @@ def test_a_cache_folder_that_is_a_file(builder: Builder, tmp_path: Path, seed: i
     assert fault is not None
     assert str(file) in fault
     assert "\n" not in fault
-    assert builder.built == [BAND]
+    assert builder.built == [KERNEL]
     assert file.read_text() == "not a folder"
 
 
@@ -480,7 +497,7 @@ def test_200_lengths_cost_at_most_4_kernels(runtime: Runtime, seed: int) -> None
 
 
 def test_200_packings_cost_no_kernel_after_the_first(runtime: Runtime, seed: int) -> None:
-    fresh = Runtime(RuntimeSettings(cache_dir=runtime.settings.cache_dir, engine="flex"))
+    fresh = Runtime(RuntimeSettings(cache_dir=runtime.settings.cache_dir, engine="blocked"))
     known = None
     for number in range(200):
         batch, length = random.randint(1, 2), random.randint(2, 260)

@@ -12,12 +12,11 @@ from helpers import HEAD_DIM, NEEDS_FLEX
 
 from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettings
 from softcap_runtime.artifacts.lifecycle import Supplied
+from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.gpu_kernel import GpuKernel
 from softcap_runtime.kernels.package import Package
 from softcap_runtime.stats import EngineStats
-
-pytestmark = pytest.mark.usefixtures("all_kernels")
 
 CONFIG = AttentionConfig(softcap=50.0, scale=HEAD_DIM**-0.5)
 
@@ -27,7 +26,12 @@ def call(runtime: Runtime, length: int, config: AttentionConfig = CONFIG, **mask
     runtime.attention(q, k, v, config, **masks)
 
 
-def test_calls_are_hits_or_misses_and_kernels_are_shared(warm_cache: Path, seed: int) -> None:
+@NEEDS_FLEX
+def test_calls_are_hits_or_misses_and_kernels_are_shared(
+    runtimes: dict[str, Runtime], warm_cache: Path, seed: int
+) -> None:
+    for mask in ("band", "intervals"):
+        runtimes["flex"].supply.get(Package("flex_forward", "cpu", "float32", HEAD_DIM, True, mask))
     runtime = Runtime(RuntimeSettings(cache_dir=warm_cache, engine="flex"))
     empty = runtime.stats()
     assert (empty.hits, empty.misses, empty.kernels, empty.engines, empty.bytes) == (0, 0, [], [], 0)
@@ -56,7 +60,6 @@ def test_calls_are_hits_or_misses_and_kernels_are_shared(warm_cache: Path, seed:
     assert {row.mask: row.plans for row in more.kernels} == {"band": 5, "intervals": 1}
 
 
-@NEEDS_FLEX
 def test_each_engine_has_its_row(warm_cache: Path, seed: int) -> None:
     runtime = Runtime(RuntimeSettings(cache_dir=warm_cache))
     for length in (1, 20, 1024):
@@ -64,19 +67,19 @@ def test_each_engine_has_its_row(warm_cache: Path, seed: int) -> None:
     q = torch.randn(1, 1, 4, HEAD_DIM, dtype=torch.float64)
     runtime.attention(q, q, q, CONFIG)
     rows = {row.engine: row for row in runtime.stats().engines}
-    assert {name: row.plans for name, row in rows.items()} == {"flex": 2, "blocked": 1, "eager": 1}
+    assert {name: row.plans for name, row in rows.items()} == {"blocked": 3, "eager": 1}
     assert all(row.reason for row in rows.values())
 
 
 def test_background_builds_are_pending_then_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, go_on = threading.Event(), threading.Event()
 
-    def build(spec: Package) -> bytes:
+    def build(artifact: CpuLibrary) -> bytes:
         started.set()
         go_on.wait(60)
-        raise BuildFailed(f"cannot build {spec.op}: no luck")
+        raise BuildFailed("cannot build attention: no luck")
 
-    monkeypatch.setattr(Package, "build", build)
+    monkeypatch.setattr(CpuLibrary, "build", build)
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, build="background", engine="blocked"))
     call(runtime, 8)
     assert started.wait(60)
@@ -90,8 +93,8 @@ def test_background_builds_are_pending_then_failed(tmp_path: Path, monkeypatch: 
     stats = runtime.stats()
     assert stats.background_pending == 0
     ((name, error),) = stats.background_failed.items()
-    assert "block_forward" in name
-    assert error == "cannot build block_forward: no luck"
+    assert name == "attention"
+    assert error == "cannot build attention: no luck"
     for length in (8, 9):
         call(runtime, length)
     after = EngineStats(engine="eager", reason="its kernel could not be built", plans=2, calls=1)
@@ -100,10 +103,10 @@ def test_background_builds_are_pending_then_failed(tmp_path: Path, monkeypatch: 
 
 def test_a_folder_that_cannot_be_used_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(Package, "build", lambda spec: b"package")
-    monkeypatch.setattr("softcap_runtime.kernels.package.load_package", lambda data: lambda inputs: inputs)
+    monkeypatch.setattr(CpuLibrary, "build", lambda artifact: b"library")
+    monkeypatch.setattr(CpuLibrary, "load", lambda artifact, data: data)
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path / "file"))
-    runtime.supply.get(Package("block_forward", "cpu", "float32", 0, True, ""))
+    runtime.supply.get(library())
     stats = runtime.stats()
     assert stats.cache_dir == str(tmp_path / "file")
     assert "is a file" in (stats.cache_fault or "")

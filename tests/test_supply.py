@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from softcap_runtime import AttentionConfig, KernelNotPrewarmed, Runtime, RuntimeSettings
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.cpu.library import library
 from softcap_runtime.store import Key, Store, database, trust
 from softcap_runtime.store.schema import DBNAME
 from softcap_runtime.supply import Supply
@@ -49,10 +49,9 @@ def test_a_runtime_with_another_secret_leaves_the_kernels_that_it_refuses(tmp_pa
     secret = tmp_path / "secret"
     secret.write_bytes(b"a secret\n")
     secret.chmod(0o600)
-    specs = [Package(op, "cpu", "float32", 0, True, "") for op in ("block_forward", "block_backward")]
+    key = library().key()
     plain = Supply(RuntimeSettings(cache_dir=tmp_path / "cache"))
-    for spec in specs:
-        plain.store.load_or_build(spec.key(), lambda: b"a kernel")
+    plain.store.load_or_build(key, lambda: b"a kernel")
     plain.store.close()
     settings = RuntimeSettings(
         cache_dir=tmp_path / "cache", cache_key_file=secret, jit="forbid", engine="blocked"
@@ -62,7 +61,7 @@ def test_a_runtime_with_another_secret_leaves_the_kernels_that_it_refuses(tmp_pa
     with pytest.raises(KernelNotPrewarmed):
         runtime.attention(q, q, q, AttentionConfig(scale=0.125, softcap=50.0))
     runtime.supply.store.close()
-    assert [plain.store.load(spec.key()) for spec in specs] == [b"a kernel"] * 2
+    assert plain.store.load(key) == b"a kernel"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +137,7 @@ def test_a_cache_that_cannot_be_read_is_told_instead_of_a_command_that_cannot_he
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
     settings = RuntimeSettings(cache_dir=tmp_path, engine="blocked", jit="forbid")
     said = refusal(settings)
-    assert said.startswith("kernel block_forward float32 is not in the cache; run: SOFTCAP_CACHE_DIR=")
+    assert said.startswith("kernel attention is not in the cache; run: SOFTCAP_CACHE_DIR=")
     tmp_path.chmod(0o770)
     said = refusal(settings)
     assert " cannot be read; " in said

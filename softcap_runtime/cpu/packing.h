@@ -13,27 +13,58 @@
 
 namespace softcap {
 
-// Memory of one call. Large blocks ask for huge pages: thousands of page faults otherwise cost some percent.
+// What a thread keeps from call to call: a fresh page of memory costs a fault, and short calls are too short for many.
+struct Kept {
+  static constexpr int64_t BYTES = int64_t(2) << 20;
+  char* base = nullptr;
+  int64_t used = 0;
+  ~Kept() { std::free(base); }
+};
+
+inline Kept& kept() {
+  static thread_local Kept mine;
+  return mine;
+}
+
+// Memory of one call, freed in the reverse order: from what the thread keeps, while there is room. Large blocks ask
+// for huge pages: thousands of page faults otherwise cost some percent.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) {
-    constexpr size_t HUGE = size_t(2) << 20;
-    size_t bytes = round_up(count * int64_t(sizeof(T)), 64) + 64;
-    size_t align = bytes >= 2 * HUGE ? HUGE : 64;
-    if (posix_memalign(reinterpret_cast<void**>(&data_), align, bytes) != 0) data_ = nullptr;
+  explicit Scratch(int64_t count) : bytes_(round_up(count * int64_t(sizeof(T)), 64) + 64) {
+    constexpr int64_t HUGE = int64_t(2) << 20;
+    Kept& mine = kept();
+    if (!mine.base) mine.base = static_cast<char*>(allocated(64, Kept::BYTES));
+    from_kept_ = mine.base && mine.used + bytes_ <= Kept::BYTES;
+    if (from_kept_) {
+      data_ = reinterpret_cast<T*>(mine.base + mine.used);
+      mine.used += bytes_;
+      return;
+    }
+    data_ = static_cast<T*>(allocated(bytes_ >= 2 * HUGE ? HUGE : 64, bytes_));
 #if defined(MADV_HUGEPAGE)
-    if (data_ && align == HUGE) madvise(data_, bytes / HUGE * HUGE, MADV_HUGEPAGE);
+    if (data_ && bytes_ >= 2 * HUGE) madvise(data_, bytes_ / HUGE * HUGE, MADV_HUGEPAGE);
 #endif
   }
-  ~Scratch() { std::free(data_); }
+  ~Scratch() {
+    if (from_kept_)
+      kept().used -= bytes_;
+    else
+      std::free(data_);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   operator T*() const { return data_; }
   bool missing() const { return data_ == nullptr; }
 
  private:
+  static void* allocated(size_t align, size_t bytes) {
+    void* found = nullptr;
+    return posix_memalign(&found, align, bytes) == 0 ? found : nullptr;
+  }
+  int64_t bytes_;
   T* data_ = nullptr;
+  bool from_kept_;
 };
 
 // Transposes a block of LANES x LANES words.

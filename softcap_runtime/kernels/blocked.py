@@ -15,7 +15,15 @@ from torch import Tensor
 
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.cpu.library import Library, library
-from softcap_runtime.kernels.engine import Backward, Engine, Forward, Kernels, Problem, empty_output
+from softcap_runtime.kernels.engine import (
+    Backward,
+    Engine,
+    Forward,
+    Kernels,
+    Problem,
+    empty_output,
+    output_layout,
+)
 
 # The library's numbers of the dtypes.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -102,11 +110,13 @@ def _forward(problem: Problem, kernels: Kernels) -> Forward:
     loaded: Library = kernels.get(library())
     attend, address, train = loaded.forward, _layouts(problem, loaded.arithmetic), problem.train
 
+    shape, strides = output_layout(problem.batch, problem.num_heads, problem.mask.q_len, problem.head_dim)
+
     def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> tuple[Tensor, Tensor | None]:
-        out = empty_output(q)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32) if train else None
+        out = q.new_empty_strided(shape, strides)
+        lse = q.new_empty(shape[:3], dtype=torch.float32) if train else None
         lo, hi = (edges[0].data_ptr(), edges[1].data_ptr()) if edges else (None, None)
-        described = address(q.stride(), k.stride(), v.stride(), out.stride())
+        described = address(q.stride(), k.stride(), v.stride(), strides)
         _check(
             attend(
                 described,

@@ -141,10 +141,15 @@ def empty_output(q: Tensor) -> Tensor:
 
     That order makes the model's next ``transpose(1, 2).reshape(B, S, H * D)`` free.
     """
-    batch, heads, length, head_dim = q.shape
-    strides = (length * heads * head_dim, head_dim, heads * head_dim, 1)
     # No view of another tensor, so that it may be changed in place.
-    return q.new_empty_strided((batch, heads, length, head_dim), strides)
+    return q.new_empty_strided(*output_layout(*q.shape))
+
+
+def output_layout(
+    batch: int, heads: int, length: int, head_dim: int
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """The shape of an output, and the strides with which it lies ``[B, S, H, D]`` in memory."""
+    return (batch, heads, length, head_dim), (length * heads * head_dim, head_dim, heads * head_dim, 1)
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:

@@ -12,28 +12,21 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import NEEDS_FLEX
 
-from softcap_runtime import torch_features
 from softcap_runtime.artifacts import build, children
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not torch_features.PACKAGES, reason="this torch builds no packages"),
-]
+pytestmark = pytest.mark.slow
 
-PREWARM = "from softcap_runtime.cli import main; main(WORDS)".replace(
-    "WORDS",
-    "['prewarm', '--preset', 'gemma2-2b', '--engine', 'blocked', '--dtype', 'float32', '--dtype', 'float16']",
-)
+PREWARM = "from softcap_runtime.cli import main; main(['prewarm', '--preset', 'gemma2-2b'])"
 # A process that is no command line: Ctrl-C in it, its handlers its own.
 LIBRARY = """
 import signal
 from softcap_runtime import Runtime
 from softcap_runtime.presets import requests_for
 handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
-requests = [one for dtype in ("float32", "float16") for one in requests_for("gemma2-2b", dtype=dtype)]
 try:
-    Runtime.get().prewarm(requests, progress=False)
+    Runtime.get().prewarm(requests_for("gemma2-2b"), progress=False)
 except KeyboardInterrupt:
     assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     raise SystemExit(3)
@@ -98,11 +91,20 @@ class Started:
         wait_until(lambda: not list(self.temporary.iterdir()))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_prewarm_with_its_compilers(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    started = Started(tmp_path, PREWARM)
-    family = started.family(compilers=2)
-    assert len(family) >= 4
+@pytest.mark.parametrize(
+    ("number", "code", "engine", "compilers"),
+    [
+        (signal.SIGTERM, 143, "blocked", 1),
+        (signal.SIGINT, 130, "blocked", 1),
+        pytest.param(signal.SIGINT, 130, "flex", 2, marks=NEEDS_FLEX),  # two at once, each below a builder
+    ],
+)
+def test_a_signal_ends_prewarm_with_its_compilers(
+    tmp_path: Path, number: signal.Signals, code: int, engine: str, compilers: int
+) -> None:
+    started = Started(tmp_path, PREWARM, SOFTCAP_ENGINE=engine)
+    family = started.family(compilers)
+    assert len(family) >= 2 * compilers
     started.process.send_signal(number)
     _, err = started.process.communicate(timeout=60)
     assert started.process.returncode == code
@@ -114,7 +116,7 @@ def test_a_signal_ends_prewarm_with_its_compilers(tmp_path: Path, number: signal
 
 def test_an_interrupted_prewarm_of_another_program(tmp_path: Path) -> None:
     started = Started(tmp_path, LIBRARY)
-    family = started.family(compilers=2)
+    family = started.family(compilers=1)
     started.process.send_signal(signal.SIGINT)
     assert started.process.communicate(timeout=60) == ("", "")
     assert started.process.returncode == 3
@@ -131,7 +133,7 @@ def test_builds_in_the_background_end_with_their_process(tmp_path: Path) -> None
 
 def test_builders_end_when_their_process_is_killed(tmp_path: Path) -> None:
     started = Started(tmp_path, PREWARM)
-    family = started.family(compilers=2)
+    family = started.family(compilers=1)
     started.process.kill()
     started.process.communicate(timeout=60)
     started.assert_gone(family)

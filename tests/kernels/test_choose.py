@@ -18,11 +18,11 @@ from softcap_runtime import (
     RuntimeSettings,
     torch_features,
 )
+from softcap_runtime.kernels import blocked, flex
 from softcap_runtime.kernels import choose as rules
-from softcap_runtime.kernels import products
-from softcap_runtime.kernels.choose import candidates, choose
+from softcap_runtime.kernels.choose import choose
 from softcap_runtime.kernels.engine import Problem
-from softcap_runtime.kernels.key import dtype_name, dtype_of
+from softcap_runtime.kernels.key import dtype_name
 from softcap_runtime.masks.intervals import RowIntervals, band
 from softcap_runtime.prewarm import artifacts_of
 from softcap_runtime.supply import Supply
@@ -60,7 +60,7 @@ def problems(draw: st.DrawFn) -> Problem:
 def test_prewarming_covers_whatever_auto_picks(problem: Problem) -> None:
     choice = choose(problem, "auto")
     assert choice.engine.refuses(problem) is None
-    assert choice.engine.name in {engine.name for engine in candidates(problem)}
+    assert choice.engine.name == "blocked"
     assert choice.reason
     request = PrewarmRequest(
         config=AttentionConfig(softcap=problem.softcap, scale=problem.scale),
@@ -112,19 +112,6 @@ def test_who_refuses_what() -> None:
 
 
 @NEEDS_FLEX
-def test_bf16_tiles_make_flex_the_faster_one_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "cpu_has_amx", lambda: True)
-    base = Problem(
-        CPU, torch.bfloat16, 1, 8, 4, 256, 0.1, 50.0, band(2048, 2048, causal=True, window=None), False
-    )
-    assert choose(base, "auto").engine.name == "flex"
-    assert "tiles" in choose(base, "auto").reason
-    assert [engine.name for engine in candidates(base)] == ["flex"]
-    for change in ({"train": True}, {"dtype": torch.float32}, {"dtype": torch.float16}):
-        assert choose(base._replace(**change), "auto").engine.name == "blocked"
-
-
-@NEEDS_FLEX
 def test_short_heads_without_avx512_are_not_for_flex(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = band(40, 40, causal=True, window=None)
     for capability, head_dim, served in (("AVX2", 16, False), ("AVX2", 24, True), ("AVX512", 16, True)):
@@ -132,7 +119,7 @@ def test_short_heads_without_avx512_are_not_for_flex(monkeypatch: pytest.MonkeyP
             torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability
         )
         problem = Problem(CPU, torch.float32, 1, 2, 1, head_dim, 0.1, 50.0, mask, False)
-        assert ("flex" in [engine.name for engine in candidates(problem)]) == served
+        assert (rules.engine_named("flex", CPU).refuses(problem) is None) == served
         if not served:
             with pytest.raises(EngineUnavailable, match="head_dim: 16, torch's product for heads below 24"):
                 choose(problem, "flex")
@@ -140,16 +127,22 @@ def test_short_heads_without_avx512_are_not_for_flex(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_a_torch_without_packages_gets_the_dense_engine(monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
-    monkeypatch.setattr(torch_features, "PACKAGES", False)
+def test_a_torch_without_packages_has_the_library(monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
     monkeypatch.setattr(torch_features, "FLEX_PACKAGES", False)
     problem = Problem(CPU, torch.float32, 1, 2, 1, 64, 0.1, 50.0, band(8, 8, causal=True, window=None), train)
-    choice = choose(problem, "auto")
-    assert choice.engine.name == "dense"
-    assert torch.__version__ in choice.reason
+    assert choose(problem, "auto").engine.name == "blocked"
 
 
-@NEEDS_FLEX
+def test_what_no_kernel_serves_falls_to_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the refusals of all kernels as its reason."""
+    for module in (blocked, flex):
+        refusing = module.ENGINE._replace(refuses=lambda problem, name=module.ENGINE.name: f"not for {name}")
+        monkeypatch.setattr(module, "ENGINE", refusing)
+    mask = band(8, 8, causal=True, window=None)
+    choice = choose(Problem(CPU, torch.float32, 1, 2, 1, 64, 0.1, 50.0, mask, False), "auto")
+    assert (choice.engine.name, choice.reason) == ("dense", "not for blocked; not for flex")
+
+
 def test_stats_tell_engines_and_reasons(runtime: Runtime, seed: int) -> None:
     fresh = Runtime(RuntimeSettings(cache_dir=runtime.settings.cache_dir))
     config = AttentionConfig(softcap=50.0, scale=0.125)
@@ -157,13 +150,9 @@ def test_stats_tell_engines_and_reasons(runtime: Runtime, seed: int) -> None:
         fresh.attention(*torch.randn(3, 1, 2, length, 64), config)
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 8, 64))
     fresh.attention(q, k, v, config)
+    fresh.attention(*torch.randn(3, 1, 2, 8, 64, dtype=torch.float64), config)
     rows = {row.engine: row for row in fresh.stats().engines}
-    assert rows["flex"].plans == 2
-    assert rows["blocked"].plans == 1
+    assert {name: row.plans for name, row in rows.items()} == {"blocked": 3, "eager": 1}
     assert all(row.reason for row in rows.values())
-    assert {kernel.op for kernel in fresh.stats().kernels} == {
-        "flex_forward",
-        "block_forward",
-        "block_backward",
-    }
-    assert dtype_of(fresh.stats().kernels[0].dtype) == torch.float32
+    (kernel,) = fresh.stats().kernels
+    assert (kernel.op, kernel.dtype, kernel.plans) == ("attention", "", 3)

@@ -17,7 +17,7 @@ from data_parallel import CONFIG, WORLD, train
 from helpers import package_of
 
 from softcap_runtime import Runtime, RuntimeSettings
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.cpu.library import library
 
 RANKS = 4
 
@@ -38,9 +38,7 @@ def test_ranks_prewarm_each_kernel_once(runtime: Runtime, tmp_path: Path, hosts:
 
     Hosts with a cache folder each build for themselves; on a folder that they share they are as one host.
     """
-    specs = [Package(op, "cpu", "float32", 0, True, "") for op in ("block_forward", "block_backward")]
-    for spec in specs:
-        (tmp_path / spec.op).write_bytes(package_of(runtime, spec))
+    (tmp_path / "attention").write_bytes(package_of(runtime, library()))
     script = Path(__file__).with_name("torchrun_prewarm.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     done = subprocess.run(
@@ -56,11 +54,9 @@ def test_ranks_prewarm_each_kernel_once(runtime: Runtime, tmp_path: Path, hosts:
     for host in range(hosts):
         own = [rank for rank in ranks if rank["host"] == host]
         assert len(own) == RANKS // hosts
-        assert sorted(op for rank in own for op in rank["builds"]) == ["block_backward", "block_forward"]
+        assert [op for rank in own for op in rank["builds"]] == ["attention"]
         outcomes = Counter((op, outcome) for rank in own for op, outcome in rank["outcomes"].items())
-        assert outcomes == {
-            (spec.op, how): n for spec in specs for how, n in (("built", 1), ("loaded", len(own) - 1))
-        }
+        assert outcomes == {("attention", how): n for how, n in (("built", 1), ("loaded", len(own) - 1)) if n}
     assert all(rank["same"] for rank in ranks)
     first_at_barrier = min(rank["at barrier"] for rank in ranks)
     # Ranks start seconds apart on a busy machine: only who asked before the end of a build waited at all.

@@ -29,8 +29,8 @@ from hypothesis import strategies as st
 from masks.oracle import mask_cases, oracle
 from rounding import logsumexp_error, output_error
 
-from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
-from softcap_runtime.kernels import blocked, blocked_walk, flex, products
+from softcap_runtime import AttentionConfig, Runtime, reference
+from softcap_runtime.kernels import flex
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 
@@ -68,24 +68,10 @@ def test_any_mask_on_any_layout(runtimes: dict[str, Runtime], engine: str, case:
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=cases(max_len=60))
-def test_any_mask_in_blocks_of_many_chunks(warm_cache: Any, runtimes: dict[str, Runtime], case: Case) -> None:
-    # As with thousands of tokens: many blocks of rows, and many chunks of keys per block.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked_walk, "block_rows", lambda q_len, dtype: 8)
-        patch.setattr(blocked, "CHUNK", 8)
-        fresh = Runtime(RuntimeSettings(cache_dir=warm_cache, engine="blocked"))
-        fresh.supply = runtimes["blocked"].supply
-        check(fresh, case, torch.float32, FORWARD_TOLERANCE[torch.float32])
-
-
-@settings(max_examples=60, deadline=None)
 @given(case=cases(), cap=st.floats(0.1, 1000.0))
 def test_any_mask_in_half_precision(runtimes: dict[str, Runtime], case: Case, cap: float) -> None:
     case = case._replace(config=case.config.model_copy(update={"softcap": cap}))
-    # Products in bf16 (CPUs with AMX) round once more: 4.08e-3 was seen over one head of few rows.
-    tiles = products.compute_dtype(torch.bfloat16) == torch.bfloat16
-    for engine, tolerance in (("flex", 3e-3), ("blocked", 5e-3 if tiles else 4e-3), ("eager", 3e-3)):
+    for engine, tolerance in (("flex", 3e-3), ("blocked", 4e-3), ("eager", 3e-3)):
         check(runtimes[engine], case, torch.bfloat16, tolerance)
     plain = case._replace(masks={})
     for engine in PACKAGED:
@@ -212,10 +198,10 @@ def test_a_packed_batch_gives_what_its_documents_give(
     ("engine", "dtype", "limit"),
     [
         ("flex", torch.float32, 2e-6),
-        ("blocked", torch.float32, 2e-6),
+        ("blocked", torch.float32, 5e-7),
         ("eager", torch.float32, 2e-6),
         ("flex", torch.bfloat16, 3e-3),
-        ("blocked", torch.bfloat16, 4e-3),
+        ("blocked", torch.bfloat16, 2.5e-3),
         ("eager", torch.bfloat16, 3e-3),
         ("flex", torch.float16, 1e-3),
         ("blocked", torch.float16, 1e-3),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import gradient_errors
 
-from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
-from softcap_runtime.kernels import blocked, blocked_walk, products
+from softcap_runtime import AttentionConfig, Runtime
 
 TRAINS = ["blocked", "eager"]
 
@@ -63,19 +60,6 @@ def check(
 @given(case=cases(max_len=200), layout=st.sampled_from(LAYOUTS[:3]))
 def test_any_mask_on_any_layout(runtimes: dict[str, Runtime], engine: str, case: Case, layout: str) -> None:
     check(runtimes[engine], case, torch.float32, GRADIENT_TOLERANCE[torch.float32], layout=layout)
-
-
-@settings(max_examples=30, deadline=None)
-@given(case=cases(max_len=60))
-def test_any_mask_in_blocks_of_many_chunks(
-    warm_cache: Path, runtimes: dict[str, Runtime], case: Case
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked_walk, "block_rows", lambda q_len, dtype: 8)
-        patch.setattr(blocked, "CHUNK", 8)
-        fresh = Runtime(RuntimeSettings(cache_dir=warm_cache, engine="blocked"))
-        fresh.supply = runtimes["blocked"].supply
-        check(fresh, case, torch.float32, GRADIENT_TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("softcap", [50.0, None])
@@ -130,6 +114,8 @@ def test_softcaps_and_realistic_sizes(
 @pytest.mark.parametrize("engine", ["auto", *TRAINS])
 def test_error_figures(runtimes: dict[str, Runtime], engine: str, dtype: torch.dtype, seed: int) -> None:
     """The stated limits for each gradient by itself, and not above autograd through eager model code."""
+    stated = {torch.float32: 7e-7, torch.bfloat16: 3.5e-3}
+    limit = GRADIENT_TOLERANCE[dtype] if engine == "eager" else stated.get(dtype, GRADIENT_TOLERANCE[dtype])
     for head_dim in (64, 256):
         config = AttentionConfig(softcap=50.0, scale=head_dim**-0.5)
         inputs = make_qkv(Sizes(1, 8, 4, 512, 512, head_dim), dtype)
@@ -141,8 +127,9 @@ def test_error_figures(runtimes: dict[str, Runtime], engine: str, dtype: torch.d
         for name, mine, exact, other in zip("qkv", got, want, theirs, strict=True):
             error, model = relative_error(mine, exact), relative_error(other, exact)
             print(f"{engine} {dtype} D{head_dim} d{name}: {error:.2e}, eager model code {model:.2e}")
-            assert error <= GRADIENT_TOLERANCE[dtype]
-            assert error <= model * 1.1 or dtype == torch.float32
+            assert error <= limit
+            # The eager engine is the same formula, its sums in another order.
+            assert error <= model * (1.1 if engine == "eager" else 1.0)
 
 
 @pytest.mark.parametrize("engine", ["auto", *TRAINS])
@@ -300,47 +287,3 @@ def test_expanded_gradient(runtime: Runtime, seed: int) -> None:
     _, want = gradients(lambda *x: expected(*x, config), (q, k, v), torch.ones_like(q))
     for x, exact in zip((q, k, v), want, strict=True):
         assert relative_error(x.grad, exact) <= 3e-6
-
-
-@pytest.fixture
-def bf16_tiles(warm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
-    """The blocked engine as it runs where the CPU multiplies bf16 in tiles, on any CPU."""
-    monkeypatch.setattr(products, "cpu_has_amx", lambda: True)
-    runtime = Runtime(RuntimeSettings(cache_dir=warm_cache, engine="blocked"))
-    yield runtime
-    assert {spec.dtype for spec in runtime.supply.supplied} <= {"bfloat16"}
-
-
-def test_bf16_products(bf16_tiles: Runtime, seed: int) -> None:
-    # No document of a few tokens: there ds is a difference of equals, and its relative error has no bound.
-    ids = torch.stack([(torch.arange(600) + shift) // 60 for shift in random.sample(range(20, 31), 2)])
-    mask = torch.ones(2, 600, dtype=torch.int64)
-    mask[1, 310:] = 0
-    for head_dim in (64, 256):
-        config = AttentionConfig(softcap=50.0, scale=head_dim**-0.5)
-        inputs = make_qkv(Sizes(2, 4, 2, 600, 600, head_dim), torch.bfloat16)
-        grad_out = torch.randn(inputs[0].shape).bfloat16()
-        for made in ({}, {"document_ids": ids, "attention_mask": mask}):
-            out, got = gradients(
-                lambda *x, c=config, m=made: bf16_tiles.attention(*x, c, **m), inputs, grad_out
-            )
-            want_out, want = gradients(lambda *x, c=config, m=made: expected(*x, c, **m), inputs, grad_out)
-            theirs_out, theirs = gradients(
-                lambda *x, c=config, m=made: hf_eager(
-                    *x, c, visible(600, 600, causal=True, window=None, **m)
-                ),
-                inputs,
-                grad_out,
-            )
-            error = relative_error(out, want_out)
-            print(f"bf16 D{head_dim} {sorted(made)}: out {error:.2e}")
-            assert error <= 4e-3
-            if not made:  # eager model code gives rows that see nothing a mean, not 0
-                assert error <= relative_error(theirs_out, want_out)
-            for name, mine, exact, other in zip("qkv", got, want, theirs, strict=True):
-                error = relative_error(mine, exact)
-                print(f"  d{name} {error:.2e}, eager model code {relative_error(other, exact):.2e}")
-                # Rounding logits to bf16 between the products leaves dk at 4.7e-3 to 5.0e-3: measured, and as much as
-                # the 5e-3 of float32 products. It must stay below what eager model code does; not in short
-                # documents, where ds is a difference of equals and delta comes from the rounded output.
-                assert error <= (5.5e-3 if made else min(5.5e-3, relative_error(other, exact)))

@@ -28,6 +28,7 @@ from softcap_runtime import (
     torch_private,
 )
 from softcap_runtime.artifacts import build
+from softcap_runtime.cpu.library import library
 from softcap_runtime.kernels import flex, package
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.kernels.graphs import graph
@@ -36,8 +37,6 @@ from softcap_runtime.kernels.package import Package
 from softcap_runtime.masks.intervals import band
 from softcap_runtime.masks.memo import MaskMemo
 from softcap_runtime.store import fingerprint
-
-pytestmark = pytest.mark.usefixtures("all_kernels")
 
 BAND = Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
 UNCAPPED = BAND._replace(capped=False)
@@ -264,9 +263,8 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     compiler.write_text('#!/bin/sh\necho "fatal error: no space left" >&2\nexit 3\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    spec = Package("block_forward", "cpu", "float32", 0, True, "")
-    with pytest.raises(BuildFailed, match="cannot build block_forward") as raised:
-        spec.build()
+    with pytest.raises(BuildFailed, match="cannot build attention") as raised:
+        library().build()
     assert "\n" not in str(raised.value)
 
 
@@ -286,8 +284,9 @@ def test_a_builder_runs_the_compiler_that_was_found_and_minds_no_folder(
     for name, value in {"PATH": str(compiler.parent), "CXX": setting, **settings}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BuildFailed, match=r"cannot build block_forward .*this one ran"):
-        Package("block_forward", "cpu", "float32", 0, True, "").build()
+    for artifact in (library(), BAND):
+        with pytest.raises(BuildFailed, match=rf"cannot build {artifact.describe().op} .*this one ran"):
+            artifact.build()
 
 
 @pytest.mark.parametrize("name", ["with space", "it's", 'a"b', "back\\slash"])
@@ -295,25 +294,20 @@ def test_a_folder_that_compilers_cannot_be_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
-    with pytest.raises(
-        BuildFailed, match=r"cannot build block_forward: the folder .*; set TMPDIR to another$"
-    ):
-        Package("block_forward", "cpu", "float32", 0, True, "").build()
+    with pytest.raises(BuildFailed, match=r"cannot build attention: the folder .*; set TMPDIR to another$"):
+        library().build()
 
 
 def test_no_folder_for_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container whose file system is read-only, or full."""
-    spec = Package("block_forward", "cpu", "float32", 0, True, "")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
-    with pytest.raises(
-        BuildFailed, match=r"^cannot build block_forward: .*No such file or directory: '.*/none/"
-    ):
-        spec.build()
+    with pytest.raises(BuildFailed, match=r"^cannot build attention: .*No such file or directory: '.*/none/"):
+        library().build()
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
-    told = r"^cannot build block_forward: No usable temporary directory found in .*; set TMPDIR to a folder of yours$"
+    told = r"^cannot build attention: No usable temporary directory found in .*; set TMPDIR to a folder of yours$"
     with pytest.raises(BuildFailed, match=told):
-        spec.build()
+        library().build()
 
 
 @pytest.mark.parametrize("error", [subprocess.TimeoutExpired("g++", 30), OSError("text file busy")])
@@ -332,21 +326,21 @@ def test_a_compiler_that_does_not_tell_its_version_has_built_all_the_same(
 def test_a_builder_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, advice: str) -> None:
     """As where torch cannot load what the compiler made: the process that serves lives and says so."""
     compiler = tmp_path / "c++"
-    compiler.write_text(f"#!/bin/sh\nkill -{name} $PPID\nsleep 1\nexit 3\n")
+    compiler.write_text(f"#!/bin/sh\nkill -{name} $$\nsleep 1\nexit 3\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(BuildFailed, match=f"its builder died of SIG{name}; .*{advice}") as raised:
-        Package("block_forward", "cpu", "float32", 0, True, "").build()
+        library().build()
     assert "\n" not in str(raised.value)
 
 
+@NEEDS_FLEX
 def test_a_builder_loads_what_it_built(tmp_path: Path) -> None:
-    spec = Package("block_forward", "cpu", "float32", 0, True, "")
     code = (
         "import sys; from softcap_runtime.kernels.graphs import builder\n"
         "from softcap_runtime.kernels.package import Package\n"
         "builder.load_package = lambda data: print('loaded', len(data))\n"
-        f"builder.compile_package({spec!r}, sys.argv[1])"
+        f"builder.compile_package({BAND!r}, sys.argv[1])"
     )
     target = tmp_path / "kernel.pt2"
     done = subprocess.run([sys.executable, "-c", code, target], capture_output=True, text=True, check=False)
@@ -364,7 +358,7 @@ def test_what_killed_builders_left_is_swept_by_age(tmp_path: Path, monkeypatch: 
     for old in (elsewhere, tmp_path / "softcap_build_old"):
         os.utime(old, (1, 1))
     with pytest.raises(BuildFailed, match="timed out"):
-        Package("block_forward", "cpu", "float32", 0, True, "").build()
+        library().build()
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"elsewhere", "softcap_build_young", "softcap_build_link"}
     assert (elsewhere / "kernel.cpp").exists()

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime, RuntimeSettings
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.cpu.library import CpuLibrary
 from softcap_runtime.store import locks
 
 FOLDER = Path(sys.argv[1])
@@ -32,10 +32,10 @@ waits: list[tuple[float, float]] = []
 own_hold = locks.hold
 
 
-def build(spec: Package) -> bytes:
-    builds.append(spec.op)
+def build(artifact: CpuLibrary) -> bytes:
+    builds.append(artifact.describe().op)
     time.sleep(BUILD_S)
-    return (FOLDER / spec.op).read_bytes()
+    return (FOLDER / builds[-1]).read_bytes()
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def hold(folder: Path, name: str, *longest: float) -> Iterator[float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    Package.build = build  # type: ignore[method-assign]
+    CpuLibrary.build = build  # type: ignore[method-assign]
     locks.hold = hold
     config = AttentionConfig(softcap=50.0, scale=0.125)
     request = PrewarmRequest(
