@@ -176,9 +176,8 @@ def report(run: Run, left: list[str]) -> bool:
         if what not in wrong and what not in errors:
             table.add_row(what, f"{count:,}")
     table.add_section()
-    for name, counter in Store(run.folder, SIZE_LIMIT).status().counters.items():
-        value = f"{counter.value:,.3g}" if name.endswith("_s") else f"{counter.value:,.0f}"
-        table.add_row(f"counter: {name}", value)
+    for name, value in Store(run.folder, SIZE_LIMIT).status().counters.items():
+        table.add_row(f"counter: {name}", f"{value:,}")
     seconds, what = run.longest_call
     table.add_row("longest call (nothing compiling), s", f"{seconds:.2f} ({what})")
     table.add_section()

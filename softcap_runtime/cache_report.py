@@ -1,4 +1,4 @@
-"""What the command line tells of the cache, as data: its state, its entries, why a key would miss, what is missing."""
+"""What the command line reports about the cache: its state, its entries, why a key would miss, what is missing."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.kernels.package import Package
 from softcap_runtime.store import Store, fingerprint
 from softcap_runtime.store.entry import Sealed
-from softcap_runtime.store.inspection import listed
+from softcap_runtime.store.inspection import rows
 from softcap_runtime.store.key import FieldValue
 from softcap_runtime.store.report import EntryInfo, Explanation, StoreStatus
 from softcap_runtime.supply import Supply
 
 Fields = Mapping[str, FieldValue]
 OPS = ("attention", "flex_forward")
-# The values of a field, and how they are told. GPU kernels have keys of another form.
+# The values of a field, and the words for them in an error. GPU kernels have keys of another form.
 _KNOWN: dict[str, tuple[tuple[str, ...], str]] = {
     "op": (OPS, ", ".join(OPS)),
     "device": (("cpu",), "cpu; inspect lists the kernels of a GPU"),
@@ -32,7 +32,7 @@ _DEFAULTS = Package("flex_forward", "cpu", "float32", 256, True, "band")
 
 
 class CacheReport(BaseModel):
-    """The document of ``inspect --json``; its JSON schema is ``store/status.schema.json``.
+    """The document of ``inspect --json``; ``CacheReport.model_json_schema()`` gives its JSON schema.
 
     ``status``: the folder and the counters of every process. ``fingerprint``: of this environment, for the CPU.
     ``entries``: least recently used first. ``gpus``: the CUDA devices here and the options of their kernels.
@@ -67,7 +67,7 @@ def explain(store: Store, words: Sequence[str]) -> Explanation:
     wanted = _parsed(words)
     packages: list[tuple[Fields, bool]] = [
         (info.fields, info.fits)
-        for info in listed(store)
+        for info in rows(store)[0]
         if set(info.fields) - {"sources"} == set(KernelSpec._fields)
     ]
     if wanted.get("op", "flex_forward" if packages else "attention") == "attention":
@@ -79,15 +79,17 @@ def explain(store: Store, words: Sequence[str]) -> Explanation:
 
 
 def missing(store: Store, artifacts: Iterable[Artifact]) -> list[Artifact]:
-    """Those of ``artifacts`` that are kept in the cache and are not, or not usable, on disk."""
+    """Those of ``artifacts`` that belong in the cache but are missing or not usable on disk."""
     keys = {one: one.key() for one in artifacts}
     return [one for one, key in keys.items() if key is not None and not _is_good(store, key.digest)]
 
 
 def not_kept(supply: Supply) -> str | None:
-    """One line when kernels that this process built or loaded did not stay on disk: the size limit
-    is too small for all of them, or another process took them away. None when all are there, or wait in memory for a
-    disk that can be written."""
+    """Why kernels that this process built or loaded are not on disk any more, in one line.
+
+    The size limit is too small for all of them, or another process removed them. None when all are there, or wait in
+    memory for a disk that can be written.
+    """
     store = supply.store
     supplied = [(one.key(), how.bytes) for one, how in list(supply.supplied.items())]
     sizes = {key.digest: size for key, size in supplied if key is not None}
@@ -95,13 +97,13 @@ def not_kept(supply: Supply) -> str | None:
     if len(gone) <= store.held_in_memory:
         return None
     needed = sum(sizes.values())
-    told = f"{len(gone)} of {len(sizes)} kernels did not stay in the cache: "
+    message = f"{len(gone)} of {len(sizes)} kernels did not stay in the cache: "
     if needed > store.size_limit:
         limit = f"SOFTCAP_CACHE_SIZE_LIMIT is {store.size_limit}; raise it and prewarm again"
-        return f"{told}together they need {needed} bytes, {limit}"
-    # Nothing of ours evicts them: what this process used leaves last.
+        return f"{message}together they need {needed} bytes, {limit}"
+    # This process did not evict them: what it used leaves last.
     clearing = f"another process removed them: it cleared the cache, or its SOFTCAP_CACHE_SIZE_LIMIT is below {needed}"
-    return told + (store.fault or f"{clearing}; prewarm again")
+    return message + (store.fault or f"{clearing}; prewarm again")
 
 
 def _is_good(store: Store, digest: str) -> bool:
@@ -134,7 +136,7 @@ def _value(name: str, text: str) -> FieldValue:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"--explain: capped={text!r}, expected true or false")
         return text.lower() == "true"
-    known, told = _KNOWN[name]
+    known, expected = _KNOWN[name]
     if text not in known:
-        raise ValueError(f"--explain: {name}={text!r}, expected {told}")
+        raise ValueError(f"--explain: {name}={text!r}, expected {expected}")
     return text

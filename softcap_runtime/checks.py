@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.config import AttentionConfig
+from softcap_runtime.torch_private import constant_in_graphs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -26,6 +27,24 @@ def check_config(config: Any) -> None:
             f"config: {type(config).__name__}, expected an AttentionConfig; make one with AttentionConfig(scale=...) "
             "or AttentionConfig.from_hf(model.config)"
         )
+
+
+def check_no_context_parallel() -> None:
+    """Raise RuntimeError inside torch's ``context_parallel``, which shards what only its own attention puts together.
+
+    It is told by its replacement for ``scaled_dot_product_attention``, a function of its module.
+    """
+    if _in_context_parallel():
+        raise RuntimeError(
+            "context_parallel of torch: replaces scaled_dot_product_attention alone, and this call would see a part of "
+            "the sequence; use softcap_runtime.distributed.context_mask and Runtime.context_attention in place of it"
+        )
+
+
+@constant_in_graphs
+def _in_context_parallel() -> bool:
+    home = getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", None)
+    return home is not None and home.startswith("torch.distributed.tensor")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

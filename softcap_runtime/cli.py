@@ -99,7 +99,10 @@ def prewarm(
         bool, typer.Option("--tune", help="Measure the blocks of GPU kernels and keep the best.")
     ] = False,
 ) -> None:
-    """Build or load the kernels of a model, named by --preset, --model, or its numbers."""
+    """Build or load the kernels of a model.
+
+    Name it by --preset, --model, or its numbers.
+    """
     numbers = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     given = [value for value in (*numbers.values(), scale, softcap, window) if value is not None]
     if (preset is not None) + (model is not None) + bool(given) != 1:
@@ -177,7 +180,7 @@ def mask(
     prefix: Annotated[int | None, typer.Option(min=0, help="First tokens that see each other.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write a picture there.")] = None,
 ) -> None:
-    """Draw a causal mask and the blocks that kernels work in: full, partial, skipped."""
+    """Draw a causal mask and its blocks: full, partial, skipped."""
     from softcap_runtime.cli_tables import console
     from softcap_runtime.masks import check_mask_arguments, draw, row_intervals
 
@@ -185,7 +188,7 @@ def mask(
         "document_ids": None if documents is None else _document_ids(documents, seq_len),
         "prefix_lengths": None if prefix is None else torch.tensor([prefix]),
     }
-    check_mask_arguments(seq_len, seq_len, 1, torch.device("cpu"), causal=True, **tensors)
+    check_mask_arguments(seq_len, seq_len, 1, torch.device("cpu"), causal=True, holes=False, **tensors)
     intervals = row_intervals(seq_len, seq_len, causal=True, window=window, **tensors)
     out = console()
     out.print(draw.mask_text(intervals, ascii_only=out.options.ascii_only))

@@ -1,12 +1,15 @@
-"""The command line's frame: the application, what all commands take, how one fails."""
+"""The base of the command line: the application, the options of all commands, errors."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
+import platform
 import sys
 from typing import Annotated, Any
 
+import torch
 import typer
 from pydantic import BaseModel
 
@@ -16,15 +19,15 @@ from softcap_runtime.store import Store
 from softcap_runtime.store.entry import printable
 from softcap_runtime.supply import Supply
 
-# typer 0.12 takes click's exceptions, newer ones bring their own; the base of both stands here.
+# typer 0.12 uses click's exceptions, newer versions their own; these bases serve both.
 UsageError: Any = typer.BadParameter.__mro__[1]
 ClickException: Any = typer.BadParameter.__mro__[2]
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def fail(line: str, code: int) -> int:
-    """Say on standard error, in one line, what went wrong; ``code`` again."""
+    """Print what went wrong on standard error, in one line; returns ``code``."""
     print(f"softcap-runtime: {printable(' '.join(line.split()))}", file=sys.stderr)
     return code
 
@@ -34,6 +37,13 @@ def print_json(answer: BaseModel) -> None:
     print(json.dumps(json.loads(answer.model_dump_json()), indent=2))
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        version = importlib.metadata.version("softcap-runtime")
+        print(f"softcap-runtime {version} (torch {torch.__version__}, Python {platform.python_version()})")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     context: typer.Context,
@@ -41,11 +51,15 @@ def _options(
         str | None,
         typer.Option(metavar="PATH", help="Folder of the cache, in place of SOFTCAP_CACHE_DIR."),
     ] = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
 ) -> None:
     """Prewarm and look after the kernel cache of softcap_runtime."""
-    # The commands tell what is wrong with the cache themselves.
+    # The commands report what is wrong with the cache themselves.
     logging.getLogger("softcap_runtime").setLevel(logging.ERROR)
-    logging.getLogger(supply.__name__).setLevel(logging.WARNING)  # but for a key file that is open to others
+    logging.getLogger(supply.__name__).setLevel(logging.WARNING)  # warns of a key file that others can read
     context.obj = {} if cache_dir is None else {"cache_dir": cache_dir}
 
 

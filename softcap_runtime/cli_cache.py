@@ -20,7 +20,7 @@ DeviceOption = Annotated[str, typer.Option(help="Whose kernels: cpu or cuda.")]
 
 
 def _existing_store(context: typer.Context) -> Store:
-    """The store, for who only looks: of a folder that is there, as a wrong name must not make one."""
+    """The store of a folder that exists: commands that only read must not create one for a wrong name."""
     from softcap_runtime.store.inspection import absent
 
     store = store_of(context)
@@ -37,16 +37,14 @@ def inspect(
     ] = None,
     json: Annotated[
         bool,
-        typer.Option(
-            "--json",
-            help="JSON, as store/status.schema.json says; with --explain a document of its own, the answer's.",
-        ),
+        typer.Option("--json", help="Print a CacheReport as JSON, or with --explain an Explanation."),
     ] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say whether a kernel would be found, or why not.")
     ] = False,
+    counters: Annotated[bool, typer.Option("--counters", help="Show counters that are zero too.")] = False,
 ) -> None:
-    """Show where the cache is, its state, and every entry."""
+    """Show the kernels of the cache, which fit, and what is wrong."""
     from softcap_runtime import cache_report
     from softcap_runtime import cli_tables as tables
 
@@ -65,7 +63,7 @@ def inspect(
     if json:
         print_json(report)
     else:
-        tables.show_report(tables.console(), report)
+        tables.show_report(tables.console(), report, counters)
 
 
 @app.command()
@@ -73,7 +71,10 @@ def verify(
     context: typer.Context,
     repair: Annotated[bool, typer.Option("--repair", help="Move what is bad into quarantine.")] = False,
 ) -> None:
-    """Read and check every entry; exit code 1 if anything was wrong, repaired or not."""
+    """Read and check every entry.
+
+    Exit code 1 if anything was wrong, repaired or not.
+    """
     from softcap_runtime import cli_tables as tables
 
     store = _existing_store(context)
@@ -105,9 +106,9 @@ def export_(
     file: Annotated[Path, typer.Argument(help="The bundle to write.")],
     device: DeviceOption = "cpu",
 ) -> None:
-    """Write the kernels that fit this environment into one file, for machines like this one.
+    """Write the kernels that fit this environment into one file.
 
-    All or nothing: when one of them is damaged no file is written, and the exit code is 1.
+    It is for machines like this one. When one kernel is damaged no file is written, and the exit code is 1.
     """
     from softcap_runtime.store.bundle import Incomplete
 
@@ -132,11 +133,14 @@ def import_(
     file: Annotated[Path, typer.Argument(help="A bundle that `export` wrote.")],
     device: DeviceOption = "cpu",
 ) -> None:
-    """Take the kernels of a bundle that fit this environment; exit code 1 if any does not."""
+    """Take the kernels of a bundle that fit this environment.
+
+    Exit code 1 if any does not fit.
+    """
     expected = fingerprint(device_of(device).type)
     try:
         done = store_of(context).import_bundle(file, expected)
-    except ValueError as error:  # a bundle that is none, or was changed, is no bad usage
+    except ValueError as error:  # a bad bundle is not bad usage
         raise SoftcapRuntimeError(str(error)) from None
     print(f"imported {done.imported} entries, {done.present} were present, {len(done.refused)} refused")
     for what, problems in itertools.groupby(done.refused, lambda problem: problem.what):

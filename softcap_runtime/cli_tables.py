@@ -1,7 +1,8 @@
-"""How the command line shows its answers: rich tables, and plain words for sizes and times."""
+"""How the command line shows its answers: rich tables, and sizes and times for people."""
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +17,7 @@ from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.prewarm_rows import PrewarmResult, kernel_name
 from softcap_runtime.store.entry import printable
 from softcap_runtime.store.key import FieldValue
-from softcap_runtime.store.report import Counter, EntryInfo, Explanation, Problem
+from softcap_runtime.store.report import EntryInfo, Explanation, Problem, StoreStatus
 
 # A pipe has no width; 80 columns would cut what a reader or grep looks for.
 PIPE_WIDTH = 160
@@ -44,48 +45,59 @@ def prewarm_table(results: Sequence[PrewarmResult]) -> Table:
     return table
 
 
-def show_report(out: Console, report: CacheReport) -> None:
-    """The folder, its verdict and counters, and every entry."""
+def show_report(out: Console, report: CacheReport, counters: bool = False) -> None:
+    """How many kernels there are, how many fit and what is wrong; then the folder, and every entry.
+
+    ``counters``: show those that are zero too.
+    """
     status = report.status
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(no_wrap=True)
-    facts.add_column(overflow="fold")
-    facts.add_row("folder", plain(status.folder if status.exists else f"{status.folder} (does not exist)"))
-    verdict = f"{status.verdict} (owner {status.owner or '-'}, mode {status.mode or '-'})"
-    facts.add_row("verdict", plain(verdict))
+    kernels = [info.fits for info in report.entries if info.fields.get("op") != "tuned_options"]
+    wrong = _wrong(status)
+    state = f"{len(wrong)} problem{'s' * (len(wrong) > 1)}:" if wrong else "nothing is wrong"
+    _say(out, f"{len(kernels)} kernels, {sum(kernels)} fit this environment; {state}")
+    for line in wrong:
+        _say(out, line, "- ")
     access = "writable" if status.writable else "read-only" if status.exists else "none yet"
     network = ", a network filesystem" if status.network_filesystem else ""
-    facts.add_row("access", f"{access}, {status.filesystem}{network}")
-    facts.add_row(
-        "size", f"{status.entries} entries, {decimal(status.bytes)} of {decimal(status.size_limit)}"
-    )
-    facts.add_row("fault", plain(status.fault or "none"))
-    if status.held_in_memory:
-        facts.add_row("not written", f"{status.held_in_memory} entries")
-    facts.add_row("quarantine", plain(", ".join(status.quarantine) or "empty"))
-    facts.add_row(
-        "authenticated", "yes" if status.authenticated else "no (SOFTCAP_CACHE_KEY_FILE is not set)"
-    )
-    facts.add_row("schema", str(status.schema_version))
-    environment = ", ".join(f"{name} {value}" for name, value in report.fingerprint.items())
-    facts.add_row("environment", plain(environment))
-    out.print(facts)
-    out.print(_counters_table(status.counters))
+    facts = {
+        "folder": status.folder if status.exists else f"{status.folder} (does not exist)",
+        "size": f"{status.entries} entries, {decimal(status.bytes)} of {decimal(status.size_limit)}",
+        "access": f"{access}, {status.filesystem}{network}",
+        "verdict": f"{status.verdict} (owner {status.owner or '-'}, mode {status.mode or '-'})",
+        "authenticated": "yes" if status.authenticated else "no (SOFTCAP_CACHE_KEY_FILE is not set)",
+        "environment": ", ".join(f"{name} {value}" for name, value in report.fingerprint.items()),
+        "counters": ", ".join(
+            f"{name} {value}" for name, value in status.counters.items() if value or counters
+        ),
+    }
+    for name, text in facts.items():
+        if text:
+            _say(out, text, f"{name:<14}")
     if report.entries:
         out.print(_entries_table(report.entries))
-        out.print(
+        _say(
+            out,
             "A kernel serves every batch, length, number of heads, window, scale, cap and stride; "
-            "block kernels every head_dim and mask too."
+            "block kernels every head_dim and mask too.",
         )
     for gpu in report.gpus:
-        out.print(_gpu_table(gpu))
+        _show_gpu(out, gpu)
+
+
+def _wrong(status: StoreStatus) -> list[str]:
+    found = [status.fault or ("" if status.trusted else status.verdict)]
+    if status.held_in_memory:
+        found.append(f"{status.held_in_memory} entries could not be written")
+    if status.quarantine:
+        found.append(f"in quarantine, as they were damaged or not ours: {', '.join(status.quarantine)}")
+    return [line for line in found if line]
 
 
 def show_explanation(out: Console, answer: Explanation) -> None:
     """Whether a key would be found, and how the nearest entry differs."""
     name = _entry_name(answer.fields)
     found = f"present: {name} would be loaded"
-    out.print(plain(found if answer.present else f"absent: {name}: {answer.reason}"))
+    _say(out, found if answer.present else f"absent: {name}: {answer.reason}")
     if answer.differences:
         table = _table("field", "wanted", "stored")
         for one in answer.differences:
@@ -103,16 +115,16 @@ def problems_table(problems: Sequence[Problem]) -> Table:
     return table
 
 
+def _say(out: Console, text: str, label: str = "") -> None:
+    """Print wrapped lines with ``label`` before the first; rich's own wrapping leaves blanks at the ends of lines."""
+    wrapper = textwrap.TextWrapper(out.width, label, " " * len(label), break_on_hyphens=False)
+    for line in wrapper.wrap(printable(text)):
+        out.print(Text(line), soft_wrap=True)
+
+
 def plain(value: object) -> Text:
-    """What may come from disk, as it stands: no markup, no commands to the terminal."""
+    """Text that may come from disk, shown literally: no markup, no control sequences."""
     return Text(printable(str(value)))
-
-
-def _counters_table(counters: dict[str, Counter]) -> Table:
-    table = Table("counter", "value", "since")
-    for name, counter in counters.items():
-        table.add_row(name, f"{counter.value:.6g}", _date(counter.since))
-    return table
 
 
 def _entries_table(entries: Sequence[EntryInfo]) -> Table:
@@ -131,33 +143,34 @@ def _entries_table(entries: Sequence[EntryInfo]) -> Table:
 
 
 def _entry_name(fields: Mapping[str, FieldValue]) -> str:
-    """What an entry holds, in the words of ``kernel_name``; for keys of another form what it is, then the fields."""
+    """The name of an entry's kernel as in ``kernel_name``; for keys of another form op and dtype, then the fields."""
     texts = all(isinstance(fields.get(name), str) for name in ("op", "dtype", "mask"))
-    if set(fields) == set(KernelSpec._fields) and texts:
-        return kernel_name(KernelSpec(**fields))  # type: ignore[arg-type]
+    named = {name: value for name, value in fields.items() if name != "sources"}
+    if set(named) == set(KernelSpec._fields) and texts:
+        return kernel_name(KernelSpec(**named))  # type: ignore[arg-type]
     words = [str(fields[name]) for name in ("op", "dtype") if name in fields]
     words += [f"{name}={value}" for name, value in fields.items() if name not in ("op", "dtype")]
     return " ".join(words)
 
 
 def _table(*columns: str) -> Table:
-    """A table that a narrow terminal folds and does not cut."""
+    """A table whose cells a narrow terminal folds instead of cutting."""
     table = Table()
     for name in columns:
         table.add_column(name, overflow="fold")
     return table
 
 
-def _gpu_table(gpu: Gpu) -> Table:
+def _show_gpu(out: Console, gpu: Gpu) -> None:
     title = f"{gpu.device} {gpu.name}, sm {gpu.capability}, {gpu.shared_bytes} bytes of shared memory a block"
-    columns = ("kernel", "dtype", "head_dim", "block", "warps", "stages", "shared memory", "from")
-    table = Table(*columns, title=f"{title}, {gpu.tanh} tanh", title_justify="left")
+    _say(out, f"{title}, {gpu.tanh} tanh")
+    table = _table("kernel", "dtype", "head_dim", "block", "warps", "stages", "shared memory", "from")
     for one in gpu.kernels:
         block = f"{one.block_m} x {one.block_n}"
         numbers = (one.head_dim, block, one.warps, one.stages, one.shared_bytes)
         source = "a measurement" if one.tuned else "its limits"
         table.add_row(one.kernel, one.dtype, *map(str, numbers), source)
-    return table
+    out.print(table)
 
 
 def ago(moment: float) -> str:
@@ -167,7 +180,3 @@ def ago(moment: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
-
-
-def _date(moment: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))

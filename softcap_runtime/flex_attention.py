@@ -1,8 +1,8 @@
 """The documented functions of the Flex Attention system, under the names and signatures that unsloth users know.
 
 Source of the names: the page "Implementation: Flex_Attention" of Unsloth's wiki. They and ``Runtime.attention`` are
-two doors into the same dispatch. One difference from unsloth's kernels file: a sliding window of w shows w keys,
-the query's own among them (``0 <= i - j < w``), as the models were trained; theirs shows w + 1.
+two doors into the same dispatch. A sliding window of w shows w keys, the query's own among them (``0 <= i - j < w``),
+as in unsloth 2026.10.9.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from softcap_runtime.config import EngineName, check_positive
 from softcap_runtime.errors import EngineUnavailable, KernelNotPrewarmed
 from softcap_runtime.kernels.general import attend_block_mask, attend_elements, elements_of
 from softcap_runtime.kernels.operator import checked_inputs
-from softcap_runtime.masks.elements import as_additive, intervals_of_elements
+from softcap_runtime.masks.elements import check_rows_and_heads, read_elements
 from softcap_runtime.masks.flex import block_mask, form_of, intervals_of
-from softcap_runtime.masks.intervals import RowIntervals, band, dense
-from softcap_runtime.masks.validate import data_is_there
+from softcap_runtime.masks.intervals import RowIntervals, band, combined, dense, row_intervals
 from softcap_runtime.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -40,18 +39,20 @@ def slow_attention_softcapping(
     bsz: int,
     q_len: int,
 ) -> Tensor:
-    """Attention with logit softcapping: ``[bsz, q_len, n_heads * head_dim]``, by the warm kernel.
+    """Attention with logit softcapping: ``[bsz, Sq, n_heads * head_dim]``, by the warm kernel.
 
-    ``Q`` ``[bsz, n_heads, q_len, head_dim]``, ``K`` and ``V`` ``[bsz, n_kv_heads, kv_len, head_dim]``.
+    ``Q`` ``[bsz, n_heads, Sq, head_dim]``, ``K`` and ``V`` ``[bsz, n_kv_heads, Skv, head_dim]``; query row i stands
+    at key position ``Skv - Sq + i``. ``q_len`` may be Sq or, as unsloth's layer has it, Skv.
     ``causal_mask``: a BlockMask of the functions below (for these lengths or any other: it is made anew), any other
     BlockMask (compiled by flex, for these lengths only), a bool mask (True: visible) or an additive float mask
-    ``[Sq, Skv]`` to ``[B, H, Sq, Skv]``, or None for plain causal.
+    ``[Sq, Skv]`` to ``[B, H, Sq, Skv]``, or None for plain causal. Of a tensor mask with more than Sq rows, the rows
+    ``Skv - Sq`` to ``Skv`` are read, and of its keys the first Skv: one mask of the longest length serves every step.
     ``self``: any object whose ``config`` has ``attn_logit_softcapping`` (None: no cap) and
     ``query_pre_attn_scalar`` (without it the scale is ``head_dim ** -0.5``).
 
     Raises ValueError or TypeError on arguments that do not fit, and what ``Runtime.attention`` raises.
     """
-    return _attend(Q, K, V, causal_mask, self, bsz, q_len, None)
+    return attend(Q, K, V, causal_mask, self, bsz, q_len)
 
 
 def slow_inference_attention_softcapping(
@@ -64,7 +65,7 @@ def slow_inference_attention_softcapping(
     q_len: int,
 ) -> Tensor:
     """As ``slow_attention_softcapping``, by the eager engine: it never compiles anything and needs no kernel."""
-    return _attend(Q, K, V, causal_mask, self, bsz, q_len, "eager")
+    return attend(Q, K, V, causal_mask, self, bsz, q_len, "eager")
 
 
 def create_flex_attention_causal_mask(max_seq_length: int = 8192) -> BlockMask | Tensor:
@@ -98,16 +99,32 @@ def _create(length: int, window: int | None) -> BlockMask | Tensor:
     return block_mask(mask, device) if HAS_FLEX_ATTENTION else dense(mask, device)[0]
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Any, layer: Any, bsz: int, q_len: int, engine: EngineName | None
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    layer: Any,
+    bsz: int,
+    q_len: int,
+    engine: EngineName | None = None,
+    documents: Tensor | None = None,
 ) -> Tensor:
+    """What both functions do, by ``engine`` (that of the settings when None).
+
+    ``documents`` ``[B or 1, Skv]``: the document ids of packed sequences, beside ``mask``.
+    """
     q, k, v = checked_inputs(q, k, v)
-    if (q.shape[0], q.shape[2]) != (bsz, q_len):
-        raise ValueError(f"Q: shape {tuple(q.shape)}, expected bsz {bsz} and q_len {q_len} as given")
+    lengths = q.shape[2], k.shape[2]
+    if bsz != q.shape[0]:
+        raise ValueError(f"bsz: {bsz}, expected Q's batch of {q.shape[0]}")
+    if q_len not in lengths:
+        raise ValueError(f"q_len: {q_len}, expected Q's {lengths[0]} rows or K's {lengths[1]} keys")
     config = _layer(layer, q.shape[3])
-    lengths = q_len, k.shape[2]
     runtime = Runtime.get()
     found = _intervals(mask, q, *lengths)
+    if documents is not None:
+        found = _within_documents(found, documents, *lengths)
     if isinstance(found, RowIntervals):
         out = runtime.attend(q, k, v, config, found, engine)
     elif isinstance(found, Tensor):
@@ -117,7 +134,7 @@ def _attend(
     else:
         _check_foreign(q, k, v, runtime)
         out = attend_block_mask(q, k, v, found, scale=config.scale, softcap=config.softcap)
-    return out.transpose(1, 2).reshape(bsz, q_len, -1)
+    return out.transpose(1, 2).reshape(bsz, lengths[0], -1)
 
 
 def _layer(layer: Any, head_dim: int) -> Cap:
@@ -141,20 +158,13 @@ def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | 
     if mask is None:
         return _band(q_len, kv_len, True, None)
     if isinstance(mask, Tensor):
-        if mask.device != q.device:
-            raise ValueError(f"causal_mask: on {mask.device}, expected Q's {q.device}; move it")
-        elements = as_additive(mask, q_len, kv_len)
-        _check_rows_and_heads(elements.shape, q)
-        # The elements of a bias that is learned may all be 0 by now.
-        learned = torch.is_grad_enabled() and elements.requires_grad
-        found = intervals_of_elements(elements) if data_is_there(elements) and not learned else None
-        return elements if found is None else found
+        return read_elements(mask, q, kv_len, "causal_mask")
     if not hasattr(mask, "mask_mod"):
         raise TypeError(
             f"causal_mask: {type(mask).__name__}, expected a BlockMask, a tensor or None; see "
             "create_flex_attention_causal_mask"
         )
-    _check_rows_and_heads(mask.shape, q)
+    check_rows_and_heads(mask.shape, q, "causal_mask")
     form = form_of(mask)
     if form is not None:
         return _band(q_len, kv_len, *form)
@@ -173,10 +183,16 @@ def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | 
     return mask if ours is None else ours
 
 
-def _check_rows_and_heads(shape: tuple[int, ...], q: Tensor) -> None:
-    for size, wanted, words in zip(shape[:2], q.shape[:2], ("batch rows", "heads"), strict=True):
-        if size not in (1, wanted):
-            raise ValueError(f"causal_mask: {size} {words}, expected 1 or Q's {wanted}")
+def _within_documents(
+    mask: RowIntervals | Tensor | BlockMask, documents: Tensor, q_len: int, kv_len: int
+) -> RowIntervals:
+    if not isinstance(mask, RowIntervals):
+        raise ValueError(
+            f"causal_mask: {type(mask).__name__} that is no row interval, expected causal, window or padding beside "
+            "packed sequences; use create_flex_attention_causal_mask"
+        )
+    own = row_intervals(q_len, kv_len, causal=False, window=None, document_ids=documents)
+    return combined(mask, own, documents.device)
 
 
 def _band(q_len: int, kv_len: int, causal: bool, window: int | None) -> RowIntervals:

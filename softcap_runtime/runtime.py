@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import check_config
+from softcap_runtime.checks import check_config, check_no_context_parallel
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
 from softcap_runtime.kernels import operator
 from softcap_runtime.kernels.engine import Call
+from softcap_runtime.kernels.sharding import whole
+from softcap_runtime.masks.holes import may_have_holes, without_hidden
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
 from softcap_runtime.plans import Plan, PlanKey, Plans
@@ -24,6 +26,7 @@ from softcap_runtime.torch_private import constant_in_graphs
 from softcap_runtime.torch_transforms import interpreters_active
 
 if TYPE_CHECKING:
+    from softcap_runtime.distributed import ContextMask
     from softcap_runtime.prewarm_rows import PrewarmResult
     from softcap_runtime.stats import RuntimeStats
 
@@ -94,31 +97,38 @@ class Runtime:
         prefix_lengths: Tensor | None = None,
         spans: Tensor | None = None,
         cache_lengths: Tensor | None = None,
+        query_positions: Tensor | None = None,
     ) -> Tensor:
         """Softcapped attention: ``[B, Hq, Sq, D]`` in q's dtype, laid out ``[B, Sq, Hq, D]`` in memory.
 
         ``q`` ``[B, Hq, Sq, D]``, ``k`` and ``v`` ``[B, Hkv, Skv, D]``: float32, bfloat16, float16 (float64: the
         eager engine), any strides; query row i stands at key position ``Skv - Sq + i``.
-        ``attention_mask`` ``[B, Skv]``, bool or 0/1: padding, left or right.
+        ``attention_mask`` ``[B, Skv]``, bool or 0/1: padding, left or right, or any other tokens to hide.
         ``document_ids`` ``[B, Skv]``, integers that never decrease: a token sees only its own document.
         ``prefix_lengths`` ``[B]``: the first tokens see each other both ways. ``spans`` ``[B, N, 2]``: half-open
         ranges of tokens that see each other both ways. ``cache_lengths`` ``[B]``: how many keys of each batch
-        row are valid, the new tokens included; row i then stands at ``cache_lengths - Sq + i``. Keys and values that
+        row are valid, the new tokens included; row i then stands at ``cache_lengths - Sq + i``.
+        ``query_positions`` ``[Sq]`` or ``[B, Sq]``: the key at which each query row stands, from 0 on and in any order,
+        in place of ``Skv - Sq + i``. Keys and values that
         no row sees must be finite all the same (zeros, say): an engine may multiply them by a weight of 0.
 
         Raises ValueError or TypeError on an argument that does not fit, EngineUnavailable when the engine asked
         for cannot serve the call, KernelNotPrewarmed under ``jit="forbid"``, BuildFailed when the compiler fails.
         """
+        check_no_context_parallel()
         # One by one: a tensor of a tuple that is compared with None takes 30 us.
         plain = attention_mask is None and document_ids is None and prefix_lengths is None
-        plain = plain and spans is None and cache_lengths is None
+        plain = plain and spans is None and cache_lengths is None and query_positions is None
         key = None if torch.compiler.is_compiling() else _shortcut_key(q, k, v, config)
         known = None if key is None else self.plans.shortcuts.get(key)
         if known is None:
             q, k, v = operator.checked_inputs(q, k, v)
         elif plain and None in known:
             return _run(known[None], q, k, v)
-        mask = _intervals(q, k, config, attention_mask, document_ids, prefix_lengths, spans, cache_lengths)
+        masks = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths, query_positions)
+        mask = _intervals(q, k, config, *[None if x is None else whole(x) for x in masks])
+        if attention_mask is not None and may_have_holes(attention_mask):
+            k, v, mask = without_hidden(k, v, mask, attention_mask)
         form = None if mask.lo is None else mask.lo.shape[0]
         if known is not None and form in known and (mask.lo is None or type(mask.lo) is Tensor):
             return _run(known[form], q, k, v, *mask.vectors)
@@ -142,11 +152,63 @@ class Runtime:
         As ``attention`` without its checks of q, k and v. ``mask`` stands in for the config's window and causal;
         ``engine`` for that of the settings.
         """
+        check_no_context_parallel()
         call = Call(mask, config.scale, config.softcap, engine or self.settings.engine, _wants_grad(q, k, v))
         direct = not (torch.compiler.is_compiling() or call.train or q.is_meta)
         if direct and not interpreters_active(q, k, v, *mask.vectors):
             return self.forward(q, k, v, call)[0]
         return operator.attention(q, k, v, call, self.number)
+
+    def context_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: AttentionConfig,
+        context: ContextMask,
+        *,
+        stages: int = 1,
+    ) -> Tensor:
+        """Attention of this rank's rows over a whole sequence that is spread over ranks: as ``attention``, of its rows.
+
+        ``q`` ``[B, Hq, rows, D]``, ``k`` and ``v`` ``[B, Hkv, rows, D]``: the rows that the layout of ``context``
+        gives this rank. Every rank of its mesh calls it. ``context``: of ``softcap_runtime.distributed.context_mask``,
+        with the window and causal of ``config``; it holds the masks. ``stages``: groups of key heads, each of which
+        travels while the one before is computed.
+
+        Raises as ``attention`` does, before anything is sent. At the first call of a kind ranks tell each other whether
+        they are ready: RuntimeError on the others when one is not, or when they disagree.
+        """
+        from softcap_runtime.distributed.attention import context_attention
+
+        return context_attention(self, q, k, v, config, context, stages)
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: AttentionConfig,
+        page_table: Tensor,
+        cache_lengths: Tensor,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+    ) -> Tensor:
+        """Attention over a paged cache, for decoding and prefill in chunks: ``[B, Hq, Sq, D]``; no gradients.
+
+        ``q`` ``[B, Hq, Sq, D]``: the new rows of each sequence. ``k``, ``v`` ``[num_pages, page_size, Hkv, D]``, any
+        strides: all pages, those of the new rows filled already; ``page_size`` 16, 32, 64, 128 or 256.
+        ``page_table`` ``[B, pages]``, integers: each sequence's pages in order; entries past its last page count for
+        nothing. ``cache_lengths`` ``[B]``, integers: its keys, the new ones included; the last row stands at the last
+        key. ``cu_seqlens_q`` ``[B + 1]``, integers: where the rows of each sequence begin in a q of ``[1, Hq, rows,
+        D]``, for as many new rows in each as there are; rows past the last offset give 0.
+
+        Raises as ``attention`` does. On a GPU the contents of tables, lengths and offsets aren't looked at: a page
+        that is none is read as another, never memory outside of k and v.
+        """
+        from softcap_runtime.paged import Pages, paged_attention
+
+        return paged_attention(self, q, Pages(k, v, page_table, cache_lengths), config, cu_seqlens_q)
 
     def prewarm(
         self, requests: Iterable[PrewarmRequest], progress: bool = True, tune: bool = False
@@ -260,6 +322,7 @@ def _intervals(
     prefix_lengths: Tensor | None,
     spans: Tensor | None,
     cache_lengths: Tensor | None,
+    query_positions: Tensor | None,
 ) -> RowIntervals:
     """Check the config and the mask arguments, and intersect these with the config's."""
     check_config(config)
@@ -270,10 +333,13 @@ def _intervals(
         "prefix_lengths": prefix_lengths,
         "spans": spans,
         "cache_lengths": cache_lengths,
+        "query_positions": query_positions,
     }
-    check_mask_arguments(q_len, kv_len, q.shape[0], q.device, causal=config.causal, **given)
-    if attention_mask is not None and data_is_readable(attention_mask) and bool(attention_mask.all()):
-        given["attention_mask"] = None
+    check_mask_arguments(q_len, kv_len, q.shape[0], q.device, causal=config.causal, holes=True, **given)
+    if attention_mask is not None and (
+        may_have_holes(attention_mask) or (data_is_readable(attention_mask) and bool(attention_mask.all()))
+    ):
+        given["attention_mask"] = None  # holes are taken out of the keys
     return row_intervals(q_len, kv_len, causal=config.causal, window=config.window, **given)
 
 

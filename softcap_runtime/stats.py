@@ -97,7 +97,7 @@ def collect(all_plans: Plans, supply: Supply) -> RuntimeStats:
         background_pending=supply.pending,
         background_failed={kernel_name(one.describe()): error for one, error in supply.failed.items()},
         cache_dir=str(supply.store.folder),
-        cache_fault=supply.store.database.foreseen(),
+        cache_fault=supply.store.database.probe_fault(),
     )
 
 

@@ -6,7 +6,6 @@ import logging
 import os
 import shlex
 import stat
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,6 @@ from softcap_runtime.kernels.gpu_options import BlockOptions, Direction
 from softcap_runtime.kernels.key import dtype_name
 from softcap_runtime.masks.memo import MaskMemo
 from softcap_runtime.store import Store
-from softcap_runtime.store.processes import abandon
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +44,6 @@ class Supply(Artifacts):
 
     def __init__(self, settings: RuntimeSettings) -> None:
         store = Store(settings.cache_dir, settings.cache_size_limit, auth_key=_auth_key(settings))
-        weakref.finalize(self, abandon, store)  # it has counts that it has not written yet
         super().__init__(store, settings.jit, settings.build == "background")
         self.settings = settings
         self._settings_given = _settings_given(settings)

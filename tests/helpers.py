@@ -69,6 +69,8 @@ def visible(q_len: int, kv_len: int, *, causal: bool, window: int | None, **mask
     cache = get("cache_lengths")
     past = torch.tensor([kv_len]) if cache is None else cache.long()
     positions = (torch.arange(q_len) + (past - q_len)[:, None])[..., None]
+    if get("query_positions") is not None:
+        positions = get("query_positions").long().view(-1, q_len, 1)
     seen = (keys < past[:, None, None]).expand(-1, q_len, -1)
     ahead = keys > positions
     if causal:
@@ -218,7 +220,7 @@ def cases(draw: st.DrawFn, max_len: int = 300) -> Case:
 
 @st.composite
 def masks(draw: st.DrawFn, sizes: Sizes) -> dict[str, Tensor]:
-    """Any combination of the five kinds that these lengths allow, each with one batch row or all."""
+    """Any combination of the kinds that these lengths allow, each with one batch row or all."""
     q_len, kv_len = sizes.q_len, sizes.kv_len
     position = st.integers(0, kv_len)
     slots = draw(st.integers(1, 3))
@@ -236,6 +238,7 @@ def masks(draw: st.DrawFn, sizes: Sizes) -> dict[str, Tensor]:
         return draw(st.permutations([cuts[2 * n : 2 * n + 2] for n in range(slots)]))
 
     makers: dict[str, Any] = {
+        "query_positions": lambda: [draw(st.integers(0, kv_len - 1)) for _ in range(q_len)],
         "attention_mask": padding,
         "prefix_lengths": lambda: draw(position),
         "spans": spans,
@@ -245,9 +248,12 @@ def masks(draw: st.DrawFn, sizes: Sizes) -> dict[str, Tensor]:
         makers["cache_lengths"] = lambda: draw(st.integers(q_len, kv_len))
     found = {}
     for name, make in makers.items():
-        rows = draw(st.sampled_from([0, 0, sizes.batch, 1]))
+        seldom = [0, 0] if name == "query_positions" else []
+        rows = draw(st.sampled_from([0, 0, sizes.batch, 1, *seldom]))
         if rows:
             found[name] = torch.tensor([make() for _ in range(rows)])
+    if len(found.get("query_positions", [])) == 1 and draw(st.booleans()):
+        found["query_positions"] = found["query_positions"][0]
     if "attention_mask" in found and draw(st.booleans()):
         found["attention_mask"] = found["attention_mask"].bool()
     return found

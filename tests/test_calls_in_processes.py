@@ -66,8 +66,8 @@ def test_processes_that_start_at_once_build_each_kernel_once(
     assert max(errors) <= 2e-6
     assert sorted(record.read_text().split()) == ["0", "1", "2"]
     counters = Runtime(RuntimeSettings(cache_dir=tmp_path / "cache")).supply.store.status().counters
-    assert counters["builds"].value == 3
-    assert counters["longest_lock_wait_s"].value <= BUILD_S + 2
+    assert counters["builds"] == 3
+    assert counters["longest_lock_wait_ms"] <= 1000 * (BUILD_S + 2)
 
 
 class Attended(Dataset):

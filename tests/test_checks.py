@@ -122,12 +122,6 @@ def test_bad_tensors(
         ("attention_mask", torch.ones(3, 8, dtype=torch.int64), ValueError, ["shape (3, 8)"]),
         ("attention_mask", torch.ones(2, 1, 8, 8, dtype=torch.bool), ValueError, ["shape (2, 1, 8, 8)"]),
         ("attention_mask", torch.full((2, 8), 2), ValueError, ["2, expected 0"]),
-        (
-            "attention_mask",
-            torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1]]),
-            ValueError,
-            ["2 separate runs", "batch row 0", "as a dense mask"],
-        ),
         ("attention_mask", [[1] * 8] * 2, TypeError, ["list"]),
         ("document_ids", torch.zeros(2, 7, dtype=torch.int64), ValueError, ["shape (2, 7)"]),
         ("document_ids", torch.zeros(2, 8), TypeError, ["torch.float32"]),

@@ -267,7 +267,7 @@ def test_inspect_shows_the_cache(command: Command, tmp_path: Path) -> None:
     assert "no: torch" in out
     report = json.loads(command("--cache-dir", tmp_path / "cache", "inspect", "--json")[1])
     assert report["status"]["entries"] == len(report["entries"]) == 3
-    assert report["status"]["counters"]["misses"]["value"] == 4
+    assert report["status"]["counters"]["misses"] == 4
     by_dim = {entry["fields"]["head_dim"]: entry for entry in report["entries"]}
     assert [by_dim[dim]["fits"] for dim in (64, 128, 256)] == [True, True, False]
     assert by_dim[256]["differs"] == ["torch"]
@@ -288,12 +288,36 @@ def test_inspect_hides_no_key_in_80_columns(tmp_path: Path) -> None:
     shown = out.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in shown
     assert max(map(len, shown.splitlines())) <= 80
+    assert [line for line in shown.splitlines() if line != line.rstrip()] == []
+    assert shown.startswith("4 kernels, 2 fit this environment; nothing is wrong\n")
+    assert "counters      misses 4, builds 4\n" in shown
     rows = [line.split("│")[1].strip() for line in shown.splitlines() if line.count("│") == 7]
     words = " ".join(rows)
     for dtype, head_dim in (("float32", 64), ("float32", 128), ("float16", 256)):
         assert f"flex_forward {dtype} head_dim {head_dim} band" in words
     assert "dq_kernel bfloat16 device=cuda" in words
     assert "warps=8" in words
+
+
+def test_inspect_leads_with_what_is_wrong(command: Command, tmp_path: Path) -> None:
+    fill(tmp_path).close()
+    (tmp_path / DBNAME).chmod(0o622)
+    code, out, _ = command("--cache-dir", tmp_path, "inspect", "--counters")
+    assert (code, out.splitlines()[0]) == (0, "0 kernels, 0 fit this environment; 1 problem:")
+    assert "is writable by others; run: chmod go-w" in " ".join(out.split())
+    assert "evictions 0" in " ".join(out.split())
+
+
+def test_the_version_and_completion(command: Command) -> None:
+    code, out, _ = command("--version")
+    assert (code, out.startswith("softcap-runtime ")) == (0, True)
+    assert f"torch {torch.__version__}" in out
+    words = {
+        "_SOFTCAP_RUNTIME_COMPLETE": "complete_bash",
+        "COMP_WORDS": "softcap-runtime in",
+        "COMP_CWORD": "1",
+    }
+    assert shell("softcap-runtime", **words).stdout.split() == ["inspect"]
 
 
 @pytest.mark.parametrize(
@@ -611,7 +635,7 @@ def test_scripts_are_doors_to_the_same_code(tmp_path: Path) -> None:
     done = shell(f"{python}/prewarm.py' --preset gemma2-27b --engine eager", SOFTCAP_CACHE_DIR=str(tmp_path))
     assert (done.returncode, "nothing to prewarm" in done.stdout) == (0, True), done.stderr
     done = shell("softcap-runtime inspect | head -n 1", SOFTCAP_CACHE_DIR=str(tmp_path))
-    assert (done.stdout.split()[0], "Traceback" in done.stderr) == ("folder", False)
+    assert (done.stdout[:9], "Traceback" in done.stderr) == ("3 kernels", False)
 
 
 @pytest.mark.parametrize(("script", "name"), [("prewarm", "prewarm"), ("inspect_cache", "inspect")])

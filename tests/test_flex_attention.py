@@ -138,6 +138,38 @@ def test_masks_that_were_made_for_longer_sequences(seed: int) -> None:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_number_of_keys_in_place_of_the_rows(function: Any, seed: int) -> None:
+    """As unsloth's layer calls: the seventh argument counts keys, with every kind of mask that it has."""
+    longest, lowest = 96, torch.finfo(torch.float32).min
+    for q_len, kv_len in ((50, 50), (1, 50), (7, 50), (1, 1)):
+        q, k, v = make_qkv(Sizes(2, 4, 2, q_len, kv_len))
+        for window in (None, 16):
+            seen = visible(longest, longest, causal=True, window=window)[0]
+            static = torch.zeros(longest, longest).masked_fill(~seen, lowest)
+            for mask in (
+                static,
+                seen,
+                static[kv_len - q_len : kv_len, :kv_len].expand(2, 1, -1, -1),
+                documented._create(longest, window),
+            ):
+                out = function(q, k, v, mask, LAYER, 2, kv_len)
+                assert out.shape == (2, q_len, 4 * HEAD_DIM)
+                assert relative_error(out, wanted(q, k, v, window)) <= 2e-6
+    q, k, v = make_qkv(Sizes(2, 4, 2, 7, 50))
+    with pytest.raises(ValueError, match="q_len: 49, expected Q's 7 rows or K's 50 keys"):
+        function(q, k, v, None, LAYER, 2, 49)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_rank_of_tensor_parallelism_counts_its_own_heads(function: Any, seed: int) -> None:
+    """The config counts the heads of all ranks; the tensors say how many are here."""
+    q, k, v = make_qkv(Sizes(2, 2, 1, 9, 30))
+    out = function(q, k, v, create_flex_attention_causal_mask(64), LAYER, 2, 30)
+    assert out.shape == (2, 9, 2 * HEAD_DIM)
+    assert relative_error(out, wanted(q, k, v)) <= 2e-6
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_decoding(function: Any, seed: int) -> None:
     for q_len, kv_len in ((1, 1), (1, 300), (3, 130)):
         q, k, v = make_qkv(Sizes(2, 4, 2, q_len, kv_len))
@@ -240,8 +272,8 @@ def test_both_doors_give_the_same(own_runtime: Runtime, seed: int) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"bsz": 3}, ValueError, "bsz 3"),
-        ({"q_len": 41}, ValueError, "q_len 41"),
+        ({"bsz": 3}, ValueError, "bsz: 3, expected Q's batch of 2"),
+        ({"q_len": 41}, ValueError, "q_len: 41, expected Q's 40 rows or K's 40 keys"),
         ({"Q": torch.zeros(4, 40, HEAD_DIM)}, ValueError, "q: shape"),
         ({"K": torch.zeros(2, 3, 40, HEAD_DIM), "V": torch.zeros(2, 3, 40, HEAD_DIM)}, ValueError, "4 heads"),
         ({"causal_mask": "causal"}, TypeError, "causal_mask: str"),

@@ -19,7 +19,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM, NEEDS_FLEX, Sizes, expected, make_qkv, package_of, relative_error
+from helpers import (
+    HEAD_DIM,
+    NEEDS_FLEX,
+    Sizes,
+    expected,
+    gradients,
+    make_qkv,
+    package_of,
+    relative_error,
+)
+from torch import Tensor
 
 from softcap_runtime import (
     AttentionConfig,
@@ -410,6 +420,32 @@ def test_plans_go_when_a_mask_is_evicted(runtimes: dict[str, Runtime]) -> None:
     assert masks.evictions == 1
     assert [key.q_shape[2] for key, _ in runtime.plans.items()] == [310]
     assert (runtime.stats().misses, runtime.stats().hits) == (2, 4)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_masks_with_holes(runtimes: dict[str, Runtime], window: int | None, rows: int, seed: int) -> None:
+    """Keys between visible ones are hidden: forward, gradients, decoding, beside documents and with one row for all."""
+    config = AttentionConfig(softcap=30.0, scale=0.1, window=window)
+    keep = torch.rand(rows, 60) < 0.6
+    keep[0, :20] = False  # rows that see nothing
+    for q_len, engine in ((60, "auto"), (60, "eager"), (1, "auto"), (7, "auto")):
+        q, k, v = make_qkv(Sizes(3, 4, 2, q_len, 60))
+        masks = {"attention_mask": keep, "document_ids": (torch.arange(60) // 25)[None]}
+        grad = torch.randn_like(q)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, engine: str = engine, masks: Any = masks) -> Tensor:
+            return runtimes[engine].attention(q, k, v, config, **masks)
+
+        def want(q: Tensor, k: Tensor, v: Tensor, masks: Any = masks) -> Tensor:
+            return expected(q, k, v, config, **masks)
+
+        got_out, got = gradients(run, (q, k, v), grad)
+        out, grads = gradients(want, tuple(x.double() for x in (q, k, v)), grad)
+        assert relative_error(got_out, out) <= 2e-6
+        for mine, theirs in zip(got, grads, strict=True):
+            assert relative_error(mine, theirs) <= 5e-6
+        assert relative_error(run(q, k, v), out) <= 2e-6  # inference has other kernels
 
 
 def test_a_plan_serves_every_mask_of_its_form(runtimes: dict[str, Runtime], seed: int) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from softcap_runtime.kernels.products import compute_dtype
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
-from softcap_runtime.kernels.products import compute_dtype
 from softcap_runtime.masks import band, dense
 
 SOFTCAP = 50.0

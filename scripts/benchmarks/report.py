@@ -37,10 +37,10 @@ def side_by_side(functions: Mapping[str, Timed], rounds: int) -> dict[str, float
 
 
 class Report:
-    """What is measured in one run. ``quick``: small shapes, to see that everything runs."""
+    """What is measured in one run, on ``device``. ``quick``: small shapes, to see that everything runs."""
 
-    def __init__(self, quick: bool) -> None:
-        self.quick = quick
+    def __init__(self, quick: bool, device: str = "cpu") -> None:
+        self.quick, self.device = quick, device
         self.console = Console(width=150 if not Console().is_terminal else None)
         self.tables: dict[str, list[dict[str, Any]]] = {}
         self.about: dict[str, Any] = {}

@@ -63,7 +63,7 @@ class Worker:
         """Ask for one made-up thing, building it if it is missing."""
         name = self.draw.randrange(NAMES)
         loaded = self.store.load_or_build(key(name), lambda: self.build(name))
-        self.store.count_use(key(name).digest)
+        self.store.counters.use(key(name).digest)
         right = loaded.data == payload(name)
         return f"bytes: {loaded.source}" if right else f"WRONG bytes for {name} from {loaded.source}"
 

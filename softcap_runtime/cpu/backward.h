@@ -13,7 +13,7 @@
 
 namespace softcap {
 
-// Keys of a chunk, whose dk and dv stay in the second cache, and of a step, whose products stay in the first.
+// Keys of a chunk, whose dk and dv stay in the second cache.
 constexpr int64_t BACKWARD_CHUNK = 512;
 
 // P^T and dS^T as factors of dV and dK: [keys][lanes / PAIR], words along the lanes.
@@ -57,7 +57,7 @@ SOFTCAP_ONCE inline void make_gradients(const Softcap& c, const float* s, const 
 template <class A>
 class BackwardTask {
   using Word = typename A::Word;
-  static constexpr int64_t WHOLE = A::PAD * A::PAIR;
+  static constexpr int64_t WHOLE = A::PAD * A::PAIR, STEP = A::STEP;
 
  public:
   BackwardTask(const Problem& p, const Tensors& t, const Gradients& g, const float* delta, int64_t most)
@@ -69,6 +69,7 @@ class BackwardTask {
         chunk(chunk_of(p)),
         dim_(round_up(p.dim, A::PAD)),
         words_(round_up(p.dim, WHOLE) / A::PAIR),
+        wide_(dim_ + 16),
         most_(most),
         k_(chunk * words_),
         v_(chunk * words_),
@@ -76,8 +77,8 @@ class BackwardTask {
         room_((most > LANES ? most : LANES) * (words_ > dim_ ? words_ : dim_)),
         q_(most * words_),
         grad_(most * words_),
-        q_across_(most / A::PAIR * dim_),
-        grad_across_(most / A::PAIR * dim_),
+        q_across_(most / A::PAIR * wide_),
+        grad_across_(most / A::PAIR * wide_),
         s_(STEP * most),
         dp_(STEP * most),
         p_along_(A::PAIR == 1 ? 1 : STEP * most / 2),
@@ -156,7 +157,7 @@ class BackwardTask {
         rows[e] = block.row(from, p_, strides, r + e);
         along(room_ + (r + e) * words_, rows[e], p_.dtype, p_.dim, words_);
       }
-      across(across_rows + r / A::PAIR * dim_, rows, p_.dtype, p_.dim, dim_);
+      across(across_rows + r / A::PAIR * wide_, rows, p_.dtype, p_.dim, dim_);
     }
     transpose<Word>(turned, lanes, room_, words_, lanes, words_);
   }
@@ -187,8 +188,8 @@ class BackwardTask {
       bool whole = first + j >= e.all.lo && first + j + count <= e.all.hi;
       auto make = whole ? make_gradients<A, false> : make_gradients<A, true>;
       make(cap_, s_, dp_, p, ds, ds_across, lanes, first + j, count, e, lse, delta);
-      A::multiply(dv_ + j * dim_, dim_, p, lane_words, grad_across_, dim_, count, dim_, lane_words, true);
-      A::multiply(dk_ + j * dim_, dim_, ds, lane_words, q_across_, dim_, count, dim_, lane_words, true);
+      A::multiply(dv_ + j * dim_, dim_, p, lane_words, grad_across_, wide_, count, dim_, lane_words, true);
+      A::multiply(dk_ + j * dim_, dim_, ds, lane_words, q_across_, wide_, count, dim_, lane_words, true);
       A::multiply(dq_, lanes, k_turned_ + j / A::PAIR, chunk / A::PAIR, ds_across, lanes, dim_, lanes,
                   count / A::PAIR, j > lo);
     }
@@ -214,7 +215,8 @@ class BackwardTask {
   const int64_t chunk;
 
  private:
-  const int64_t dim_, words_, most_;
+  // Rows that are `wide_` words apart do not fall on the same lines of the first cache.
+  const int64_t dim_, words_, wide_, most_;
   Scratch<Word> k_, v_, k_turned_, room_, q_, grad_, q_across_, grad_across_;
   Scratch<float> s_, dp_;
   Scratch<Word> p_along_, ds_along_, ds_across_;

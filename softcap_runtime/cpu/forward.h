@@ -134,8 +134,8 @@ class ForwardTask {
         cap_(p),
         rows_(most * keys.words),
         q_(most * keys.words),
-        s_(CHUNK * most),
-        weights_(A::PAIR == 1 ? 1 : CHUNK / A::PAIR * most),
+        s_(keys.size * most),
+        weights_(A::PAIR == 1 ? 1 : keys.size / A::PAIR * most),
         out_(most * keys.dim),
         turned_(most * keys.dim),
         numbers_(5 * most) {}

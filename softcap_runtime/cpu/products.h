@@ -99,6 +99,7 @@ struct Single {
   static constexpr int PAIR = 1;        // elements a word
   static constexpr int64_t PAD = 16;    // sizes are padded to multiples of this many words or lanes
   static constexpr int64_t ROWS = 64;   // query rows of a block: B of q k^T then fits the first cache
+  static constexpr int64_t STEP = 64;   // keys of a step of the backward: longer sums, or products in the first cache
   static Vec broadcast(float x) { return splat(x); }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
   SOFTCAP_ONCE static void multiply(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int64_t m,
@@ -114,7 +115,7 @@ struct Dot {
   using Word = uint32_t;
   static constexpr int PAIR = 2;
   static constexpr int64_t PAD = 16;
-  static constexpr int64_t ROWS = 64;
+  static constexpr int64_t ROWS = 64, STEP = 64;
   static Vec broadcast(uint32_t x) { return of_bits(splat((int32_t)x)); }
   static Vec multiply_add(Vec a, Vec b, Vec c) {
     return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
@@ -134,7 +135,7 @@ struct Tile {
   using Word = uint32_t;
   static constexpr int PAIR = 2;
   static constexpr int64_t PAD = 16;
-  static constexpr int64_t ROWS = 128;
+  static constexpr int64_t ROWS = 128, STEP = 128;
 
   // The kernel lets a process use the tiles when it asks (arch_prctl ARCH_REQ_XCOMP_PERM, feature 18).
   static bool permitted() {

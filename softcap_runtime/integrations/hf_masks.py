@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, clipped, dense, edges, row_intervals
+from softcap_runtime.masks.intervals import (
+    UNBOUNDED,
+    RowIntervals,
+    clipped,
+    combined,
+    dense,
+    edges,
+    row_intervals,
+)
 from softcap_runtime.masks.validate import data_is_readable
 
 MaskFunction = Callable[..., Any]
@@ -74,9 +82,11 @@ def read(function: MaskFunction, place: Place) -> RowIntervals:
         case "blockwise_overlay":
             return _spans(parts["block_sequence_ids"], place)
         case "and_masks":
-            return reduce(partial(intersect, device=place.device), _read_all(parts["mask_functions"], place))
+            return reduce(partial(combined, device=place.device), _read_all(parts["mask_functions"], place))
         case "or_masks":
-            return reduce(partial(_unite, device=place.device), _read_all(parts["mask_functions"], place))
+            return reduce(
+                partial(combined, device=place.device, union=True), _read_all(parts["mask_functions"], place)
+            )
         case _:
             raise ValueError(f"mask function {name}: no known row interval; {_INSTEAD}")
 
@@ -98,28 +108,8 @@ def _constant(function: MaskFunction, place: Place) -> RowIntervals:
     return _reach(place, -shown, shown)
 
 
-def intersect(a: RowIntervals, b: RowIntervals, device: torch.device) -> RowIntervals:
-    """The keys that both masks show; a band if both are bands."""
-    return _combined(a, b, device, union=False)
-
-
 def _read_all(functions: Iterable[MaskFunction], place: Place) -> list[RowIntervals]:
     return [read(function, place) for function in functions]
-
-
-def _unite(a: RowIntervals, b: RowIntervals, device: torch.device) -> RowIntervals:
-    return _combined(a, b, device, union=True)
-
-
-def _combined(a: RowIntervals, b: RowIntervals, device: torch.device, *, union: bool) -> RowIntervals:
-    """Each row from the earlier of the two beginnings to the later of the two ends, or the other way round."""
-    if a.left is not None and a.right is not None and b.left is not None and b.right is not None:
-        # By name, here: torch.export has functions of its own in the place of min and max.
-        first, last = (min, max) if union else (max, min)
-        return a._replace(left=first(a.left, b.left), right=last(a.right, b.right))
-    (a_lo, a_hi), (b_lo, b_hi) = edges(a, device), edges(b, device)
-    lo, hi = (torch.minimum, torch.maximum) if union else (torch.maximum, torch.minimum)
-    return clipped(a.q_len, a.kv_len, lo(a_lo, b_lo), hi(a_hi, b_hi))
 
 
 def _reach(place: Place, left: int, right: int) -> RowIntervals:

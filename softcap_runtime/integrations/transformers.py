@@ -14,25 +14,34 @@ Rows of padding see nothing and give zeros, where eager attention gives the mean
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from softcap_runtime.checks import Cap, check_qkv
 from softcap_runtime.config import check_positive
-from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, intersect, read
+from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, read
+from softcap_runtime.integrations.hf_packed import packed_arguments
 from softcap_runtime.integrations.hf_probe import probe
+from softcap_runtime.integrations.hf_serving import admit, attend_paged
+from softcap_runtime.kernels.general import attend_elements
 from softcap_runtime.kernels.operator import autocast_inputs
-from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, row_intervals
-from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
+from softcap_runtime.masks.elements import read_elements
+from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, combined, dense, row_intervals
+from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable, data_is_there, has_holes
 from softcap_runtime.runtime import Runtime
+
+if TYPE_CHECKING:
+    from softcap_runtime.distributed import ContextMask
 
 OLDEST = (4, 56)
 # What other attention functions take and no kernel here computes; False and None mean it isn't asked for.
 _REFUSED = {
-    "output_attentions": "the weights are never computed",
     "head_mask": "heads can't be masked",
     "s_aux": "attention sinks have no kernel",
     "sinks": "attention sinks have no kernel",
@@ -89,8 +98,17 @@ def _last_rows(mask: HfMask, count: int) -> HfMask:
     return mask._replace(q_len=count, left=left, right=min(mask.right + first, UNBOUNDED))
 
 
-def register(runtime: Runtime | None = None, name: str = "softcap") -> None:
+def register(
+    runtime: Runtime | None = None, name: str = "softcap", context: Mapping[str, ContextMask] | None = None
+) -> None:
     """Make ``attn_implementation=name`` run on ``runtime`` (the process's own when None), for every model.
+
+    ``name`` followed by ``_flash`` is the same for continuous batching too: ``generate_batch`` only takes names with
+    "flash" in them.
+
+    ``context``: models then run on this rank's rows of a sequence over many devices (``softcap_runtime.distributed``).
+    A ContextMask for each kind of layer, "full_attention" and "sliding_attention"; fill it anew before each batch, and
+    pass ``position_ids=layout.rows(rank)`` (or the rank's rows of the batch's own), no cache and no mask.
 
     Raises ImportError when transformers is missing or older than 4.56, RuntimeError when its mask functions
     mean something else than those that this module reads.
@@ -107,8 +125,16 @@ def register(runtime: Runtime | None = None, name: str = "softcap") -> None:
             f"transformers {transformers.__version__}: expected 4.56 or newer; run: pip install -U transformers"
         )
     check_readings(masking_utils)
-    AttentionInterface.register(name, partial(attention_forward, runtime))
-    AttentionMaskInterface.register(name, interval_mask)
+    forward = partial(attention_forward, runtime)
+    if context is not None:
+        forward = partial(context_forward, runtime, context)
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, interval_mask if context is None else no_mask)
+    if context is None:
+        serving = f"{name}_flash"
+        admit(serving)
+        AttentionInterface.register(serving, partial(serving_forward, runtime))
+        AttentionMaskInterface.register(serving, interval_mask)
 
 
 def interval_mask(
@@ -123,8 +149,10 @@ def interval_mask(
     cache_position: Tensor | None = None,
     use_vmap: bool | None = None,
     **ignored: Any,
-) -> HfMask:
+) -> HfMask | Tensor:
     """The mask function: row intervals from what transformers says about a forward pass.
+
+    Of padding with holes a bool mask ``[B, 1, q_length, kv_length]``.
 
     ``q_length`` rows from position ``q_offset`` on, ``kv_length`` keys from ``kv_offset`` on; ``attention_mask``
     bool ``[B, seen]``, True where a token is no padding, keys past its end hidden. Older versions give
@@ -149,7 +177,9 @@ def interval_mask(
     if attention_mask is not None:
         padding = attention_mask[:, kv_offset : kv_offset + kv_length]
         padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
-        _check_padding(q_length, kv_length, batch_size, padding)
+        check_mask_arguments(
+            q_length, kv_length, batch_size, padding.device, causal=False, holes=True, attention_mask=padding
+        )
     place = Place(q_length, kv_length, end, kv_offset, padding, device)
     if torch.compiler.is_dynamo_compiling():
         if use_vmap is not False:  # transformers before 5 doesn't say; where the graph breaks, parts are read
@@ -160,25 +190,12 @@ def interval_mask(
         mask = probe(mask_function, batch_size, place)
     else:
         mask = read(mask_function, place)
+    if padding is not None and data_is_there(padding) and has_holes(padding):
+        return dense(mask, device)[:, None] & padding.to(device)[:, None, None].bool()
     if padding is not None and not _shows_all(padding, mask):
         shown = row_intervals(q_length, kv_length, causal=False, window=None, attention_mask=padding)
-        mask = intersect(mask, shown, device)
+        mask = combined(mask, shown, device)
     return HfMask(*mask)
-
-
-def _check_padding(q_length: int, kv_length: int, batch_size: int, padding: Tensor) -> None:
-    try:
-        check_mask_arguments(
-            q_length, kv_length, batch_size, padding.device, causal=False, attention_mask=padding
-        )
-    except ValueError as error:
-        problem, holes, _ = str(error).partition("; a mask with holes")
-        if not holes:
-            raise
-        # What helps elsewhere, a dense mask, has no way through a model.
-        raise ValueError(
-            f"{problem}; remove the tokens between, or use attn_implementation='eager'"
-        ) from None
 
 
 def _shows_all(padding: Tensor, mask: RowIntervals) -> bool:
@@ -194,7 +211,7 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: HfMask | None,
+    attention_mask: HfMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
@@ -205,8 +222,9 @@ def attention_forward(
     """The attention function: ``[B, Sq, Hq, D]`` and no weights.
 
     ``query`` ``[B, Hq, Sq, D]``, ``key`` and ``value`` ``[B, Hkv, Skv, D]``. ``attention_mask`` comes from
-    ``interval_mask`` and holds the window already; without one (encoders, layers on their own) ``is_causal``,
-    else the module's, and ``sliding_window`` count.
+    ``interval_mask`` and holds the window already; without one (encoders, wrappers that drop it) ``is_causal``, else
+    the module's, ``sliding_window`` and the documents of ``cu_seq_lens_q`` or ``position_ids`` count. A tensor is the
+    caller's own mask, ``[B, H, Sq, Skv]``, bool or additive, and stands for itself.
 
     Raises ValueError on what the kernels don't do, naming it and what to do, before anything runs.
     """
@@ -217,11 +235,14 @@ def attention_forward(
     query, key, value = autocast_inputs(query, key, value)
     check_qkv(query, key, value)
     lengths = query.shape[2], key.shape[2]
+    if isinstance(attention_mask, Tensor):
+        return _by_elements(runtime, query, key, value, cap, attention_mask).transpose(1, 2), None
     if attention_mask is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        check_mask_arguments(*lengths, query.shape[0], query.device, causal=causal)
+        packed = packed_arguments(query.shape[0], *lengths, causal, kwargs)
+        check_mask_arguments(*lengths, query.shape[0], query.device, causal=causal, **packed)
         check_positive("sliding_window", sliding_window)
-        mask = band(*lengths, causal=causal, window=sliding_window)
+        mask = row_intervals(*lengths, causal=causal, window=sliding_window, **packed)
         return runtime.attend(query, key, value, cap, mask).transpose(1, 2), None
     if lengths != (attention_mask.q_len, attention_mask.kv_len):
         raise ValueError(
@@ -229,6 +250,105 @@ def attention_forward(
             f"layer has {lengths[0]} over {lengths[1]}; its cache and its mask disagree"
         )
     return runtime.attend(query, key, value, cap, attention_mask).transpose(1, 2), None
+
+
+def no_mask(*_: Any, attention_mask: Tensor | None = None, **ignored: Any) -> None:
+    """The mask function of a model over many devices: its masks are in its ContextMasks.
+
+    Raises ValueError on padding of these rows, which says nothing about the others.
+    """
+    if attention_mask is not None and not (data_is_readable(attention_mask) and bool(attention_mask.all())):
+        raise ValueError(
+            f"attention_mask: {tuple(attention_mask.shape)} for a model over many devices, expected none; give the "
+            "whole sequence's to context_mask"
+        )
+
+
+def context_forward(
+    runtime: Runtime | None,
+    contexts: Mapping[str, ContextMask],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of a model over many devices: ``[B, rows, Hq, D]`` and no weights.
+
+    Raises ValueError on what the kernels don't do, and where a layer is not what its ContextMask was made for.
+    """
+    _refuse(module, attention_mask, dropout, kwargs)
+    for name in ("attention_mask", "cu_seq_lens_q"):
+        if (attention_mask if name == "attention_mask" else kwargs.get(name)) is not None:
+            raise ValueError(
+                f"{name}: expected none, a model over many devices has its masks from context_mask"
+            )
+    kind = "full_attention" if sliding_window is None else "sliding_attention"
+    context = contexts.get(kind)
+    if context is None:
+        raise ValueError(f"context: {sorted(contexts)}, expected a ContextMask for {kind!r} layers too")
+    cap, config = _cap(softcap, scaling, query.shape[-1]), context.config
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    layer, made = (*cap, sliding_window, causal), (config.softcap, config.scale, config.window, config.causal)
+    if layer != made:
+        raise ValueError(
+            f"context[{kind!r}]: made for softcap, scale, window, causal = {made}, but the layer has {layer}; make it "
+            "with AttentionConfig.from_hf(model.config, layer_idx)"
+        )
+    out = (runtime or Runtime.get()).context_attention(query, key, value, config, context)
+    return out.transpose(1, 2), None
+
+
+def _by_elements(
+    runtime: Runtime, query: Tensor, key: Tensor, value: Tensor, cap: Cap, attention_mask: Tensor
+) -> Tensor:
+    mask = read_elements(attention_mask, query, key.shape[2], "attention_mask")
+    if isinstance(mask, RowIntervals):
+        return runtime.attend(query, key, value, cap, mask)
+    if not torch.compiler.is_compiling():
+        _warn_once(
+            "attention_mask: no run of keys in each row; plain torch serves such masks, rows x keys at a time"
+        )
+    return attend_elements(query, key, value, mask, scale=cap.scale, softcap=cap.softcap)
+
+
+@functools.cache
+def _warn_once(words: str) -> None:
+    logging.getLogger(__name__).warning(words)
+
+
+def serving_forward(
+    runtime: Runtime | None,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: HfMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As ``attention_forward``, and where continuous batching calls, with its ``cache``, over the paged cache."""
+    if kwargs.get("cache") is None:
+        return attention_forward(
+            runtime, module, query, key, value, attention_mask, dropout, scaling, softcap, sliding_window, **kwargs
+        )  # fmt: skip
+    # The mask that the model made is of the new tokens alone.
+    _refuse(module, None, dropout, kwargs)
+    check_positive("sliding_window", sliding_window)
+    query, key, value = autocast_inputs(query, key, value)
+    check_qkv(query, key, value)
+    cap = _cap(softcap, scaling, query.shape[-1])
+    run = torch.compiler.disable(attend_paged)  # the cache is written in place
+    return run(runtime or Runtime.get(), module, query, key, value, cap, sliding_window, kwargs), None
 
 
 def _cap(softcap: float | None, scaling: float | None, head_dim: int) -> Cap:
@@ -244,14 +364,12 @@ def _refuse(module: Any, attention_mask: Any, dropout: float, kwargs: dict[str, 
         raise ValueError(
             f"dropout: {dropout} on attention weights has no kernel; set attention_dropout=0 in the config"
         )
-    asked = kwargs
-    if "output_attentions" not in kwargs:  # a call's argument stands above the config
-        config = getattr(module, "config", None)
-        asked = {**kwargs, "output_attentions": getattr(config, "output_attentions", None)}
     for name, why in _REFUSED.items():
-        if asked.get(name) is not None and asked[name] is not False:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
             raise ValueError(f"{name}: {why}; {instead}")
-    if attention_mask is not None and not isinstance(attention_mask, HfMask):
+    if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
+        _warn_once("output_attentions: no weights are computed, None is returned in their place; " + instead)
+    if attention_mask is not None and not isinstance(attention_mask, (HfMask, Tensor)):
         shape = tuple(getattr(attention_mask, "shape", ()))
         raise ValueError(
             f"attention_mask: {type(attention_mask).__name__} {shape}, expected 2-D [batch, keys] of 0 and 1 where "
@@ -261,7 +379,7 @@ def _refuse(module: Any, attention_mask: Any, dropout: float, kwargs: dict[str, 
     if (
         packed is not None
         and packed.shape[0] > 2
-        and attention_mask is not None
+        and isinstance(attention_mask, HfMask)
         and attention_mask.lo is None
     ):
         raise ValueError(

@@ -53,17 +53,19 @@ def _refuses(problem: Problem) -> str | None:
     return None
 
 
-class _GpuKernels(NamedTuple):
+class GpuKernelsOf(NamedTuple):
     """``GpuKernels`` for calls on one device."""
 
     kernels: Kernels
     device: int
 
     def function(self, spec: CubinSpec) -> Function:
+        """The kernel of ``spec``, loaded."""
         loaded: Function = self.kernels.get(GpuKernel(spec, self.device))
         return loaded
 
     def options(self, q: Tensor, direction: Direction) -> BlockOptions:
+        """The options of a kernel for tensors like q."""
         return self.kernels.options(q.device.index, q.dtype, q.shape[-1], direction)
 
 
@@ -79,6 +81,7 @@ class _Listing(NamedTuple):
         return _NOTHING
 
     def options(self, q: Tensor, direction: Direction) -> BlockOptions:
+        """The options of a kernel for tensors like q."""
         return self.kernels.options(q.device.index, q.dtype, q.shape[-1], direction)
 
 
@@ -158,7 +161,7 @@ def _mask_alike(mask: RowIntervals, q_len: int, kv_len: int) -> RowIntervals:
 def _how(problem: Problem, kernels: Kernels) -> dict[str, Any]:
     mask = problem.mask
     return {
-        "kernels": _GpuKernels(kernels, problem.device.index),
+        "kernels": GpuKernelsOf(kernels, problem.device.index),
         "scale": problem.scale,
         "softcap": problem.softcap,
         "left": mask.left,

@@ -18,6 +18,7 @@ from softcap_runtime.checks import check_qkv
 from softcap_runtime.kernels.batching import register_rules
 from softcap_runtime.kernels.engine import Call, empty_output
 from softcap_runtime.kernels.flops import register_formulas
+from softcap_runtime.kernels.sharding import sharded_inputs
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.torch_transforms import (
     apply_function,
@@ -233,6 +234,8 @@ def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
         q, k, v, lo, hi, *rest = inputs
         check_qkv(q, k, v)
         inputs = (q, k, v, *_checked_edges(lo, hi, k.shape[2]), *rest)
+    else:
+        inputs = (*sharded_inputs(*inputs[:5]), *inputs[5:])
     return apply_function(_Attention, *inputs)
 
 
@@ -243,6 +246,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tenso
     _, scale, softcap, engine, train = call  # no slice of it: the compiler of torch 2.8 takes none
     inputs = (q, k, v, mask.lo, mask.hi, left, right, scale, softcap, engine, train, number)
     if torch.compiler.is_compiling() or interpreters_active(*inputs[:5]):
+        if not torch.compiler.is_dynamo_compiling():  # there the operator's own autograd kernel does it
+            inputs = (*sharded_inputs(q, k, v, mask.lo, mask.hi), *inputs[5:])
         output = torch.ops.softcap_runtime.attention(*inputs)
     else:
         output = _Attention.apply(True, *inputs)  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ MODULES = {
     "forward_kernel": "triton_forward",
     "decode_kernel": "triton_decode",
     "combine_kernel": "triton_decode",
+    "paged_kernel": "triton_paged",
     "dq_kernel": "triton_backward",
     "dkdv_kernel": "triton_backward",
     "query_hull_kernel": "triton_backward",

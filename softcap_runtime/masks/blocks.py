@@ -5,8 +5,8 @@ visible and which, and the same for those wholly visible (every element of the b
 keys past ``kv_len`` count as hidden, as in ``create_block_mask``). The columns of a row come in no promised
 order, and what stands behind the first ``num`` entries is any valid column.
 
-Tables are exact for every mask of ``band`` and ``row_intervals``: the intervals of neighbouring rows leave no
-gap. For intervals of one's own with gaps inside one block of rows, columns in the gap are listed as partial.
+Tables are exact for every mask of ``band`` and ``row_intervals`` whose rows stand side by side: their intervals leave
+no gap. Where they do (``query_positions``) inside one block of rows, columns in the gap are listed as partial.
 """
 
 from __future__ import annotations

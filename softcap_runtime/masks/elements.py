@@ -6,25 +6,48 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.masks.intervals import RowIntervals
+from softcap_runtime.masks.validate import data_is_there
 
 
-def as_additive(mask: Tensor, q_len: int, kv_len: int) -> Tensor:
+def read_elements(mask: Tensor, q: Tensor, kv_len: int, name: str) -> RowIntervals | Tensor:
+    """A bool or additive mask of the argument ``name`` as row intervals, or where it is none as ``as_additive`` has it.
+
+    ``q`` ``[B, H, Sq, D]``. Raises ValueError or TypeError on a mask that does not fit it and ``kv_len``.
+    """
+    if mask.device != q.device:
+        raise ValueError(f"{name}: on {mask.device}, expected Q's {q.device}; move it")
+    elements = as_additive(mask, q.shape[2], kv_len, name)
+    check_rows_and_heads(elements.shape, q, name)
+    # The elements of a bias that is learned may all be 0 by now.
+    learned = torch.is_grad_enabled() and elements.requires_grad
+    found = intervals_of_elements(elements) if data_is_there(elements) and not learned else None
+    return elements if found is None else found
+
+
+def check_rows_and_heads(shape: tuple[int, ...], q: Tensor, name: str) -> None:
+    """Raise ValueError unless ``[B, H, ...]`` fits q's, size by size its own or 1."""
+    for size, wanted, words in zip(shape[:2], q.shape[:2], ("batch rows", "heads"), strict=True):
+        if size not in (1, wanted):
+            raise ValueError(f"{name}: {size} {words}, expected 1 or Q's {wanted}")
+
+
+def as_additive(mask: Tensor, q_len: int, kv_len: int, name: str = "causal_mask") -> Tensor:
     """A bool (True: visible) or additive float mask as ``[B or 1, H or 1, Sq, Skv]``, cut to these lengths.
 
     ``mask``: ``[Sq, Skv]``, ``[B, Sq, Skv]`` or ``[B, H, Sq, Skv]``; sizes may be larger. Of more rows than
     ``q_len`` those that end at key ``kv_len`` are taken, of more keys the first. Raises ValueError or TypeError.
     """
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        raise TypeError(f"causal_mask: {mask.dtype}, expected bool (True: visible) or additive floats")
+        raise TypeError(f"{name}: {mask.dtype}, expected bool (True: visible) or additive floats")
     if not 2 <= mask.dim() <= 4:
-        raise ValueError(f"causal_mask: shape {tuple(mask.shape)}, expected [Sq, Skv] to [B, H, Sq, Skv]")
+        raise ValueError(f"{name}: shape {tuple(mask.shape)}, expected [Sq, Skv] to [B, H, Sq, Skv]")
     while mask.dim() < 4:
         mask = mask[None] if mask.dim() == 2 else mask[:, None]
     rows, keys = mask.shape[2:]
     first = 0 if rows == q_len else kv_len - q_len
     if rows < first + q_len or keys < kv_len:
         raise ValueError(
-            f"causal_mask: {rows} rows and {keys} keys, expected at least {q_len} and {kv_len}; "
+            f"{name}: {rows} rows and {keys} keys, expected at least {q_len} and {kv_len}; "
             "make it for the longest sequence"
         )
     return mask[:, :, first : first + q_len, :kv_len]

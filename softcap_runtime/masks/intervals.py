@@ -5,7 +5,7 @@ of that form and combine by intersection, in O(rows) and without looking at an S
 window masks need no tensors at all: their rows are a band, two integers.
 
 Query row i stands at key position ``kv_len - q_len + i`` (bottom-right), or, with a cache of ``n`` valid
-keys, at ``n - q_len + i``.
+keys, at ``n - q_len + i``, or wherever the caller says: no row depends on the rows beside it.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def row_intervals(
     prefix_lengths: Tensor | None = None,
     spans: Tensor | None = None,
     cache_lengths: Tensor | None = None,
+    query_positions: Tensor | None = None,
 ) -> RowIntervals:
     """The intersection of everything given; the band form when no tensor is given.
 
@@ -86,25 +87,30 @@ def row_intervals(
     one span see each other, both ways, and the window then bounds ``|p - j|``. Without causal everything is
     visible both ways already: neither prefixes nor spans change anything.
     ``cache_lengths``: ``[B]`` integers; the valid keys of each batch row, the new ones included.
+    ``query_positions``: ``[q_len]`` or ``[B, q_len]`` integers; the key at which each query row stands, in any
+    order, ``kv_len - q_len + i`` (or ``cache_lengths - q_len + i``) when not given.
 
     O(B * kv_len), no host-device synchronisation, traceable by torch.compile. B may be 1 in any tensor.
     Nothing is checked here: see ``validate.check_mask_arguments``.
     """
-    given = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths)
+    given = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths, query_positions)
     devices = [tensor.device for tensor in given if tensor is not None]
     if not devices:
         return band(q_len, kv_len, causal=causal, window=window)
 
+    own = None if query_positions is None else query_positions.to(torch.int32).view(-1, q_len)
     origin = kv_len - q_len if cache_lengths is None else cache_lengths.to(torch.int32)[:, None] - q_len
 
     def positions(shift: int = 0) -> Tensor:
         """Of the queries, plus ``shift``: ``[1, q_len]`` until a tensor with more batch rows meets them."""
+        if own is not None:
+            return own + shift
         start = shift + origin if isinstance(origin, int) else shift
         made = torch.arange(start, start + q_len, dtype=torch.int32, device=devices[0])[None]
         return made if isinstance(origin, int) else made + origin
 
     two_way = prefix_lengths is not None or spans is not None
-    last_keys = cache_lengths is None and q_len <= kv_len
+    last_keys = own is None and cache_lengths is None and q_len <= kv_len
 
     def at_queries(per_key: Tensor) -> Tensor:
         return per_key[:, kv_len - q_len :] if last_keys else _at_positions(per_key, positions(), kv_len)
@@ -147,6 +153,20 @@ def edges(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, 
 def dense(intervals: RowIntervals, device: torch.device | str) -> Tensor:
     """The mask element by element: bool ``[B or 1, q_len, kv_len]``, True where row i sees key j."""
     return visible(*edges(intervals, device), intervals.kv_len)
+
+
+def combined(a: RowIntervals, b: RowIntervals, device: torch.device, *, union: bool = False) -> RowIntervals:
+    """The keys that both masks show, a band if both are bands.
+
+    With ``union`` each row from the earlier of the two beginnings to the later of the two ends.
+    """
+    if a.left is not None and a.right is not None and b.left is not None and b.right is not None:
+        # By name, here: torch.export has functions of its own in the place of min and max.
+        first, last = (min, max) if union else (max, min)
+        return a._replace(left=first(a.left, b.left), right=last(a.right, b.right))
+    (a_lo, a_hi), (b_lo, b_hi) = edges(a, device), edges(b, device)
+    lo, hi = (torch.minimum, torch.maximum) if union else (torch.maximum, torch.minimum)
+    return clipped(a.q_len, a.kv_len, lo(a_lo, b_lo), hi(a_hi, b_hi))
 
 
 def clipped(q_len: int, kv_len: int, lo: Tensor, hi: Tensor) -> RowIntervals:

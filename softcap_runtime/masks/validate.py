@@ -25,34 +25,41 @@ def check_mask_arguments(
     device: torch.device,
     *,
     causal: bool,
+    holes: bool = False,
     attention_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
     prefix_lengths: Tensor | None = None,
     spans: Tensor | None = None,
     cache_lengths: Tensor | None = None,
+    query_positions: Tensor | None = None,
 ) -> None:
     """Check the arguments of ``intervals.row_intervals``, which says what each of them means.
+
+    ``holes``: whether the caller serves an ``attention_mask`` of several runs of 1, which is no row interval.
 
     Raises TypeError for what is no tensor or has the wrong dtype, ValueError for all else: a shape other than
     the one named there (with one batch row or ``batch``), another device than ``device``, more queries than
     keys where every query needs a position among the keys, and data that no mask can have.
     """
-    if causal and q_len > kv_len:
+    placed = query_positions is not None
+    if causal and q_len > kv_len and not placed:
         raise ValueError(
             f"q: {q_len} rows over {kv_len} keys with causal=True, expected at most as many rows as keys; "
-            "pass the keys of the earlier tokens too, or causal=False"
+            "pass the keys of the earlier tokens too, query_positions, or causal=False"
         )
     if attention_mask is not None:
         _check_tensor("attention_mask", attention_mask, batch, (kv_len,), device, (torch.bool, *_INTEGERS))
         if data_is_readable(attention_mask):
-            _check_padding(attention_mask)
+            _check_zeros_and_ones(attention_mask)
+            if not holes:
+                _check_runs(attention_mask)
         elif attention_mask.device.type == "cpu":
             first, last = padding_edges(attention_mask)
             whole = (attention_mask != 0).sum(1, keepdim=True) >= last - first
             assert_in_graph(whole.all(), "attention_mask: holes, expected one run of 1")
     if document_ids is not None:
         _check_tensor("document_ids", document_ids, batch, (kv_len,), device, _INTEGERS)
-        if q_len > kv_len:
+        if q_len > kv_len and not placed:
             raise ValueError(
                 f"document_ids: {kv_len} ids for {q_len} query rows, expected one for every row; "
                 "packed sequences need the keys of all their queries"
@@ -75,10 +82,23 @@ def check_mask_arguments(
         _check_range(
             "cache_lengths",
             cache_lengths,
-            q_len,
+            0 if placed else q_len,
             kv_len,
-            "from the number of query rows to the number of keys",
+            f"from {'0' if placed else 'the number of query rows'} to the number of keys",
         )
+    if query_positions is not None:
+        _check_query_positions(query_positions, q_len, kv_len, batch, device)
+
+
+def has_holes(attention_mask: Tensor) -> bool:
+    """Whether any row of a mask ``[B, kv_len]`` shows more than one run of keys; looks at the data."""
+    return bool((_runs(attention_mask) > 1).any())
+
+
+def _runs(attention_mask: Tensor) -> Tensor:
+    """Runs of visible keys of each row: those that begin behind a hidden key, and one at the very start."""
+    seen = attention_mask != 0
+    return (seen[:, 1:] & ~seen[:, :-1]).sum(1, dtype=torch.int32) + seen[:, 0]
 
 
 def check_integers(name: str, tensor: Any) -> None:
@@ -148,22 +168,40 @@ def _check_range(name: str, lengths: Tensor, low: int, high: int, words: str) ->
             raise ValueError(f"{name}: {length} in batch row {row}, expected {low} to {high}, {words}")
 
 
-def _check_padding(attention_mask: Tensor) -> None:
-    seen = attention_mask
-    if seen.dtype != torch.bool:
-        seen = attention_mask != 0
-        if not torch.equal(seen.to(attention_mask.dtype), attention_mask):
-            bad = attention_mask[(attention_mask != 0) & (attention_mask != 1)][0].item()
-            raise ValueError(
-                f"attention_mask: {bad}, expected 0 (padding) or 1; pass mask != 0 if that is meant"
-            )
-    # Runs of visible keys: those that begin behind a hidden key, and one at the very start.
-    begins = (seen[:, 1:] & ~seen[:, :-1]).sum(1, dtype=torch.int32) + seen[:, 0]
-    if bool((begins > 1).any()):
-        row = int(begins.argmax())
+def _check_query_positions(
+    positions: Tensor, q_len: int, kv_len: int, batch: int, device: torch.device
+) -> None:
+    shared = isinstance(positions, Tensor) and positions.dim() == 1
+    rows = positions[None] if shared else positions
+    _check_tensor("query_positions", rows, batch, (q_len,), device, _INTEGERS)
+    if device.type != "cpu":
+        return
+    inside = (rows >= 0) & (rows < kv_len)
+    if not data_is_readable(positions):
+        assert_in_graph(inside.all(), "query_positions: out of range, expected 0 to the number of keys - 1")
+    elif not bool(inside.all()):
+        row, index = (int(at) for at in (~inside).nonzero()[0])
         raise ValueError(
-            f"attention_mask: {int(begins[row])} separate runs of 1 in batch row {row}, expected one, with "
-            "padding before or after it; a mask with holes goes to slow_attention_softcapping as a dense mask"
+            f"query_positions: {int(rows[row, index])} for query row {index} of batch row {row}, expected 0 to "
+            f"{kv_len - 1}, the place of the row's own key among the {kv_len} keys"
+        )
+
+
+def _check_zeros_and_ones(attention_mask: Tensor) -> None:
+    if attention_mask.dtype == torch.bool:
+        return
+    if not torch.equal((attention_mask != 0).to(attention_mask.dtype), attention_mask):
+        bad = attention_mask[(attention_mask != 0) & (attention_mask != 1)][0].item()
+        raise ValueError(f"attention_mask: {bad}, expected 0 (padding) or 1; pass mask != 0 if that is meant")
+
+
+def _check_runs(attention_mask: Tensor) -> None:
+    runs = _runs(attention_mask)
+    if bool((runs > 1).any()):
+        row = int(runs.argmax())
+        raise ValueError(
+            f"attention_mask: {int(runs[row])} separate runs of 1 in batch row {row}, expected one, with padding "
+            "before or after it"
         )
 
 

@@ -1,12 +1,10 @@
-"""Counters that every process adds to: kept in memory, merged into the database now and then."""
+"""Counters that every process adds to: kept in memory, and added to the database's row of counters by ``flush``."""
 
 from __future__ import annotations
 
 import json
 import threading
-import time
 from collections import Counter
-from typing import NamedTuple
 
 NAMES = (
     "hits",
@@ -17,100 +15,64 @@ NAMES = (
     "write_failures",
     "evictions",
     "lock_waits",
-    "longest_lock_wait_s",
+    "longest_lock_wait_ms",
 )
-_GREATEST = "longest_lock_wait_s"
-
-
-class Count(NamedTuple):
-    """A value and since when it counts, in seconds since the epoch."""
-
-    value: float
-    since: float
+_GREATEST = "longest_lock_wait_ms"  # of this one the greatest is kept; the others add up
 
 
 class Counters:
-    """What this process has counted and not yet merged. Safe over threads."""
+    """What this process has counted and not yet written. Safe over threads."""
 
     def __init__(self) -> None:
+        self.forget_parent()
+
+    def forget_parent(self) -> None:
+        """Start anew: in a forked child the counts are the parent's to write, and its lock may be held for ever."""
         self._lock = threading.Lock()
-        self._counts: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
         self._uses: Counter[str] = Counter()
-        self._started = time.time()
 
     def add(self, name: str, amount: int = 1) -> None:
-        """Count ``amount`` events."""
+        """Add ``amount`` to the counter ``name``, one of ``NAMES``."""
         with self._lock:
-            self._counts[name] = self._counts.get(name, 0) + amount
+            self._counts = _combined(self._counts, {name: amount})
 
-    def waited(self, seconds: float) -> None:
-        """Count one wait for another builder's lock."""
-        with self._lock:
-            self._counts["lock_waits"] = self._counts.get("lock_waits", 0) + 1
-            self._counts[_GREATEST] = max(self._counts.get(_GREATEST, 0.0), seconds)
-
-    def use(self, digest: str, amount: int) -> None:
-        """Count loads of an entry; 0 says that it was wanted, which keeps it from being the next to be evicted."""
+    def use(self, digest: str, amount: int = 1) -> None:
+        """Count loads of an entry; 0 marks it as wanted, which keeps it from being the next to be evicted."""
         with self._lock:
             self._uses[digest] += amount
 
-    def add_stored(self, stored: bytes) -> None:
-        """Add the counters of a database that was moved aside."""
+    def take(self) -> tuple[dict[str, int], Counter[str]]:
+        """All counts and uses, which are then no longer here: write them, or ``give_back``."""
         with self._lock:
-            for name, count in _parsed(stored).items():
-                self._counts[name] = _combined(name, self._counts.get(name, 0), count.value)
-                self._started = min(self._started, count.since)
-
-    def take(self) -> tuple[dict[str, float], dict[str, int]]:
-        """Everything counted so far, which is then no longer here: merge it, or ``give_back``."""
-        with self._lock:
-            taken = self._counts, dict(self._uses)
+            taken = self._counts, self._uses
             self._counts, self._uses = {}, Counter()
             return taken
 
-    def give_back(self, counts: dict[str, float], uses: dict[str, int]) -> None:
-        """Undo ``take`` when the merge failed."""
+    def give_back(self, counts: dict[str, int], uses: Counter[str]) -> None:
+        """Undo ``take`` when writing failed."""
         with self._lock:
-            for name, value in counts.items():
-                self._counts[name] = _combined(name, self._counts.get(name, 0), value)
+            self._counts = _combined(self._counts, counts)
             self._uses.update(uses)
 
-    def merged(self, stored: bytes | None) -> dict[str, Count]:
+    def total(self, stored: bytes | None) -> dict[str, int]:
         """The stored counters plus what this process holds."""
         with self._lock:
-            return _merged(_parsed(stored), self._counts, self._started)
-
-    def merge_into(self, stored: bytes | None, counts: dict[str, float]) -> bytes:
-        """The bytes to store: the stored counters plus ``counts``."""
-        merged = _merged(_parsed(stored), counts, self._started)
-        return json.dumps({name: [count.value, count.since] for name, count in merged.items()}).encode()
+            return added(stored, self._counts)
 
 
-def _combined(name: str, one: float, other: float) -> float:
-    return max(one, other) if name == _GREATEST else one + other
-
-
-def _merged(stored: dict[str, Count], counts: dict[str, float], now: float) -> dict[str, Count]:
-    merged = {}
-    for name in NAMES:
-        base = stored.get(name, Count(0, now))
-        merged[name] = Count(_combined(name, base.value, counts.get(name, 0)), base.since)
-    return merged
-
-
-def _parsed(stored: bytes | None) -> dict[str, Count]:
-    """The counters of a row; what is missing or malformed starts anew."""
+def added(stored: bytes | None, counts: dict[str, int]) -> dict[str, int]:
+    """The stored counters plus ``counts``; what is missing or malformed there counts as 0."""
     try:
         document = json.loads(stored) if stored else {}
     except (ValueError, RecursionError):
-        return {}
-    if not isinstance(document, dict):
-        return {}
-    return {
-        name: Count(pair[0], pair[1])
-        for name, pair in document.items()
-        if name in NAMES
-        and isinstance(pair, list)
-        and len(pair) == 2
-        and all(type(part) in (int, float) and 0 <= part < 2**53 for part in pair)
-    }
+        document = {}
+    known = document if isinstance(document, dict) else {}
+    plausible = {name: count for name, count in known.items() if type(count) is int and 0 <= count < 2**53}
+    total = _combined(plausible, counts)
+    return {name: total.get(name, 0) for name in NAMES}
+
+
+def _combined(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    pairs = {name: (one.get(name, 0), other.get(name, 0)) for name in one | other}
+    return {name: max(pair) if name == _GREATEST else sum(pair) for name, pair in pairs.items()}

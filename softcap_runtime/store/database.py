@@ -1,4 +1,4 @@
-"""The database of a folder, as a thing that never raises: opened when used, healed when bad."""
+"""The database of a folder, as an object that never raises: opened when used, moved aside when bad."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from softcap_runtime.store import trust
 from softcap_runtime.store.entry import printable
-from softcap_runtime.store.locks import KeyLocks
 from softcap_runtime.store.processes import DATABASE_LOCK
 
 if TYPE_CHECKING:
@@ -27,22 +26,18 @@ _INHERITED: list[object] = []  # connections of the parent process: closing one 
 
 
 class Database:
-    """``fault``: why the disk is not used now, in one line; None once what failed works again.
+    """The database in ``folder``; ``count`` is called with ``corrupt`` or ``rejected`` for each bad one found.
 
-    ``set_aside``: databases that this process found bad and moved, with the reason. ``bad``: called with
-    ``corrupt`` or ``rejected`` for each; ``save``: called with the path of one that was moved.
+    ``moved``: databases that this process moved into quarantine, with the reason. ``writable``: whether the folder
+    is, once the database is open.
     """
 
-    def __init__(
-        self, folder: Path, max_bytes: int, bad: Callable[[str], None], save: Callable[[Path], None]
-    ) -> None:
+    def __init__(self, folder: Path, max_bytes: int, count: Callable[[str], None]) -> None:
         self.folder = folder
-        self.set_aside: list[str] = []
+        self.moved: list[str] = []
         self.writable = False
-        self.locks = KeyLocks(folder)
         self._max_bytes = max_bytes
-        self._bad = bad
-        self._save = save
+        self._count = count
         self._faults: dict[str, str] = {}
         self._logged: set[str] = set()
         self._index: Index | None = None
@@ -51,20 +46,20 @@ class Database:
 
     @property
     def fault(self) -> str | None:
-        """The oldest fault that lasts."""
+        """Why the disk is not used, in one line: the oldest fault that lasts; None once what failed works again."""
         return next(iter(self._faults.values()), None)
 
-    def foreseen(self) -> str | None:
-        """``fault``; before the first use, what stands in the way of it. Opens and creates nothing."""
+    def probe_fault(self) -> str | None:
+        """``fault``; before the first use, what would prevent it. Opens and creates nothing."""
         if self._index is not None or self.fault is not None:
             return self.fault
-        return trust.foresee(self.folder)
+        return trust.probe(self.folder)
 
     def use(self, what: str, action: Callable[[Index], T], default: T, create: bool = False) -> T:
-        """Run ``action`` on the open index; after a disk fault note it and give ``default``.
+        """Run ``action`` on the open index; after a disk fault note it under ``what`` and give ``default``.
 
-        Where there is no database yet it is made with ``create``; without, ``default`` is the answer. One that was
-        replaced is opened anew; a damaged or foreign one is moved aside for a fresh one.
+        A missing database is made with ``create``; without, the answer is ``default``. One that was replaced is
+        opened again; a damaged or foreign one moves into quarantine and a new one takes its place.
         """
         try:
             # Not at the top: with diskcache they take as long as opening a cache.
@@ -75,7 +70,7 @@ class Database:
         except (ImportError, OSError) as error:  # out of file descriptors
             self._unavailable(what, error)
             return default
-        last: Exception | None = None
+        replaced: Exception | None = None
         with DATABASE_LOCK:
             for _ in range(3):
                 try:
@@ -86,17 +81,17 @@ class Database:
                     self._faults.pop(what, None)
                     return result
                 except (Moved, FileNotFoundError, NotADirectoryError) as error:
-                    last = error
+                    replaced = error
                     self.close()
                 except (sqlite3.OperationalError, sqlite3.ProgrammingError, OSError, OtherVersion) as error:
                     self._unavailable(what, error)
                     return default
                 except (sqlite3.DatabaseError, Foreign, UnicodeDecodeError) as error:
-                    # The last when SQLite's message quotes a damaged name.
-                    if not self._move_aside(error):
+                    # UnicodeDecodeError when SQLite's message quotes a damaged name.
+                    if not self._move_aside(error, "rejected" if isinstance(error, Foreign) else "corrupt"):
                         return default
-            told = f"{last}" if isinstance(last, OSError) else "its database is replaced again and again"
-            self.note(what, f"cache folder {self.folder}: {told}; not used now")
+            why = replaced if isinstance(replaced, OSError) else "its database is replaced again and again"
+            self.note(what, f"cache folder {self.folder}: {why}; not used now")
             return default
 
     def can_write(self, create: bool = True) -> bool:
@@ -104,7 +99,7 @@ class Database:
         return self.use("open", lambda _: self.writable, False, create)
 
     def is_empty(self) -> bool:
-        """Whether the folder may be used and nobody has made a database in it, as who may only read it cannot."""
+        """Whether the folder is usable and holds no database yet."""
         from softcap_runtime.store import schema
 
         no_database = not os.path.lexists(self.folder / schema.DBNAME)
@@ -129,41 +124,37 @@ class Database:
         if self._index is not None:
             _INHERITED.append(self._index)
         self._index = None
-        self.locks = KeyLocks(self.folder)
 
     def _opened(self, create: bool) -> Index | None:
         if self._index is not None:
             return self._index
         if time.monotonic() < self._retry_at:
             return None
+        problem = None
         if not os.path.lexists(self.folder):
             if not create:
                 return None
-            problem = trust.foresee(self.folder)
-            if problem is not None:
-                self.note("open", problem)
-                return None
-            trust.make_private(self.folder)
-        verdict = trust.check(self.folder)
-        self.writable = verdict.writable
-        if verdict.problem is not None:
-            self.note("open", verdict.problem)
-            return None
-        from softcap_runtime.store import repair, schema
+            problem = trust.probe(self.folder)
+            if problem is None:
+                trust.make_private(self.folder)
+        if problem is None:
+            problem, self.writable, *_ = trust.check(self.folder)
+        from softcap_runtime.store import quarantine, schema
         from softcap_runtime.store.index import Index
 
-        if not os.path.lexists(self.folder / schema.DBNAME):
-            if not verdict.writable:
-                self.note(
-                    "open", f"cache folder {self.folder} is read-only and empty; prewarm it as its owner"
-                )
-                return None
+        missing = problem is None and not os.path.lexists(self.folder / schema.DBNAME)
+        if missing and not self.writable:
+            problem = f"cache folder {self.folder} is read-only and empty; prewarm it as its owner"
+        if problem is not None:
+            self.note("open", problem)
+            return None
+        if missing:
             if not create:
                 return None
-            repair.create(self.folder, self.locks)
-        self._inode = repair.inode(self.folder)
+            quarantine.create_database(self.folder)
+        self._inode = schema.inode(self.folder)
         self._index = Index(
-            self.folder, writable=verdict.writable, busy_seconds=BUSY_SECONDS, max_bytes=self._max_bytes
+            self.folder, writable=self.writable, busy_seconds=BUSY_SECONDS, max_bytes=self._max_bytes
         )
         self._faults.pop("open", None)
         return self._index
@@ -174,24 +165,23 @@ class Database:
             self._retry_at = time.monotonic() + RETRY_SECONDS
         self.note(what, f"cache folder {self.folder}: cannot {what}: {error}; working from memory meanwhile")
 
-    def _move_aside(self, error: Exception) -> bool:
-        """Move a bad database into quarantine and save its good entries; whether to try again."""
-        from softcap_runtime.store import repair, schema
+    def _move_aside(self, error: Exception, kind: str) -> bool:
+        """Move a bad database into quarantine; whether to try again with a new one."""
+        from softcap_runtime.store import quarantine
 
         self.close()
+        self._count(kind)
         reason = printable(str(error))
-        self._bad("rejected" if isinstance(error, schema.Foreign) else "corrupt")
-        line = f"cache folder {self.folder}: its database is not usable: {reason}"
+        message = f"cache folder {self.folder}: its database is not usable: {reason}"
         if not self.writable:
-            self.note("open", f"{line}; it is read-only, ask its owner to remove it")
+            self.note("open", f"{message}; it is read-only, ask its owner to remove it")
             return False
         try:
-            moved = repair.set_aside(self.folder, self._inode, self.locks)
+            target = quarantine.move_database(self.folder, self._inode)
         except OSError as failure:
-            self.note("open", f"{line}; it cannot be moved aside: {failure}")
+            self.note("open", f"{message}; it cannot be moved aside: {failure}")
             return False
-        if moved is not None:
-            log.warning("%s; moved to %s", line, moved)
-            self.set_aside.append(f"{reason}; moved to {moved}")
-            self._save(moved)
+        if target is not None:
+            self.moved.append(f"{reason}; moved to {target}")
+            log.warning("%s; moved to %s; its entries are built again when needed", message, target)
         return True

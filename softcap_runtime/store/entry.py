@@ -1,4 +1,4 @@
-"""One entry: a document that says what it is, a payload, and seals over both.
+"""One entry: a document that describes it, a payload, and seals over both.
 
 The document is one line of canonical JSON (key, fingerprint, size, creation, provenance). Two lines follow
 it: the SHA-256 over document and payload, and the HMAC-SHA256 over the same bytes (empty without an
@@ -28,7 +28,7 @@ class BadEntry(Exception):
 
 
 class NotAuthenticated(BadEntry):
-    """An entry that is whole, but not sealed with this process's secret: refused, and left to whose it is."""
+    """An intact entry that was not sealed with this process's secret: refused, and left for its owner."""
 
     def __init__(self) -> None:
         super().__init__("rejected", "its HMAC is missing or made with another key")
@@ -79,13 +79,13 @@ def verify(text: object, payload: object, digest: str, auth_key: bytes | None) -
     if not isinstance(payload, bytes):
         raise BadEntry("rejected", f"its value is {type(payload).__name__}, expected bytes")
     line, checksum, mac = split(text)
-    framed = _framed(line, payload)
-    if not hmac.compare_digest(hashlib.sha256(framed).hexdigest(), checksum):
+    expected, expected_mac = _seals(line, payload, auth_key)
+    if not hmac.compare_digest(expected, checksum):
         raise BadEntry("corrupt", "its checksum does not match its bytes")
     document = parse(line)
     if document_digest(document) != digest:
         raise BadEntry("rejected", "it belongs to another key")
-    if auth_key is not None and not hmac.compare_digest(_mac(framed, auth_key), mac):
+    if auth_key is not None and not hmac.compare_digest(expected_mac, mac):
         raise NotAuthenticated
     return document
 
@@ -127,20 +127,17 @@ def document_digest(document: dict[str, Any]) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` without line breaks and control characters: what lies on disk may end up on a terminal."""
+    """``text`` without line breaks and control characters: what is on disk may be shown on a terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def _framed(line: str, payload: bytes) -> bytes:
-    document = line.encode("ascii")
-    return b"softcap-entry %d %d\n" % (len(document), len(payload)) + document + payload
-
-
-def _mac(framed: bytes, auth_key: bytes) -> str:
-    return hmac.new(auth_key, framed, hashlib.sha256).hexdigest()
-
-
 def _text(line: str, payload: bytes, auth_key: bytes | None) -> str:
-    framed = _framed(line, payload)
-    mac = "" if auth_key is None else _mac(framed, auth_key)
-    return f"{line}\n{hashlib.sha256(framed).hexdigest()}\n{mac}"
+    return "\n".join([line, *_seals(line, payload, auth_key)])
+
+
+def _seals(line: str, payload: bytes, auth_key: bytes | None) -> tuple[str, str]:
+    """Checksum and HMAC of an entry as hex digits; the HMAC is empty without ``auth_key``."""
+    document = line.encode("ascii")
+    framed = b"softcap-entry %d %d\n" % (len(document), len(payload)) + document + payload
+    mac = "" if auth_key is None else hmac.new(auth_key, framed, hashlib.sha256).hexdigest()
+    return hashlib.sha256(framed).hexdigest(), mac

@@ -1,19 +1,17 @@
 """The index of a cache: a diskcache.Cache that trusts nothing it reads and never touches another file.
 
 diskcache unpickles rows, opens and removes files that rows name, obeys settings that it finds in the
-database, writes 25 transactions on every open and waits 60 s for a lock. Here a database is inspected before
-it is used, opened without a write (read-only where it must be), on one connection; keys are str and values
-bytes.
+database, writes 25 transactions on every open and waits 60 s for a lock. This one inspects a database before
+using it, opens it without a write (read-only if need be) on one connection, and takes only str keys and bytes values.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +23,7 @@ from softcap_runtime.store.key import is_digest
 
 COUNTERS_KEY = "counters"
 MODE_RAW = 1
-# By how much clocks may be set back, or differ between hosts, and times still tell which use was later.
-CLOCK_STEP_S = 60.0
-_NO_FILES = "entries name no files"
+CLOCK_STEP_S = 60.0  # a last use further in the future than this comes from a wrong clock
 
 
 class Moved(sqlite3.OperationalError):
@@ -35,7 +31,7 @@ class Moved(sqlite3.OperationalError):
 
 
 class BytesDisk(diskcache.Disk):
-    """Keys are str and values bytes, kept in the row; whatever else a row says is refused, never followed."""
+    """Keys are str and values bytes, both in the row; anything else in a row is refused, never followed."""
 
     def put(self, key: Any) -> tuple[str, bool]:
         """The key as it is; TypeError unless it is a str."""
@@ -65,14 +61,14 @@ class BytesDisk(diskcache.Disk):
 
     def filename(self, key: Any = None, value: Any = None) -> tuple[str, str]:
         """Never: BadEntry."""
-        raise BadEntry("rejected", _NO_FILES)
+        raise BadEntry("rejected", "entries name no files")
 
     def remove(self, file_path: Any) -> None:
         """Remove nothing: no file that a row names is ours."""
 
 
 class Row(NamedTuple):
-    """What listing reads of a row: everything but the value."""
+    """A row without its value."""
 
     rowid: int
     key: Any
@@ -85,18 +81,11 @@ class Row(NamedTuple):
     last_used: Any
     hits: Any
 
-    @property
-    def reserved(self) -> bool:
-        """Whether it is the row of the counters, not an entry."""
-        return bool(self.key == COUNTERS_KEY and self.raw == 1)
-
     def check(self) -> str:
         """The digest of a row that has the form of an entry; BadEntry otherwise."""
-        plain = (
-            self.raw == 1 and self.mode == MODE_RAW and self.filename is None and self.value_type == "blob"
-        )
-        if not plain or not is_digest(self.key):
-            raise BadEntry("rejected", "it has not the form of an entry")
+        columns = self.raw, self.mode, self.filename, self.value_type
+        if columns != (1, MODE_RAW, None, "blob") or not is_digest(self.key):
+            raise BadEntry("rejected", "it does not have the form of an entry")
         return str(self.key)
 
 
@@ -118,10 +107,9 @@ class Index(diskcache.Cache):
             setattr(self, name, value)
         schema.check_journal(folder)
         schema.check_header(folder)
-        self._inode = self._current_inode()
-        mode = "rw" if writable else "ro"
+        self._inode = schema.inode(folder)
         self._connection = sqlite3.connect(
-            f"{self._path.resolve().as_uri()}?mode={mode}",
+            f"{self._path.resolve().as_uri()}?mode={'rw' if writable else 'ro'}",
             uri=True,
             timeout=busy_seconds,
             isolation_level=None,
@@ -129,8 +117,10 @@ class Index(diskcache.Cache):
         )
         try:
             self._connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
-            for pragma in _pragmas():
-                self._connection.execute(pragma)
+            self._connection.execute("PRAGMA trusted_schema = OFF")
+            self._connection.execute("PRAGMA cell_size_check = ON")
+            for name in ("mmap_size", "cache_size", "synchronous"):
+                self._connection.execute(f"PRAGMA {name} = {schema.SETTINGS[f'sqlite_{name}']}")
             if writable:
                 # Another tool may have left it in WAL mode; a file in the right mode is not written.
                 self._connection.execute("PRAGMA journal_mode = delete").fetchall()
@@ -160,7 +150,7 @@ class Index(diskcache.Cache):
         execute("BEGIN IMMEDIATE")
         self._txn_id = threading.get_ident()
         try:
-            # After BEGIN, so that who moves a database aside (holding its lock) cannot come between.
+            # After BEGIN: whoever moves a database aside holds its lock, so cannot come between.
             self.check_place()
             yield execute, self._disk.remove
             execute("COMMIT")
@@ -174,19 +164,20 @@ class Index(diskcache.Cache):
 
     def check_place(self) -> None:
         """Raise Moved when another process moved the database aside, or the folder is gone."""
-        if self._current_inode() != self._inode:
+        if schema.inode(self._path.parent) != self._inode:
             raise Moved(f"{self._path} was replaced")
-
-    def _current_inode(self) -> tuple[int, int]:
-        status = os.stat(self._path)
-        return status.st_dev, status.st_ino
 
     def read(self, digest: str) -> Sealed | None:
         """The entry stored under ``digest``, its seals not yet verified. Raises BadEntry for an odd row."""
         self.check_place()
         sizes = "SELECT length(value), length(tag) FROM Cache WHERE key = ? AND raw = 1"
         for value_bytes, text_length in self._connection.execute(sizes, (digest,)).fetchall():
-            _check_sizes(value_bytes, text_length, self._max_bytes)
+            for what, size, limit in (
+                ("value has {} bytes", value_bytes, self._max_bytes),
+                ("document has {} characters", text_length, MAX_DOCUMENT),
+            ):
+                if (size or 0) > limit:
+                    raise BadEntry("rejected", f"its {what.format(size)}, expected at most {limit}")
         payload, text = self.get(digest, tag=True)
         return None if payload is None else Sealed(text, payload)
 
@@ -197,16 +188,15 @@ class Index(diskcache.Cache):
             return self._evict(execute, digest, size_limit)
 
     def _evict(self, execute: Any, keep: str, size_limit: int) -> int:
-        ((total,),) = execute(
-            "SELECT total(length(value)) FROM Cache WHERE key IS NOT ?", (COUNTERS_KEY,)
-        ).fetchall()
-        if total <= size_limit:
-            return 0
-        others = "key IS NOT ? AND key IS NOT ?"
-        # Those of a clock that ran ahead come first: else they would outlive what is used until the clock is there.
-        order = "ORDER BY access_time <= ?, access_time, rowid"
-        oldest_first = f"SELECT rowid, length(value) FROM Cache WHERE {others} {order}"
+        _, total = self.totals()
         evicted = 0
+        if total <= size_limit:
+            return evicted
+        # Entries used in the future (a clock ran ahead) leave first: they would outlive the others for years.
+        oldest_first = (
+            "SELECT rowid, length(value) FROM Cache WHERE key IS NOT ? AND key IS NOT ?"
+            " ORDER BY access_time <= ?, access_time, rowid"
+        )
         for rowid, size in execute(oldest_first, (keep, COUNTERS_KEY, time.time() + CLOCK_STEP_S)).fetchall():
             execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
             evicted, total = evicted + 1, total - (size or 0)
@@ -217,12 +207,11 @@ class Index(diskcache.Cache):
     def merge(self, uses: Mapping[str, int], counters: Callable[[bytes | None], bytes]) -> None:
         """Add ``uses`` to the entries' counts, and rewrite the counters row, in one transaction."""
         with self._transact() as (execute, _):
-            now = time.time()
-            execute_use = (
+            use = (
                 "UPDATE Cache SET access_count = access_count + ?, access_time = ? WHERE key = ? AND raw = 1"
             )
             for digest, count in uses.items():
-                execute(execute_use, (count, now, digest))
+                execute(use, (count, time.time(), digest))
             self.set(COUNTERS_KEY, counters(self.counters()))
 
     def counters(self) -> bytes | None:
@@ -234,15 +223,16 @@ class Index(diskcache.Cache):
         return data if isinstance(data, bytes) else None
 
     def rows(self) -> Iterator[Row]:
-        """Every row but its value, in batches: other processes may write meanwhile."""
-        bounded_text = f"CASE WHEN length(tag) <= {MAX_DOCUMENT} THEN tag END"
-        columns = f"rowid, key, raw, {bounded_text}, mode, filename, typeof(value), length(value)"
+        """Every row but the counters, in batches: other processes may write meanwhile."""
         select = (
-            f"SELECT {columns}, access_time, access_count FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT 500"
+            f"SELECT rowid, key, raw, CASE WHEN length(tag) <= {MAX_DOCUMENT} THEN tag END, mode, filename,"
+            " typeof(value), length(value), access_time, access_count"
+            " FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT 500"
         )
         last = -(2**63)
         while batch := self._connection.execute(select, (last,)).fetchall():
-            yield from map(Row._make, batch)
+            rows = map(Row._make, batch)
+            yield from (row for row in rows if (row.key, row.raw) != (COUNTERS_KEY, 1))
             last = batch[-1][0]
 
     def raw_row(self, rowid: int) -> tuple[Any, Any]:
@@ -250,10 +240,11 @@ class Index(diskcache.Cache):
         found = self._connection.execute("SELECT tag, value FROM Cache WHERE rowid = ?", (rowid,)).fetchall()
         return found[0] if found else (None, None)
 
-    def remove_row(self, rowid: int) -> None:
-        """Delete one row; nothing that it names is followed."""
+    def remove_rows(self, rowids: Iterable[int]) -> None:
+        """Delete rows; nothing that they name is followed."""
         with self._transact() as (execute, _):
-            execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
+            for rowid in rowids:
+                execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
 
     def remove_entries(self) -> int:
         """Delete every row but the counters; how many."""
@@ -270,21 +261,5 @@ class Index(diskcache.Cache):
 
     def damage(self) -> list[str]:
         """What SQLite's own check finds wrong with the file; reads all of it."""
-        found = [str(line) for (line,) in self._connection.execute("PRAGMA integrity_check(20)")]
-        return [] if found == ["ok"] else found
-
-
-def _pragmas() -> Iterator[str]:
-    yield "PRAGMA trusted_schema = OFF"
-    yield "PRAGMA cell_size_check = ON"
-    for name in ("mmap_size", "cache_size", "synchronous"):
-        yield f"PRAGMA {name} = {schema.SETTINGS[f'sqlite_{name}']}"
-
-
-def _check_sizes(value_bytes: Any, text_length: Any, max_bytes: int) -> None:
-    if (value_bytes or 0) > max_bytes:
-        raise BadEntry("rejected", f"its value has {value_bytes} bytes, expected at most {max_bytes}")
-    if (text_length or 0) > MAX_DOCUMENT:
-        raise BadEntry(
-            "rejected", f"its document has {text_length} characters, expected at most {MAX_DOCUMENT}"
-        )
+        lines = self._connection.execute("PRAGMA integrity_check(20)")
+        return [str(line) for (line,) in lines if line != "ok"]

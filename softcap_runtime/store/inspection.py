@@ -1,32 +1,34 @@
-"""What people see of a store: entries, status, and why a key would miss."""
+"""What people see of a store: its entries and state, why a key would miss, what is damaged."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+import sqlite3
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from softcap_runtime.store import entry as entries_
-from softcap_runtime.store import repair, schema, trust
+from softcap_runtime.store import quarantine, schema, trust
 from softcap_runtime.store.entry import BadEntry, NotAuthenticated
+from softcap_runtime.store.entry_store import EntryStore
 from softcap_runtime.store.fingerprint import fingerprints
+from softcap_runtime.store.index import Index, Row
 from softcap_runtime.store.key import Key
 from softcap_runtime.store.report import (
-    Counter,
     Difference,
     Document,
     EntryInfo,
     Explanation,
+    Problem,
     StoreStatus,
 )
 
-if TYPE_CHECKING:
-    from softcap_runtime.store.index import Index, Row
-    from softcap_runtime.store.stock import Stock
+log = logging.getLogger(__name__)
 
 NETWORK_FILESYSTEMS = (
     "nfs",
@@ -42,32 +44,32 @@ NETWORK_FILESYSTEMS = (
     "9p",
 )
 
+BadRows = list[tuple[Row, BadEntry]]
 
-def entries(stock: Stock) -> list[EntryInfo]:
+
+def entries(store: EntryStore) -> list[EntryInfo]:
     """See ``Store.entries``."""
-    return listed(stock, lambda index, row, bad: stock.reject_row(index, row.rowid, bad))
+    good, bad = rows(store)
+    for row, why in bad:
+        store.counters.add(why.kind)
+        log.warning("row %d of %s is not used: %s", row.rowid, store.folder, why)
+    if bad and store.database.writable:
+        numbers = [row.rowid for row, _ in bad]
+        store.database.use("write", lambda index: index.remove_rows(numbers), None)
+    return good
 
 
-def listed(stock: Stock, odd: Callable[[Index, Row, BadEntry], None] | None = None) -> list[EntryInfo]:
-    """Every usable entry, least recently used first; ``odd`` is called for each row that is none. Removes nothing."""
-    stock.flush()
-
-    def collect(index: Index) -> list[EntryInfo]:
-        found = []
-        for row in list(index.rows()):
-            if row.reserved:
-                continue
-            try:
-                found.append(_info(row))
-            except BadEntry as bad:
-                if odd is not None:
-                    odd(index, row, bad)
-        return found
-
-    nothing: list[EntryInfo] = []
-    return sorted(
-        stock.database.use("read", collect, nothing), key=lambda info: (info.last_used, info.digest)
-    )
+def rows(store: EntryStore) -> tuple[list[EntryInfo], BadRows]:
+    """Every usable entry, least recently used first, and the rows that are none with the reason. Removes nothing."""
+    store.flush()
+    good, bad = [], []
+    nothing: list[Row] = []
+    for row in store.database.use("read", lambda index: list(index.rows()), nothing):
+        try:
+            good.append(_info(row))
+        except BadEntry as why:
+            bad.append((row, why))
+    return sorted(good, key=lambda info: (info.last_used, info.digest)), bad
 
 
 def _info(row: Row) -> EntryInfo:
@@ -75,7 +77,9 @@ def _info(row: Row) -> EntryInfo:
     document = document_of(row.text)
     if entries_.document_digest(document.model_dump()) != digest:
         raise BadEntry("rejected", "it belongs to another key")
-    differs = differing(document.fingerprint, _environment_of(document.fingerprint))
+    # This environment's fingerprint for the device that the entry was built for, or the one most like it.
+    known = fingerprints("cuda" if "gpu" in document.fingerprint else "cpu")
+    differs = min((differing(document.fingerprint, here) for here in known), key=len)
     return EntryInfo(
         digest=digest,
         fields=document.fields,
@@ -115,55 +119,38 @@ def differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
     return sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
 
 
-def _environment_of(stored: Mapping[str, str]) -> dict[str, str]:
-    """This environment's fingerprint for the device that an entry was built for, or the one most like it."""
-    known = fingerprints("cuda" if "gpu" in stored else "cpu")
-    return min(known, key=lambda here: len(differing(stored, here)))
-
-
-def status(stock: Stock) -> StoreStatus:
+def status(store: EntryStore) -> StoreStatus:
     """See ``Store.status``."""
-    entry_count, size = stock.database.use("read", lambda index: index.totals(), (0, 0))
-    stored = stock.database.use("read", lambda index: index.counters(), None)
-    exists = os.path.lexists(stock.folder)
-    verdict = trust.check(stock.folder) if exists else trust.Verdict(trust.foresee(stock.folder), False)
-    good = "trusted" if exists else "does not exist yet"
-    kind = filesystem_type(stock.folder)
+    entry_count, size = store.database.use("read", lambda index: index.totals(), (0, 0))
+    stored = store.database.use("read", lambda index: index.counters(), None)
+    exists = os.path.lexists(store.folder)
+    verdict = trust.check(store.folder) if exists else trust.Verdict(trust.probe(store.folder), False)
+    kind = filesystem_type(store.folder)
     return StoreStatus(
-        folder=_unicode(str(stock.folder)),
-        exists=stock.folder.is_dir(),
+        folder=_unicode(str(store.folder)),
+        exists=store.folder.is_dir(),
         writable=verdict.writable,
         trusted=verdict.problem is None,
-        verdict=_unicode(verdict.problem or good),
+        verdict=_unicode(verdict.problem or ("trusted" if exists else "does not exist yet")),
         owner="" if verdict.owner is None else trust.owner_name(verdict.owner),
         mode="" if verdict.mode is None else f"{verdict.mode:04o}",
         filesystem=kind,
         network_filesystem=kind in NETWORK_FILESYSTEMS or kind.startswith("fuse."),
         schema_version=schema.USER_VERSION,
-        fault=None if stock.fault is None else _unicode(stock.fault),
-        authenticated=stock.auth_key is not None,
+        fault=None if store.fault is None else _unicode(store.fault),
+        authenticated=store.auth_key is not None,
         entries=entry_count,
         bytes=size,
-        size_limit=stock.size_limit,
-        held_in_memory=stock.held_in_memory,
-        quarantine=_names(stock.folder / repair.QUARANTINE),
-        counters={
-            name: Counter(value=count.value, since=count.since)
-            for name, count in stock.counters.merged(stored).items()
-        },
+        size_limit=store.size_limit,
+        held_in_memory=store.held_in_memory,
+        quarantine=sorted(_unicode(path.name) for path in store.folder.glob(f"{quarantine.FOLDER}/*")),
+        counters=store.counters.total(stored),
     )
 
 
 def absent(folder: Path) -> str:
-    """What is said of a folder that is not there by whoever only looks, and so makes none."""
+    """What to say of a cache folder that does not exist, to someone who only wants to look."""
     return f"cache folder {folder} does not exist"
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(map(_unicode, os.listdir(folder)))
-    except OSError:
-        return []
 
 
 def _unicode(text: str) -> str:
@@ -188,38 +175,34 @@ def filesystem_type(folder: Path) -> str:
     return kind
 
 
-def explain(stock: Stock, key: Key) -> Explanation:
+def explain(store: EntryStore, key: Key) -> Explanation:
     """See ``Store.explain``."""
-    known = listed(stock)
-    same = next((info for info in known if info.digest == key.digest), None)
-    found = stock.examine(key.digest)
-
-    def answer(
-        present: bool, reason: str, nearest: EntryInfo | None, differences: list[Difference]
-    ) -> Explanation:
-        return Explanation(
-            digest=key.digest,
-            fields=dict(key.fields),
-            present=present,
-            reason=reason,
-            nearest=nearest,
-            differences=differences,
-        )
-
+    known, _ = rows(store)
+    nearest = next((info for info in known if info.digest == key.digest), None)
+    found = store.examine(key.digest)
+    differences: list[Difference] = []
     if isinstance(found, NotAuthenticated):
-        return answer(False, f"{found}; set SOFTCAP_CACHE_KEY_FILE to that one, or prewarm it", same, [])
-    if isinstance(found, BadEntry):
-        return answer(False, f"its entry is not used: {found}; prewarm builds it anew", same, [])
-    if same is not None:
-        return answer(True, "present", same, [])
-    if not known:
-        empty = "the cache is empty" if os.path.lexists(stock.folder) else absent(stock.folder)
-        reason = stock.fault or empty
-        return answer(False, reason, None, [])
-    nearest = min(known, key=lambda info: _distance(key, info))
-    differences = _differences(key, nearest)
-    told = "; ".join(f"{d.field}: wanted {d.wanted!r}, stored {d.stored!r}" for d in differences)
-    return answer(False, f"no such entry; the nearest differs in {told}", nearest, differences)
+        reason = f"{found}; set SOFTCAP_CACHE_KEY_FILE to that one, or prewarm it"
+    elif isinstance(found, BadEntry):
+        reason = f"its entry is not used: {found}; prewarm builds it anew"
+    elif nearest is not None:
+        reason = "present"
+    elif known:
+        nearest = min(known, key=lambda info: _distance(key, info))
+        differences = _differences(key, nearest)
+        fields = "; ".join(f"{d.field}: wanted {d.wanted!r}, stored {d.stored!r}" for d in differences)
+        reason = f"no such entry; the nearest differs in {fields}"
+    else:
+        empty = "the cache is empty" if os.path.lexists(store.folder) else absent(store.folder)
+        reason = store.fault or empty
+    return Explanation(
+        digest=key.digest,
+        fields=dict(key.fields),
+        present=reason == "present",
+        reason=reason,
+        nearest=nearest,
+        differences=differences,
+    )
 
 
 def _distance(key: Key, info: EntryInfo) -> tuple[int, int]:
@@ -229,10 +212,46 @@ def _distance(key: Key, info: EntryInfo) -> tuple[int, int]:
 
 
 def _differences(key: Key, info: EntryInfo) -> list[Difference]:
-    # Fields and fingerprint are shown in one namespace: a fingerprint's field is told by its prefix.
-    wanted = {**key.fields, **{f"fingerprint.{name}": value for name, value in key.fingerprint.items()}}
-    stored = {**info.fields, **{f"fingerprint.{name}": value for name, value in info.fingerprint.items()}}
+    # Fields and fingerprint are shown in one namespace: a prefix marks a fingerprint's field.
+    wanted, stored = (
+        {**one.fields, **{f"fingerprint.{name}": value for name, value in one.fingerprint.items()}}
+        for one in (key, info)
+    )
     return [
         Difference(field=name, wanted=wanted.get(name), stored=stored.get(name))
         for name in differing(stored, wanted)
     ]
+
+
+def verify(store: EntryStore, *, repair: bool) -> list[Problem]:
+    """See ``Store.verify``."""
+    store.flush()
+    known, nothing = len(store.database.moved), list[Problem]()
+    problems = store.database.use("verify", lambda index: list(_problems(store, index, repair)), nothing)
+    for line in store.database.moved[known:]:
+        problems.insert(0, Problem(where=schema.DBNAME, what=line, repaired=True))
+    if store.fault is not None:
+        problems.append(Problem(where=str(store.folder), what=store.fault, repaired=False))
+    return problems
+
+
+def _problems(store: EntryStore, index: Index, repair: bool) -> Iterator[Problem]:
+    repair = repair and store.database.can_write()
+    damage = index.damage()
+    if damage and repair:
+        raise sqlite3.DatabaseError(damage[0])  # has the database moved aside
+    for line in damage:
+        yield Problem(where=schema.DBNAME, what=line, repaired=False)
+    for row in list(index.rows()):
+        try:
+            digest = row.check()
+            found = index.read(digest)
+            if found is not None:
+                entries_.verify(found.text, found.payload, digest, store.auth_key)
+                document_of(found.text)
+        except BadEntry as bad:
+            store.counters.add(bad.kind)
+            if repair:
+                quarantine.keep_row(store.folder, *index.raw_row(row.rowid))
+                index.remove_rows([row.rowid])
+            yield Problem(where=str(row.key)[:100], what=str(bad), repaired=repair)

@@ -1,4 +1,4 @@
-"""What the store tells people and ``inspect --json``: pydantic models. Not imported on the start-up path."""
+"""The pydantic models of what the store reports, also as ``inspect --json``. Not imported at start-up."""
 
 from __future__ import annotations
 
@@ -47,13 +47,6 @@ class EntryInfo(_Frozen):
     differs: list[str]
 
 
-class Counter(_Frozen):
-    """A count and since when it runs, in seconds since the epoch."""
-
-    value: float
-    since: float
-
-
 class StoreStatus(_Frozen):
     """The state of a cache folder. ``fault``: why the disk is not used, or what last went wrong with it.
 
@@ -61,7 +54,7 @@ class StoreStatus(_Frozen):
     ``does not exist yet``, or the problem with its remedy), ``filesystem`` its type, ``schema_version`` that of
     the database.
     ``bytes`` counts payloads, ``held_in_memory`` entries that could not be written, ``quarantine`` names the
-    files that were moved aside.
+    files that were moved aside. ``counters``: of every process, since the database was made.
     """
 
     folder: str
@@ -81,7 +74,7 @@ class StoreStatus(_Frozen):
     size_limit: int
     held_in_memory: int
     quarantine: list[str]
-    counters: dict[str, Counter]
+    counters: dict[str, int]
 
 
 class Problem(_Frozen):

@@ -1,4 +1,4 @@
-"""The one shape that a ``cache.db`` may have, and the look at a database before anything else touches it.
+"""The one schema that a ``cache.db`` may have, and the inspection of a database before anything else uses it.
 
 The tables are diskcache's (5.6); a test holds this text to what diskcache itself creates.
 """
@@ -10,7 +10,7 @@ import sqlite3
 from pathlib import Path
 
 DBNAME = "cache.db"
-USER_VERSION = 1  # the next one differs in two bits or more: one bit is damage, not another version
+USER_VERSION = 1  # the next must differ in at least two bits: a single bit is taken for damage
 
 _TABLES = {
     "Settings": "CREATE TABLE Settings ( key TEXT NOT NULL UNIQUE, value)",
@@ -69,6 +69,12 @@ class OtherVersion(Exception):
     """A database of another version of this package; it is left alone."""
 
 
+def inode(folder: Path) -> tuple[int, int]:
+    """Which file the database is (device and inode). Raises FileNotFoundError."""
+    status = os.stat(folder / DBNAME)
+    return status.st_dev, status.st_ino
+
+
 def check_journal(folder: Path) -> None:
     """Refuse a rollback journal that names another file: SQLite would remove that file.
 
@@ -85,9 +91,9 @@ def check_journal(folder: Path) -> None:
 
 
 def check_header(folder: Path) -> None:
-    """Refuse numbers of the file's header that SQLite takes for a newer format, left alone or read-only for ever.
+    """Refuse header numbers that SQLite reads as a newer format: it would never write, or never open, such a file.
 
-    Raises sqlite3.DatabaseError, OSError. Source of the places: "Database File Format" of SQLite's documentation.
+    Raises sqlite3.DatabaseError, OSError. Offsets: "Database File Format" in SQLite's documentation.
     """
     with open(folder / DBNAME, "rb") as database:
         header = database.read(100)

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from softcap_runtime.store import entry as entries_
+from softcap_runtime.store import locks
+from softcap_runtime.store.entry_store import EntryStore
 from softcap_runtime.store.key import Key
-from softcap_runtime.store.stock import Stock
 
 if TYPE_CHECKING:
-    from softcap_runtime.store.report import (
-        EntryInfo,
-        Explanation,
-        ImportReport,
-        Problem,
-        StoreStatus,
-    )
+    from softcap_runtime.store.report import EntryInfo, Explanation, ImportReport, Problem, StoreStatus
+
+Build = Callable[[], bytes]
+Describe = Callable[[], Mapping[str, str]]
 
 
 class Loaded(NamedTuple):
@@ -31,7 +29,7 @@ class Loaded(NamedTuple):
     waited: float
 
 
-class Store(Stock):
+class Store(EntryStore):
     """Bytes by key in ``folder``, shared by every process of a machine.
 
     ``size_limit``: bytes of payload; the least recently used entries leave first. ``auth_key``: entries
@@ -43,70 +41,49 @@ class Store(Stock):
 
     def load(self, key: Key) -> bytes | None:
         """The verified bytes stored under ``key``; None when there are none, or they are bad (see ``sealed``)."""
-        found = self.find(key.digest)
-        if found is None:
+        loaded = self._load(key)
+        if loaded is None:
             self.counters.add("misses")
             return None
-        self._count_hit(key, found[1])
-        return found[0]
+        return loaded.data
 
-    def _found(
-        self, key: Key, found: tuple[bytes, Literal["disk", "memory"]], started: float, waited: float
-    ) -> Loaded:
-        self._count_hit(key, found[1])
-        return Loaded(*found, time.perf_counter() - started - waited, waited)
-
-    def _count_hit(self, key: Key, source: str) -> None:
-        self.counters.add("hits")
-        if source == "disk":
-            self.count_use(key.digest)
-
-    def load_or_build(
-        self,
-        key: Key,
-        build: Callable[[], bytes],
-        describe: Callable[[], Mapping[str, str]] | None = None,
-    ) -> Loaded:
+    def load_or_build(self, key: Key, build: Build, describe: Describe | None = None) -> Loaded:
         """The bytes of ``key``, built by ``build`` at most once per machine.
 
         1. Look up: no lock, no write; a bad entry counts as none.
-        2. Lock the key: first this process's threads, then other processes. Waits while another builds; a
-           holder that is killed frees it at once. Where no lock can be had the build goes on without it.
+        2. Lock the key. Waits while another thread or process builds; a holder that is killed frees it at once.
+           Where no lock can be taken the build continues without it.
         3. Look up again: another builder may have published meanwhile.
         4. Build: errors of ``build`` and ``describe`` pass through unchanged, the lock is released, nothing
-           is published. ``describe`` gives what built it (strings, e.g. the compiler): the provenance.
+           is published. ``describe`` gives the provenance: strings about what built it, e.g. the compiler.
         5. Publish: atomic; a disk fault is counted (``write_failures``) and kept in ``fault``, and the entry
            stays in memory until a later ``flush`` can write it.
 
-        A call counts as a hit when the bytes were found, be it after waiting for who built them, and as a miss when
+        A call counts as a hit when the bytes were found, even after waiting for their builder, and as a miss when
         they had to be built.
         """
+        loaded = self._load(key)
+        if loaded is not None:
+            return loaded
+        if not self.database.can_write():
+            return self._build(key, build, describe, 0.0)
+        with locks.hold(self.folder, key.digest) as waited:
+            if waited > 0.01:
+                self.counters.add("lock_waits")
+                self.counters.add("longest_lock_wait_ms", round(1000 * waited))
+            return self._load(key, waited) or self._build(key, build, describe, waited)
+
+    def _load(self, key: Key, waited: float = 0.0) -> Loaded | None:
         started = time.perf_counter()
         found = self.find(key.digest)
-        if found is not None:
-            return self._found(key, found, started, 0.0)
-        with self.database.locks.thread(key.digest) as waited:
-            found = self.find(key.digest)
-            if found is not None:
-                return self._found(key, found, started, waited)
-            if not self.database.can_write():
-                return self._build(key, build, describe, waited)
-            with self.database.locks.process(key.digest) as waited_for_process:
-                if waited_for_process > 0.01:
-                    self.counters.waited(waited_for_process)
-                waited += waited_for_process
-                found = self.find(key.digest)
-                if found is not None:
-                    return self._found(key, found, started, waited)
-                return self._build(key, build, describe, waited)
+        if found is None:
+            return None
+        self.counters.add("hits")
+        if found[1] == "disk":
+            self.counters.use(key.digest)
+        return Loaded(*found, time.perf_counter() - started, waited)
 
-    def _build(
-        self,
-        key: Key,
-        build: Callable[[], bytes],
-        describe: Callable[[], Mapping[str, str]] | None,
-        waited: float,
-    ) -> Loaded:
+    def _build(self, key: Key, build: Build, describe: Describe | None, waited: float) -> Loaded:
         self.counters.add("misses")
         started = time.perf_counter()
         data = build()
@@ -124,7 +101,6 @@ class Store(Stock):
         )
         self.flush()  # what this process loaded counts as used before the least recently used leave
         self.put(key.digest, sealed)
-        self.flush()
         self.sweep()
         return Loaded(data, "built", seconds, waited)
 
@@ -150,17 +126,17 @@ class Store(Stock):
 
     def verify(self, repair: bool = False) -> list[Problem]:
         """Read and check everything; with ``repair`` what is bad moves into the folder's quarantine."""
-        from softcap_runtime.store import repair as repair_
+        from softcap_runtime.store import inspection
 
-        return repair_.verify(self, repair=repair)
+        return inspection.verify(self, repair=repair)
 
     def sweep(self) -> int:
         """Remove temporary files, unused locks and quarantine by age; how many. Done after builds too."""
         if not self.database.can_write():
             return 0
-        from softcap_runtime.store import repair
+        from softcap_runtime.store import quarantine
 
-        return repair.sweep(self.folder)
+        return quarantine.sweep(self.folder)
 
     def export_bundle(
         self, path: str | os.PathLike[str], fingerprint: Mapping[str, str] | None = None

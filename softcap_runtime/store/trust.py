@@ -1,8 +1,8 @@
 """Whether a cache folder may be used: who owns it, and who else could write to it.
 
-The folder, every folder above it, and what lies in it must belong to the user or to root, and nobody else may
-be able to write there (a sticky folder such as /tmp may stand above it, and in a container folders of owners
-outside of it). Symbolic links inside are refused.
+The folder, every folder above it, and everything in it must belong to the user or to root and be writable by
+nobody else. Above it a sticky folder such as /tmp is allowed, and in a container a folder of an owner outside of it.
+Symbolic links inside are refused.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def check(folder: Path, lstat: LStat = os.lstat) -> Verdict:
     return Verdict(problem, os.access(folder, os.W_OK | os.X_OK, effective_ids=True), owner, mode)
 
 
-def foresee(folder: Path) -> str | None:
-    """Why ``folder``, which may not be there yet, could not be used, in one line; creates nothing. Never raises."""
+def probe(folder: Path) -> str | None:
+    """Why ``folder``, which need not exist yet, could not be used, in one line; creates nothing. Never raises."""
     if os.path.lexists(folder):
         return check(folder).problem
     above = next(path for path in folder.parents if os.path.lexists(path))
     remedy = "set another SOFTCAP_CACHE_DIR"
     if not above.exists():
-        return f"cache folder {folder}: {above} is a link that leads nowhere; mend it or {remedy}"
+        return f"cache folder {folder}: {above} is a link that leads nowhere; repair it or {remedy}"
     if not above.is_dir():
         return f"cache folder {folder}: {above} is a file, expected a folder; remove it or {remedy}"
     if not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
@@ -89,7 +89,7 @@ def _chain_problem(folder: Path, user: int, lstat: LStat) -> str | None:
 
 
 def _looked_up(folder: Path) -> tuple[list[Path], Path]:
-    """Every folder and link that the way to ``folder`` passes, those behind links too; and where it really is."""
+    """Every folder and link on the way to ``folder``, also behind links, and the real path it leads to."""
     place = Path("/")
     passed = [place]
     ahead = [*reversed(folder.parts[1:])]
@@ -101,7 +101,7 @@ def _looked_up(folder: Path) -> tuple[list[Path], Path]:
         elif (place / step).is_symlink():
             passed.append(place / step)
             links += 1
-            if links > _MOST_LINKS:  # somebody changes them meanwhile
+            if links > _MOST_LINKS:  # somebody is changing them
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
             target = place / os.readlink(place / step)
             place = Path("/")
@@ -136,7 +136,7 @@ def _contents(folder: Path) -> Iterator[Path]:
             with os.scandir(place) as entries:
                 yield from [Path(entry.path) for entry in entries]
         except PermissionError:
-            continue  # private to its owner, who was checked: nothing in it can be used from here
+            continue  # private to its owner, who was checked; this process can use nothing in it
 
 
 def _problem(path: Path, status: os.stat_result, user: int, *, above: bool) -> str | None:

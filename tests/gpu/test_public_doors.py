@@ -206,7 +206,7 @@ def test_after_prewarming_nothing_is_compiled(tmp_path: Path, seed: int) -> None
                     runtime.attention(q, k, v, config, **masks).sum().backward()
                     with torch.no_grad():
                         runtime.attention(q, k, v, config, **masks)
-    with pytest.raises(KernelNotPrewarmed, match=r"--head-dim 64.* --device cuda --seq-len 200"):
+    with pytest.raises(KernelNotPrewarmed, match=r"--head-dim 64.* --device cuda$"):
         runtime.attention(*make_qkv(Sizes(1, 4, 2, 200, 200, 64)), CONFIG)
 
 
@@ -222,7 +222,7 @@ def test_tuning_measures_once_and_stays_right(tmp_path: Path, seed: int) -> None
         assert {row.outcome for row in rows} == {outcome}
         limits = device_limits(torch.cuda.current_device())
         for kind in kinds:
-            chosen = runtime.supply.table.options(0, torch.bfloat16, 64, kind)  # type: ignore[arg-type]
+            chosen = runtime.supply.options(0, torch.bfloat16, 64, kind)  # type: ignore[arg-type]
             assert chosen in variants(limits, torch.bfloat16, 64, kind)  # type: ignore[arg-type]
         for q_len, kv_len in ((300, 300), (2, 700)):
             check(

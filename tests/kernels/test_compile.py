@@ -88,6 +88,8 @@ def test_spans_inside_a_graph(runtime: Runtime, seed: int) -> None:
         ("document_ids", [[0, 0, 4, 5], [0, 1, 1, 1]], [[0, 0, 4, 5], [0, 1, 0, 0]]),
         ("cache_lengths", [4, 4], [4, 5]),
         ("prefix_lengths", [0, 4], [-1, 4]),
+        ("query_positions", [2, 0, 3, 1], [2, 0, 4, 1]),
+        ("query_positions", [[2, 0, 3, 1], [0, 0, 1, 1]], [[2, 0, 3, 1], [0, 0, -1, 1]]),
     ],
 )
 def test_data_that_no_mask_can_have_raises_inside_a_graph(

@@ -32,13 +32,17 @@ def test_gradients_are_those_of_one_process(warm_cache: Path, tmp_path: Path, ki
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
-def test_ranks_prewarm_each_kernel_once(runtime: Runtime, tmp_path: Path) -> None:
-    """Under torchrun: one rank builds, no other is kept waiting for it once one stands in the barrier."""
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_ranks_prewarm_each_kernel_once(runtime: Runtime, tmp_path: Path, hosts: int) -> None:
+    """Under torchrun: one rank of a host builds, no other is kept waiting for it once one stands in the barrier.
+
+    Hosts with a cache folder each build for themselves; on a folder that they share they are as one host.
+    """
     (tmp_path / "attention").write_bytes(package_of(runtime, library()))
     script = Path(__file__).with_name("torchrun_prewarm.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     done = subprocess.run(
-        [*launch, str(script), str(tmp_path)],
+        [*launch, str(script), str(tmp_path), str(hosts)],
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -47,9 +51,12 @@ def test_ranks_prewarm_each_kernel_once(runtime: Runtime, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
-    assert [op for rank in ranks for op in rank["builds"]] == ["attention"]
-    outcomes = Counter((op, outcome) for rank in ranks for op, outcome in rank["outcomes"].items())
-    assert outcomes == {("attention", "built"): 1, ("attention", "loaded"): RANKS - 1}
+    for host in range(hosts):
+        own = [rank for rank in ranks if rank["host"] == host]
+        assert len(own) == RANKS // hosts
+        assert [op for rank in own for op in rank["builds"]] == ["attention"]
+        outcomes = Counter((op, outcome) for rank in own for op, outcome in rank["outcomes"].items())
+        assert outcomes == {("attention", "built"): 1, ("attention", "loaded"): len(own) - 1}
     assert all(rank["same"] for rank in ranks)
     first_at_barrier = min(rank["at barrier"] for rank in ranks)
     # Ranks start seconds apart on a busy machine: only who asked before the end of a build waited at all.

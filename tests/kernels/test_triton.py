@@ -90,6 +90,24 @@ def test_errors_in_the_interpreter(interpreted: list[dict[str, Any]], place: int
         assert error <= TOLERANCE[CASES[place][3]], name
 
 
+# (heads, key heads, head_dim, page size, window), keys and new rows of each sequence, ragged or not, softcap, dtype.
+PAGED_CASES = [
+    ((4, 2, 64, 16, None), [1, 40, 130], [1, 1, 1], False, 50.0, "float32"),
+    ((4, 2, 64, 64, 20), [70, 40, 130], [4, 4, 4], False, None, "float32"),
+    ((2, 1, 40, 16, 20), [70, 3, 33, 5], [1, 3, 20, 0], True, 50.0, "float32"),
+    ((4, 1, 64, 256, None), [300, 20], [7, 20], True, 100.0, "float16"),
+]
+
+
+@pytest.mark.timeout(600)
+def test_a_paged_cache_in_the_interpreter(base_seed: int, seed: int) -> None:
+    names = ("sizes", "lengths", "counts", "ragged", "softcap", "dtype")
+    cases = [dict(zip(names, case, strict=True)) for case in PAGED_CASES]
+    found = run("triton_paged_interpreted.py", json.dumps(cases), str(base_seed), TRITON_INTERPRET="1")
+    for case, error in zip(PAGED_CASES, found, strict=True):
+        assert error <= TOLERANCE[case[-1]], case
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple[int, str], dict[str, Any]]:
     names = ("card", "dtype", "head_dim", "rows", "keys", "band", "train")

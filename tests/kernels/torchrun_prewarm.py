@@ -1,8 +1,9 @@
 """What each rank of ``test_ranks_prewarm_each_kernel_once`` runs: prewarm, meet in a barrier, train a step.
 
-    torchrun ... torchrun_prewarm.py FOLDER
+    torchrun ... torchrun_prewarm.py FOLDER HOSTS
 
-``FOLDER`` holds the packages that builds give, and takes in what each rank saw.
+``FOLDER`` holds the packages that builds give, and takes in what each rank saw. Ranks of one of the ``HOSTS`` share a
+cache folder.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import torch.distributed as dist
 
 from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime, RuntimeSettings
 from softcap_runtime.cpu.library import CpuLibrary
-from softcap_runtime.store.locks import KeyLocks
+from softcap_runtime.store import locks
 
 FOLDER = Path(sys.argv[1])
 RANK = os.environ["RANK"]
+HOST = int(RANK) % int(sys.argv[2])
 BUILD_S = 1.5
 builds: list[str] = []
 waits: list[tuple[float, float]] = []
-own_process_lock = KeyLocks.process
+own_hold = locks.hold
 
 
 def build(artifact: CpuLibrary) -> bytes:
@@ -37,9 +39,9 @@ def build(artifact: CpuLibrary) -> bytes:
 
 
 @contextlib.contextmanager
-def process_lock(locks: KeyLocks, name: str, *longest: float) -> Iterator[float]:
+def hold(folder: Path, name: str, *longest: float) -> Iterator[float]:
     started = time.time()
-    with own_process_lock(locks, name, *longest) as waited:
+    with own_hold(folder, name, *longest) as waited:
         waits.append((started, time.time()))
         yield waited
 
@@ -47,12 +49,12 @@ def process_lock(locks: KeyLocks, name: str, *longest: float) -> Iterator[float]
 def main() -> None:
     torch.set_num_threads(1)
     CpuLibrary.build = build  # type: ignore[method-assign]
-    KeyLocks.process = process_lock  # type: ignore[method-assign]
+    locks.hold = hold
     config = AttentionConfig(softcap=50.0, scale=0.125)
     request = PrewarmRequest(
         config=config, num_heads=4, num_kv_heads=2, head_dim=64, dtype="float32", train=True
     )
-    runtime = Runtime(RuntimeSettings(cache_dir=FOLDER / "cache", engine="blocked", jit="forbid"))
+    runtime = Runtime(RuntimeSettings(cache_dir=FOLDER / f"cache{HOST}", engine="blocked", jit="forbid"))
     started = time.time()
     rows = runtime.prewarm([request], progress=False)
     at_barrier = time.time()
@@ -64,6 +66,7 @@ def main() -> None:
     mean = q.grad.clone()
     dist.all_reduce(mean)
     seen = {
+        "host": HOST,
         "started": started,
         "at barrier": at_barrier,
         "builds": builds,

@@ -24,6 +24,9 @@ def visible_pair(case: MaskCase, b: int, i: int, j: int) -> bool:
 
     cache = row("cache_lengths")
     position = (kv_len if cache is None else cache) - q_len + i
+    places = case["query_positions"]
+    if places is not None:
+        position = int(places[i] if places.dim() == 1 else places[b if places.shape[0] > 1 else 0, i])
     if cache is not None and j >= cache:
         return False
     mask = row("attention_mask")
@@ -45,12 +48,18 @@ def visible_pair(case: MaskCase, b: int, i: int, j: int) -> bool:
 
 def oracle(case: MaskCase) -> Tensor:
     """bool ``[B, q_len, kv_len]``."""
-    batch = max([1] + [value.shape[0] for value in case.values() if isinstance(value, Tensor)])
+    batched = {**case, "query_positions": None} if _shared_positions(case) else case
+    batch = max([1] + [value.shape[0] for value in batched.values() if isinstance(value, Tensor)])
     cells = [
         [[visible_pair(case, b, i, j) for j in range(case["kv_len"])] for i in range(case["q_len"])]
         for b in range(batch)
     ]
     return torch.tensor(cells)
+
+
+def _shared_positions(case: MaskCase) -> bool:
+    places = case["query_positions"]
+    return places is not None and places.dim() == 1
 
 
 def blocks_of(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +92,8 @@ def mask_cases(draw: st.DrawFn, max_len: int = 24) -> MaskCase:
     """Arguments of ``row_intervals``: any combination of kinds, each tensor with one batch row or all."""
     kv_len = draw(st.integers(1, max_len))
     causal = draw(st.booleans())
-    q_len = draw(st.integers(1, kv_len if causal else max_len))
+    placed = draw(st.booleans())
+    q_len = draw(st.integers(1, kv_len if causal and not placed else max_len))
     batch = draw(st.integers(1, 3))
 
     def rows(one_row: st.SearchStrategy[Any]) -> Tensor | None:
@@ -112,6 +122,11 @@ def mask_cases(draw: st.DrawFn, max_len: int = 24) -> MaskCase:
     attention_mask = rows(padding())
     if attention_mask is not None and draw(st.booleans()):
         attention_mask = attention_mask.bool()
+    query_positions = None
+    if placed:
+        place = st.lists(st.integers(0, kv_len - 1), min_size=q_len, max_size=q_len)
+        count = draw(st.sampled_from([0, 1, batch]))
+        query_positions = torch.tensor([draw(place) for _ in range(count)] if count else draw(place))
     return {
         "q_len": q_len,
         "kv_len": kv_len,
@@ -122,4 +137,5 @@ def mask_cases(draw: st.DrawFn, max_len: int = 24) -> MaskCase:
         "prefix_lengths": rows(st.integers(0, kv_len)),
         "spans": rows(disjoint_spans()),
         "cache_lengths": rows(st.integers(min(q_len, kv_len), kv_len)),
+        "query_positions": query_positions,
     }

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from softcap_runtime.masks import check_mask_arguments
 
-from .oracle import MaskCase, mask_cases
+from .oracle import MaskCase, mask_cases, oracle
 
 CPU = torch.device("cpu")
 HOLES = torch.tensor([[1] * 9, [1, 1, 0, 1, 1, 1, 1, 1, 1]])
@@ -25,8 +25,10 @@ def check(**arguments: Any) -> None:
 @settings(max_examples=100, deadline=None)
 def test_every_good_mask_passes(case: MaskCase) -> None:
     arguments = {name: value for name, value in case.items() if name != "window"}
-    batch = max([1] + [value.shape[0] for value in case.values() if isinstance(value, torch.Tensor)])
-    if case["q_len"] > case["kv_len"]:  # such rows have no id and no place in a cache
+    batch = oracle(case).shape[0]
+    if (
+        case["q_len"] > case["kv_len"] and case["query_positions"] is None
+    ):  # such rows have no id and no place in a cache
         arguments.update(document_ids=None, cache_lengths=None)
     check_mask_arguments(batch=batch, device=CPU, **arguments)
 
@@ -81,6 +83,20 @@ def test_every_good_mask_passes(case: MaskCase) -> None:
         ({"cache_lengths": torch.tensor([3, 9])}, "cache_lengths: 3 in batch row 0, expected 4 to 9"),
         ({"cache_lengths": torch.tensor([[4]])}, "cache_lengths: shape (1, 1), expected (2)"),
         (
+            {"query_positions": torch.tensor([0, 8, 9, 1])},
+            "query_positions: 9 for query row 2 of batch row 0, expected 0 to 8",
+        ),
+        (
+            {"query_positions": torch.tensor([[0, 0, 0, 0], [0, -1, 0, 0]])},
+            "query_positions: -1 for query row 1 of batch row 1",
+        ),
+        ({"query_positions": torch.arange(5)}, "query_positions: shape (1, 5), expected (2, 4)"),
+        (
+            {"query_positions": torch.zeros(2, 1, 4, dtype=torch.int64)},
+            "query_positions: shape (2, 1, 4), expected (2, 4)",
+        ),
+        ({"query_positions": torch.arange(4, device="meta")}, "query_positions: on meta, expected cpu"),
+        (
             {"document_ids": torch.zeros(2, 9, dtype=torch.int64, device="meta")},
             "document_ids: on meta, expected cpu",
         ),
@@ -109,6 +125,7 @@ def test_bad_values(arguments: dict[str, Any], words: str) -> None:
         ({"prefix_lengths": 3}, "prefix_lengths: int, expected a tensor of integers"),
         ({"spans": [[0, 3]]}, "spans: list, expected a tensor of integers"),
         ({"cache_lengths": torch.ones(2)}, "cache_lengths: torch.float32, expected integers"),
+        ({"query_positions": [0, 1, 2, 3]}, "query_positions: list, expected a tensor of integers"),
     ],
 )
 def test_bad_types(arguments: dict[str, Any], words: str) -> None:

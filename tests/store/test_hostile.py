@@ -97,7 +97,7 @@ def test_a_bad_row_is_refused_alone(
     assert store.load(VICTIM) is None
     assert store.load(GOOD) == b"good"
     counters = store.status().counters
-    assert counters["rejected"].value + counters["corrupt"].value == 1 or attack == "no value"
+    assert counters["rejected"] + counters["corrupt"] == 1 or attack == "no value"
     assert store.load_or_build(VICTIM, lambda: b"rebuilt").source == "built"
     assert Store(folder, ROUND).load(VICTIM) == b"rebuilt"
     assert store.verify() == []
@@ -154,7 +154,7 @@ def test_odd_rows_are_listed_as_rejected_and_removed(folder: Path, guard: Any, r
     guard.folder = str(folder)
     store = Store(folder, ROUND)
     assert len(store.entries()) == 2
-    assert store.status().counters["rejected"].value == 1
+    assert store.status().counters["rejected"] == 1
     assert store.verify() == []
     assert store.load(GOOD) == b"good"
     assert not (folder / "bomb").exists()
@@ -199,25 +199,23 @@ DATABASES: dict[str, Callable[[Path], None]] = {
     "text in a counter": script("UPDATE Settings SET value = 'x' WHERE key = 'count'"),
     "schema version": script("PRAGMA user_version = 0"),
 }
-SAVED = set(DATABASES) - {"view in place of the table", "endless view in place of the table"}
 
 
 @pytest.mark.parametrize("attack", DATABASES)
-def test_a_bad_database_is_moved_aside_and_its_good_entries_are_kept(
+def test_a_bad_database_is_moved_aside_and_nothing_of_it_is_used(
     folder: Path, guard: Any, attack: str
 ) -> None:
     DATABASES[attack](folder)
     guard.folder = str(folder)
     store = Store(folder, ROUND)
-    assert store.load(GOOD) == (b"good" if attack in SAVED else None)
+    assert store.load(GOOD) is None
     assert store.load_or_build(VICTIM, lambda: b"victim").data == b"victim"
     status = store.status()
     assert status.fault is None
-    assert status.counters["rejected"].value == 1
+    assert status.counters["rejected"] == 1
     assert len(status.quarantine) == 1
+    assert (status.counters["builds"], status.entries) == (1, 1)
     assert store.verify() == []
-    if attack in SAVED:
-        assert status.counters["builds"].value == 2
 
 
 def test_a_database_of_a_newer_version_is_left_alone(folder: Path) -> None:
@@ -243,9 +241,11 @@ def test_a_journal_that_names_another_file_removes_nothing(folder: Path, outside
     trailer += checksum.to_bytes(4, "big") + magic
     (folder / "cache.db-journal").write_bytes(header.ljust(512, b"\0") + trailer)
     store = Store(folder, ROUND)
-    assert store.load(GOOD) == b"good"
+    assert store.load(GOOD) is None
     assert outside.read_text() == "precious"
-    assert store.status().counters["rejected"].value == 1
+    assert store.status().counters["rejected"] == 1
+    assert any(name.endswith("-journal") for name in store.status().quarantine)
+    assert store.load_or_build(GOOD, lambda: b"good").source == "built"
 
 
 def test_odd_counters_start_anew(folder: Path) -> None:
@@ -260,7 +260,7 @@ def test_odd_counters_start_anew(folder: Path) -> None:
         store = Store(folder, ROUND)
         assert store.load(GOOD) == b"good"
         store.close()
-        assert store.status().counters["hits"].value == 1
+        assert store.status().counters["hits"] == 1
 
 
 def test_authentication(folder: Path) -> None:
@@ -272,7 +272,7 @@ def test_authentication(folder: Path) -> None:
     assert Store(folder, ROUND).load(GOOD) == b"signed"
     other = Store(folder, ROUND, auth_key=b"another")
     assert other.load(GOOD) is None, "an entry signed with another key was accepted"
-    assert other.status().counters["rejected"].value == 2
+    assert other.status().counters["rejected"] == 2
 
 
 @pytest.mark.parametrize("secret", [None, b"their secret"], ids=["without", "another"])
@@ -288,7 +288,7 @@ def test_a_reader_with_another_secret_leaves_entries_to_their_owner(
     for key in keys:
         assert other.load(key) is None
         assert other.load(key) is None
-    assert other.status().counters["rejected"].value == 3
+    assert other.status().counters["rejected"] == 3
     assert len(other.entries()) == 3
     assert len(other.verify()) == 3
     other.close()

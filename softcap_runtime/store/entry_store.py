@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from softcap_runtime.store import entry as entries_
 from softcap_runtime.store import processes
-from softcap_runtime.store.counters import Counters
+from softcap_runtime.store.counters import Counters, added
 from softcap_runtime.store.database import Database
 from softcap_runtime.store.entry import BadEntry, NotAuthenticated, Sealed
 from softcap_runtime.store.processes import DATABASE_LOCK
@@ -21,10 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FLUSH_SECONDS = 60.0
 
-
-class Stock:
+class EntryStore:
     """What ``Store`` keeps, without building anything. Never raises for what is on disk."""
 
     def __init__(
@@ -40,17 +37,14 @@ class Stock:
         self.size_limit = int(size_limit)
         self.auth_key = auth_key
         self.counters = Counters()
-        self.database = Database(
-            self.folder,
-            max_bytes=max(self.size_limit, 2**30),
-            bad=lambda kind: self.counters.add(kind),
-            save=self._salvage,
-        )
+        self.database = Database(self.folder, max(self.size_limit, 2**30), self.counters.add)
         self._memory: dict[str, Sealed] = {}
-        self._not_ours: set[str] = set()
-        self._flush_at = time.monotonic() + FLUSH_SECONDS
-        processes.close_abandoned()
+        self._not_authenticated: set[str] = set()  # digests, each counted and logged once
         processes.watch(self)
+
+    def __del__(self) -> None:
+        if hasattr(self, "database"):  # not when __init__ refused its arguments
+            processes.abandon(self)  # with counts that are not written yet
 
     @property
     def fault(self) -> str | None:
@@ -69,8 +63,7 @@ class Stock:
         stored = self.sealed(digest)
         if stored is not None:
             return stored.payload, "disk"
-        with DATABASE_LOCK:
-            held = self._memory.get(digest)
+        held = self._memory.get(digest)
         return None if held is None else (held.payload, "memory")
 
     def sealed(self, digest: str) -> Sealed | None:
@@ -98,67 +91,55 @@ class Stock:
         found = self._examined(index, digest)
         if not isinstance(found, BadEntry):
             return found
-        another_key = isinstance(found, NotAuthenticated)
-        if another_key and digest in self._not_ours:
+        if digest in self._not_authenticated and isinstance(found, NotAuthenticated):
             return None
         self.counters.add(found.kind)
         log.warning("cache entry %s of %s is not used: %s", digest[:12], self.folder, found)
-        if another_key:
-            self._not_ours.add(digest)
+        if isinstance(found, NotAuthenticated):
+            self._not_authenticated.add(digest)
         elif self.database.writable:
             index.delete(digest)
         return None
 
-    def reject_row(self, index: Index, rowid: int, bad: BadEntry) -> None:
-        """Count a bad row and remove it where the folder is writable; nothing that it names is followed."""
-        self.counters.add(bad.kind)
-        log.warning("row %d of %s is not used: %s", rowid, self.folder, bad)
-        if self.database.writable:
-            index.remove_row(rowid)
-
     # Writing
 
     def put(self, digest: str, sealed: Sealed) -> bool:
-        """Publish a verified entry; whether it is on disk. Where not, it is held in memory and counted."""
-        self._hold(digest, sealed)
-        published = self._publish(digest)
+        """Publish a verified entry; whether it is on disk. If not, it is held in memory and counted.
+
+        Entries in memory are written by a later ``flush``; the oldest are dropped above the size limit.
+        """
+        with DATABASE_LOCK:
+            self._memory[digest] = sealed
+            while sum(len(held.payload) for held in self._memory.values()) > self.size_limit:
+                if len(self._memory) == 1:
+                    break
+                del self._memory[next(iter(self._memory))]
+            published = self._publish(digest)
         if not published:
             self.counters.add("write_failures")
         return published
 
-    def _hold(self, digest: str, sealed: Sealed) -> None:
-        """Keep an entry in memory until it is on disk; the oldest leave when they exceed the size limit."""
-        with DATABASE_LOCK:
-            self._memory[digest] = sealed
-            while (
-                len(self._memory) > 1 and sum(len(s.payload) for s in self._memory.values()) > self.size_limit
-            ):
-                del self._memory[next(iter(self._memory))]
-
     def _publish(self, digest: str) -> bool:
         """Write one entry that is held in memory; it stays there when that fails."""
-        with DATABASE_LOCK:
-            sealed = self._memory.get(digest)
-            if sealed is None:
-                return True
-            size = len(sealed.payload)
-            if size > self.size_limit:
-                self.database.note(
-                    "keep",
-                    f"cache folder {self.folder}: an entry of {size} bytes is above the size limit of "
-                    f"{self.size_limit}; raise SOFTCAP_CACHE_SIZE_LIMIT",
-                )
-                return False
-            if not self.database.can_write():
-                return False
-            evicted = self.database.use(
-                "write", lambda index: index.publish(digest, sealed, self.size_limit), None, create=True
+        sealed = self._memory[digest]
+        size = len(sealed.payload)
+        if size > self.size_limit:
+            self.database.note(
+                "keep",
+                f"cache folder {self.folder}: an entry of {size} bytes is above the size limit of "
+                f"{self.size_limit}; raise SOFTCAP_CACHE_SIZE_LIMIT",
             )
-            if evicted is None:
-                return False
-            self.counters.add("evictions", evicted)
-            self._memory.pop(digest, None)
-            return True
+            return False
+        if not self.database.can_write():
+            return False
+        evicted = self.database.use(
+            "write", lambda index: index.publish(digest, sealed, self.size_limit), None, create=True
+        )
+        if evicted is None:
+            return False
+        self.counters.add("evictions", evicted)
+        del self._memory[digest]
+        return True
 
     def clear(self) -> int:
         """Remove every entry, on disk and in memory; how many. Safe while other processes run.
@@ -172,52 +153,31 @@ class Stock:
                 return held
             return held + self.database.use("write", lambda index: index.remove_entries(), 0)
 
-    def _salvage(self, database: Path) -> None:
-        from softcap_runtime.store.salvage import salvage
-
-        def keep(digest: str, sealed: Sealed, hits: int) -> None:
-            if self.put(digest, sealed):
-                self.counters.use(digest, hits)
-
-        saved = salvage(database, self.auth_key, keep, self.counters.add_stored)
-        log.warning(
-            "cache folder %s: %d entries of the bad database were good and are kept", self.folder, saved
-        )
-
-    # Counting
-
-    def count_use(self, digest: str) -> None:
-        """Count a load of an entry; in memory, written at exit and by a thread about once a minute."""
-        self.counters.use(digest, 1)
-        if time.monotonic() > self._flush_at:
-            self._flush_at = time.monotonic() + FLUSH_SECONDS
-            threading.Thread(target=self.flush, name="softcap-store-flush", daemon=True).start()
-
     def flush(self) -> None:
         """Write what is held in memory: counts, and entries not written yet. Never raises."""
         with DATABASE_LOCK:
-            self._flush_at = time.monotonic() + FLUSH_SECONDS
             for digest in list(self._memory):
-                self._publish(digest)
+                if self.sealed(digest) is None:
+                    self._publish(digest)
+                else:  # another process was faster
+                    del self._memory[digest]
             counts, uses = self.counters.take()
             if not counts and not uses:
                 return
-            merged = self.database.can_write() and self.database.use(
-                "count", lambda index: self._merge(index, counts, uses), False
-            )
-            if not merged:
-                self.counters.give_back(counts, uses)
 
-    def _merge(self, index: Index, counts: dict[str, float], uses: dict[str, int]) -> bool:
-        index.merge(uses, lambda stored: self.counters.merge_into(stored, counts))
-        return True
+            def merge(index: Index) -> bool:
+                index.merge(uses, lambda stored: json.dumps(added(stored, counts)).encode())
+                return True
+
+            if not (self.database.can_write() and self.database.use("count", merge, False)):
+                self.counters.give_back(counts, uses)
 
     # Processes
 
     def forget_parent(self) -> None:
-        """In a forked child: the parent's connection, locks and counts are not ours."""
+        """In a forked child: the parent's connection and counts are not ours."""
         self.database.forget_parent()
-        self.counters = Counters()
+        self.counters.forget_parent()
 
     def close(self) -> None:
         """Write what is held and close the database; the store opens it again when used."""

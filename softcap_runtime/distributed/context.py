@@ -1,0 +1,248 @@
+"""``context_mask``: what one batch's mask makes each rank send, receive and compute, before anything runs."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from softcap_runtime.checks import check_config
+from softcap_runtime.config import AttentionConfig
+from softcap_runtime.distributed.agree import agree, digest, digest_of
+from softcap_runtime.distributed.layout import SequenceLayout, check_mesh
+from softcap_runtime.distributed.ranges import Ranges, common, keys_seen, length, pairs_of, renumbered
+from softcap_runtime.masks.intervals import RowIntervals, row_intervals
+from softcap_runtime.masks.validate import check_mask_arguments
+
+Method = Literal["auto", "keys", "heads"]
+
+
+class KeyPlan(NamedTuple):
+    """How one rank's keys travel: everything in pieces, rows of the sequence that go the same ways.
+
+    ``own``: sizes of the pieces of this rank's rows. ``sent``: per rank, which of them go there. ``received``: per
+    rank, sizes of the pieces that come. ``order``: the keys in the sequence's order, by place among own and received
+    pieces.
+    ``silent``: whether no rank sends anything.
+    """
+
+    own: list[int]
+    sent: list[list[int]]
+    received: list[list[int]]
+    order: list[int]
+    silent: bool
+
+
+class HeadPlan(NamedTuple):
+    """How rows travel to heads: every rank's ``pieces`` of rows in turn, and their ``order`` in the sequence.
+
+    ``back``: where each rank's pieces stand in that order. ``rows``: how many each rank holds.
+    """
+
+    pieces: list[int]
+    order: list[int]
+    sorted_pieces: list[int]
+    back: list[int]
+    rows: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class ContextMask:
+    """The mask of a whole sequence as the ranks of a mesh compute it; made by ``context_mask``, once a batch.
+
+    ``pairs``: visible pairs of a row and a key that each rank computes for a head, over the mask's batch rows (of the
+    heads method: its share of the heads times all pairs).
+    """
+
+    config: AttentionConfig
+    layout: SequenceLayout
+    mesh: DeviceMesh
+    method: Method
+    rank: int
+    pairs: tuple[float, ...]
+    key_rows: tuple[int, ...]
+    by_keys: KeyPlan | None
+    by_heads: HeadPlan | None
+    local: RowIntervals | None
+    whole: RowIntervals
+
+    def received_bytes(
+        self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, batch: int = 1
+    ) -> tuple[int, ...]:
+        """Bytes that each rank receives from others in one forward pass of one layer.
+
+        The backward of the keys method sends as many back as came, gradients of k and v.
+        """
+        row_bytes = batch * head_dim * dtype.itemsize
+        if self.resolved(heads, kv_heads) == "keys":
+            return tuple(2 * kv_heads * rows * row_bytes for rows in self.key_rows)
+        ranks, total = self.layout.ranks, self.layout.seq_len
+        here, kv_here = heads // ranks, max(1, kv_heads // ranks)
+        counts = [self.layout.count(rank) for rank in range(ranks)]
+        return tuple(
+            ((total - own) * (here + 2 * kv_here) + own * (heads - here)) * row_bytes for own in counts
+        )
+
+    def resolved(self, heads: int, kv_heads: int) -> Literal["keys", "heads"]:
+        """The method that serves so many heads. Raises ValueError when ``heads`` is asked for and can't."""
+        ranks = self.layout.ranks
+        divides = heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+        if self.method == "heads" and not divides:
+            raise ValueError(
+                f"method: 'heads' for {heads} query and {kv_heads} key heads over {ranks} ranks, expected query heads "
+                "that divide by the ranks and key heads that divide by them or divide them; use method='keys'"
+            )
+        if self.method == "auto":
+            return "heads" if divides and self.config.window is None else "keys"
+        return self.method
+
+
+def context_mask(
+    config: AttentionConfig,
+    layout: SequenceLayout,
+    mesh: DeviceMesh,
+    *,
+    method: Method = "auto",
+    attention_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    spans: Tensor | None = None,
+) -> ContextMask:
+    """What ``Runtime.context_attention`` does for the layers with this config: made once a batch, on every rank.
+
+    ``mesh``: one dimension, a rank for each of the layout's. The masks are those of ``Runtime.attention``, of the whole
+    sequence, on the CPU, the same on every rank: a digest of them is gathered, so ranks that disagree are told.
+    ``method``: ``keys`` brings each rank the keys that its rows see; ``heads`` (Ulysses) brings it all rows of some
+    heads; ``auto`` takes heads without a window where they divide, keys otherwise.
+
+    Raises ValueError or TypeError on what doesn't fit, RuntimeError when another rank failed or disagrees.
+    """
+    check_config(config)
+    rank = check_mesh(layout, mesh)
+    masks = {
+        "attention_mask": attention_mask,
+        "document_ids": document_ids,
+        "prefix_lengths": prefix_lengths,
+        "spans": spans,
+    }
+    made, error = None, None
+    facts = dict.fromkeys(("layout", "mask", "config", "method"), 0)
+    try:
+        made = _made(config, layout, mesh, rank, method, masks)
+        edges = made.whole.vectors
+        facts = {
+            "layout": digest(layout),
+            "mask": digest([made.whole.left, made.whole.right, *map(digest_of, edges)]),
+            "config": digest(config),
+            "method": digest(method),
+        }
+    except (TypeError, ValueError) as raised:
+        error = raised
+    agree("context_mask", mesh, facts, error)
+    assert made is not None
+    return made
+
+
+def _made(
+    config: AttentionConfig,
+    layout: SequenceLayout,
+    mesh: DeviceMesh,
+    rank: int,
+    method: Method,
+    masks: dict[str, Tensor | None],
+) -> ContextMask:
+    if method not in get_args(Method):
+        raise ValueError(f"method: {method!r}, expected one of {', '.join(get_args(Method))}")
+    whole = _whole(config, layout.seq_len, masks)
+    device = _device(mesh)
+    pairs: tuple[float, ...] = tuple(sum(pairs_of(whole, own)) for own in layout.ranges)
+    if method == "heads" or (method == "auto" and config.window is None):
+        pairs = (sum(pairs) / layout.ranks,) * layout.ranks
+    # Where a rank's rows see nothing one key of its own, as no kernel takes none.
+    seen = [keys_seen(whole, own) or ((own[0][0], own[0][0] + 1),) for own in layout.ranges]
+    received = tuple(
+        length(keys) - length(common(own, keys)) for own, keys in zip(layout.ranges, seen, strict=True)
+    )
+    by_keys = local = by_heads = None
+    if method != "heads":
+        by_keys = _key_plan(layout, rank, seen, silent=not any(received))
+        local = _on(renumbered(whole, layout.ranges[rank], seen[rank]), device)
+    if method == "heads" or (method == "auto" and config.window is None):
+        by_heads = _head_plan(layout)
+    return ContextMask(
+        config, layout, mesh, method, rank, pairs, received, by_keys, by_heads, local, _on(whole, device)
+    )
+
+
+def _whole(config: AttentionConfig, seq_len: int, masks: dict[str, Tensor | None]) -> RowIntervals:
+    batch = 1
+    for name, mask in masks.items():
+        if mask is None:
+            continue
+        if isinstance(mask, Tensor):
+            if mask.device.type != "cpu":
+                raise ValueError(
+                    f"{name}: on {mask.device}, expected the CPU, where plans are made (it would wait for the device); "
+                    "pass the batch's own, before it is moved"
+                )
+            if name in ("attention_mask", "document_ids") and mask.dim() == 2 and mask.shape[1] != seq_len:
+                raise ValueError(
+                    f"{name}: {mask.shape[1]} tokens, expected the {seq_len} of the layout; give the mask of the whole "
+                    "sequence, not of this rank's rows"
+                )
+            batch = max(batch, mask.shape[0]) if mask.dim() else batch
+    cpu = torch.device("cpu")
+    check_mask_arguments(seq_len, seq_len, batch, cpu, causal=config.causal, holes=False, **masks)
+    return row_intervals(seq_len, seq_len, causal=config.causal, window=config.window, **masks)
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+def _on(mask: RowIntervals, device: torch.device) -> RowIntervals:
+    if mask.lo is None or mask.hi is None:
+        return mask
+    return mask._replace(lo=mask.lo.to(device), hi=mask.hi.to(device))
+
+
+def _key_plan(layout: SequenceLayout, rank: int, seen: list[Ranges], silent: bool) -> KeyPlan:
+    own = layout.ranges[rank]
+    wanted = [common(own, keys) for keys in seen]
+    cuts = sorted({edge for ranges in (own, *wanted) for part in ranges for edge in part})
+    held = [(a, b) for a, b in itertools.pairwise(cuts) if common(own, ((a, b),))]
+    place = {start: at for at, (start, _) in enumerate(held)}
+
+    def pieces(ranges: Ranges) -> list[int]:
+        return [at for first, last in ranges for at in range(place[first], len(held)) if held[at][0] < last]
+
+    sent = [[] if to == rank else pieces(ranges) for to, ranges in enumerate(wanted)]
+    incoming = [
+        () if source == rank else common(rows, seen[rank]) for source, rows in enumerate(layout.ranges)
+    ]
+    starts = [start for start, _ in held] + [start for part in incoming for start, _ in part]
+    chosen = pieces(wanted[rank]) + list(range(len(held), len(starts)))
+    return KeyPlan(
+        [end - start for start, end in held],
+        sent,
+        [[end - start for start, end in part] for part in incoming],
+        sorted(chosen, key=starts.__getitem__),
+        silent,
+    )
+
+
+def _head_plan(layout: SequenceLayout) -> HeadPlan:
+    parts = [part for own in layout.ranges for part in own]
+    order = sorted(range(len(parts)), key=lambda at: parts[at][0])
+    sizes = [end - start for start, end in parts]
+    back = [0] * len(order)
+    for place, at in enumerate(order):
+        back[at] = place
+    rows = [layout.count(rank) for rank in range(layout.ranks)]
+    return HeadPlan(sizes, order, [sizes[at] for at in order], back, rows)

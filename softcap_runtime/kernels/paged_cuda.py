@@ -1,0 +1,99 @@
+"""Attention over a paged cache on CUDA: what comes before the launch of ``triton_paged``'s kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.kernels.cubin import GpuKernels, Pointer
+
+from .gpu_options import decode_rows, device_limits, most_splits, padded, split_count, tile_width
+from .triton_call import factors, make_mask
+from .triton_launch import Output, constants, launcher, layout, on, strides
+
+# Of q, k, v, the table, the lengths and, for ragged rows, their offsets.
+PagedForward = Callable[..., Tensor]
+
+
+def bind_paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    *,
+    ragged: bool,
+    kernels: GpuKernels,
+    scale: float,
+    softcap: float | None,
+    left: int | None,
+    right: int | None,
+    approx: bool = False,
+) -> PagedForward:
+    """Softcapped attention over pages, for tensors that lie as these do.
+
+    ``q`` ``[B, Hq, Sq, D]``, or with ``ragged`` ``[1, Hq, rows, D]``; ``k``, ``v`` ``[num_pages, Hkv, page_size, D]``,
+    last stride 1, page_size a power of two; ``table`` int32 ``[sequences, pages]``, contiguous. A row that stands at
+    key p sees the keys ``p + left <= j < p + right``.
+
+    The result takes tensors with the shapes, strides and 16-byte alignment of these, int32 lengths ``[sequences]`` and
+    offsets ``[sequences + 1]``; it returns out ``[B, Hq, Sq, D]``, a view of ``[B, Sq, Hq, D]`` memory.
+    """
+    batch, heads, rows, dim = q.shape
+    pages_at_hand, kv_heads, page_size = k.shape[:3]
+    sequences, pages = table.shape
+    group, device = heads // kv_heads, q.device
+    mask, call = make_mask(left, right, ()), factors(q.dtype, scale, softcap, approx)
+    options = kernels.options(q, "decode")
+    block_m = max(options.block_m, min(padded(group * rows), decode_rows(q.dtype)))
+    blocks = -(-group * rows // block_m)
+    programs = sequences * kv_heads * blocks
+    width = mask.width(min(rows, block_m), pages * page_size)
+    splits = split_count(device_limits(device.index), programs, width, options.block_n)
+    where = layout(0, q, k, v)
+    output = Output(q)
+    same: dict[str, Any] = {"device": device, "dtype": q.dtype, "aligned": where.align > 1}
+    half, single, whole = Pointer(q.dtype), Pointer(torch.float32), Pointer(torch.int32)
+    share = launcher(
+        kernels,
+        "paged_kernel",
+        (programs * splits, 1, 1),
+        [half, half, half, single, single, whole, whole, whole if ragged else None],
+        [
+            *strides(where.align, q.stride(), k.stride(), v.stride()),
+            heads, kv_heads, group, rows, blocks, pages, pages_at_hand, splits, mask.left, mask.right,
+            call.inner, call.coef, call.bias - call.reference, call.reference,
+        ],
+        {"RAGGED": ragged, "PAGE": page_size, "ONLINE": call.online, "FORM": call.form,
+         **constants(dim, q.dtype, options._replace(block_m=block_m), where)},
+        warps=options.warps, stages=options.stages, **same,
+    )  # fmt: skip
+    combine = launcher(
+        kernels,
+        "combine_kernel",
+        (batch * heads * rows, 1, 1),
+        [single, single, half, single],
+        [*strides(where.align, output.steps), heads, rows, splits],
+        {"D": dim, "DPAD": tile_width(dim), "SPLITS": most_splits(splits), "ALIGN": where.align},
+        warps=4, **same,
+    )  # fmt: skip
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, offsets: Tensor | None = None
+    ) -> Tensor:
+        out = output.empty()
+        lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
+        shape = (splits, batch, heads, rows)
+        part_out = torch.empty((*shape, tile_width(dim)), dtype=torch.float32, device=device)
+        part_lse = torch.empty(shape, dtype=torch.float32, device=device)
+        if ragged:  # rows of no sequence are written by none
+            part_lse.fill_(-torch.inf)
+            part_out.zero_()
+        with on(device):
+            share(q, k, v, part_out, part_lse, table, lengths, offsets)
+            combine(part_out, part_lse, out, lse)
+        return out
+
+    return run

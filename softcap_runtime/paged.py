@@ -1,0 +1,252 @@
+"""Attention over a paged cache: checks of a call, and what serves it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.checks import FLOATS, check_config
+from softcap_runtime.config import AttentionConfig
+from softcap_runtime.errors import EngineUnavailable
+from softcap_runtime.kernels import blocked_cuda
+from softcap_runtime.kernels.engine import Call, Problem
+from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, clipped
+from softcap_runtime.masks.validate import check_integers, data_is_readable
+
+if TYPE_CHECKING:
+    from softcap_runtime.runtime import Runtime
+
+PAGE_SIZES = (16, 32, 64, 128, 256)
+# Kinds of calls whose kernels are kept bound, of each runtime.
+MAX_BOUND = 1024
+_bound: WeakKeyDictionary[Runtime, dict[Any, Any]] = WeakKeyDictionary()
+
+
+class Pages(NamedTuple):
+    """Keys and values of a batch of sequences: ``k``, ``v`` ``[num_pages, page_size, Hkv, D]``.
+
+    ``table`` ``[B, pages]``: where each sequence's pages lie, in order; ``lengths`` ``[B]``: its keys, the new ones
+    included. Entries past a sequence's last page are never read.
+    """
+
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    lengths: Tensor
+
+
+def paged_attention(
+    runtime: Runtime, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
+) -> Tensor:
+    """What ``Runtime.paged_attention`` documents."""
+    check(q, pages, config, cu_seqlens_q)
+    if _through_the_table(runtime, q, config):
+        return _on_gpu(runtime, q, pages, config, cu_seqlens_q)
+    k, v, mask = gathered(q, pages, config, cu_seqlens_q)
+    return runtime.attend(q, k, v, config, mask)
+
+
+def _through_the_table(runtime: Runtime, q: Tensor, config: AttentionConfig) -> bool:
+    """Whether a kernel reads the pages as they lie: on CUDA, where ``blocked`` serves. Else they are copied."""
+    if q.device.type != "cuda" or runtime.settings.engine not in ("auto", "blocked"):
+        return False
+    refusal = blocked_cuda.ENGINE.refuses(_problem(runtime, q, q, config))
+    if refusal is not None and runtime.settings.engine == "blocked":
+        raise EngineUnavailable(f"engine: 'blocked' cannot serve this call: {refusal}; use engine='auto'")
+    return refusal is None
+
+
+def _problem(runtime: Runtime, q: Tensor, k: Tensor, config: AttentionConfig) -> Problem:
+    reach = band(1, 1, causal=config.causal, window=config.window)
+    call = Call(reach, config.scale, config.softcap, runtime.settings.engine, False)
+    return call.problem(q, k, runtime.settings.softcap_approx)
+
+
+def _on_gpu(
+    runtime: Runtime, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
+) -> Tensor:
+    """By ``triton_paged``'s kernel, bound once for each layout of a call's tensors."""
+    from softcap_runtime.kernels.paged_cuda import bind_paged
+
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    k, v = (x.transpose(1, 2) for x in (pages.k, pages.v))
+    if k.stride(-1) != 1 or v.stride(-1) != 1:
+        raise ValueError("k, v: last stride above 1, expected pages whose heads are contiguous")
+    whole = [pages.table, pages.lengths, *(() if cu_seqlens_q is None else (cu_seqlens_q,))]
+    table, lengths, *offsets = (x.to(torch.int32).contiguous() for x in whole)
+    bound = _bound.setdefault(runtime, {})
+    tensors = (q, k, v, table)
+    key = (
+        *[(x.shape, x.stride(), x.data_ptr() & 15) for x in tensors],
+        q.dtype, q.device, config, cu_seqlens_q is None,
+    )  # fmt: skip
+    if key not in bound:
+        if len(bound) >= MAX_BOUND:
+            bound.clear()
+        problem = _problem(runtime, q, k, config)
+        bound[key] = bind_paged(
+            *tensors,
+            ragged=cu_seqlens_q is not None,
+            kernels=blocked_cuda.GpuKernelsOf(runtime.supply.kernels(problem), q.device.index),
+            scale=config.scale,
+            softcap=config.softcap,
+            left=problem.mask.left if config.window is not None else None,
+            right=problem.mask.right,
+            approx=problem.softcap_approx,
+        )
+    return bound[key](*tensors, lengths, *offsets)
+
+
+def gathered(
+    q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
+) -> tuple[Tensor, Tensor, RowIntervals]:
+    """Keys and values copied out of their pages, and what each row of q sees of them.
+
+    For as many rows in each sequence k and v are ``[B, Hkv, pages * page_size, D]``; with ``cu_seqlens_q`` all
+    sequences stand side by side in one batch row, as those of q do.
+    """
+    table = pages.table.to(torch.int64).clamp(0, pages.k.shape[0] - 1)
+    keys = table.shape[1] * pages.k.shape[1]
+    # Whatever lies past a sequence's end may be NaN, and an engine may multiply it by a weight of 0.
+    past = torch.arange(keys, device=table.device)[None] >= pages.lengths[:, None]
+    k, v = (
+        x[table].flatten(1, 2).masked_fill(past[..., None, None], 0.0)  # [B, keys, Hkv, D]
+        for x in (pages.k, pages.v)
+    )
+    ends, positions = row_positions(q, pages, cu_seqlens_q)
+    hi = torch.minimum(positions + 1, ends) if config.causal else ends.expand_as(positions)
+    reach = min(config.window or UNBOUNDED, UNBOUNDED)
+    lo = (positions + 1 - reach).clamp(min=0)
+    if config.window is not None and not config.causal:
+        hi = torch.minimum(hi, positions + reach)
+    if cu_seqlens_q is not None:
+        first = (_sequence_of(q, cu_seqlens_q) * keys).to(torch.int32)[None]
+        k, v = (x.flatten(0, 1)[None] for x in (k, v))
+        empty = lo >= hi
+        lo, hi, keys = lo + first, (hi + first).masked_fill(empty, 0), keys * table.shape[0]
+    return k.transpose(1, 2), v.transpose(1, 2), clipped(q.shape[2], keys, lo, hi)
+
+
+def row_positions(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys of each row's sequence, and the key at which the row stands: int32 ``[B or 1, Sq]`` both.
+
+    The last row of a sequence stands at its last key. Rows past the last sequence have no keys.
+    """
+    most = pages.table.shape[1] * pages.k.shape[1]
+    lengths = pages.lengths.to(torch.int32).clamp(0, most)
+    numbers = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
+    if cu_seqlens_q is None:
+        ends = lengths[:, None].expand(-1, q.shape[2])
+        return ends, ends - q.shape[2] + numbers
+    sequence = _sequence_of(q, cu_seqlens_q)
+    past = cu_seqlens_q[1:].to(torch.int32)[sequence]
+    ends = lengths[sequence].masked_fill(numbers >= past, 0)
+    return ends[None], (ends - past + numbers)[None]
+
+
+def _sequence_of(q: Tensor, cu_seqlens_q: Tensor) -> Tensor:
+    numbers = torch.arange(q.shape[2], dtype=cu_seqlens_q.dtype, device=q.device)
+    found = torch.searchsorted(cu_seqlens_q[1:].contiguous(), numbers, right=True)
+    return found.clamp(max=cu_seqlens_q.shape[0] - 2)
+
+
+def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> None:
+    """Raise TypeError or ValueError on what does not fit, naming the argument, its value and what was expected.
+
+    What can only be seen in the data is checked on the CPU alone; on a GPU kernels read no page outside of k and v.
+    """
+    check_config(config)
+    for name, x, words in (
+        ("q", q, "[B, Hq, Sq, D]"),
+        ("k", pages.k, "[num_pages, page_size, Hkv, D]"),
+        ("v", pages.v, "[num_pages, page_size, Hkv, D]"),
+    ):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: {type(x).__name__}, expected a tensor {words}")
+        if x.dim() != 4 or 0 in x.shape:
+            raise ValueError(f"{name}: shape {tuple(x.shape)}, expected {words}, at least one of each")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name}: {x.dtype}, expected float32, bfloat16, float16 or float64")
+        if (x.dtype, x.device, x.shape[3]) != (q.dtype, q.device, q.shape[3]):
+            raise ValueError(
+                f"{name}: {x.dtype} on {x.device}, head_dim {x.shape[3]}, expected q's {q.dtype} on {q.device}, "
+                f"{q.shape[3]}"
+            )
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(
+                f"{name}: requires a gradient, which a paged cache has none of; use torch.no_grad()"
+            )
+    if pages.v.shape != pages.k.shape:
+        raise ValueError(f"v: shape {tuple(pages.v.shape)}, expected k's {tuple(pages.k.shape)}")
+    if pages.k.shape[1] not in PAGE_SIZES:
+        sizes = ", ".join(map(str, PAGE_SIZES))
+        raise ValueError(f"k: pages of {pages.k.shape[1]} keys, expected one of {sizes}")
+    if q.shape[1] % pages.k.shape[2]:
+        raise ValueError(f"q: {q.shape[1]} heads, expected a multiple of the {pages.k.shape[2]} key heads")
+    _check_table(q, pages, cu_seqlens_q)
+    if cu_seqlens_q is not None:
+        _check_offsets(q, pages, cu_seqlens_q)
+    if data_is_readable(pages.table) and data_is_readable(pages.lengths):
+        _check_contents(q, pages, cu_seqlens_q)
+
+
+def _check_table(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> None:
+    for name, x, sizes in (("page_table", pages.table, 2), ("cache_lengths", pages.lengths, 1)):
+        check_integers(name, x)
+        if x.dim() != sizes or 0 in x.shape:
+            words = "[B, pages]" if sizes == 2 else "[B]"
+            raise ValueError(f"{name}: shape {tuple(x.shape)}, expected {words}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: on {x.device}, expected q's {q.device}; move it")
+    batch = q.shape[0] if cu_seqlens_q is None else pages.table.shape[0]
+    for name, x in (("page_table", pages.table), ("cache_lengths", pages.lengths)):
+        if x.shape[0] != batch:
+            raise ValueError(f"{name}: {x.shape[0]} sequences, expected {batch}")
+
+
+def _check_offsets(q: Tensor, pages: Pages, cu_seqlens_q: Tensor) -> None:
+    check_integers("cu_seqlens_q", cu_seqlens_q)
+    if cu_seqlens_q.shape != (pages.table.shape[0] + 1,):
+        raise ValueError(
+            f"cu_seqlens_q: shape {tuple(cu_seqlens_q.shape)}, expected ({pages.table.shape[0] + 1},), one more than "
+            "page_table's rows"
+        )
+    if q.shape[0] != 1:
+        raise ValueError(
+            f"q: batch {q.shape[0]}, expected 1 with cu_seqlens_q; lay the sequences side by side"
+        )
+    if cu_seqlens_q.device != q.device:
+        raise ValueError(f"cu_seqlens_q: on {cu_seqlens_q.device}, expected q's {q.device}; move it")
+
+
+def _check_contents(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> None:
+    rows = [q.shape[2]] * q.shape[0]
+    if cu_seqlens_q is not None:
+        offsets = cu_seqlens_q.tolist()
+        rows = [past - first for first, past in pairwise(offsets)]
+        if offsets[0] != 0 or offsets[-1] > q.shape[2] or min(rows) < 0:
+            raise ValueError(
+                f"cu_seqlens_q: {offsets}, expected 0 and then offsets that never decrease, up to q's "
+                f"{q.shape[2]} rows"
+            )
+    size, most = pages.k.shape[1], pages.table.shape[1] * pages.k.shape[1]
+    for row, (count, length) in enumerate(zip(rows, pages.lengths.tolist(), strict=True)):
+        if not count <= length <= most:
+            raise ValueError(
+                f"cache_lengths: {length} of sequence {row}, expected {count} to {most}, from its new rows to what "
+                "its pages hold"
+            )
+    # Entries past a sequence's last page count for nothing.
+    last = (pages.lengths[:, None] + size - 1) // size
+    used = torch.arange(pages.table.shape[1])[None] < last
+    bad = used & ((pages.table < 0) | (pages.table >= pages.k.shape[0]))
+    if bool(bad.any()):
+        row, place = (int(index) for index in bad.nonzero()[0])
+        raise ValueError(
+            f"page_table: {int(pages.table[row, place])} at place {place} of sequence {row}, expected 0 to "
+            f"{pages.k.shape[0] - 1}, a page of k"
+        )

@@ -1,0 +1,70 @@
+"""One sequence over 2 and 4 processes: every case of ``ranks.py`` in one launch each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+
+def launch(ranks: int, script: str, *arguments: str, cache: Path) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name(script)), *arguments],
+        env={
+            **os.environ,
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+            "SOFTCAP_CACHE_DIR": str(cache),
+        },
+        capture_output=True,
+        text=True,
+        timeout=540,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_case(ranks: int, warm_cache: Path) -> None:
+    assert "passed" in launch(ranks, "ranks.py", cache=warm_cache)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_training_over_ranks_is_that_of_one_process(warm_cache: Path, tmp_path: Path) -> None:
+    """The demo itself raises where the two loss curves part."""
+    pytest.importorskip("transformers")
+    script = "../../scripts/train_demo.py"
+    out = tmp_path / "curves.png"
+    how = ("--context-parallel", "2", "--steps", "4", "--seed", "3", "--out", str(out))
+    assert "largest difference" in launch(2, script, *how, cache=warm_cache)
+    assert out.exists()
+
+
+def test_nothing_is_imported_before_it_is_asked_for(warm_cache: Path) -> None:
+    code = """
+import sys, torch
+from softcap_runtime import AttentionConfig, Runtime
+q = torch.randn(1, 2, 5, 64)
+Runtime.get().attention(q, q, q, AttentionConfig(scale=1.0))
+torch.ops.softcap_runtime.attention(q.requires_grad_(), q, q, None, None, -9, 1, 1.0, None, "eager", True, 0)
+print([name for name in ("torch.distributed.tensor", "softcap_runtime.distributed") if name in sys.modules])
+"""
+    environment = {**os.environ, "SOFTCAP_CACHE_DIR": str(warm_cache), "SOFTCAP_ENGINE": "eager"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

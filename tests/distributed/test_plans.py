@@ -1,0 +1,231 @@
+"""Layouts and plans of every rank, in one process: no process group is needed to make them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from masks.oracle import MaskCase, mask_cases
+from torch import Tensor
+
+from softcap_runtime import AttentionConfig
+from softcap_runtime.distributed import SequenceLayout
+from softcap_runtime.distributed import attention as moving
+from softcap_runtime.distributed import context as making
+from softcap_runtime.distributed.agree import digest_of
+from softcap_runtime.distributed.ranges import keys_seen, length, renumbered
+from softcap_runtime.masks import RowIntervals, band, dense, row_intervals
+
+CPU_MESH: Any = SimpleNamespace(device_type="cpu")
+LONG, RANKS = 131_072, 8
+
+
+@st.composite
+def layouts(draw: st.DrawFn, mask: RowIntervals) -> SequenceLayout:
+    seq_len = mask.q_len
+    kinds = ["contiguous", "balanced"] + (["zigzag"] if seq_len > 1 else [])
+    kind = draw(st.sampled_from(kinds))
+    ranks = draw(st.integers(1, seq_len // (2 if kind == "zigzag" else 1)))
+    if kind == "balanced":
+        return SequenceLayout.balanced(mask, ranks, block=draw(st.integers(1, 5)))
+    made: SequenceLayout = getattr(SequenceLayout, kind)(seq_len, ranks)
+    return made
+
+
+def whole_mask(case: MaskCase) -> RowIntervals:
+    """Of a case with as many rows as keys, and nothing that a context does not take."""
+    case = {**case, "q_len": case["kv_len"], "cache_lengths": None, "query_positions": None}
+    return row_intervals(**case)
+
+
+@given(case=mask_cases(), data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_rows_over_the_keys_they_see_are_row_intervals(case: MaskCase, data: st.DataObject) -> None:
+    mask = whole_mask(case)
+    layout = data.draw(layouts(mask))
+    seen = dense(mask, "cpu")
+    counts = seen.sum((0, 2))
+    assert sorted(torch.cat([layout.rows(rank) for rank in range(layout.ranks)]).tolist()) == list(
+        range(mask.q_len)
+    )
+    for rank, ranges in enumerate(layout.ranges):
+        rows = layout.rows(rank)
+        assert layout.count(rank) == len(rows) > 0
+        keys = keys_seen(mask, ranges)
+        wanted = seen[:, rows].any(1).any(0)
+        chosen = torch.zeros(mask.kv_len, dtype=torch.bool)
+        for start, end in keys:
+            chosen[start:end] = True
+        assert torch.equal(chosen, wanted)  # not one more than any row sees
+        if not keys:
+            continue
+        local = renumbered(mask, ranges, keys)
+        assert (local.q_len, local.kv_len) == (len(rows), length(keys))
+        assert torch.equal(dense(local, "cpu"), seen[:, rows][:, :, chosen])
+        assert sum(making.pairs_of(mask, ranges)) == int(counts[rows].sum())
+
+
+@given(case=mask_cases(), data=st.data(), heads=st.sampled_from([1, 2]))
+@settings(max_examples=150, deadline=None)
+def test_pieces_arrive_in_order(case: MaskCase, data: st.DataObject, heads: int) -> None:
+    """The exchange of keys, all ranks in this process: each ends with the keys that it sees, in their order."""
+    mask = whole_mask(case)
+    layout = data.draw(layouts(mask))
+    config = AttentionConfig(scale=1.0, causal=case["causal"], window=case["window"])
+    names = ("attention_mask", "document_ids", "prefix_lengths", "spans")
+    masks = {name: case[name] for name in names}
+    contexts = [making._made(config, layout, CPU_MESH, rank, "keys", masks) for rank in range(layout.ranks)]
+    k = torch.randn(2, heads, mask.q_len, 3)
+    sent: dict[int, tuple[Tensor, list[int], list[int]]] = {}
+    for context in contexts:
+        mine = layout.shard(k, 2, context.rank)
+
+        def exchange(
+            x: Tensor, received: list[int], out: list[int], _: Any, rank: int = context.rank
+        ) -> Tensor:
+            sent[rank] = (x, received, out)
+            return x
+
+        moving._sent, real = exchange, moving._sent
+        try:
+            moving._send_keys(mine, -mine, context)
+        finally:
+            moving._sent = real
+    for context in contexts:
+        rank, mine, arrived = context.rank, layout.shard(k, 2, context.rank), None
+        if sent:
+            parts = [sent[source][0].split(sent[source][2])[rank] for source in range(layout.ranks)]
+            assert [len(part) for part in parts] == sent[rank][1]
+            arrived = torch.cat(parts)
+        plan = context.by_keys
+        assert plan is not None
+        assert 2 * context.key_rows[rank] == (0 if arrived is None else len(arrived))
+        own = (list(x.permute(2, 0, 1, 3).split(plan.own)) for x in (mine, -mine))
+        keys, values = moving._placed(*own, arrived, context)
+        ranges = keys_seen(mask, layout.ranges[rank]) or ((layout.ranges[rank][0][0],) * 2,)
+        chosen = [key for start, end in ranges for key in range(start, max(end, start + 1))]
+        assert torch.equal(keys, k[:, :, chosen])
+        assert torch.equal(values, -k[:, :, chosen])
+
+
+def computed(
+    config: AttentionConfig, layout: SequenceLayout, method: Any, **masks: Tensor
+) -> making.ContextMask:
+    return making._made(config, layout, CPU_MESH, 0, method, masks)
+
+
+@pytest.mark.parametrize(
+    ("window", "kind", "method", "most"),
+    [(None, "zigzag", "keys", 1.02), (4096, "contiguous", "keys", 1.07), (None, "contiguous", "heads", 1.0)],
+)
+def test_balance(window: int | None, kind: str, method: str, most: float) -> None:
+    layout = getattr(SequenceLayout, kind)(LONG, RANKS)
+    context = computed(AttentionConfig(scale=1.0, window=window), layout, method)
+    exact = sum(making.pairs_of(context.whole, [(0, LONG)]))
+    assert sum(context.pairs) == exact
+    assert max(context.pairs) / (exact / RANKS) <= most
+
+
+def test_balanced_documents(seed: int) -> None:
+    ids = (torch.rand(1, LONG) < 1 / 2048).cumsum(1)
+    mask = row_intervals(LONG, LONG, causal=True, window=None, document_ids=ids)
+    layout = SequenceLayout.balanced(mask, RANKS)
+    context = computed(AttentionConfig(scale=1.0), layout, "keys", document_ids=ids)
+    plain = computed(
+        AttentionConfig(scale=1.0), SequenceLayout.contiguous(LONG, RANKS), "keys", document_ids=ids
+    )
+    assert max(context.pairs) < max(plain.pairs)
+    assert max(context.pairs) / (sum(context.pairs) / RANKS) <= 1.05
+    assert {layout.count(rank) for rank in range(RANKS)} == {LONG // RANKS}
+
+
+def test_a_window_moves_few_keys() -> None:
+    config = AttentionConfig(scale=1.0, window=4096)
+    context = computed(config, SequenceLayout.contiguous(LONG, RANKS), "auto")
+    received = context.received_bytes(16, 8, 256, torch.bfloat16)
+    gathered = (LONG - LONG // RANKS) * 2 * 8 * 256 * 2
+    assert max(received) / gathered <= 0.05
+    assert context.local is not None
+    assert context.local.lo is None  # a band: no vector is made, and kernels of bands serve
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_plan_is_made_in_time(kind: str, packed: bool, seed: int) -> None:
+    masks = {"document_ids": (torch.rand(1, LONG) < 1 / 2048).cumsum(1)} if packed else {}
+    layout = getattr(SequenceLayout, kind)(LONG, RANKS)
+    took = []
+    for _ in range(7):
+        started = time.process_time()
+        computed(AttentionConfig(scale=1.0, window=4096), layout, "keys", **masks)
+        took.append(time.process_time() - started)
+    assert statistics.median(took) <= 0.03
+
+
+def test_digests_tell_masks_apart(seed: int) -> None:
+    x = torch.randint(0, 1000, (1, 50), dtype=torch.int32)
+    seen = {digest_of(x)}
+    for at in range(49):
+        other = x.clone()
+        other[0, at] += 1
+        seen.add(digest_of(other))
+        other[0, at + 1] -= 1  # the same sum
+        seen.add(digest_of(other))
+    assert len(seen) == 99
+    assert digest_of(x.clone()) in seen
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: SequenceLayout.contiguous(3, 4), "ranks: 4 for 3 tokens, expected 1 to 3"),
+        (lambda: SequenceLayout.zigzag(7, 4), "ranks: 4 for 7 tokens, expected 1 to 3"),
+        (lambda: SequenceLayout.contiguous(3, 0), "ranks: 0"),
+        (lambda: SequenceLayout.balanced(band(9, 9, causal=True, window=None), 2, block=0), "block: 0"),
+        (lambda: SequenceLayout.contiguous(8, 2).shard(torch.ones(7), 0, 0), "x: 7 rows in dimension 0"),
+    ],
+)
+def test_layouts_that_can_not_be_are_refused(call: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("masks", "method", "words"),
+    [
+        ({}, "rings", "method: 'rings', expected one of auto, keys, heads"),
+        (
+            {"document_ids": torch.zeros(1, 4, dtype=torch.int64)},
+            "auto",
+            "document_ids: 4 tokens, expected the 8",
+        ),
+        ({"attention_mask": torch.ones(1, 4)}, "auto", "attention_mask: 4 tokens, expected the 8"),
+        ({"attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool)}, "auto", "attention_mask: shape"),
+        (
+            {"document_ids": torch.zeros(1, 8, dtype=torch.int64, device="meta")},
+            "auto",
+            "document_ids: on meta",
+        ),
+        ({"document_ids": torch.tensor([[1, 0] * 4])}, "auto", "document_ids: 0 after 1"),
+    ],
+)
+def test_masks_that_are_not_the_sequence_s_are_refused(masks: Any, method: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        computed(AttentionConfig(scale=1.0), SequenceLayout.contiguous(8, 2), method, **masks)
+
+
+def test_heads_that_do_not_divide() -> None:
+    config = AttentionConfig(scale=1.0)
+    layout = SequenceLayout.contiguous(8, 4)
+    assert computed(config, layout, "auto").resolved(8, 2) == "heads"
+    assert computed(config, layout, "auto").resolved(6, 2) == "keys"
+    assert computed(config, layout, "auto").resolved(12, 3) == "keys"
+    assert computed(config.model_copy(update={"window": 3}), layout, "auto").resolved(8, 2) == "keys"
+    with pytest.raises(ValueError, match="method: 'heads' for 6 query and 2 key heads over 4 ranks"):
+        computed(config, layout, "heads").resolved(6, 2)

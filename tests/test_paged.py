@@ -1,0 +1,187 @@
+"""Paged caches against the reference, sequence by sequence over contiguous keys."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from helpers import HEAD_DIM, expected, relative_error
+from torch import Tensor
+
+from softcap_runtime import AttentionConfig, Runtime
+
+HEADS, KV_HEADS = 4, 2
+
+
+class Cache:
+    """Sequences of these lengths in pages that lie in any order; what no sequence holds is NaN ."""
+
+    def __init__(self, lengths: list[int], page_size: int, dtype: torch.dtype = torch.float32) -> None:
+        counts = [-(-length // page_size) for length in lengths]
+        pages = torch.randperm(sum(counts) + 3).tolist()
+        self.k, self.v = (torch.randn(len(pages), page_size, KV_HEADS, HEAD_DIM).to(dtype) for _ in "kv")
+        self.table = torch.full((len(lengths), max(counts) + 1), -1, dtype=torch.int32)
+        for row, count in enumerate(counts):
+            self.table[row, :count] = torch.tensor([pages.pop() for _ in range(count)])
+        self.lengths = torch.tensor(lengths, dtype=torch.int32)
+        held = torch.zeros(self.k.shape[:2], dtype=torch.bool)
+        for row, length in enumerate(lengths):
+            for place in range(length):
+                held[self.table[row, place // page_size], place % page_size] = True
+        for x in (self.k, self.v):
+            x[~held] = torch.nan
+
+    def keys(self, row: int) -> tuple[Tensor, Tensor]:
+        """Of one sequence, contiguous: ``[1, Hkv, length, D]``."""
+        length, size = int(self.lengths[row]), self.k.shape[1]
+        own = self.table[row, : -(-length // size)].long()
+        return tuple(x[own].flatten(0, 1)[:length].transpose(0, 1)[None] for x in (self.k, self.v))
+
+    def want(self, q: Tensor, row: int, config: AttentionConfig) -> Tensor:
+        return expected(q, *self.keys(row), config)
+
+
+@pytest.fixture(params=["auto", "eager"])
+def served(runtimes: dict[str, Runtime], request: pytest.FixtureRequest) -> Runtime:
+    return runtimes[request.param]
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("rows", [1, 4, 30])
+def test_as_many_rows_in_each(
+    served: Runtime, page_size: int, window: int | None, rows: int, seed: int
+) -> None:
+    config = AttentionConfig(softcap=30.0, scale=0.1, window=window)
+    cache = Cache([rows, 33, 300, 64], page_size)
+    q = torch.randn(4, HEADS, rows, HEAD_DIM)
+    out = served.paged_attention(q, cache.k, cache.v, config, cache.table, cache.lengths)
+    want = torch.cat([cache.want(q[row : row + 1], row, config) for row in range(4)])
+    assert relative_error(out, want) <= 2e-6
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("causal", [True, False])
+def test_any_number_of_rows_in_each(served: Runtime, window: int | None, causal: bool, seed: int) -> None:
+    config = AttentionConfig(softcap=30.0, scale=0.1, window=window, causal=causal)
+    counts, padding = [1, 33, 0, 7, 1], 3
+    cache = Cache([100, 33, 5, 64, 17], 16)
+    offsets = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)
+    q = torch.randn(1, HEADS, sum(counts) + padding, HEAD_DIM)
+    out = served.paged_attention(
+        q, cache.k, cache.v, config, cache.table, cache.lengths, cu_seqlens_q=offsets
+    )
+    parts = [
+        cache.want(q[:, :, first:past], row, config)
+        for row, (first, past) in enumerate(pairwise(offsets))
+        if first < past
+    ]
+    assert relative_error(out[:, :, :-padding], torch.cat(parts, 2)) <= 2e-6
+    assert not out[:, :, -padding:].any()
+
+
+def test_half_precision(served: Runtime, seed: int) -> None:
+    config = AttentionConfig(softcap=30.0, scale=0.1)
+    cache = Cache([100, 33], 16, torch.bfloat16)
+    q = torch.randn(2, HEADS, 2, HEAD_DIM).bfloat16()
+    out = served.paged_attention(q, cache.k, cache.v, config, cache.table, cache.lengths)
+    want = torch.cat([cache.want(q[row : row + 1], row, config) for row in range(2)])
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, want) <= 4e-3
+
+
+def changed(x: Tensor, at: Any, value: int) -> Tensor:
+    x = x.clone()
+    x[at] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            lambda c: {"page_table": changed(c.table, (1, 2), 10**6)},
+            ValueError,
+            "page_table: 1000000 at place 2 of seq",
+        ),
+        (
+            lambda c: {"page_table": changed(c.table, (0, 0), -1)},
+            ValueError,
+            "page_table: -1 at place 0 of sequence 0",
+        ),
+        (lambda c: {"page_table": c.table[:1]}, ValueError, "page_table: 1 sequences, expected 2"),
+        (lambda c: {"page_table": c.table.float()}, TypeError, "page_table: torch.float32"),
+        (
+            lambda c: {"page_table": c.table[0]},
+            ValueError,
+            r"page_table: shape \(5,\), expected \[B, pages\]",
+        ),
+        (
+            lambda c: {"cache_lengths": changed(c.lengths, 1, 81)},
+            ValueError,
+            "cache_lengths: 81 of sequence 1, .* 80",
+        ),
+        (
+            lambda c: {"cache_lengths": changed(c.lengths, 1, 2)},
+            ValueError,
+            "cache_lengths: 2 of sequence 1, expected 3",
+        ),
+        (lambda c: {"cache_lengths": c.lengths[:1]}, ValueError, "cache_lengths: 1 sequences, expected 2"),
+        (lambda c: {"cache_lengths": [3, 50]}, TypeError, "cache_lengths: list"),
+        (
+            lambda c: {"k": c.k[:, :10], "v": c.v[:, :10]},
+            ValueError,
+            "k: pages of 10 keys, expected one of 16, 32",
+        ),
+        (lambda c: {"v": c.v[:2]}, ValueError, "v: shape"),
+        (lambda c: {"k": c.k.double()}, ValueError, "k: torch.float64 on cpu"),
+        (lambda c: {"k": c.k[0]}, ValueError, "k: shape .*num_pages, page_size"),
+        (
+            lambda c: {"q": torch.zeros(2, 3, 3, HEAD_DIM)},
+            ValueError,
+            "q: 3 heads, expected a multiple of the 2",
+        ),
+        (
+            lambda c: {"q": torch.zeros(2, 4, 3, HEAD_DIM, requires_grad=True)},
+            ValueError,
+            "q: requires a gradient",
+        ),
+        (lambda c: {"config": None}, TypeError, "config: NoneType"),
+        (
+            lambda c: {"cu_seqlens_q": torch.tensor([0, 3, 6])},
+            ValueError,
+            "q: batch 2, expected 1 with cu_seqlens_q",
+        ),
+        (
+            lambda c: {"cu_seqlens_q": torch.tensor([0, 3])},
+            ValueError,
+            r"cu_seqlens_q: shape \(2,\), expected \(3,\)",
+        ),
+    ],
+)
+def test_bad_input(runtime: Runtime, change: Any, error: type[Exception], words: str) -> None:
+    cache = Cache([3, 50], 16)
+    arguments = {
+        "q": torch.zeros(2, HEADS, 3, HEAD_DIM),
+        "k": cache.k,
+        "v": cache.v,
+        "config": AttentionConfig(scale=0.1),
+        "page_table": cache.table,
+        "cache_lengths": cache.lengths,
+        **change(cache),
+    }
+    with pytest.raises(error, match=words) as raised:
+        runtime.paged_attention(**arguments)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 5], [1, 2, 3], [0, 3, 2]])
+def test_bad_offsets(runtime: Runtime, offsets: list[int]) -> None:
+    cache = Cache([3, 50], 16)
+    q, config = torch.zeros(1, HEADS, 4, HEAD_DIM), AttentionConfig(scale=0.1)
+    with pytest.raises(ValueError, match=r"cu_seqlens_q: .* never decrease"):
+        runtime.paged_attention(
+            q, cache.k, cache.v, config, cache.table, cache.lengths, cu_seqlens_q=torch.tensor(offsets)
+        )
