@@ -196,18 +196,16 @@ def test_layouts_that_can_not_be_are_refused(call: Any, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("masks", "method", "words"),
+    ("masks", "words"),
     [
         (
             {"document_ids": torch.zeros(1, 4, dtype=torch.int64)},
-            "auto",
             "document_ids: 4 tokens, expected the 8",
         ),
         ({"attention_mask": torch.ones(1, 4)}, "attention_mask: 4 tokens, expected the 8"),
         ({"attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool)}, "attention_mask: shape"),
         (
             {"document_ids": torch.zeros(1, 8, dtype=torch.int64, device="meta")},
-            "auto",
             "document_ids: on meta",
         ),
         ({"document_ids": torch.tensor([[1, 0] * 4])}, "document_ids: 0 after 1"),
