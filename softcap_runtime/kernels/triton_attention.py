@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcap_runtime.cuda.gluon_attention import bind_gluon_forward
+from softcap_runtime.cuda.gluon_options import forward_options, serves
 from softcap_runtime.kernels.cubin import GpuKernels, Pointer
 
 from .gpu_options import decode_rows, device_limits, most_splits, padded, split_count, tile_width
@@ -33,6 +35,7 @@ def bind_forward(
     left: int | None = None,
     right: int | None = None,
     approx: bool = False,
+    gluon: bool | None = None,
 ) -> Forward:
     """Softcapped attention and its logsumexp, for tensors that lie as these do.
 
@@ -40,7 +43,8 @@ def bind_forward(
     to 256, Hq a multiple of Hkv, on one CUDA device (current or not). Row i sees the keys
     ``i + left <= j < i + right`` or, with ``edges`` ``lo`` and ``hi`` (int32 ``[B or 1, Sq]``), ``lo_i <= j < hi_i``.
     ``approx`` takes tanh from the ``tanh.approx.f32`` instruction (relative error
-    2**-11, so up to ``softcap * 5e-4`` of a logit).
+    2**-11, so up to ``softcap * 5e-4`` of a logit). ``gluon``: whether the Gluon kernel computes it, for tests; None
+    leaves it to ``gluon_options``.
 
     The result takes tensors with the shapes, dtype, strides, and 16-byte alignment of these. It returns out
     ``[B, Hq, Sq, D]`` in q's dtype, a view of ``[B, Sq, Hq, D]`` memory, and the natural logsumexp float32
@@ -49,15 +53,31 @@ def bind_forward(
     mask = make_mask(left, right, edges)
     call = factors(q.dtype, scale, softcap, approx)
     decodes = q.shape[2] * (q.shape[1] // k.shape[1]) <= decode_rows(q.dtype)
-    bind = _bind_decode if decodes else _bind_forward
-    return reading(bind(readable(q), readable(k), readable(v), mask, call, kernels), (q, k, v, *edges))
+    read = readable(q), readable(k), readable(v)
+    if decodes:
+        run = _bind_decode(*read, mask, call, kernels)
+    elif _takes_gluon(*read, mask, call) if gluon is None else gluon:
+        run = bind_gluon_forward(*read, mask, call, forward_options(q.shape[-1]), kernels)
+    else:
+        run = _bind_forward(*read, mask, call, kernels)
+    return reading(run, (q, k, v, *edges))
+
+
+def _takes_gluon(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors) -> bool:
+    return serves(device_limits(q.device.index), q.dtype, call, layout(_work(q, k, mask), q, k, v).tma)
+
+
+def _work(q: Tensor, k: Tensor, mask: Mask) -> int:
+    """Multiply-adds of a call, at most."""
+    batch, heads, rows, dim = q.shape
+    return 2 * batch * heads * rows * mask.width(rows, k.shape[2]) * dim
 
 
 def _bind_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, kernels: GpuKernels) -> Forward:
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     options, device = kernels.options(q, "forward"), q.device
-    where = layout(2 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v)
+    where = layout(_work(q, k, mask), q, k, v)
     output = Output(q)
     edge = None if mask.band else Pointer(torch.int32)
     kernel = launcher(

@@ -10,12 +10,13 @@ from softcap_runtime.errors import BuildFailed
 from softcap_runtime.kernels.cubin import Box, Cubin, CubinSpec
 
 MODULES = {
-    "forward_kernel": "triton_forward",
-    "decode_kernel": "triton_decode",
-    "combine_kernel": "triton_decode",
-    "dq_kernel": "triton_backward",
-    "dkdv_kernel": "triton_backward",
-    "query_hull_kernel": "triton_backward",
+    "forward_kernel": "kernels.triton_forward",
+    "decode_kernel": "kernels.triton_decode",
+    "combine_kernel": "kernels.triton_decode",
+    "dq_kernel": "kernels.triton_backward",
+    "dkdv_kernel": "kernels.triton_backward",
+    "query_hull_kernel": "kernels.triton_backward",
+    "gluon_forward_kernel": "cuda.gluon_forward",
 }
 _NUMBERS = {"i": "i32", "l": "i64", "f": "fp32"}
 _BYTES = {"i": 4, "l": 8, "f": 4}
@@ -47,7 +48,7 @@ def build(spec: CubinSpec) -> bytes:
 
 def kernel_of(spec: CubinSpec) -> Any:
     """The function that Triton compiles; imports Triton."""
-    module = importlib.import_module(f"softcap_runtime.kernels.{MODULES[spec.kernel]}")
+    module = importlib.import_module(f"softcap_runtime.{MODULES[spec.kernel]}")
     return getattr(module, spec.kernel)
 
 
@@ -57,11 +58,16 @@ def _compile(spec: CubinSpec) -> Any:
     from triton.compiler import ASTSource
 
     kernel = kernel_of(spec)
+    gluon = MODULES[spec.kernel].startswith("cuda.")
+    if gluon:
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource  # no public name (Triton 3.7)
     types = [*spec.tensors, *(_NUMBERS[letter] for letter in spec.numbers)]
     constants = dict(spec.constants)
     signature, known, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         type_name = types[place] if place < len(types) else ""
+        if gluon and type_name.startswith("tensordesc"):
+            type_name = _with_layout(type_name)
         signature[name] = type_name or "constexpr"
         if not type_name:  # a compile-time argument, or a tensor that is left out: None
             known[(place,)] = constants.get(name)
@@ -72,6 +78,15 @@ def _compile(spec: CubinSpec) -> Any:
         target=GPUTarget("cuda", spec.capability, 32),
         options={"num_warps": spec.warps, "num_stages": spec.stages},
     )
+
+
+def _with_layout(type_name: str) -> str:
+    """A tile's type as Gluon spells it: with how it lies in shared memory, swizzled where it has several rows."""
+    dtype, sizes = type_name.removeprefix("tensordesc<").removesuffix("]>").split("[")
+    bits, rank = 32 if dtype in ("fp32", "i32") else 16, sizes.count(",") + 1
+    swizzle = 0 if bits == 32 else 128
+    layout = f"NVMMASharedLayout(swizzle_byte_width={swizzle}, element_bitwidth={bits}, rank={rank})"
+    return f"tensordesc<{dtype}[{sizes}],{layout}>"
 
 
 def _packed(spec: CubinSpec, compiled: Any) -> bytes:

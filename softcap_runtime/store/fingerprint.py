@@ -17,7 +17,7 @@ PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 # What generated code depends on: the graphs, and where the numbers that they read are written.
 CPU_CODE = ("kernels/graphs/**/*.py", "kernels/flex.py", "kernels/key.py", "masks/blocks.py")
 # The block sizes are in a GPU kernel's key.
-GPU_CODE = ("kernels/cubin.py", "kernels/triton_*.py")
+GPU_CODE = ("cuda/*.py", "kernels/cubin.py", "kernels/triton_*.py")
 CPUINFO_BYTES = 16384  # one processor's block is 1-3 KB; the file of a 256-core machine is 400 KB
 
 
