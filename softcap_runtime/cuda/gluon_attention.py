@@ -53,4 +53,6 @@ def bind_gluon_forward(
 
 
 def _output_tile(output: Output) -> Parameter:
-    return Tile(output.dtype, tuple(output.shape), output.steps, (1, 1, WARPGROUP_ROWS, tile_width(output.shape[-1])))
+    return Tile(
+        output.dtype, tuple(output.shape), output.steps, (1, 1, WARPGROUP_ROWS, tile_width(output.shape[-1]))
+    )

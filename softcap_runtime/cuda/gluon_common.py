@@ -26,6 +26,10 @@ TANH_WEIGHTS_ASM = gl.constexpr(triton_asm.tanh_weights())
 FOUR = gl.constexpr("=f,=f,=f,=f,f,f,f,f")
 FOUR_OF_THREE = gl.constexpr("=f,=f,=f,=f,f,f,f,f,f,f,f,f,f,f,f,f")
 
+# Warpgroups that compute, as compile-time arguments.
+FIRST = gl.constexpr(0)
+SECOND = gl.constexpr(1)
+THIRD = gl.constexpr(2)
 # Registers of a thread that loads tiles; the consumers get what is left.
 PRODUCER_REGISTERS = gl.constexpr(24)
 
@@ -52,6 +56,38 @@ def advance(slot, phase, STAGES: gl.constexpr):
         slot = 0
         phase ^= 1
     return slot, phase
+
+
+@gluon.jit
+def anew(slot):
+    """``slot``, in a way that the addresses which follow from it are computed anew in each step of a loop.
+
+    Those of tiles that stay where they are would otherwise be kept in registers from before the loop, in so many that
+    others are spilled.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def tile_of(turn, heads):
+    """The work of a turn, the first blocks of all heads before the second: ``(tile, place of the block, head)``.
+
+    Odd turns run backwards, so that no program gets the longer tile of every turn.
+    """
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    tile = turn * programs + gl.where(turn % 2 == 1, programs - 1 - place, place)
+    return tile, tile // heads, tile % heads
+
+
+@gluon.jit
+def block_at(index, first, full_first, full_end, end):
+    """The block of keys at a place of the order that all warps keep: from the end those past the full ones, those
+    before them, then the full ones."""
+    after = end - full_end
+    partial = after + full_first - first
+    block = gl.where(index < after, end - 1 - index, first + index - after)
+    return gl.where(index < partial, block, full_first + index - partial)
 
 
 @gluon.jit
@@ -83,9 +119,7 @@ def capped(x, inner, coef, bias, FORM: gl.constexpr):
     if FORM == PLAIN:
         return x * inner + bias, 1.0
     elif FORM == LOGISTIC:
-        r = gl.inline_asm_elementwise(
-            LOGISTIC_ASM, FOUR, [x * inner], dtype=gl.float32, is_pure=True, pack=4
-        )
+        r = gl.inline_asm_elementwise(LOGISTIC_ASM, FOUR, [x * inner], dtype=gl.float32, is_pure=True, pack=4)
         return coef * r + bias, r - r * r
     else:
         t = gl.inline_asm_elementwise(

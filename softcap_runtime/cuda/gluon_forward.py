@@ -21,9 +21,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .gluon_common import (
+    FIRST,
     LN2,
     PRODUCER_REGISTERS,
+    SECOND,
+    THIRD,
     advance,
+    block_at,
     capped,
     exp2,
     fixed_weights,
@@ -31,34 +35,10 @@ from .gluon_common import (
     ring,
     row_intervals,
     start_ring,
+    tile_of,
 )
 
-FIRST = gl.constexpr(0)
-SECOND = gl.constexpr(1)
-THIRD = gl.constexpr(2)
 NUMBERS = ["slo_b", "B", "Hq", "G", "Sq", "Skv", "left", "right", "inner", "coef", "bias", "reference"]
-
-
-@gluon.jit
-def _tile(turn, heads, blocks):
-    """The work of a turn, the longest rows of a causal mask first: ``(tile, block of rows, head)``.
-
-    Odd turns run backwards, so that no program gets the longer tile of every turn.
-    """
-    programs = gl.num_programs(0)
-    place = gl.program_id(0)
-    tile = turn * programs + gl.where(turn % 2 == 1, programs - 1 - place, place)
-    return tile, blocks - 1 - tile // heads, tile % heads
-
-
-@gluon.jit
-def _block(index, first, full_first, full_end, end):
-    """The block of keys at a place of the order that all warps keep: from the end those past the full ones, those
-    before them, then the full ones."""
-    after = end - full_end
-    partial = after + full_first - first
-    block = gl.where(index < after, end - 1 - index, first + index - after)
-    return gl.where(index < partial, block, full_first + index - partial)
 
 
 @gluon.jit
@@ -74,17 +54,17 @@ def _produce(
     tiles = B * Hq * blocks
     slot, phase, turn_phase = 0, 1, 1
     for turn in range(0, gl.cdiv(tiles, gl.num_programs(0))):
-        tile, block, head = _tile(turn, B * Hq, blocks)
+        tile, place, head = tile_of(turn, B * Hq)
         if tile < tiles:
             b = head // Hq
             h = head % Hq
             hk = h // G
-            start = block * ROWS
+            start = (blocks - 1 - place) * ROWS
             first, full_first, full_end, end = key_blocks(
                 start, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 1
             )
             for index in range(0, end - first):
-                key = _block(index, first, full_first, full_end, end) * N
+                key = block_at(index, first, full_first, full_end, end) * N
                 mbarrier.wait(k_empty.index(slot), phase)
                 mbarrier.expect(k_full.index(slot), N * DPAD * 2)
                 tma.async_copy_global_to_shared(K, [b, hk, key, 0], k_full.index(slot), k_s.index(slot))
@@ -152,8 +132,12 @@ def _consume(
     inner, coef, bias, reference = factors
     ROWS: gl.constexpr = M * WARPGROUPS
     dtype: gl.constexpr = q_s.dtype
-    S_L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
-    O_L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DPAD, 16])
+    S_L: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16]
+    )
+    O_L: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DPAD, 16]
+    )
     P_L: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_L, k_width=2)
     ROW_L: gl.constexpr = gl.SliceLayout(1, S_L)
     blocks = gl.cdiv(Sq, ROWS)
@@ -163,14 +147,15 @@ def _consume(
     q = q_tile.reshape([M, DPAD])
     none = gl.zeros([M, N], gl.float32, S_L)
     for turn in range(0, gl.cdiv(tiles, gl.num_programs(0))):
-        tile, block, head = _tile(turn, B * Hq, blocks)
+        tile, place, head = tile_of(turn, B * Hq)
         if tile < tiles:
             b = head // Hq
             h = head % Hq
+            block = (blocks - 1 - place) * ROWS
             first, full_first, full_end, end = key_blocks(
-                block * ROWS, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 4
+                block, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 4
             )
-            start = block * ROWS + C * M
+            start = block + C * M
             rows = start + gl.arange(0, M, layout=ROW_L)
             lo, hi = row_intervals(rows, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND)
             # Of the blocks past the full ones, those wholly past these rows.
@@ -189,7 +174,7 @@ def _consume(
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_empty.index(slot), count=1)
             m = gl.full([M], float("-inf"), gl.float32, ROW_L)
-            key = _block(skip, first, full_first, full_end, end) * N
+            key = block_at(skip, first, full_first, full_end, end) * N
             p, alpha, m, l = _softmax(
                 s, key, lo, hi, m, 0.0, inner, coef, bias, True, True, ONLINE, FORM, M, N, S_L
             )
@@ -199,7 +184,7 @@ def _consume(
             last_slot, last_phase = slot, phase
             slot, phase = advance(slot, phase, STAGES)
             for index in range(skip + 1, partial):
-                key = _block(index, first, full_first, full_end, end) * N
+                key = block_at(index, first, full_first, full_end, end) * N
                 acc, p, m, l = _step(
                     q, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m, l,
                     none, key, lo, hi, inner, coef, bias, True, ONLINE, FORM, M, N, DPAD, S_L, O_L, P_L,
@@ -245,7 +230,9 @@ def _step(
 ):  # fmt: skip
     """The product of the next keys, that of the last weights with their values, then the next weights."""
     mbarrier.wait(k_full.index(slot), phase)
-    s = warpgroup_mma(q, k_s.index(slot).reshape([N, DPAD]).permute((1, 0)), none, use_acc=False, is_async=True)
+    s = warpgroup_mma(
+        q, k_s.index(slot).reshape([N, DPAD]).permute((1, 0)), none, use_acc=False, is_async=True
+    )
     mbarrier.wait(v_full.index(last_slot), last_phase)
     acc = warpgroup_mma(p, v_s.index(last_slot).reshape([N, DPAD]), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from softcap_runtime.kernels.gpu_options import DeviceLimits, tile_width, triton_version
+from softcap_runtime.kernels.gpu_options import DeviceLimits, Direction, tile_width, triton_version
 from softcap_runtime.kernels.triton_call import Factors
 
 # What compiles the kernels: warp specialisation as they use it. The forms of a softcap that they know.
@@ -47,3 +47,32 @@ def serves(limits: DeviceLimits, dtype: torch.dtype, call: Factors, tma: bool) -
 def forward_options(head_dim: int) -> GluonOptions:
     """The blocks of the forward kernel."""
     return _FORWARD[tile_width(head_dim)]
+
+
+class BackwardOptions(NamedTuple):
+    """Rows or keys a block that streams by holds (those that stay are 128), and how many such blocks are in flight."""
+
+    block: int
+    stages: tuple[int, int]
+
+    @property
+    def own(self) -> int:
+        """Query rows of a program of dq, keys of one of dk and dv."""
+        return 2 * WARPGROUP_ROWS
+
+
+# Tiles of keys and values for dq; tiles of q and grad_out for the others. At head_dim 256 four tiles stay.
+_BACKWARD: dict[tuple[Direction, int], BackwardOptions] = {
+    ("dq", 64): BackwardOptions(64, (4, 4)),
+    ("dq", 128): BackwardOptions(64, (4, 3)),
+    ("dq", 256): BackwardOptions(64, (2, 1)),
+    ("dkdv", 64): BackwardOptions(64, (4, 4)),
+    ("dkdv", 128): BackwardOptions(64, (3, 3)),
+    ("dk", 256): BackwardOptions(64, (2, 1)),
+    ("dv", 256): BackwardOptions(64, (2, 2)),
+}
+
+
+def backward_options(direction: Direction, head_dim: int) -> BackwardOptions:
+    """The blocks of a backward kernel."""
+    return _BACKWARD[direction, tile_width(head_dim)]

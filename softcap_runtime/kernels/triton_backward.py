@@ -99,6 +99,27 @@ def dq_kernel(
     store_tile(DQ, sdq_b, sdq_h, sdq_s, b, h, start, Sq, dq * gain, BLOCK_M, D, DPAD, ALIGN)
 
 
+@triton.jit(do_not_specialize=INTS)
+def statistics_kernel(
+    DO, Out, Lse, Shift, Delta,
+    sdo_b, sdo_h, sdo_s, so_b, so_h, so_s, Hq, Sq, SqPad, bias,
+    BLOCK_M: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Shift and Delta of BLOCK_M rows, as ``dq_kernel`` leaves them."""
+    blocks = SqPad // BLOCK_M
+    start = (tl.program_id(0) % blocks) * BLOCK_M
+    head = tl.program_id(0) // blocks
+    b = head // Hq
+    h = head % Hq
+    rows = start + tl.arange(0, BLOCK_M)
+    do = load_tile(DO, sdo_b, sdo_h, sdo_s, b, h, start, Sq, BLOCK_M, D, DPAD, False, ALIGN)
+    out = load_tile(Out, so_b, so_h, so_s, b, h, start, Sq, BLOCK_M, D, DPAD, False, ALIGN)
+    lse = tl.load(Lse + head.to(tl.int64) * Sq + rows, mask=rows < Sq, other=float("-inf"))
+    at = head.to(tl.int64) * SqPad + rows
+    tl.store(Delta + at, tl.sum(do.to(tl.float32) * out.to(tl.float32), 1))
+    tl.store(Shift + at, tl.where(lse == float("-inf"), float("-inf"), bias - lse * LOG2E))
+
+
 @triton.jit
 def _query_ranges(
     n, First, Last, b, shull_b, left, right, Sq, BAND: tl.constexpr, M: tl.constexpr, N: tl.constexpr

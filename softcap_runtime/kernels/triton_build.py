@@ -16,7 +16,10 @@ MODULES = {
     "dq_kernel": "kernels.triton_backward",
     "dkdv_kernel": "kernels.triton_backward",
     "query_hull_kernel": "kernels.triton_backward",
+    "statistics_kernel": "kernels.triton_backward",
     "gluon_forward_kernel": "cuda.gluon_forward",
+    "gluon_dq_kernel": "cuda.gluon_backward",
+    "gluon_dkdv_kernel": "cuda.gluon_backward",
 }
 _NUMBERS = {"i": "i32", "l": "i64", "f": "fp32"}
 _BYTES = {"i": 4, "l": 8, "f": 4}
@@ -60,7 +63,9 @@ def _compile(spec: CubinSpec) -> Any:
     kernel = kernel_of(spec)
     gluon = MODULES[spec.kernel].startswith("cuda.")
     if gluon:
-        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource  # no public name (Triton 3.7)
+        from triton.experimental.gluon._runtime import (
+            GluonASTSource as ASTSource,
+        )  # no public name (Triton 3.7)
     types = [*spec.tensors, *(_NUMBERS[letter] for letter in spec.numbers)]
     constants = dict(spec.constants)
     signature, known, attributes = {}, {}, {}

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from softcap_runtime.cuda.gluon_gradient import bind_gluon_backward
+from softcap_runtime.cuda.gluon_options import serves
 from softcap_runtime.kernels.cubin import GpuKernels, Parameter, Pointer
 
-from .gpu_options import PADDED_ROWS, Direction, splits_backward
+from .gpu_options import PADDED_ROWS, Direction, device_limits, splits_backward
 from .triton_call import Factors, Mask, factors, make_mask
 from .triton_launch import (
     NO_EDGES,
@@ -42,6 +44,7 @@ def bind_backward(
     left: int | None = None,
     right: int | None = None,
     approx: bool = False,
+    gluon: bool | None = None,
 ) -> Backward:
     """The gradients ``(dq, dk, dv)`` of ``triton_attention.bind_forward``'s results, for tensors that lie as these do.
 
@@ -52,10 +55,24 @@ def bind_backward(
     """
     mask = make_mask(left, right, edges)
     call = factors(q.dtype, scale, softcap, approx)
-    run = _bind_backward(
-        readable(grad_out), readable(q), readable(k), readable(v), readable(out), mask, call, kernels
-    )
+    read = readable(grad_out), readable(q), readable(k), readable(v), readable(out)
+    if _takes_gluon(*read, mask, call) if gluon is None else gluon:
+
+        def bind_hull(block_n: int) -> Callable[..., tuple[Tensor | None, ...]]:
+            return _bind_query_hull(mask, q.shape[2], k.shape[2], block_n, kernels, q.device)
+
+        run: Backward = bind_gluon_backward(*read, mask, call, kernels, bind_hull)
+    else:
+        run = _bind_backward(*read, mask, call, kernels)
     return reading(run, (grad_out, q, k, v, out, lse, *edges))
+
+
+def _takes_gluon(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Mask, call: Factors
+) -> bool:
+    batch, heads, rows, dim = q.shape
+    where = layout(3 * batch * heads * rows * mask.width(rows, k.shape[2]) * dim, q, k, v, grad, out)
+    return serves(device_limits(q.device.index), q.dtype, call, where.tma)
 
 
 def _bind_backward(

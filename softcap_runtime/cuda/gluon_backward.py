@@ -1,0 +1,547 @@
+"""The backward kernels for compute capability 9.0: dq by query blocks, dk and dv by key blocks; no atomics.
+
+As ``kernels.triton_backward``, from which the formulas are, with one warp that loads tiles and two warpgroups that
+compute, each 64 rows of dq or 64 keys of dk and dv. A warpgroup's own products and pointwise work follow each other;
+those of the other run meanwhile. ``kernels.triton_backward.statistics_kernel`` leaves Shift and Delta.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from .gluon_common import (
+    FAR,
+    FIRST,
+    PRODUCER_REGISTERS,
+    SECOND,
+    advance,
+    anew,
+    block_at,
+    capped,
+    exp2,
+    key_blocks,
+    ring,
+    row_intervals,
+    start_ring,
+    tile_of,
+)
+
+NUMBERS = [
+    "slo_b",
+    "shull_b",
+    "B",
+    "Hq",
+    "Hkv",
+    "G",
+    "Sq",
+    "SqPad",
+    "Skv",
+    "left",
+    "right",
+    "inner",
+    "coef",
+    "gain",
+]
+
+
+@gluon.jit
+def _weights(
+    s, shift, keys, lo, hi, inner, coef,
+    MASKED: gl.constexpr, FORM: gl.constexpr,
+):  # fmt: skip
+    """``p`` of raw products, and p times the slope of their tanh; all operands are shaped to broadcast."""
+    z, slope = capped(s, inner, coef, shift, FORM)
+    if MASKED:
+        z = gl.where((keys >= lo) & (keys < hi), z, float("-inf"))
+    p = exp2(z)
+    return p, p * slope
+
+
+@gluon.jit
+def _produce_dq(
+    Q, K, V, DO, Lo, Hi, q_s, do_s, k_s, v_s, bars, sizes,
+    BAND: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr, WARPGROUPS: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+):  # fmt: skip
+    own_full, own_empty, k_full, k_empty, v_full, v_empty = bars
+    slo_b, B, Hq, G, Sq, SqPad, Skv, left, right = sizes
+    ROWS: gl.constexpr = M * WARPGROUPS
+    blocks = gl.cdiv(Sq, ROWS)
+    tiles = B * Hq * blocks
+    k_slot, k_phase, v_slot, v_phase, turn_phase = 0, 1, 0, 1, 1
+    for turn in range(0, gl.cdiv(tiles, gl.num_programs(0))):
+        tile, place, head = tile_of(turn, B * Hq)
+        if tile < tiles:
+            b = head // Hq
+            h = head % Hq
+            hk = h // G
+            start = (blocks - 1 - place) * ROWS
+            first, full_first, full_end, end = key_blocks(
+                start, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 1
+            )
+            for c in gl.static_range(WARPGROUPS):
+                mbarrier.wait(own_empty.index(c), turn_phase)
+                mbarrier.expect(own_full.index(c), 2 * M * DPAD * 2)
+                tma.async_copy_global_to_shared(Q, [b, h, start + c * M, 0], own_full.index(c), q_s.index(c))
+                tma.async_copy_global_to_shared(
+                    DO, [b, h, start + c * M, 0], own_full.index(c), do_s.index(c)
+                )
+            for index in range(0, end - first):
+                key = block_at(index, first, full_first, full_end, end) * N
+                mbarrier.wait(k_empty.index(k_slot), k_phase)
+                mbarrier.expect(k_full.index(k_slot), N * DPAD * 2)
+                tma.async_copy_global_to_shared(K, [b, hk, key, 0], k_full.index(k_slot), k_s.index(k_slot))
+                mbarrier.wait(v_empty.index(v_slot), v_phase)
+                mbarrier.expect(v_full.index(v_slot), N * DPAD * 2)
+                tma.async_copy_global_to_shared(V, [b, hk, key, 0], v_full.index(v_slot), v_s.index(v_slot))
+                k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
+                v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
+            turn_phase ^= 1
+
+
+@gluon.jit
+def _step_dq(
+    C: gl.constexpr, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, k_slot, k_phase, v_slot, v_phase, acc, none, shift, delta,
+    key, lo, hi, inner, coef,
+    MASKED: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr, S_L: gl.constexpr,
+    P_L: gl.constexpr,
+):  # fmt: skip
+    mbarrier.wait(k_full.index(k_slot), k_phase)
+    own = anew(C)
+    q = q_s.index(own).reshape([M, DPAD])
+    do = do_s.index(own).reshape([M, DPAD])
+    k = k_s.index(k_slot).reshape([N, DPAD])
+    s = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(v_slot), v_phase)
+    v = v_s.index(anew(v_slot)).reshape([N, DPAD])
+    dp = warpgroup_mma(do, v.permute((1, 0)), none, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    keys = gl.expand_dims(key + gl.arange(0, N, layout=gl.SliceLayout(0, S_L)), 0)
+    p, steep = _weights(
+        s,
+        gl.expand_dims(shift, 1),
+        keys,
+        gl.expand_dims(lo, 1),
+        gl.expand_dims(hi, 1),
+        inner,
+        coef,
+        MASKED,
+        FORM,
+    )
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    mbarrier.arrive(v_empty.index(v_slot), count=1)
+    ds = steep * (dp - gl.expand_dims(delta, 1))
+    ds = gl.convert_layout(ds.to(q.dtype), P_L, assert_trivial=True)
+    acc = warpgroup_mma(ds, k, acc, is_async=True)
+    acc, ds = warpgroup_mma_wait(0, deps=(acc, ds))
+    acc = warpgroup_mma_init(acc)
+    mbarrier.arrive(k_empty.index(k_slot), count=1)
+    return acc
+
+
+@gluon.jit
+def _consume_dq(
+    C: gl.constexpr, DQ, Shift, Delta, Lo, Hi, q_s, do_s, k_s, v_s, bars, sizes, factors,
+    BAND: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr,
+    WARPGROUPS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+):  # fmt: skip
+    own_full, own_empty, k_full, k_empty, v_full, v_empty = bars
+    slo_b, B, Hq, G, Sq, SqPad, Skv, left, right = sizes
+    inner, coef, gain = factors
+    ROWS: gl.constexpr = M * WARPGROUPS
+    S_L: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16]
+    )
+    O_L: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DPAD, 16]
+    )
+    P_L: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_L, k_width=2)
+    ROW_L: gl.constexpr = gl.SliceLayout(1, S_L)
+    blocks = gl.cdiv(Sq, ROWS)
+    tiles = B * Hq * blocks
+    k_slot, k_phase, v_slot, v_phase, turn_phase = 0, 0, 0, 0, 0
+    q_tile = q_s.index(C)
+    q = q_tile.reshape([M, DPAD])
+    none = gl.zeros([M, N], gl.float32, S_L)
+    for turn in range(0, gl.cdiv(tiles, gl.num_programs(0))):
+        tile, place, head = tile_of(turn, B * Hq)
+        if tile < tiles:
+            b = head // Hq
+            h = head % Hq
+            block = (blocks - 1 - place) * ROWS
+            first, full_first, full_end, end = key_blocks(
+                block, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 4
+            )
+            start = block + C * M
+            rows = start + gl.arange(0, M, layout=ROW_L)
+            lo, hi = row_intervals(rows, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND)
+            at = head.to(gl.int64) * SqPad + rows
+            shift = gl.load(Shift + at)
+            delta = gl.load(Delta + at)
+            acc = warpgroup_mma_init(gl.zeros([M, DPAD], gl.float32, O_L))
+            partial = end - full_end + full_first - first
+            mbarrier.wait(own_full.index(C), turn_phase)
+            for index in range(0, partial):
+                key = block_at(index, first, full_first, full_end, end) * N
+                acc = _step_dq(
+                    C, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, k_slot, k_phase, v_slot, v_phase, acc, none,
+                    shift, delta, key, lo, hi, inner, coef, True, FORM, M, N, DPAD, S_L, P_L,
+                )  # fmt: skip
+                k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
+                v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
+            for _ in range(partial, end - first):
+                acc = _step_dq(
+                    C, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, k_slot, k_phase, v_slot, v_phase, acc, none,
+                    shift, delta, 0, lo, hi, inner, coef, False, FORM, M, N, DPAD, S_L, P_L,
+                )  # fmt: skip
+                k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
+                v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            q.store((acc * gain).to(q.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(DQ, [b, h, start, 0], q_tile)
+            tma.store_wait(0)
+            mbarrier.arrive(own_empty.index(C), count=1)
+            turn_phase ^= 1
+
+
+@gluon.jit(do_not_specialize=NUMBERS)
+def gluon_dq_kernel(
+    Q, K, V, DO, Shift, Delta, DQ, Lo, Hi,
+    slo_b, B, Hq, G, Sq, SqPad, Skv, left, right, inner, coef, gain,
+    BAND: gl.constexpr, FORM: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, DPAD: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+):  # fmt: skip
+    """DQ ``[B, Hq, Sq, D]``; Shift and Delta float32 ``[B, Hq, SqPad]``; a program takes tiles until none is left."""
+    WARPGROUPS: gl.constexpr = 2
+    M: gl.constexpr = 64
+    gl.static_assert(BLOCK_M == M * WARPGROUPS)
+    q_s = gl.allocate_shared_memory(Q.dtype, [WARPGROUPS, 1, 1, M, DPAD], Q.layout)
+    do_s = gl.allocate_shared_memory(Q.dtype, [WARPGROUPS, 1, 1, M, DPAD], Q.layout)
+    k_s = gl.allocate_shared_memory(Q.dtype, [K_STAGES, 1, 1, BLOCK_N, DPAD], K.layout)
+    v_s = gl.allocate_shared_memory(Q.dtype, [V_STAGES, 1, 1, BLOCK_N, DPAD], V.layout)
+    own_full, own_empty = ring(WARPGROUPS), ring(WARPGROUPS)
+    k_full, k_empty = ring(K_STAGES), ring(K_STAGES)
+    v_full, v_empty = ring(V_STAGES), ring(V_STAGES)
+    start_ring(own_full, own_empty, WARPGROUPS, 1)
+    start_ring(k_full, k_empty, K_STAGES, WARPGROUPS)
+    start_ring(v_full, v_empty, V_STAGES, WARPGROUPS)
+    fence_async_shared()
+    bars = (own_full, own_empty, k_full, k_empty, v_full, v_empty)
+    sizes = (slo_b, B, Hq, G, Sq, SqPad, Skv, left, right)
+    factors = (inner, coef, gain)
+    gl.warp_specialize(
+        [
+            (_consume_dq, (FIRST, DQ, Shift, Delta, Lo, Hi, q_s, do_s, k_s, v_s, bars, sizes, factors,
+                           BAND, FORM, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
+            (_consume_dq, (SECOND, DQ, Shift, Delta, Lo, Hi, q_s, do_s, k_s, v_s, bars, sizes, factors,
+                           BAND, FORM, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
+            (_produce_dq, (Q, K, V, DO, Lo, Hi, q_s, do_s, k_s, v_s, bars, sizes,
+                           BAND, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
+        ],
+        [4, 1],
+        [240, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _query_blocks(
+    n, First, Last, at, left, right, Sq, BAND: gl.constexpr, M: gl.constexpr, N: gl.constexpr
+):  # fmt: skip
+    """Blocks of M query rows that see keys n...n+N, as ``key_blocks``; with intervals none counts as full."""
+    if BAND:
+        # Row i sees some of the keys when i + left < n + N and i + right > n, all of them when
+        # i + left <= n and i + right >= n + N.
+        first_row = gl.maximum(n - right + 1, 0)
+        end_row = gl.minimum(n + N - left, Sq)
+        full_first_row = gl.maximum(n + N - right, 0)
+        full_end_row = gl.minimum(n - left + 1, Sq)
+        full_first = gl.cdiv(full_first_row, M)
+        # The last, partial block of rows is full too when its rows inside the tensor are.
+        full_end = gl.where(full_end_row == Sq, gl.cdiv(Sq, M), gl.maximum(full_end_row, 0) // M)
+    else:
+        first_row = gl.load(First + at)
+        end_row = gl.load(Last + at)
+        full_first = FAR
+        full_end = 0
+    first = first_row // M
+    end = gl.cdiv(gl.maximum(end_row, 0), M)
+    first = gl.minimum(first, end)
+    full_first = gl.maximum(gl.minimum(full_first, end), first)
+    full_end = gl.maximum(gl.minimum(full_end, end), full_first)
+    return first, full_first, full_end, end
+
+
+@gluon.jit
+def _query_block_at(index, hk, G, first, full_first, full_end, end):
+    """The query head and block at a place of the order: of all heads of a group those in part visible, then the rest."""
+    partial = end - full_end + full_first - first
+    full = full_end - full_first
+    masked = index < G * partial
+    place = gl.where(masked, index, index - G * partial)
+    count = gl.maximum(gl.where(masked, partial, full), 1)
+    edge = place % count
+    before = full_first - first
+    block = gl.where(
+        masked, gl.where(edge < before, first + edge, full_end + edge - before), full_first + edge
+    )
+    return hk * G + place // count, block
+
+
+@gluon.jit
+def _produce_dkdv(
+    Q, K, V, DO, Shift, Delta, Lo, Hi, First, Last, k_s, v_s, q_s, do_s, rows_s, bars, sizes,
+    BAND: gl.constexpr, WANT_DK: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr,
+    WARPGROUPS: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+):  # fmt: skip
+    own_full, own_empty, q_full, q_empty, do_full, do_empty = bars
+    shift_s, delta_s, lo_s, hi_s = rows_s
+    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right = sizes
+    KEYS: gl.constexpr = N * WARPGROUPS
+    blocks = gl.cdiv(Skv, KEYS)
+    tiles = B * Hkv * blocks
+    q_slot, q_phase, do_slot, do_phase, turn_phase = 0, 1, 0, 1, 1
+    for turn in range(0, gl.cdiv(tiles, gl.num_programs(0))):
+        tile, place, head = tile_of(turn, B * Hkv)
+        if tile < tiles:
+            b = head // Hkv
+            hk = head % Hkv
+            start = place * KEYS
+            first, full_first, full_end, end = _query_blocks(
+                start, First, Last, b * shull_b + place, left, right, Sq, BAND, M, KEYS
+            )
+            for c in gl.static_range(WARPGROUPS):
+                mbarrier.wait(own_empty.index(c), turn_phase)
+                mbarrier.expect(own_full.index(c), (2 if WANT_DK else 1) * N * DPAD * 2)
+                tma.async_copy_global_to_shared(K, [b, hk, start + c * N, 0], own_full.index(c), k_s.index(c))
+                if WANT_DK:
+                    tma.async_copy_global_to_shared(
+                        V, [b, hk, start + c * N, 0], own_full.index(c), v_s.index(c)
+                    )
+            for index in range(0, G * (end - first)):
+                h, block = _query_block_at(index, hk, G, first, full_first, full_end, end)
+                row = block * M
+                at = (b * Hq + h) * SqPad + row
+                mbarrier.wait(q_empty.index(q_slot), q_phase)
+                mbarrier.expect(q_full.index(q_slot), M * DPAD * 2 + 4 * M * (2 if BAND else 4))
+                tma.async_copy_global_to_shared(Shift, [at], q_full.index(q_slot), shift_s.index(q_slot))
+                tma.async_copy_global_to_shared(Delta, [at], q_full.index(q_slot), delta_s.index(q_slot))
+                if not BAND:
+                    tma.async_copy_global_to_shared(
+                        Lo, [b * slo_b + row], q_full.index(q_slot), lo_s.index(q_slot)
+                    )
+                    tma.async_copy_global_to_shared(
+                        Hi, [b * slo_b + row], q_full.index(q_slot), hi_s.index(q_slot)
+                    )
+                tma.async_copy_global_to_shared(Q, [b, h, row, 0], q_full.index(q_slot), q_s.index(q_slot))
+                mbarrier.wait(do_empty.index(do_slot), do_phase)
+                mbarrier.expect(do_full.index(do_slot), M * DPAD * 2)
+                tma.async_copy_global_to_shared(
+                    DO, [b, h, row, 0], do_full.index(do_slot), do_s.index(do_slot)
+                )
+                q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
+                do_slot, do_phase = advance(do_slot, do_phase, DO_STAGES)
+            turn_phase ^= 1
+
+
+@gluon.jit
+def _step_dkdv(
+    C: gl.constexpr, k_s, v_s, q_s, do_s, rows_s, q_full, q_empty, do_full, do_empty, q_slot, q_phase, do_slot, do_phase, dk, dv, none,
+    keys, row, left, right, inner, coef,
+    MASKED: gl.constexpr, BAND: gl.constexpr, FORM: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr, S_L: gl.constexpr, P_L: gl.constexpr,
+):  # fmt: skip
+    COLUMN_L: gl.constexpr = gl.SliceLayout(0, S_L)
+    shift_s, delta_s, lo_s, hi_s = rows_s
+    mbarrier.wait(q_full.index(q_slot), q_phase)
+    own = anew(C)
+    k = k_s.index(own).reshape([N, DPAD])
+    q = q_s.index(q_slot).reshape([M, DPAD])
+    s = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+    mbarrier.wait(do_full.index(do_slot), do_phase)
+    do = do_s.index(anew(do_slot)).reshape([M, DPAD])
+    if WANT_DK:
+        v = v_s.index(own).reshape([N, DPAD])
+        dp = warpgroup_mma(v, do.permute((1, 0)), none, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+    else:
+        s = warpgroup_mma_wait(0, deps=(s,))
+    lo, hi = 0, 0
+    if MASKED:
+        if BAND:
+            rows = row + gl.arange(0, M, layout=COLUMN_L)
+            lo, hi = gl.expand_dims(rows + left, 0), gl.expand_dims(rows + right, 0)
+        else:
+            lo = gl.expand_dims(lo_s.index(q_slot).load(COLUMN_L), 0)
+            hi = gl.expand_dims(hi_s.index(q_slot).load(COLUMN_L), 0)
+    shift = gl.expand_dims(shift_s.index(q_slot).load(COLUMN_L), 0)
+    p, steep = _weights(s, shift, gl.expand_dims(keys, 1), lo, hi, inner, coef, MASKED, FORM)
+    if WANT_DV:
+        weights = gl.convert_layout(p.to(do.dtype), P_L, assert_trivial=True)
+    if WANT_DK:
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        if not WANT_DV:
+            mbarrier.arrive(do_empty.index(do_slot), count=1)
+        delta = gl.expand_dims(delta_s.index(q_slot).load(COLUMN_L), 0)
+        ds = steep * (dp - delta)
+        ds = gl.convert_layout(ds.to(q.dtype), P_L, assert_trivial=True)
+    else:
+        mbarrier.arrive(q_empty.index(q_slot), count=1)
+    if WANT_DV:
+        dv = warpgroup_mma(weights, do, dv, is_async=True)
+    if WANT_DK:
+        dk = warpgroup_mma(ds, q, dk, is_async=True)
+    if WANT_DV and WANT_DK:
+        dv, dk, weights, ds = warpgroup_mma_wait(0, deps=(dv, dk, weights, ds))
+        dv, dk = warpgroup_mma_init(dv), warpgroup_mma_init(dk)
+    elif WANT_DV:
+        dv, weights = warpgroup_mma_wait(0, deps=(dv, weights))
+        dv = warpgroup_mma_init(dv)
+    else:
+        dk, ds = warpgroup_mma_wait(0, deps=(dk, ds))
+        dk = warpgroup_mma_init(dk)
+    if WANT_DV:
+        mbarrier.arrive(do_empty.index(do_slot), count=1)
+    if WANT_DK:
+        mbarrier.arrive(q_empty.index(q_slot), count=1)
+    return dk, dv
+
+
+@gluon.jit
+def _consume_dkdv(
+    C: gl.constexpr, DK, DV, First, Last, k_s, v_s, q_s, do_s, rows_s, bars, sizes, factors,
+    BAND: gl.constexpr, FORM: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, M: gl.constexpr,
+    N: gl.constexpr, DPAD: gl.constexpr, WARPGROUPS: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+):  # fmt: skip
+    own_full, own_empty, q_full, q_empty, do_full, do_empty = bars
+    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right = sizes
+    inner, coef, gain = factors
+    KEYS: gl.constexpr = N * WARPGROUPS
+    S_L: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16]
+    )
+    O_L: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DPAD, 16]
+    )
+    P_L: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_L, k_width=2)
+    blocks = gl.cdiv(Skv, KEYS)
+    tiles = B * Hkv * blocks
+    q_slot, q_phase, do_slot, do_phase, turn_phase = 0, 0, 0, 0, 0
+    k_tile = k_s.index(C)
+    k = k_tile.reshape([N, DPAD])
+    # Without dk nothing reads the values: dv leaves through the keys' tile.
+    v_tile = v_s.index(C) if WANT_DK else k_tile
+    v = v_tile.reshape([N, DPAD])
+    none = gl.zeros([N, M], gl.float32, S_L)
+    for turn in range(0, gl.cdiv(tiles, gl.num_programs(0))):
+        tile, place, head = tile_of(turn, B * Hkv)
+        if tile < tiles:
+            b = head // Hkv
+            hk = head % Hkv
+            start = place * KEYS + C * N
+            first, full_first, full_end, end = _query_blocks(
+                place * KEYS, First, Last, b * shull_b + place, left, right, Sq, BAND, M, KEYS
+            )
+            keys = start + gl.arange(0, N, layout=gl.SliceLayout(1, S_L))
+            dk = none
+            dv = none
+            if WANT_DK:
+                dk = warpgroup_mma_init(gl.zeros([N, DPAD], gl.float32, O_L))
+            if WANT_DV:
+                dv = warpgroup_mma_init(gl.zeros([N, DPAD], gl.float32, O_L))
+            masked = G * (end - full_end + full_first - first)
+            mbarrier.wait(own_full.index(C), turn_phase)
+            for index in range(0, masked):
+                _, block = _query_block_at(index, hk, G, first, full_first, full_end, end)
+                dk, dv = _step_dkdv(
+                    C, k_s, v_s, q_s, do_s, rows_s, q_full, q_empty, do_full, do_empty, q_slot, q_phase, do_slot, do_phase,
+                    dk, dv, none, keys, block * M, left, right, inner, coef, True, BAND, FORM, WANT_DK, WANT_DV,
+                    M, N, DPAD, S_L, P_L,
+                )  # fmt: skip
+                q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
+                do_slot, do_phase = advance(do_slot, do_phase, DO_STAGES)
+            if BAND:
+                for _ in range(masked, G * (end - first)):
+                    dk, dv = _step_dkdv(
+                        C, k_s, v_s, q_s, do_s, rows_s, q_full, q_empty, do_full, do_empty, q_slot, q_phase, do_slot,
+                        do_phase, dk, dv, none, keys, 0, left, right, inner, coef, False, BAND, FORM, WANT_DK, WANT_DV,
+                        M, N, DPAD, S_L, P_L,
+                    )  # fmt: skip
+                    q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
+                    do_slot, do_phase = advance(do_slot, do_phase, DO_STAGES)
+            if WANT_DK:
+                dk = warpgroup_mma_wait(0, deps=(dk,))
+                k.store((dk * gain).to(k.dtype))
+            if WANT_DV:
+                dv = warpgroup_mma_wait(0, deps=(dv,))
+                v.store(dv.to(k.dtype))
+            fence_async_shared()
+            if WANT_DK:
+                tma.async_copy_shared_to_global(DK, [b, hk, start, 0], k_tile)
+            if WANT_DV:
+                tma.async_copy_shared_to_global(DV, [b, hk, start, 0], v_tile)
+            tma.store_wait(0)
+            mbarrier.arrive(own_empty.index(C), count=1)
+            turn_phase ^= 1
+
+
+@gluon.jit(do_not_specialize=NUMBERS)
+def gluon_dkdv_kernel(
+    Q, K, V, DO, Shift, Delta, DK, DV, Lo, Hi, First, Last,
+    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, inner, coef, gain,
+    BAND: gl.constexpr, FORM: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, DPAD: gl.constexpr,
+    Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+):  # fmt: skip
+    """DK and DV (or one of them) of BLOCK_N keys, summed over the query heads of their group.
+
+    Shift, Delta, Lo and Hi are tensor maps of BLOCK_M elements; Lo, Hi, First, Last as ``triton_backward``'s.
+    """
+    WARPGROUPS: gl.constexpr = 2
+    N: gl.constexpr = 64
+    gl.static_assert(BLOCK_N == N * WARPGROUPS)
+    k_s = gl.allocate_shared_memory(K.dtype, [WARPGROUPS, 1, 1, N, DPAD], K.layout)
+    v_s = k_s
+    if WANT_DK:
+        v_s = gl.allocate_shared_memory(K.dtype, [WARPGROUPS, 1, 1, N, DPAD], V.layout)
+    q_s = gl.allocate_shared_memory(K.dtype, [Q_STAGES, 1, 1, BLOCK_M, DPAD], Q.layout)
+    do_s = gl.allocate_shared_memory(K.dtype, [DO_STAGES, 1, 1, BLOCK_M, DPAD], DO.layout)
+    shift_s = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_M], Shift.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_M], Shift.layout)
+    lo_s, hi_s = shift_s, delta_s
+    if not BAND:
+        lo_s = gl.allocate_shared_memory(gl.int32, [Q_STAGES, BLOCK_M], Lo.layout)
+        hi_s = gl.allocate_shared_memory(gl.int32, [Q_STAGES, BLOCK_M], Lo.layout)
+    own_full, own_empty = ring(WARPGROUPS), ring(WARPGROUPS)
+    q_full, q_empty = ring(Q_STAGES), ring(Q_STAGES)
+    do_full, do_empty = ring(DO_STAGES), ring(DO_STAGES)
+    start_ring(own_full, own_empty, WARPGROUPS, 1)
+    start_ring(q_full, q_empty, Q_STAGES, WARPGROUPS)
+    start_ring(do_full, do_empty, DO_STAGES, WARPGROUPS)
+    fence_async_shared()
+    bars = (own_full, own_empty, q_full, q_empty, do_full, do_empty)
+    rows_s = (shift_s, delta_s, lo_s, hi_s)
+    sizes = (slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right)
+    factors = (inner, coef, gain)
+    gl.warp_specialize(
+        [
+            (_consume_dkdv, (FIRST, DK, DV, First, Last, k_s, v_s, q_s, do_s, rows_s, bars, sizes, factors, BAND, FORM,
+                             WANT_DK, WANT_DV, BLOCK_M, N, DPAD, WARPGROUPS, Q_STAGES, DO_STAGES)),
+            (_consume_dkdv, (SECOND, DK, DV, First, Last, k_s, v_s, q_s, do_s, rows_s, bars, sizes, factors, BAND, FORM,
+                             WANT_DK, WANT_DV, BLOCK_M, N, DPAD, WARPGROUPS, Q_STAGES, DO_STAGES)),
+            (_produce_dkdv, (Q, K, V, DO, Shift, Delta, Lo, Hi, First, Last, k_s, v_s, q_s, do_s, rows_s, bars, sizes,
+                             BAND, WANT_DK, BLOCK_M, N, DPAD, WARPGROUPS, Q_STAGES, DO_STAGES)),
+        ],
+        [4, 1],
+        [240, PRODUCER_REGISTERS],
+    )  # fmt: skip
