@@ -54,16 +54,9 @@ NUMBERS = [
 
 
 @gluon.jit
-def _weights(
-    s, shift, keys, lo, hi, inner, coef,
-    MASKED: gl.constexpr, FORM: gl.constexpr,
-):  # fmt: skip
-    """``p`` of raw products, and p times the slope of their tanh; all operands are shaped to broadcast."""
-    z, slope = capped(s, inner, coef, shift, FORM)
-    if MASKED:
-        z = gl.where((keys >= lo) & (keys < hi), z, float("-inf"))
-    p = exp2(z)
-    return p, p * slope
+def _hidden(z, keys, lo, hi):
+    """``z`` with -inf where a row does not see a key; all operands are shaped to broadcast."""
+    return gl.where((keys >= lo) & (keys < hi), z, float("-inf"))
 
 
 @gluon.jit
@@ -110,42 +103,46 @@ def _produce_dq(
 
 @gluon.jit
 def _step_dq(
-    C: gl.constexpr, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, k_slot, k_phase, v_slot, v_phase, acc, none, shift, delta,
-    key, lo, hi, inner, coef,
-    MASKED: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr, S_L: gl.constexpr,
-    P_L: gl.constexpr,
+    C: gl.constexpr, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
+    key, lo, hi, more, inner, coef,
+    MASKED: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, S_L: gl.constexpr, P_L: gl.constexpr,
 ):  # fmt: skip
-    mbarrier.wait(k_full.index(k_slot), k_phase)
-    own = anew(C)
-    q = q_s.index(own).reshape([M, DPAD])
-    do = do_s.index(own).reshape([M, DPAD])
-    k = k_s.index(k_slot).reshape([N, DPAD])
-    s = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
+    """Of one block of keys, whose product ``s`` is under way: what it adds to dq, and the product of the next.
+
+    The last block of a tile (``more`` is 0) takes its own keys for the next: nobody reads that product.
+    """
+    k_slot, k_phase, v_slot, v_phase = slots
     mbarrier.wait(v_full.index(v_slot), v_phase)
+    own = anew(C)
+    do = do_s.index(own).reshape([M, DPAD])
     v = v_s.index(anew(v_slot)).reshape([N, DPAD])
+    # ptxas serialises what is waited for by count across the steps of a loop.
+    s = warpgroup_mma_wait(0, deps=(s,))
     dp = warpgroup_mma(do, v.permute((1, 0)), none, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=(s,))
-    keys = gl.expand_dims(key + gl.arange(0, N, layout=gl.SliceLayout(0, S_L)), 0)
-    p, steep = _weights(
-        s,
-        gl.expand_dims(shift, 1),
-        keys,
-        gl.expand_dims(lo, 1),
-        gl.expand_dims(hi, 1),
-        inner,
-        coef,
-        MASKED,
-        FORM,
-    )
+    z, slope = capped(s, inner, coef, gl.expand_dims(shift, 1), FORM)
+    if MASKED:
+        keys = key + gl.arange(0, N, layout=gl.SliceLayout(0, S_L))
+        z = _hidden(z, gl.expand_dims(keys, 0), gl.expand_dims(lo, 1), gl.expand_dims(hi, 1))
+    p = exp2(z)
+    steep = p * slope
     dp = warpgroup_mma_wait(0, deps=(dp,))
     mbarrier.arrive(v_empty.index(v_slot), count=1)
     ds = steep * (dp - gl.expand_dims(delta, 1))
-    ds = gl.convert_layout(ds.to(q.dtype), P_L, assert_trivial=True)
-    acc = warpgroup_mma(ds, k, acc, is_async=True)
-    acc, ds = warpgroup_mma_wait(0, deps=(acc, ds))
+    ds = gl.convert_layout(ds.to(do.dtype), P_L, assert_trivial=True)
+    acc = warpgroup_mma(ds, k_s.index(k_slot).reshape([N, DPAD]), acc, is_async=True)
+    last = k_slot
+    next_slot, next_phase = advance(k_slot, k_phase, K_STAGES)
+    k_slot = gl.where(more, next_slot, k_slot)
+    mbarrier.wait(k_full.index(k_slot), gl.where(more, next_phase, k_phase))
+    q = q_s.index(own).reshape([M, DPAD])
+    k = k_s.index(k_slot).reshape([N, DPAD])
+    s = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
+    acc, ds = warpgroup_mma_wait(1, deps=(acc, ds))
     acc = warpgroup_mma_init(acc)
-    mbarrier.arrive(k_empty.index(k_slot), count=1)
-    return acc
+    mbarrier.arrive(k_empty.index(last), count=1)
+    v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
+    return s, acc, (next_slot, next_phase, v_slot, v_phase)
 
 
 @gluon.jit
@@ -168,7 +165,8 @@ def _consume_dq(
     ROW_L: gl.constexpr = gl.SliceLayout(1, S_L)
     blocks = gl.cdiv(Sq, ROWS)
     tiles = B * Hq * blocks
-    k_slot, k_phase, v_slot, v_phase, turn_phase = 0, 0, 0, 0, 0
+    slots = (0, 0, 0, 0)
+    turn_phase = 0
     q_tile = q_s.index(C)
     q = q_tile.reshape([M, DPAD])
     none = gl.zeros([M, N], gl.float32, S_L)
@@ -190,22 +188,23 @@ def _consume_dq(
             acc = warpgroup_mma_init(gl.zeros([M, DPAD], gl.float32, O_L))
             partial = end - full_end + full_first - first
             mbarrier.wait(own_full.index(C), turn_phase)
+            mbarrier.wait(k_full.index(slots[0]), slots[1])
+            k = k_s.index(slots[0]).reshape([N, DPAD])
+            s = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
             for index in range(0, partial):
                 key = block_at(index, first, full_first, full_end, end) * N
-                acc = _step_dq(
-                    C, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, k_slot, k_phase, v_slot, v_phase, acc, none,
-                    shift, delta, key, lo, hi, inner, coef, True, FORM, M, N, DPAD, S_L, P_L,
+                s, acc, slots = _step_dq(
+                    C, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
+                    key, lo, hi, index + 1 < end - first, inner, coef,
+                    True, FORM, M, N, DPAD, K_STAGES, V_STAGES, S_L, P_L,
                 )  # fmt: skip
-                k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
-                v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
-            for _ in range(partial, end - first):
-                acc = _step_dq(
-                    C, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, k_slot, k_phase, v_slot, v_phase, acc, none,
-                    shift, delta, 0, lo, hi, inner, coef, False, FORM, M, N, DPAD, S_L, P_L,
+            for index in range(partial, end - first):
+                s, acc, slots = _step_dq(
+                    C, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
+                    0, lo, hi, index + 1 < end - first, inner, coef,
+                    False, FORM, M, N, DPAD, K_STAGES, V_STAGES, S_L, P_L,
                 )  # fmt: skip
-                k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
-                v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
+            acc, s = warpgroup_mma_wait(0, deps=(acc, s))
             q.store((acc * gain).to(q.dtype))
             fence_async_shared()
             tma.async_copy_shared_to_global(DQ, [b, h, start, 0], q_tile)
@@ -258,7 +257,7 @@ def gluon_dq_kernel(
 def _query_blocks(
     n, First, Last, at, left, right, Sq, BAND: gl.constexpr, M: gl.constexpr, N: gl.constexpr
 ):  # fmt: skip
-    """Blocks of M query rows that see keys n...n+N, as ``key_blocks``; with intervals none counts as full."""
+    """Blocks of M query rows that see keys n...n+N, as ``key_blocks``, at least one; with intervals none is full."""
     if BAND:
         # Row i sees some of the keys when i + left < n + N and i + right > n, all of them when
         # i + left <= n and i + right >= n + N.
@@ -279,7 +278,7 @@ def _query_blocks(
     first = gl.minimum(first, end)
     full_first = gl.maximum(gl.minimum(full_first, end), first)
     full_end = gl.maximum(gl.minimum(full_end, end), full_first)
-    return first, full_first, full_end, end
+    return first, full_first, full_end, gl.maximum(end, first + 1)
 
 
 @gluon.jit
@@ -356,36 +355,36 @@ def _produce_dkdv(
 
 @gluon.jit
 def _step_dkdv(
-    C: gl.constexpr, k_s, v_s, q_s, do_s, rows_s, q_full, q_empty, do_full, do_empty, q_slot, q_phase, do_slot, do_phase, dk, dv, none,
-    keys, row, left, right, inner, coef,
+    C: gl.constexpr, k_s, v_s, q_s, do_s, rows_s, q_full, q_empty, do_full, do_empty, slots, s, dk, dv, none,
+    keys, row, hidden, more, left, right, inner, coef,
     MASKED: gl.constexpr, BAND: gl.constexpr, FORM: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr,
-    M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr, S_L: gl.constexpr, P_L: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    S_L: gl.constexpr, P_L: gl.constexpr,
 ):  # fmt: skip
+    """As ``_step_dq``, of one block of query rows."""
     COLUMN_L: gl.constexpr = gl.SliceLayout(0, S_L)
     shift_s, delta_s, lo_s, hi_s = rows_s
-    mbarrier.wait(q_full.index(q_slot), q_phase)
-    own = anew(C)
-    k = k_s.index(own).reshape([N, DPAD])
-    q = q_s.index(q_slot).reshape([M, DPAD])
-    s = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+    q_slot, q_phase, do_slot, do_phase = slots
     mbarrier.wait(do_full.index(do_slot), do_phase)
+    own = anew(C)
     do = do_s.index(anew(do_slot)).reshape([M, DPAD])
+    s = warpgroup_mma_wait(0, deps=(s,))
     if WANT_DK:
         v = v_s.index(own).reshape([N, DPAD])
         dp = warpgroup_mma(v, do.permute((1, 0)), none, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(1, deps=(s,))
-    else:
-        s = warpgroup_mma_wait(0, deps=(s,))
-    lo, hi = 0, 0
-    if MASKED:
-        if BAND:
+    z, slope = capped(s, inner, coef, gl.expand_dims(shift_s.index(q_slot).load(COLUMN_L), 0), FORM)
+    if BAND:
+        if MASKED:
             rows = row + gl.arange(0, M, layout=COLUMN_L)
-            lo, hi = gl.expand_dims(rows + left, 0), gl.expand_dims(rows + right, 0)
-        else:
-            lo = gl.expand_dims(lo_s.index(q_slot).load(COLUMN_L), 0)
-            hi = gl.expand_dims(hi_s.index(q_slot).load(COLUMN_L), 0)
-    shift = gl.expand_dims(shift_s.index(q_slot).load(COLUMN_L), 0)
-    p, steep = _weights(s, shift, gl.expand_dims(keys, 1), lo, hi, inner, coef, MASKED, FORM)
+            z = _hidden(
+                z, gl.expand_dims(keys, 1), gl.expand_dims(rows + left, 0), gl.expand_dims(rows + right, 0)
+            )
+    else:
+        if hidden:
+            lo, hi = lo_s.index(q_slot).load(COLUMN_L), hi_s.index(q_slot).load(COLUMN_L)
+            z = _hidden(z, gl.expand_dims(keys, 1), gl.expand_dims(lo, 0), gl.expand_dims(hi, 0))
+    p = exp2(z)
+    steep = p * slope
     if WANT_DV:
         weights = gl.convert_layout(p.to(do.dtype), P_L, assert_trivial=True)
     if WANT_DK:
@@ -394,32 +393,37 @@ def _step_dkdv(
             mbarrier.arrive(do_empty.index(do_slot), count=1)
         delta = gl.expand_dims(delta_s.index(q_slot).load(COLUMN_L), 0)
         ds = steep * (dp - delta)
-        ds = gl.convert_layout(ds.to(q.dtype), P_L, assert_trivial=True)
-    else:
-        mbarrier.arrive(q_empty.index(q_slot), count=1)
+        ds = gl.convert_layout(ds.to(do.dtype), P_L, assert_trivial=True)
     if WANT_DV:
         dv = warpgroup_mma(weights, do, dv, is_async=True)
     if WANT_DK:
-        dk = warpgroup_mma(ds, q, dk, is_async=True)
+        dk = warpgroup_mma(ds, q_s.index(q_slot).reshape([M, DPAD]), dk, is_async=True)
+    last = q_slot
+    next_slot, next_phase = advance(q_slot, q_phase, Q_STAGES)
+    q_slot = gl.where(more, next_slot, q_slot)
+    mbarrier.wait(q_full.index(q_slot), gl.where(more, next_phase, q_phase))
+    k = k_s.index(own).reshape([N, DPAD])
+    q = q_s.index(q_slot).reshape([M, DPAD])
+    s = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
     if WANT_DV and WANT_DK:
-        dv, dk, weights, ds = warpgroup_mma_wait(0, deps=(dv, dk, weights, ds))
+        dv, dk, weights, ds = warpgroup_mma_wait(1, deps=(dv, dk, weights, ds))
         dv, dk = warpgroup_mma_init(dv), warpgroup_mma_init(dk)
     elif WANT_DV:
-        dv, weights = warpgroup_mma_wait(0, deps=(dv, weights))
+        dv, weights = warpgroup_mma_wait(1, deps=(dv, weights))
         dv = warpgroup_mma_init(dv)
     else:
-        dk, ds = warpgroup_mma_wait(0, deps=(dk, ds))
+        dk, ds = warpgroup_mma_wait(1, deps=(dk, ds))
         dk = warpgroup_mma_init(dk)
     if WANT_DV:
         mbarrier.arrive(do_empty.index(do_slot), count=1)
-    if WANT_DK:
-        mbarrier.arrive(q_empty.index(q_slot), count=1)
-    return dk, dv
+    mbarrier.arrive(q_empty.index(last), count=1)
+    do_slot, do_phase = advance(do_slot, do_phase, DO_STAGES)
+    return s, dk, dv, (next_slot, next_phase, do_slot, do_phase)
 
 
 @gluon.jit
 def _consume_dkdv(
-    C: gl.constexpr, DK, DV, First, Last, k_s, v_s, q_s, do_s, rows_s, bars, sizes, factors,
+    C: gl.constexpr, DK, DV, First, Last, LoMost, HiLeast, k_s, v_s, q_s, do_s, rows_s, bars, sizes, factors,
     BAND: gl.constexpr, FORM: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, M: gl.constexpr,
     N: gl.constexpr, DPAD: gl.constexpr, WARPGROUPS: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -436,7 +440,8 @@ def _consume_dkdv(
     P_L: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_L, k_width=2)
     blocks = gl.cdiv(Skv, KEYS)
     tiles = B * Hkv * blocks
-    q_slot, q_phase, do_slot, do_phase, turn_phase = 0, 0, 0, 0, 0
+    slots = (0, 0, 0, 0)
+    turn_phase = 0
     k_tile = k_s.index(C)
     k = k_tile.reshape([N, DPAD])
     # Without dk nothing reads the values: dv leaves through the keys' tile.
@@ -460,25 +465,31 @@ def _consume_dkdv(
             if WANT_DV:
                 dv = warpgroup_mma_init(gl.zeros([N, DPAD], gl.float32, O_L))
             masked = G * (end - full_end + full_first - first)
+            many = G * (end - first)
             mbarrier.wait(own_full.index(C), turn_phase)
+            mbarrier.wait(q_full.index(slots[0]), slots[1])
+            q = q_s.index(slots[0]).reshape([M, DPAD])
+            s = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
             for index in range(0, masked):
                 _, block = _query_block_at(index, hk, G, first, full_first, full_end, end)
-                dk, dv = _step_dkdv(
-                    C, k_s, v_s, q_s, do_s, rows_s, q_full, q_empty, do_full, do_empty, q_slot, q_phase, do_slot, do_phase,
-                    dk, dv, none, keys, block * M, left, right, inner, coef, True, BAND, FORM, WANT_DK, WANT_DV,
-                    M, N, DPAD, S_L, P_L,
+                hidden = True
+                if not BAND:
+                    # Whether some of the rows do not see some of this warpgroup's keys.
+                    group = b * (slo_b // M) + block
+                    hidden = (gl.load(LoMost + group) > start) | (gl.load(HiLeast + group) < start + N)
+                s, dk, dv, slots = _step_dkdv(
+                    C, k_s, v_s, q_s, do_s, rows_s, q_full, q_empty, do_full, do_empty, slots, s, dk, dv, none,
+                    keys, block * M, hidden, index + 1 < many, left, right, inner, coef,
+                    True, BAND, FORM, WANT_DK, WANT_DV, M, N, DPAD, Q_STAGES, DO_STAGES, S_L, P_L,
                 )  # fmt: skip
-                q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
-                do_slot, do_phase = advance(do_slot, do_phase, DO_STAGES)
             if BAND:
-                for _ in range(masked, G * (end - first)):
-                    dk, dv = _step_dkdv(
-                        C, k_s, v_s, q_s, do_s, rows_s, q_full, q_empty, do_full, do_empty, q_slot, q_phase, do_slot,
-                        do_phase, dk, dv, none, keys, 0, left, right, inner, coef, False, BAND, FORM, WANT_DK, WANT_DV,
-                        M, N, DPAD, S_L, P_L,
+                for index in range(masked, many):
+                    s, dk, dv, slots = _step_dkdv(
+                        C, k_s, v_s, q_s, do_s, rows_s, q_full, q_empty, do_full, do_empty, slots, s, dk, dv, none,
+                        keys, 0, False, index + 1 < many, left, right, inner, coef,
+                        False, BAND, FORM, WANT_DK, WANT_DV, M, N, DPAD, Q_STAGES, DO_STAGES, S_L, P_L,
                     )  # fmt: skip
-                    q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
-                    do_slot, do_phase = advance(do_slot, do_phase, DO_STAGES)
+            s = warpgroup_mma_wait(0, deps=(s,))
             if WANT_DK:
                 dk = warpgroup_mma_wait(0, deps=(dk,))
                 k.store((dk * gain).to(k.dtype))
@@ -497,7 +508,7 @@ def _consume_dkdv(
 
 @gluon.jit(do_not_specialize=NUMBERS)
 def gluon_dkdv_kernel(
-    Q, K, V, DO, Shift, Delta, DK, DV, Lo, Hi, First, Last,
+    Q, K, V, DO, Shift, Delta, DK, DV, Lo, Hi, First, Last, LoMost, HiLeast,
     slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, inner, coef, gain,
     BAND: gl.constexpr, FORM: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, DPAD: gl.constexpr,
@@ -505,7 +516,7 @@ def gluon_dkdv_kernel(
 ):  # fmt: skip
     """DK and DV (or one of them) of BLOCK_N keys, summed over the query heads of their group.
 
-    Shift, Delta, Lo and Hi are tensor maps of BLOCK_M elements; Lo, Hi, First, Last as ``triton_backward``'s.
+    Shift, Delta, Lo and Hi are tensor maps of BLOCK_M elements; Lo to HiLeast are ``query_hull_kernel``'s.
     """
     WARPGROUPS: gl.constexpr = 2
     N: gl.constexpr = 64
@@ -535,9 +546,9 @@ def gluon_dkdv_kernel(
     factors = (inner, coef, gain)
     gl.warp_specialize(
         [
-            (_consume_dkdv, (FIRST, DK, DV, First, Last, k_s, v_s, q_s, do_s, rows_s, bars, sizes, factors, BAND, FORM,
+            (_consume_dkdv, (FIRST, DK, DV, First, Last, LoMost, HiLeast, k_s, v_s, q_s, do_s, rows_s, bars, sizes, factors, BAND, FORM,
                              WANT_DK, WANT_DV, BLOCK_M, N, DPAD, WARPGROUPS, Q_STAGES, DO_STAGES)),
-            (_consume_dkdv, (SECOND, DK, DV, First, Last, k_s, v_s, q_s, do_s, rows_s, bars, sizes, factors, BAND, FORM,
+            (_consume_dkdv, (SECOND, DK, DV, First, Last, LoMost, HiLeast, k_s, v_s, q_s, do_s, rows_s, bars, sizes, factors, BAND, FORM,
                              WANT_DK, WANT_DV, BLOCK_M, N, DPAD, WARPGROUPS, Q_STAGES, DO_STAGES)),
             (_produce_dkdv, (Q, K, V, DO, Shift, Delta, Lo, Hi, First, Last, k_s, v_s, q_s, do_s, rows_s, bars, sizes,
                              BAND, WANT_DK, BLOCK_M, N, DPAD, WARPGROUPS, Q_STAGES, DO_STAGES)),

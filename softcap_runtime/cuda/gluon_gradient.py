@@ -127,10 +127,10 @@ def _bind_dkdv(
     blocks = -(-keys // options.own)
     several = mask.batch_stride(rows) > 0  # batch rows have intervals of their own
     statistic = vector(torch.float32, batch * heads * padded, options.block, True)
-    intervals: list[Parameter] = [None] * 4
+    intervals: list[Parameter] = [None] * 6
     if mask.batch is not None:
         interval = vector(torch.int32, mask.batch * padded, options.block, True)
-        intervals = [interval, interval, *[Pointer(torch.int32)] * 2]
+        intervals = [interval, interval, *[Pointer(torch.int32)] * 4]
     return launcher(
         kernels,
         "gluon_dkdv_kernel",

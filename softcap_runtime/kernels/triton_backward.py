@@ -248,13 +248,14 @@ def dkdv_kernel(
 
 @triton.jit(do_not_specialize=INTS)
 def query_hull_kernel(
-    Lo, Hi, LoPad, HiPad, First, Last, slo_b, Sq, SqPad, Skv, blocks,
-    BLOCK_N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    Lo, Hi, LoPad, HiPad, First, Last, LoMost, HiLeast, slo_b, Sq, SqPad, Skv, blocks,
+    BLOCK_N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """For KEYS key blocks of one batch entry the query rows first...last (exclusive) that see any of their keys.
 
     One pass over the intervals, exact for any order of rows; a block nobody sees gives ``FAR, 0``. The first
-    program of a batch entry also leaves the intervals clipped and padded to SqPad with ``FAR, 0``.
+    program of a batch entry also leaves the intervals clipped and padded to SqPad with ``FAR, 0``, and of every EACH
+    rows the largest lo and the smallest hi, rows past the end left out.
     """
     b = tl.program_id(0)
     block = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
@@ -268,6 +269,11 @@ def query_hull_kernel(
         if tl.program_id(1) == 0:
             tl.store(LoPad + b * SqPad + rows, lo, mask=rows < SqPad)
             tl.store(HiPad + b * SqPad + rows, hi, mask=rows < SqPad)
+            most = tl.max(tl.reshape(tl.where(rows < Sq, lo, 0), (ROWS // EACH, EACH)), 1)
+            least = tl.min(tl.reshape(tl.where(rows < Sq, hi, FAR), (ROWS // EACH, EACH)), 1)
+            group = start // EACH + tl.arange(0, ROWS // EACH)
+            tl.store(LoMost + b * (SqPad // EACH) + group, most, mask=group < SqPad // EACH)
+            tl.store(HiLeast + b * (SqPad // EACH) + group, least, mask=group < SqPad // EACH)
         meets = (lo[:, None] < (block * BLOCK_N + BLOCK_N)[None, :]) & (
             hi[:, None] > (block * BLOCK_N)[None, :]
         )
