@@ -12,31 +12,32 @@ from softcap_runtime.kernels.gpu_options import device_limits, tile_width
 from softcap_runtime.kernels.triton_call import Factors, Mask
 from softcap_runtime.kernels.triton_launch import NO_EDGES, Output, launcher, on, tile
 
-from .gluon_options import WARPGROUP_ROWS, GluonOptions
+from .gluon_options import WARPGROUP_ROWS, forward_options, programs
 
 
 def bind_gluon_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, options: GluonOptions, kernels: GpuKernels
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, total: bool, kernels: GpuKernels
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """As ``triton_attention.bind_forward``, for tensors that tensor maps can describe."""
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
+    options = forward_options(dim, call, total)
     device, output = q.device, Output(q)
     tiles = batch * heads * -(-rows // options.block_m)
     edge = None if mask.band else Pointer(torch.int32)
     kernel = launcher(
         kernels,
         "gluon_forward_kernel",
-        (min(tiles, device_limits(device.index).multiprocessors) if options.persistent else tiles, 1, 1),
+        programs(device_limits(device.index), tiles, mask.band),
         [
             tile(q, WARPGROUP_ROWS, True), tile(k, options.block_n, True), tile(v, options.block_n, True),
-            _output_tile(output), Pointer(torch.float32), edge, edge,
+            output_tile(output), Pointer(torch.float32), edge, edge,
         ],
         [
             mask.batch_stride(rows), batch, heads, heads // kv_heads, rows, keys, mask.left, mask.right,
             call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
-        {"BAND": mask.band, "ONLINE": call.online, "FORM": call.form, "BLOCK_M": options.block_m,
+        {"BAND": mask.band, "ONLINE": call.online, "TOTAL": total, "FORM": call.form, "BLOCK_M": options.block_m,
          "BLOCK_N": options.block_n, "D": dim, "DPAD": tile_width(dim), "STAGES": options.stages,
          "WARPGROUPS": options.warpgroups},
         device=device, dtype=q.dtype, warps=4,
@@ -52,7 +53,8 @@ def bind_gluon_forward(
     return run
 
 
-def _output_tile(output: Output) -> Parameter:
+def output_tile(output: Output) -> Parameter:
+    """What a warpgroup writes its rows of ``output`` through."""
     return Tile(
         output.dtype, tuple(output.shape), output.steps, (1, 1, WARPGROUP_ROWS, tile_width(output.shape[-1]))
     )

@@ -174,3 +174,9 @@ def key_blocks(
     full_first = gl.minimum(gl.cdiv(lo_most, N), end)
     full_end = gl.maximum(gl.maximum(hi_least, 0) // N, full_first)
     return first, full_first, full_end, gl.maximum(end, first + 1)
+
+
+@gluon.jit
+def hidden(z, keys, lo, hi):
+    """``z`` with -inf where a row does not see a key; all operands are shaped to broadcast."""
+    return gl.where((keys >= lo) & (keys < hi), z, float("-inf"))

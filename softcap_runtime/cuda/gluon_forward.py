@@ -83,6 +83,12 @@ def _produce(
 
 
 @gluon.jit
+def _sums(p, M: gl.constexpr, N: gl.constexpr):
+    """The sums of ``[M, N]`` within a thread: ``[M, 8]``."""
+    return gl.sum(gl.reshape(p, [M, N // 8, 8]), axis=1)
+
+
+@gluon.jit
 def _softmax(
     s, key, lo, hi, m, l, inner, coef, bias,
     MASKED: gl.constexpr, START: gl.constexpr, ONLINE: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr,
@@ -90,7 +96,7 @@ def _softmax(
 ):  # fmt: skip
     """Weights of a block of raw products and the statistics after it: ``(p, alpha, m, l)``.
 
-    Without ONLINE ``l`` is ``[M, 8]``, the sums within a thread. ``START``: there were none before.
+    ``l`` is the sums within a thread. ``START``: there were none before.
     """
     if ONLINE:
         p, _ = capped(s, inner, coef, bias, FORM)
@@ -109,13 +115,13 @@ def _softmax(
         shift = gl.where(most == float("-inf"), 0.0, most)
         p = exp2(p - gl.expand_dims(shift, 1))
         alpha = exp2(m - shift)
-        part = gl.sum(gl.reshape(p, [M, N // 8, 8]), axis=1)
+        part = _sums(p, M, N)
         if not START:
             scale = gl.convert_layout(alpha, gl.SliceLayout(1, part.type.layout), assert_trivial=True)
             part = l * gl.expand_dims(scale, 1) + part
         return p, alpha, most, part
     else:
-        part = gl.sum(gl.reshape(p, [M, N // 8, 8]), axis=1)
+        part = _sums(p, M, N)
         if not START:
             part = l + part
         return p, m, m, part
@@ -123,8 +129,8 @@ def _softmax(
 
 @gluon.jit
 def _consume(
-    C: gl.constexpr, Out, Lse, Lo, Hi, q_s, k_s, v_s, bars, sizes, factors,
-    BAND: gl.constexpr, ONLINE: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
+    C: gl.constexpr, Out, Lse, Lo, Hi, ones, q_s, k_s, v_s, bars, sizes, factors,
+    BAND: gl.constexpr, ONLINE: gl.constexpr, TOTAL: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
     DPAD: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
@@ -139,6 +145,9 @@ def _consume(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DPAD, 16]
     )
     P_L: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_L, k_width=2)
+    T_L: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 16]
+    )
     ROW_L: gl.constexpr = gl.SliceLayout(1, S_L)
     blocks = gl.cdiv(Sq, ROWS)
     tiles = B * Hq * blocks
@@ -175,32 +184,39 @@ def _consume(
             mbarrier.arrive(k_empty.index(slot), count=1)
             m = gl.full([M], float("-inf"), gl.float32, ROW_L)
             key = block_at(skip, first, full_first, full_end, end) * N
-            p, alpha, m, l = _softmax(
+            p, _, m, l = _softmax(
                 s, key, lo, hi, m, 0.0, inner, coef, bias, True, True, ONLINE, FORM, M, N, S_L
             )
             p = gl.convert_layout(p.to(dtype), P_L, assert_trivial=True)
+            total = 0.0
+            if TOTAL:
+                total = warpgroup_mma_init(gl.zeros([M, 8], gl.float32, T_L))
             acc = warpgroup_mma_init(gl.zeros([M, DPAD], gl.float32, O_L))
             partial = end - full_end + full_first - first
             last_slot, last_phase = slot, phase
             slot, phase = advance(slot, phase, STAGES)
             for index in range(skip + 1, partial):
                 key = block_at(index, first, full_first, full_end, end) * N
-                acc, p, m, l = _step(
-                    q, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m, l,
-                    none, key, lo, hi, inner, coef, bias, True, ONLINE, FORM, M, N, DPAD, S_L, O_L, P_L,
+                acc, p, m, l, total = _step(
+                    q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m, l, total,
+                    none, key, lo, hi, inner, coef, bias, True, ONLINE, TOTAL, FORM, M, N, DPAD, S_L, O_L, P_L, T_L,
                 )  # fmt: skip
                 last_slot, last_phase = slot, phase
                 slot, phase = advance(slot, phase, STAGES)
             for _ in range(gl.maximum(skip + 1, partial), end - first):
-                acc, p, m, l = _step(
-                    q, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m, l,
-                    none, 0, lo, hi, inner, coef, bias, False, ONLINE, FORM, M, N, DPAD, S_L, O_L, P_L,
+                acc, p, m, l, total = _step(
+                    q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m, l, total,
+                    none, 0, lo, hi, inner, coef, bias, False, ONLINE, TOTAL, FORM, M, N, DPAD, S_L, O_L, P_L, T_L,
                 )  # fmt: skip
                 last_slot, last_phase = slot, phase
                 slot, phase = advance(slot, phase, STAGES)
             mbarrier.wait(v_full.index(last_slot), last_phase)
             acc = warpgroup_mma(p, v_s.index(last_slot).reshape([N, DPAD]), acc, is_async=True)
-            acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+            if TOTAL:
+                total = _add_weights(total, p, ones, T_L)
+                acc, total, p = warpgroup_mma_wait(0, deps=(acc, total, p))
+            else:
+                acc, p = warpgroup_mma_wait(0, deps=(acc, p))
             mbarrier.arrive(v_empty.index(last_slot), count=1)
 
             l = gl.convert_layout(gl.sum(l, axis=1), ROW_L)
@@ -211,7 +227,10 @@ def _consume(
                 top = gl.full([M], 0.0, gl.float32, ROW_L) + reference
             lse = gl.where(seen, (gl.log2(l) + top) * LN2, float("-inf"))
             gl.store(Lse + head.to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
-            share = gl.where(seen, 1.0 / l, 0.0)
+            if TOTAL:
+                share = gl.where(seen, 1.0 / gl.convert_layout(gl.max(total, axis=1), ROW_L), 0.0)
+            else:
+                share = gl.where(seen, 1.0 / l, 0.0)
             share = gl.convert_layout(share, gl.SliceLayout(1, O_L), assert_trivial=True)
             q.store((acc * gl.expand_dims(share, 1)).to(dtype))
             fence_async_shared()
@@ -222,11 +241,19 @@ def _consume(
 
 
 @gluon.jit
+def _add_weights(total, p, ones, T_L: gl.constexpr):
+    """Each of the 8 columns of ``total``, plus the sums of the rounded weights ``p``: by the matrix units, which have
+    the time; the others have not."""
+    p = gl.convert_layout(p, gl.DotOperandLayout(operand_index=0, parent=T_L, k_width=2), assert_trivial=True)
+    return warpgroup_mma(p, ones.permute((1, 0)), total, is_async=True)
+
+
+@gluon.jit
 def _step(
-    q, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m, l,
+    q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m, l, total,
     none, key, lo, hi, inner, coef, bias,
-    MASKED: gl.constexpr, ONLINE: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
-    DPAD: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr, P_L: gl.constexpr,
+    MASKED: gl.constexpr, ONLINE: gl.constexpr, TOTAL: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr,
+    N: gl.constexpr, DPAD: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr, P_L: gl.constexpr, T_L: gl.constexpr,
 ):  # fmt: skip
     """The product of the next keys, that of the last weights with their values, then the next weights."""
     mbarrier.wait(k_full.index(slot), phase)
@@ -235,39 +262,54 @@ def _step(
     )
     mbarrier.wait(v_full.index(last_slot), last_phase)
     acc = warpgroup_mma(p, v_s.index(last_slot).reshape([N, DPAD]), acc, is_async=True)
-    s = warpgroup_mma_wait(1, deps=(s,))
+    if TOTAL:
+        total = _add_weights(total, p, ones, T_L)
+        s = warpgroup_mma_wait(2, deps=(s,))
+    else:
+        s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(slot), count=1)
     weights, alpha, m, l = _softmax(
         s, key, lo, hi, m, l, inner, coef, bias, MASKED, False, ONLINE, FORM, M, N, S_L
     )
     weights = gl.convert_layout(weights.to(q.dtype), P_L, assert_trivial=True)
     # The last weights pass through the wait: their registers are read until then.
-    acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+    if TOTAL:
+        acc, total, p = warpgroup_mma_wait(0, deps=(acc, total, p))
+        total = warpgroup_mma_init(total)
+    else:
+        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     if ONLINE:
         share = gl.convert_layout(alpha, gl.SliceLayout(1, O_L), assert_trivial=True)
         acc = acc * gl.expand_dims(share, 1)
     acc = warpgroup_mma_init(acc)
     mbarrier.arrive(v_empty.index(last_slot), count=1)
-    return acc, weights, m, l
+    return acc, weights, m, l, total
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
 def gluon_forward_kernel(
     Q, K, V, Out, Lse, Lo, Hi,
     slo_b, B, Hq, G, Sq, Skv, left, right, inner, coef, bias, reference,
-    BAND: gl.constexpr, ONLINE: gl.constexpr, FORM: gl.constexpr,
+    BAND: gl.constexpr, ONLINE: gl.constexpr, TOTAL: gl.constexpr, FORM: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, DPAD: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr,
 ):  # fmt: skip
     """Out ``[B, Hq, Sq, D]`` and Lse ``[B, Hq, Sq]`` float32; a program takes tiles until none is left.
 
     Q, K, V and Out are tensor maps of tiles ``[1, 1, rows, DPAD]``. Lo and Hi int32 ``[B or 1, Sq]``, none for a band.
+    TOTAL: as ``triton_forward``'s.
     """
     M: gl.constexpr = 64
     gl.static_assert(BLOCK_M == M * WARPGROUPS)
     q_s = gl.allocate_shared_memory(Q.dtype, [WARPGROUPS, 1, 1, M, DPAD], Q.layout)
     k_s = gl.allocate_shared_memory(K.dtype, [STAGES, 1, 1, BLOCK_N, DPAD], K.layout)
     v_s = gl.allocate_shared_memory(V.dtype, [STAGES, 1, 1, BLOCK_N, DPAD], V.layout)
+    ones = q_s
+    if TOTAL:
+        ones = gl.allocate_shared_memory(
+            Q.dtype, [8, BLOCK_N], gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        )
+        ones.store(gl.full([8, BLOCK_N], 1.0, Q.dtype, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
     q_full, q_empty = ring(WARPGROUPS), ring(WARPGROUPS)
     k_full, k_empty = ring(STAGES), ring(STAGES)
     v_full, v_empty = ring(STAGES), ring(STAGES)
@@ -281,10 +323,10 @@ def gluon_forward_kernel(
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (FIRST, Out, Lse, Lo, Hi, q_s, k_s, v_s, bars, sizes, factors,
-                            BAND, ONLINE, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
-                (_consume, (SECOND, Out, Lse, Lo, Hi, q_s, k_s, v_s, bars, sizes, factors,
-                            BAND, ONLINE, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
+                (_consume, (FIRST, Out, Lse, Lo, Hi, ones, q_s, k_s, v_s, bars, sizes, factors,
+                            BAND, ONLINE, TOTAL, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
+                (_consume, (SECOND, Out, Lse, Lo, Hi, ones, q_s, k_s, v_s, bars, sizes, factors,
+                            BAND, ONLINE, TOTAL, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
                 (_produce, (Q, K, V, Lo, Hi, q_s, k_s, v_s, bars, sizes, BAND, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
             ],
             [4, 1],
@@ -293,12 +335,12 @@ def gluon_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (FIRST, Out, Lse, Lo, Hi, q_s, k_s, v_s, bars, sizes, factors,
-                            BAND, ONLINE, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
-                (_consume, (SECOND, Out, Lse, Lo, Hi, q_s, k_s, v_s, bars, sizes, factors,
-                            BAND, ONLINE, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
-                (_consume, (THIRD, Out, Lse, Lo, Hi, q_s, k_s, v_s, bars, sizes, factors,
-                            BAND, ONLINE, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
+                (_consume, (FIRST, Out, Lse, Lo, Hi, ones, q_s, k_s, v_s, bars, sizes, factors,
+                            BAND, ONLINE, TOTAL, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
+                (_consume, (SECOND, Out, Lse, Lo, Hi, ones, q_s, k_s, v_s, bars, sizes, factors,
+                            BAND, ONLINE, TOTAL, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
+                (_consume, (THIRD, Out, Lse, Lo, Hi, ones, q_s, k_s, v_s, bars, sizes, factors,
+                            BAND, ONLINE, TOTAL, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
                 (_produce, (Q, K, V, Lo, Hi, q_s, k_s, v_s, bars, sizes, BAND, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
             ],
             [4, 4, 1],

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softcap_runtime.kernels.cubin import GpuKernels, Parameter, Pointer, Tile
+from softcap_runtime.kernels.cubin import GpuKernels, Parameter, Pointer
 from softcap_runtime.kernels.gpu_options import (
     PADDED_ROWS,
     Direction,
@@ -18,7 +18,8 @@ from softcap_runtime.kernels.gpu_options import (
 from softcap_runtime.kernels.triton_call import Factors, Mask
 from softcap_runtime.kernels.triton_launch import NO_EDGES, Output, launcher, on, strides, tile, vector
 
-from .gluon_options import WARPGROUP_ROWS, backward_options
+from .gluon_attention import output_tile
+from .gluon_options import WARPGROUP_ROWS, backward_options, programs
 
 Hull = Callable[..., tuple[Tensor | None, ...]]
 
@@ -64,16 +65,6 @@ def bind_gluon_backward(
     return run
 
 
-def _programs(tiles: int, device: torch.device) -> tuple[int, int, int]:
-    return min(tiles, device_limits(device.index).multiprocessors), 1, 1
-
-
-def _output_tile(output: Output) -> Parameter:
-    return Tile(
-        output.dtype, tuple(output.shape), output.steps, (1, 1, WARPGROUP_ROWS, tile_width(output.shape[-1]))
-    )
-
-
 def _bind_statistics(
     grad: Tensor, out: Tensor, padded: int, call: Factors, kernels: GpuKernels
 ) -> Callable[..., None]:
@@ -102,10 +93,10 @@ def _bind_dq(
     return launcher(
         kernels,
         "gluon_dq_kernel",
-        _programs(batch * heads * -(-rows // options.own), q.device),
+        programs(device_limits(q.device.index), batch * heads * -(-rows // options.own), mask.band),
         [
             tile(q, WARPGROUP_ROWS, True), tile(k, options.block, True), tile(v, options.block, True),
-            tile(grad, WARPGROUP_ROWS, True), single, single, _output_tile(output), edge, edge,
+            tile(grad, WARPGROUP_ROWS, True), single, single, output_tile(output), edge, edge,
         ],
         [
             mask.batch_stride(rows), batch, heads, heads // kv_heads, rows, padded, keys, mask.left, mask.right,
@@ -134,10 +125,10 @@ def _bind_dkdv(
     return launcher(
         kernels,
         "gluon_dkdv_kernel",
-        _programs(batch * kv_heads * blocks, q.device),
+        programs(device_limits(q.device.index), batch * kv_heads * blocks, mask.band),
         [
             tile(q, options.block, True), tile(k, WARPGROUP_ROWS, True), tile(v, WARPGROUP_ROWS, True),
-            tile(grad, options.block, True), statistic, statistic, *map(_output_tile, outputs[1:]), *intervals,
+            tile(grad, options.block, True), statistic, statistic, *map(output_tile, outputs[1:]), *intervals,
         ],
         [
             padded if several else 0, blocks if several else 0, batch, heads, kv_heads, heads // kv_heads, rows, padded,

@@ -89,7 +89,7 @@ def _bound(bind: Callable[..., Any], **how: Any) -> Callable[..., Any]:
 def _forward(problem: Problem, kernels: Kernels) -> Forward:
     from softcap_runtime.kernels import triton_attention
 
-    return _bound(triton_attention.bind_forward, **_how(problem, kernels))
+    return _bound(triton_attention.bind_forward, train=problem.train, **_how(problem, kernels))
 
 
 def _backward(problem: Problem, kernels: Kernels) -> Backward:

@@ -18,8 +18,8 @@ MODULES = {
     "query_hull_kernel": "kernels.triton_backward",
     "statistics_kernel": "kernels.triton_backward",
     "gluon_forward_kernel": "cuda.gluon_forward",
-    "gluon_dq_kernel": "cuda.gluon_backward",
-    "gluon_dkdv_kernel": "cuda.gluon_backward",
+    "gluon_dq_kernel": "cuda.gluon_dq",
+    "gluon_dkdv_kernel": "cuda.gluon_dkdv",
 }
 _NUMBERS = {"i": "i32", "l": "i64", "f": "fp32"}
 _BYTES = {"i": 4, "l": 8, "f": 4}
