@@ -160,7 +160,7 @@ def _step_dkdv(
     if BAND:
         if MASKED:
             rows = row + gl.arange(0, M, layout=COLUMN_L)
-            z = _hidden(
+            z = hidden(
                 z, gl.expand_dims(keys, 1), gl.expand_dims(rows + left, 0), gl.expand_dims(rows + right, 0)
             )
     else:
@@ -328,10 +328,12 @@ def gluon_dkdv_kernel(
     factors = (inner, coef, gain)
     gl.warp_specialize(
         [
-            (_consume_dkdv, (FIRST, DK, DV, First, Last, LoMost, HiLeast, k_s, v_s, q_s, do_s, rows_s, bars, sizes, factors, BAND, FORM,
-                             WANT_DK, WANT_DV, BLOCK_M, N, DPAD, WARPGROUPS, Q_STAGES, DO_STAGES)),
-            (_consume_dkdv, (SECOND, DK, DV, First, Last, LoMost, HiLeast, k_s, v_s, q_s, do_s, rows_s, bars, sizes, factors, BAND, FORM,
-                             WANT_DK, WANT_DV, BLOCK_M, N, DPAD, WARPGROUPS, Q_STAGES, DO_STAGES)),
+            (_consume_dkdv, (FIRST, DK, DV, First, Last, LoMost, HiLeast, k_s, v_s, q_s, do_s, rows_s, bars,
+                             sizes, factors, BAND, FORM, WANT_DK, WANT_DV, BLOCK_M, N, DPAD, WARPGROUPS,
+                             Q_STAGES, DO_STAGES)),
+            (_consume_dkdv, (SECOND, DK, DV, First, Last, LoMost, HiLeast, k_s, v_s, q_s, do_s, rows_s, bars,
+                             sizes, factors, BAND, FORM, WANT_DK, WANT_DV, BLOCK_M, N, DPAD, WARPGROUPS,
+                             Q_STAGES, DO_STAGES)),
             (_produce_dkdv, (Q, K, V, DO, Shift, Delta, Lo, Hi, First, Last, k_s, v_s, q_s, do_s, rows_s, bars, sizes,
                              BAND, WANT_DK, BLOCK_M, N, DPAD, WARPGROUPS, Q_STAGES, DO_STAGES)),
         ],

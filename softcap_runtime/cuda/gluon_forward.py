@@ -3,8 +3,8 @@
 As ``kernels.triton_forward`` (the same softmax, the same order of a row's sums: blocks that need a mask, then the
 others), with what Triton's own pipeline does not do: each warpgroup issues the product of the next keys and the
 product of the last weights with their values together, and computes the next weights while the second runs; and the
-warpgroups drift apart until the softmax of one runs beside the products of another (FlashAttention-3, Shah et al. 2024).
-The weights go from registers into the second product.
+warpgroups drift apart until the softmax of one runs beside the products of another (FlashAttention-3, Shah et al.
+2024). The weights go from registers into the second product.
 """
 
 from __future__ import annotations
@@ -198,15 +198,17 @@ def _consume(
             for index in range(skip + 1, partial):
                 key = block_at(index, first, full_first, full_end, end) * N
                 acc, p, m, l, total = _step(
-                    q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m, l, total,
-                    none, key, lo, hi, inner, coef, bias, True, ONLINE, TOTAL, FORM, M, N, DPAD, S_L, O_L, P_L, T_L,
+                    q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m,
+                    l, total, none, key, lo, hi, inner, coef, bias, True, ONLINE, TOTAL, FORM, M, N, DPAD,
+                    S_L, O_L, P_L, T_L,
                 )  # fmt: skip
                 last_slot, last_phase = slot, phase
                 slot, phase = advance(slot, phase, STAGES)
             for _ in range(gl.maximum(skip + 1, partial), end - first):
                 acc, p, m, l, total = _step(
-                    q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m, l, total,
-                    none, 0, lo, hi, inner, coef, bias, False, ONLINE, TOTAL, FORM, M, N, DPAD, S_L, O_L, P_L, T_L,
+                    q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m,
+                    l, total, none, 0, lo, hi, inner, coef, bias, False, ONLINE, TOTAL, FORM, M, N, DPAD,
+                    S_L, O_L, P_L, T_L,
                 )  # fmt: skip
                 last_slot, last_phase = slot, phase
                 slot, phase = advance(slot, phase, STAGES)

@@ -44,9 +44,9 @@ def bind_forward(
     to 256, Hq a multiple of Hkv, on one CUDA device (current or not). Row i sees the keys
     ``i + left <= j < i + right`` or, with ``edges`` ``lo`` and ``hi`` (int32 ``[B or 1, Sq]``), ``lo_i <= j < hi_i``.
     ``approx`` takes tanh from the ``tanh.approx.f32`` instruction (relative error
-    2**-11, so up to ``softcap * 5e-4`` of a logit). ``train``: a backward
-    follows, whose error depends on the output's where one key has nearly all the weight. ``gluon``: whether the Gluon kernel computes it, for tests; None
-    leaves it to ``gluon_options``.
+    2**-11, so up to ``softcap * 5e-4`` of a logit). ``train``: a backward follows, whose error depends on the output's
+    where one key has nearly all the weight. ``gluon``: whether the Gluon kernel computes it, for tests; None leaves it
+    to ``gluon_options``.
 
     The result takes tensors with the shapes, dtype, strides, and 16-byte alignment of these. It returns out
     ``[B, Hq, Sq, D]`` in q's dtype, a view of ``[B, Sq, Hq, D]`` memory, and the natural logsumexp float32
@@ -101,7 +101,8 @@ def _bind_forward(
             heads, heads // kv_heads, rows, keys, mask.left, mask.right,
             call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
-        {"BAND": mask.band, "ONLINE": call.online, "TOTAL": total, "FORM": call.form, **constants(dim, q.dtype, options, where)},
+        {"BAND": mask.band, "ONLINE": call.online, "TOTAL": total, "FORM": call.form,
+         **constants(dim, q.dtype, options, where)},
         device=device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
+from pathlib import Path
 from typing import Any
 
+from softcap_runtime.cuda.machine_code import disassemble, overwritten_operands
 from softcap_runtime.errors import BuildFailed
 from softcap_runtime.kernels.cubin import Box, Cubin, CubinSpec
 
@@ -39,6 +41,7 @@ def build(spec: CubinSpec) -> bytes:
     """The packed ``Cubin`` of ``spec``; BuildFailed, in one line, when Triton is missing, too old or fails."""
     try:
         compiled = _compile(spec)
+        _check_machine_code(spec, compiled.asm["cubin"])
         return _packed(spec, compiled)
     except BuildFailed:
         raise
@@ -83,6 +86,18 @@ def _compile(spec: CubinSpec) -> Any:
         target=GPUTarget("cuda", spec.capability, 32),
         options={"num_warps": spec.warps, "num_stages": spec.stages},
     )
+
+
+def _check_machine_code(spec: CubinSpec, code: bytes) -> None:
+    """BuildFailed for what ptxas is known to compile wrongly; not looked for where Triton has no disassembler."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    if spec.capability == 90 and tool.exists() and overwritten_operands(disassemble(code, tool)):
+        raise BuildFailed(
+            f"kernel {spec.kernel}: the ptxas of {compiler_version()} overwrites operands of a product under way; "
+            "use another Triton, or SOFTCAP_ENGINE=flex"
+        )
 
 
 def _with_layout(type_name: str) -> str:

@@ -61,7 +61,8 @@ def softmax_step(
 def _step(
     q, acc, m, l, total, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, n, Skv, inner, coef, bias,
     MASKED: tl.constexpr, ONLINE: tl.constexpr, TOTAL: tl.constexpr, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
-    D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
+    D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     k = load_tile(K, sk_b, sk_h, sk_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA, ALIGN)
     x = tl.dot(q, k.T, input_precision=PRECISION)
