@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softcap_runtime.checks import check_config, check_qkv
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
-from softcap_runtime.kernels import operator
+from softcap_runtime.kernels import operator, planned
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
@@ -115,6 +115,8 @@ class Runtime:
             plan = self._shortcut(q, k, v, config)
             if plan is not None:
                 plan.hits += 1
+                if plan.backward is not None:
+                    return planned.attend(plan, self.settings.engine, self, q, k, v)
                 return plan.forward(q, k, v)[0]
         q, k, v = operator.checked_inputs(q, k, v)
         mask = _intervals(q, k, config, attention_mask, document_ids, prefix_lengths, spans, cache_lengths)
@@ -202,11 +204,13 @@ class Runtime:
         return plan
 
     def _shortcut(self, q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Plan | None:
-        """The plan of an inference call that was made before just so, in a few microseconds."""
+        """The plan of a call that was made before just so, in a few microseconds."""
         try:
-            if _wants_grad(q, k, v) or interpreters_active(q, k, v):
+            if interpreters_active(q, k, v):
                 return None
+            train = _wants_grad(q, k, v)
             call = (
+                train,
                 q.shape,
                 k.shape,
                 v.shape,
@@ -220,7 +224,7 @@ class Runtime:
             )
             plan = self.plans.shortcuts.get(call)
             if plan is None:
-                self._make_shortcut(q, k, v, config, call)
+                self._make_shortcut(q, k, v, config, train, call)
                 return None
             plain = q.stride(3) == k.stride(3) == v.stride(3) == 1
             return plan if plain and not (q.is_neg() or k.is_neg() or v.is_neg()) else None
@@ -228,12 +232,12 @@ class Runtime:
             return None  # not dense tensors of four dimensions, or no config: the checks say it properly
 
     def _make_shortcut(
-        self, q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, arguments: object
+        self, q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, train: bool, arguments: object
     ) -> None:
         """Check a call's arguments once and for all, and remember where its plan is if there is one."""
         check_qkv(q, k, v)
         mask = _intervals(q, k, config, *_NO_MASKS)
-        call = Call(mask, config.scale, config.softcap, self.settings.engine, False)
+        call = Call(mask, config.scale, config.softcap, self.settings.engine, train)
         plan = self.plans.get(PlanKey.of(q, k, call))
         if plan is not None:
             self.plans.shortcuts[arguments] = plan
