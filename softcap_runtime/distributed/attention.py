@@ -6,7 +6,7 @@ same way. An exchange is waited for where its result is first used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +20,14 @@ from softcap_runtime.distributed.ranges import picked
 from softcap_runtime.kernels import operator
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.kernels.sharding import check_placements, is_dtensor
-
-if TYPE_CHECKING:
-    from softcap_runtime.runtime import Runtime
+from softcap_runtime.plans import Server
 
 # What ranks have agreed on, so that later calls of the kind gather nothing: a few numbers each.
 _agreed: set[Any] = set()
 
 
 def context_attention(
-    runtime: Runtime,
+    runtime: Server,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -38,6 +36,11 @@ def context_attention(
     stages: int = 1,
 ) -> Tensor:
     """See ``Runtime.context_attention``."""
+    check_config(config)
+    if not isinstance(context, ContextMask):
+        raise TypeError(
+            f"context: {type(context).__name__}, expected a ContextMask; make one with context_mask(...)"
+        )
     for x in (q, k, v):
         if is_dtensor(x):
             return _of_dtensors(runtime, q, k, v, config, context, stages)
@@ -53,11 +56,6 @@ def _check(
     q: Tensor, k: Tensor, config: AttentionConfig, context: ContextMask, stages: int
 ) -> tuple[str, int]:
     """The method, and how many groups of key heads travel one after the other."""
-    check_config(config)
-    if not isinstance(context, ContextMask):
-        raise TypeError(
-            f"context: {type(context).__name__}, expected a ContextMask; make one with context_mask(...)"
-        )
     if (config.window, config.causal) != (context.config.window, context.config.causal):
         raise ValueError(
             f"config: window={config.window}, causal={config.causal}, expected the context's window="
@@ -86,7 +84,7 @@ def _check(
 
 
 def _agree_once(
-    runtime: Runtime,
+    runtime: Server,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -96,11 +94,12 @@ def _agree_once(
 ) -> None:
     """At the first call of a kind, before anything is sent: all ranks are ready, and about to do the same."""
     train = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
-    sizes = [getattr(x, name, None) for x in (q, k) for name in ("dtype", "device")]
-    heads = [tuple(x.shape[at] for at in (0, 1, 3)) for x in (q, k) if getattr(x, "ndim", 0) == 4]
-    mesh, settings = context.mesh, runtime.settings
-    kind = (config, context.method, context.config, context.layout.ranks, stages, train, heads)
-    key = (runtime.number, mesh, sizes[1], digest((kind, sizes[0])))
+    shapes = tuple((x.shape[0], x.shape[1], x.shape[-1]) for x in (q, k) if getattr(x, "ndim", 0) == 4)
+    dtypes = tuple(getattr(x, "dtype", None) for x in (q, k, v))
+    mesh, settings, where = context.mesh, runtime.settings, context.mesh.device_type
+    cast = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
+    kind = (config, context.config, context.method, context.layout.ranks, stages, train, cast, shapes)
+    key = (runtime.number, mesh, q.device, dtypes, kind)
     if key in _agreed:
         return
     error = None
@@ -113,7 +112,7 @@ def _agree_once(
     cpu = torch.backends.cpu.get_cpu_capability() if mesh.device_type == "cpu" else None
     facts = {
         "the call (config, method, stages, gradients, heads)": digest(kind),
-        "dtype": digest(sizes[0]),
+        "dtype": digest(dtypes),
         "engine": digest((settings.engine, settings.softcap_approx)),
         "the kind of CPU": digest(cpu),
         "torch": digest(torch.__version__),
@@ -123,7 +122,7 @@ def _agree_once(
 
 
 def _load_kernels(
-    runtime: Runtime,
+    runtime: Server,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -156,7 +155,7 @@ def _sent(x: Tensor, received: list[int], sent: list[int], context: ContextMask)
 
 
 def _by_keys(
-    runtime: Runtime,
+    runtime: Server,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -222,7 +221,7 @@ def _placed(
 
 
 def _by_heads(
-    runtime: Runtime,
+    runtime: Server,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -303,7 +302,7 @@ def _heads_together(outs: list[Tensor]) -> Tensor:
 
 
 def _of_dtensors(
-    runtime: Runtime, q: Any, k: Any, v: Any, config: AttentionConfig, context: ContextMask, stages: int
+    runtime: Server, q: Any, k: Any, v: Any, config: AttentionConfig, context: ContextMask, stages: int
 ) -> Tensor:
     """Each rank's own batch rows and heads of DTensors, which another mesh dimension shards."""
     from torch.distributed.tensor import DTensor, Shard
