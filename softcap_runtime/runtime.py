@@ -14,8 +14,9 @@ from torch import Tensor
 
 from softcap_runtime.checks import Capped, check_config, check_no_context_parallel
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
-from softcap_runtime.kernels import operator
+from softcap_runtime.kernels import operator, planned
 from softcap_runtime.kernels.engine import Call
+from softcap_runtime.kernels.planned import rows_together
 from softcap_runtime.kernels.sharding import whole
 from softcap_runtime.masks.holes import may_have_holes, without_hidden
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
@@ -112,7 +113,7 @@ class Runtime:
         if known is None:
             q, k, v = operator.checked_inputs(q, k, v)
         elif plain and None in known:
-            return _run(known[None], q, k, v)
+            return self._run(known[None], q, k, v)
         masks = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths, query_positions)
         given = [None if x is None else whole(x) for x in masks]
         mask = _intervals(q, k, config, *given)
@@ -120,12 +121,18 @@ class Runtime:
             k, v, mask = without_hidden(k, v, mask, given[0])
         form = None if mask.lo is None else mask.lo.shape[0]
         if known is not None and form in known and (mask.lo is None or type(mask.lo) is Tensor):
-            return _run(known[form], q, k, v, *mask.vectors)
+            return self._run(known[form], q, k, v, *mask.vectors)
         out = self.attend(q, k, v, config, mask)
         if key is not None:
-            call = Call(mask, config.scale, config.softcap, self.settings.engine, False)
+            call = Call(mask, config.scale, config.softcap, self.settings.engine, _wants_grad(q, k, v))
             self.plans.learn(key, form, PlanKey.of(q, k, call))
         return out
+
+    def _run(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor:
+        plan.hits += 1
+        if plan.backward is not None:
+            return planned.attend(plan, self.settings.engine, self, q, k, v, *edges)
+        return plan.forward(rows_together(q), rows_together(k), rows_together(v), *edges)[0]
 
     def attend(
         self,
@@ -220,7 +227,7 @@ class Runtime:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         """Out and, for training, the logsumexp: what the operator calls, below autograd."""
-        q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
+        q, k, v = rows_together(q), rows_together(k), rows_together(v)
         return self.plan(q, k, call).forward(q, k, v, *call.mask.vectors)
 
     def backward(
@@ -234,7 +241,7 @@ class Runtime:
         call: Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v: what the operator's derivative calls."""
-        grad_out, q, k, v, out = map(_rows_together, (grad_out, q, k, v, out))
+        grad_out, q, k, v, out = map(rows_together, (grad_out, q, k, v, out))
         backward = self.plan(q, k, call).backward
         assert backward is not None
         return backward(grad_out, q, k, v, out, lse, *call.mask.vectors)
@@ -276,13 +283,14 @@ _DENSE_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 def _shortcut_key(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Hashable:
     """What a call's plan and its checks depend on but for the mask arguments; None for a call that goes the long way:
-    one with gradients, under a transform, a mode or autocast, or of anything but dense tensors."""
+    one under a transform, a mode or autocast, or of anything but dense tensors."""
     if type(config) is not AttentionConfig or not _DENSE_TENSORS.issuperset((type(q), type(k), type(v))):
         return None
-    if _wants_grad(q, k, v) or interpreters_active(q, k, v) or q.is_nested or k.is_nested or v.is_nested:
+    if interpreters_active(q, k, v) or q.is_nested or k.is_nested or v.is_nested:
         return None
     layouts = (q.layout, k.layout, v.layout)
     return (
+        _wants_grad(q, k, v),
         q.shape,
         k.shape,
         v.shape,
@@ -295,11 +303,6 @@ def _shortcut_key(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> H
         layouts,
         config,
     )
-
-
-def _run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor:
-    plan.hits += 1
-    return plan.forward(_rows_together(q), _rows_together(k), _rows_together(v), *edges)[0]
 
 
 def _intervals(
@@ -352,13 +355,6 @@ def _check_mask(q: Tensor, k: Tensor, mask: RowIntervals) -> None:
 
 def _wants_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-
-
-def _rows_together(x: Tensor) -> Tensor:
-    """The kernels take any strides but that of the last dimension, which must be 1, and read what is stored."""
-    if x.stride(3) == 1 and not x.is_neg():
-        return x
-    return x.resolve_neg().contiguous()
 
 
 def _after_fork() -> None:

@@ -122,13 +122,13 @@ def compiled() -> dict[tuple[int, str], dict[str, Any]]:
 GLUON = [
     (256, "band", True, {}, ["gluon_forward", "statistics", "gluon_dq", "gluon_dkdv", "gluon_dkdv"]),
     (128, "band", True, {}, ["gluon_forward", "statistics", "gluon_dq", "gluon_dkdv"]),
-    (64, "intervals", True, {}, ["gluon_forward", "statistics", "gluon_dq", "query_hull", "gluon_dkdv"]),
+    (64, "intervals", True, {}, ["gluon_forward", "statistics", "gluon_dq", "gluon_dkdv", "query_hull"]),
     (
         128,
         "intervals",
         True,
         {"softcap": None},
-        ["gluon_forward", "statistics", "gluon_dq", "query_hull", "gluon_dkdv"],
+        ["gluon_forward", "statistics", "gluon_dq", "gluon_dkdv", "query_hull"],
     ),
     (128, "band", False, {}, ["gluon_forward"]),
     (128, "band", False, {"approx": True}, ["gluon_forward"]),
@@ -161,8 +161,9 @@ def test_what_hopper_takes_compiles_without_loss(call: Any) -> None:
     for made in found:
         # ptxas's C7510 to C7518: products that it had to put one after the other.
         assert made["serialised"] == []
-        # A thread's numbers of a tile may be kept in memory, its accumulators (128 bytes and more each) may not.
-        assert made["spilled"] <= 128
+        # What a thread keeps in memory of blocks that need a mask, and of a tile as a whole; an accumulator of a product
+        # would be 512 bytes.
+        assert made["spilled"] <= 256
         assert made["shared"] <= 227 * 1024
         assert made["elf"] == b"\x7fELF".hex()
         if (
