@@ -12,7 +12,21 @@ _PRODUCT = re.compile(r"HGMMA\S* R\d+, (?:R(\d+)|gdesc)")
 _WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
 _WRITES = re.compile(r"(?:@!?U?P\w+ )?(\S+) (?:U?P\w+, )*R(\d+)\b")
 # What has a register first and writes none.
-_READS_ONLY = ("ST", "RED", "BRA", "BRX", "BAR", "SYNCS", "UTMA", "R2UR", "EXIT", "RET")
+_READS_ONLY = (
+    "ISETP",
+    "FSETP",
+    "HSETP2",
+    "ST",
+    "RED",
+    "BRA",
+    "BRX",
+    "BAR",
+    "SYNCS",
+    "UTMA",
+    "R2UR",
+    "EXIT",
+    "RET",
+)
 
 
 def overwritten_operands(listing: str) -> list[str]:
