@@ -161,8 +161,8 @@ def test_what_hopper_takes_compiles_without_loss(call: Any) -> None:
     for made in found:
         # ptxas's C7510 to C7518: products that it had to put one after the other.
         assert made["serialised"] == []
-        # What a thread keeps in memory of blocks that need a mask, and of a tile as a whole; an accumulator of a product
-        # would be 512 bytes.
+        # What a thread keeps in memory of blocks that need a mask, and of a tile as a whole; an accumulator would be
+        # 512 bytes.
         assert made["spilled"] <= 256
         assert made["shared"] <= 227 * 1024
         assert made["elf"] == b"\x7fELF".hex()
