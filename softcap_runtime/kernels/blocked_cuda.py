@@ -148,7 +148,13 @@ def _alike(problem: Problem) -> list[Problem]:
         long *= 2
     lengths = [(SHORT, SHORT), (long, long)]
     lengths += [(count, keys) for keys in (SHORT, MANY_KEYS) for count in sorted(rows)]
-    return [problem._replace(batch=1, mask=_mask_alike(problem.mask, *each)) for each in lengths]
+    # A forward for training is a kernel of its own, and who trains evaluates.
+    trained = dict.fromkeys((problem.train, False))
+    return [
+        problem._replace(batch=1, mask=_mask_alike(problem.mask, *each), train=train)
+        for train in trained
+        for each in lengths
+    ]
 
 
 def _mask_alike(mask: RowIntervals, q_len: int, kv_len: int) -> RowIntervals:
