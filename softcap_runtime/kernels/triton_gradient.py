@@ -72,9 +72,14 @@ def bind_backward(
 def _takes_gluon(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Mask, call: Factors
 ) -> bool:
-    batch, heads, rows, dim = q.shape
-    where = layout(3 * batch * heads * rows * mask.width(rows, k.shape[2]) * dim, q, k, v, grad, out)
+    where = layout(_work(q, k, mask), q, k, v, grad, out)
     return serves(device_limits(q.device.index), q.dtype, call, where.tma)
+
+
+def _work(q: Tensor, k: Tensor, mask: Mask) -> int:
+    """Multiply-adds of dq, at most; one measure for all kernels, so that a call takes tensor maps for all or none."""
+    batch, heads, rows, dim = q.shape
+    return 3 * batch * heads * rows * mask.width(rows, k.shape[2]) * dim
 
 
 def _bind_backward(
@@ -118,7 +123,7 @@ def _bind_dq(
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     options = kernels.options(q, "dq")
-    where = layout(3 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, grad, out)
+    where = layout(_work(q, k, mask), q, k, v, grad, out)
     edge = None if mask.band else Pointer(torch.int32)
     single = Pointer(torch.float32)
     return launcher(
@@ -148,7 +153,7 @@ def _bind_dkdv(
     kv_heads, keys = k.shape[1], k.shape[2]
     options = kernels.options(q, direction)
     block_m, block_n = options.block_m, options.block_n
-    where = layout(4 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, grad)
+    where = layout(_work(q, k, mask), q, k, v, grad)
     padded_rows, blocks = _padded_rows(rows), -(-keys // block_n)
     several = mask.batch_stride(rows) > 0  # batch rows have intervals of their own
 

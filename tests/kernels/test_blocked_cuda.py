@@ -14,6 +14,7 @@ from helpers import Sizes, expected, gradients, make_qkv, relative_error
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, reference
+from softcap_runtime.cuda import gluon_attention, gluon_gradient
 from softcap_runtime.kernels import blocked_cuda, triton_attention, triton_gradient, triton_launch
 from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.engine import Problem
@@ -126,7 +127,7 @@ class Recorded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: set[GpuKernel] = set()
-        for module in (triton_launch, triton_attention):
+        for module in (triton_launch, triton_attention, triton_gradient, gluon_attention, gluon_gradient):
             monkeypatch.setattr(module, "device_limits", lambda index: LIMITS)
 
     def get(self, artifact: GpuKernel) -> Any:
@@ -207,6 +208,8 @@ def test_what_is_listed_is_what_calls_ask_for(
                 asked = recorded.asked_by(one, layout)
                 assert set(blocked_cuda.ENGINE.artifacts(one, kernels)) == asked, shape
                 met |= asked
+                if train:  # who trains evaluates
+                    met |= recorded.asked_by(one._replace(train=False), layout)
         assert met <= listed
         # In training a call of one row is its own kind: what is listed for inference alone is met there.
         assert listed <= met, "prewarming builds what no call needs"
