@@ -93,11 +93,14 @@ def paged_kernel(
         k = _load_keys(key_head, table, sk_b, sk_s, keys, length, num_pages, PAGE, D, DPAD, ALIGN)
         x = tl.dot(q, k.T, input_precision=PRECISION)
         visible = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
-        p, alpha, m, l = softmax_step(x, visible, m, l, inner, coef, bias, True, ONLINE, FORM, ASM)
+        # Nothing here is trained: the weights' own sum divides, and `l` in the place of the other is not touched.
+        p, alpha, m, l, _ = softmax_step(
+            x, visible, m, l, l, inner, coef, bias, q.dtype, True, ONLINE, False, FORM, ASM
+        )
         if ONLINE:
             acc = acc * alpha[:, None]
         v = _load_keys(value_head, table, sv_b, sv_s, keys, length, num_pages, PAGE, D, DPAD, ALIGN)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = tl.dot(p, v, acc, input_precision=PRECISION)
 
     seen = l != 0  # NaN is seen
     acc = acc * tl.where(seen, 1.0 / l, 0.0)[:, None]

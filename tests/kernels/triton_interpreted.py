@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from softcap_runtime import reference
-from softcap_runtime.kernels import gpu_options
+from softcap_runtime.kernels import gpu_options, triton_launch
 
 LIMITS = gpu_options.DeviceLimits(227 * 1024, (9, 0), 132)
-gpu_options.device_limits = lambda index: LIMITS  # type: ignore[assignment]
+# Each module that took the function over before this has it under its own name.
+for module in (gpu_options, triton_launch):
+    module.device_limits = lambda index: LIMITS
 
 from softcap_runtime.kernels.cubin import CubinSpec, Number, Parameter  # noqa: E402
 from softcap_runtime.kernels.triton_attention import bind_forward  # noqa: E402
