@@ -1,6 +1,8 @@
 """The whole table of GPU figures in one command: ``python scripts/gpu_report.py --out report``.
 
-Writes ``<out>.json`` and ``<out>.md``. ``--smoke`` runs tiny shapes on the CPU, to see that the script works.
+Writes ``<out>.json`` and ``<out>.md``, anew after each part, so a run that is stopped leaves what it has; on an H200
+all parts take some four minutes. What is compared is timed in turns. ``--smoke`` runs tiny shapes on the CPU, to see
+that the script works.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +39,12 @@ def main() -> None:
         parser.error("no CUDA device; use --smoke to see that the script works")
     settings = RuntimeSettings(engine="eager" if arguments.smoke else "auto")
     report = Report(device, arguments.smoke, Runtime(settings))
-    for part in (training_shapes, decoding, memory, overhead, packed, fresh_process):
-        part(report)
-        print(report.tables[-1], flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"environment": report.environment, "rows": report.rows}
-    arguments.out.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    lines = [f"- {name}: {value}" for name, value in report.environment.items()]
-    arguments.out.with_suffix(".md").write_text(
-        "\n".join([*lines, "", *report.tables]) + "\n", encoding="utf-8"
-    )
+    for part in PARTS:
+        started = time.perf_counter()
+        part(report)
+        print(report.tables[-1], f"({time.perf_counter() - started:.0f} s)", flush=True)
+        report.write(arguments.out)
 
 
 class Report:
@@ -88,6 +87,21 @@ class Report:
             torch.cuda.synchronize()
             taken.append(begin.elapsed_time(end) / 1e3)
         return sorted(taken)[len(taken) // 2]
+
+    def in_turns(self, calls: dict[str, Call], rounds: int = 3) -> dict[str, float]:
+        """Median seconds of each call, a few of each in turn: a card that gets hot slows all of them."""
+        taken: dict[str, list[float]] = {who: [] for who in calls}
+        for _ in range(1 if self.smoke else rounds):
+            for who, call in calls.items():
+                taken[who].append(self.seconds(call, 7))
+        return {who: statistics.median(each) for who, each in taken.items()}
+
+    def write(self, out: Path) -> None:
+        """What was measured so far."""
+        document = {"environment": self.environment, "rows": self.rows}
+        out.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        lines = [f"- {name}: {value}" for name, value in self.environment.items()]
+        out.with_suffix(".md").write_text("\n".join([*lines, "", *self.tables]) + "\n", encoding="utf-8")
 
     def table(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Keep rows, and a Markdown table of them."""
@@ -151,47 +165,95 @@ def error(report: Report, tensors: list[Tensor], out: Tensor, window: int | None
     return float((out[:1, :groups, rows].double() - true).norm() / true.norm())
 
 
+def approximate(report: Report) -> Runtime:
+    """A runtime whose tanh is the device's instruction."""
+    return Runtime(RuntimeSettings(engine="eager" if report.smoke else "auto", softcap_approx=True))
+
+
 def training_shapes(report: Report) -> None:
-    """Gemma-2 9B and 27B, global and windowed layers, forward and forward + backward."""
-    shapes = [(2, 16, 8, 8192, 256), (2, 32, 16, 8192, 128)]
+    """Gemma-2 9B and 27B, global and windowed layers, and short inputs; forward and forward + backward."""
+    shapes = [
+        (2, 16, 8, 8192, 256, None),
+        (2, 16, 8, 8192, 256, 4096),
+        (2, 32, 16, 8192, 128, None),
+        (2, 32, 16, 8192, 128, 4096),
+        (2, 32, 16, 8192, 64, None),
+        (8, 8, 4, 1024, 256, None),
+        (32, 8, 4, 256, 256, None),
+        (1, 8, 4, 512, 256, None),
+    ]
     if report.smoke:
-        shapes = [(1, 2, 1, 64, 64)]
+        shapes = [(1, 2, 1, 64, 64, None), (1, 2, 1, 64, 64, 32)]
     rows = []
-    for batch, heads, kv_heads, length, head_dim in shapes:
-        for window in (None, length // 2):
-            tensors = report.inputs(batch, heads, kv_heads, length, head_dim)
-            grad = torch.randn_like(tensors[0])
-            config = AttentionConfig(softcap=CAP, scale=head_dim**-0.5, window=window)
-
-            def ours(*qkv: Tensor, config: AttentionConfig = config) -> Tensor:
-                return report.runtime.attention(*qkv, config)
-
-            peers: dict[str, Callable[..., Tensor]] = {"softcap_runtime": ours}
-            if report.device == "cuda":  # flex has no backward on the CPU
-                peers["stock flex"] = stock_flex(length, window, head_dim**-0.5, report.device)
-            if window is None:
-                peers["SDPA, no softcap"] = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
-                    q, k, v, is_causal=True, enable_gqa=True
-                )
-            pairs = length * (length + 1) / 2 - (0 if window is None else (length - window) ** 2 / 2)
-            flop = 4 * batch * heads * head_dim * pairs
-            for who, call in peers.items():
-                with torch.no_grad():
-                    wrong = None if "no softcap" in who else error(report, tensors, call(*tensors), window)
-                    forward = report.seconds(lambda call=call, t=tensors: call(*t))
-                both = report.seconds(step(call, tensors, grad))
-                rows.append(
-                    {
-                        "shape": f"B{batch} Hq{heads} Hkv{kv_heads} D{head_dim} S{length} w{window}",
-                        "who": who,
-                        "forward ms": forward * 1e3,
-                        "GEMM share": flop / forward / report.gemm,
-                        "fwd + bwd ms": both * 1e3,
-                        "GEMM share, both": 3.5 * flop / both / report.gemm,
-                        "error": wrong,
-                    }
-                )
+    for batch, heads, kv_heads, length, head_dim, window in shapes:
+        tensors = report.inputs(batch, heads, kv_heads, length, head_dim)
+        grad = torch.randn_like(tensors[0])
+        config = AttentionConfig(softcap=CAP, scale=head_dim**-0.5, window=window)
+        approx = approximate(report)
+        peers: dict[str, Callable[..., Tensor]] = {
+            "softcap_runtime": lambda *qkv, config=config: report.runtime.attention(*qkv, config),
+            "SOFTCAP_APPROX=1": lambda *qkv, config=config, approx=approx: approx.attention(*qkv, config),
+        }
+        if report.device == "cuda" and head_dim > 64 and length > 1024:  # flex has no backward on the CPU
+            peers["stock flex"] = stock_flex(length, window, head_dim**-0.5, report.device)
+        if window is None:
+            peers["SDPA, no softcap"] = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True
+            )
+        pairs = length * (length + 1) / 2 - (0 if window is None else (length - window) ** 2 / 2)
+        flop = 4 * batch * heads * head_dim * pairs
+        with torch.no_grad():
+            wrong = {
+                who: None if "no softcap" in who else error(report, tensors, call(*tensors), window)
+                for who, call in peers.items()
+            }
+            forward = report.in_turns({who: partial(call, *tensors) for who, call in peers.items()})
+        both = report.in_turns({who: step(call, tensors, grad) for who, call in peers.items()})
+        shape = f"B{batch} Hq{heads} Hkv{kv_heads} D{head_dim} S{length} w{window}"
+        for who in peers:
+            rows.append(
+                {
+                    "shape": shape,
+                    "who": who,
+                    "forward ms": forward[who] * 1e3,
+                    "GEMM share": flop / forward[who] / report.gemm,
+                    "fwd + bwd ms": both[who] * 1e3,
+                    "GEMM share, both": 3.5 * flop / both[who] / report.gemm,
+                    "error": wrong[who],
+                }
+            )
     report.table("training shapes, bf16, causal", rows)
+
+
+def saturated(report: Report) -> None:
+    """Errors of outputs and gradients against float64 where the logits meet the cap; beside eager's in bf16."""
+    rows = []
+    for head_dim in (64,) if report.smoke else (128, 256):
+        for spread in (1, 3, 10, 30):
+            length = 64 if report.smoke else 1024
+            tensors = [
+                (x.detach() * spread).requires_grad_() for x in report.inputs(1, 4, 2, length, head_dim)
+            ]
+            grad = torch.randn_like(tensors[0])
+            mask = dense(band(length, length, causal=True, window=None), report.device)
+
+            def attend(*qkv: Tensor, mask: Tensor = mask) -> Tensor:
+                return reference.attention(*qkv, mask, scale=qkv[0].shape[3] ** -0.5, softcap=CAP)[0]
+
+            wide = [x.detach().double().requires_grad_() for x in tensors]
+            true = [attend(*wide), *step(attend, wide, grad.double())()]
+            config = AttentionConfig(softcap=CAP, scale=head_dim**-0.5)
+            for who, call in (
+                ("softcap_runtime", lambda *qkv, config=config: report.runtime.attention(*qkv, config)),
+                ("eager", attend),
+            ):
+                found = [call(*tensors), *step(call, tensors, grad)()]
+                errors = [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, true, strict=True)]
+                names = ("out", "dq", "dk", "dv")
+                rows.append(
+                    {"D": head_dim, "inputs x": spread, "who": who, **dict(zip(names, errors, strict=True))}
+                )
+    report.table("errors at saturated logits, bf16", rows)
 
 
 def packed(report: Report) -> None:
@@ -223,12 +285,10 @@ def packed(report: Report) -> None:
             return out
 
         calls["stock flex + create_block_mask"] = stock
-    rows = []
-    for who, call in calls.items():
-        with torch.no_grad():
-            forward = report.seconds(lambda call=call: call(*tensors))
-        both = report.seconds(step(call, tensors, grad))
-        rows.append({"who": who, "forward ms": forward * 1e3, "fwd + bwd ms": both * 1e3})
+    with torch.no_grad():
+        forward = report.in_turns({who: partial(call, *tensors) for who, call in calls.items()})
+    both = report.in_turns({who: step(call, tensors, grad) for who, call in calls.items()})
+    rows = [{"who": who, "forward ms": forward[who] * 1e3, "fwd + bwd ms": both[who] * 1e3} for who in calls]
     report.table(f"packed, documents of {mean} on average, S={length}, mask included", rows)
 
 
@@ -266,28 +326,44 @@ def memory(report: Report) -> None:
 
 
 def overhead(report: Report) -> None:
-    """Host time of an eager call, tiny inputs, nothing waited for."""
+    """Host time of an eager call and of a training step, tiny inputs, nothing waited for."""
     q = torch.randn(1, 16, 128, 64, device=report.device).bfloat16()
+    leaf, grad = q.clone().requires_grad_(), torch.randn_like(q)
     config = AttentionConfig(softcap=CAP, scale=0.125)
-    calls: dict[str, Call] = {
-        "softcap_runtime": lambda: report.runtime.attention(q, q, q, config),
-        "SDPA, no softcap": lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True),
-    }
+
+    def sdpa(*qkv: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
+
+    def ours(*qkv: Tensor) -> Tensor:
+        return report.runtime.attention(*qkv, config)
+
+    calls: dict[str, Callable[..., Tensor]] = {"softcap_runtime": ours, "SDPA, no softcap": sdpa}
     if report.device == "cuda":
-        flex = stock_flex(128, None, 0.125, report.device)
-        calls["stock flex"] = lambda: flex(q, q, q)
-    taken: dict[str, list[float]] = {who: [] for who in calls}
+        calls["stock flex"] = stock_flex(128, None, 0.125, report.device)
+    rows = []
     with torch.no_grad():
-        for call in calls.values():
-            for _ in range(20):
-                call()
-        for _ in range(20 if report.smoke else 2000):  # in turn: a slow minute of the host is one for all
-            for who, call in calls.items():
-                started = time.perf_counter()
-                call()
-                taken[who].append(time.perf_counter() - started)
-    rows = [{"who": who, "us a call, host": sorted(t)[len(t) // 2] * 1e6} for who, t in taken.items()]
+        plain = host_seconds(report, {who: partial(call, q, q, q) for who, call in calls.items()})
+    trained = {who: step(lambda x, call=call: call(x, x, x), [leaf], grad) for who, call in calls.items()}
+    steps = host_seconds(report, trained)
+    for who in calls:
+        rows.append({"who": who, "us a call, host": plain[who] * 1e6, "us a step, host": steps[who] * 1e6})
     report.table("call overhead", rows)
+
+
+def host_seconds(report: Report, calls: dict[str, Call]) -> dict[str, float]:
+    """Median seconds of calls on the host, in turn: a slow minute of the host is one for all."""
+    taken: dict[str, list[float]] = {who: [] for who in calls}
+    for call in calls.values():
+        for _ in range(20):
+            call()
+    for index in range(20 if report.smoke else 1000):
+        if report.device == "cuda" and index % 50 == 0:
+            torch.cuda.synchronize()  # or the launches of what is ahead fill the device's queue
+        for who, call in calls.items():
+            started = time.perf_counter()
+            call()
+            taken[who].append(time.perf_counter() - started)
+    return {who: statistics.median(each) for who, each in taken.items()}
 
 
 FRESH = """
@@ -320,7 +396,7 @@ print(imported - started, time.perf_counter() - imported)
 
 
 def fresh_process(report: Report) -> None:
-    """From after ``import torch`` and the device's start to the first result, every cache warm; medians of five."""
+    """From after ``import torch`` and the device's start to the first result, caches warm; our medians are of five."""
     rows = []
     for who, code in (("softcap_runtime", OURS), ("stock flex", STOCK)):
         if who == "stock flex" and report.smoke:
@@ -328,7 +404,8 @@ def fresh_process(report: Report) -> None:
         row: dict[str, Any] = {"who": who}
         for what in ("inference", "train"):
             command = [sys.executable, "-c", FRESH + code + END, report.device, what]
-            done = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(6)]
+            runs = 6 if who == "softcap_runtime" else 2  # flex takes 8 s
+            done = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(runs)]
             lines = [one.stdout.splitlines()[-1].split() for one in done[1:]]  # the first fills the caches
             row[f"import, {what}, ms"], row[f"first result, {what}, ms"] = (
                 statistics.median(map(float, column)) * 1e3 for column in zip(*lines, strict=True)
@@ -336,6 +413,8 @@ def fresh_process(report: Report) -> None:
         rows.append(row)
     report.table("a fresh process, caches warm", rows)
 
+
+PARTS = (training_shapes, saturated, packed, decoding, memory, overhead, fresh_process)
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,18 @@ from softcap_runtime.config import AttentionConfig
 from softcap_runtime.torch_private import constant_in_graphs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Capped(Protocol):
+    """What a layer does to its logits, as ``Runtime.attend`` reads it of a config: an ``AttentionConfig`` has it."""
+
+    @property
+    def softcap(self) -> float | None:
+        """Bound of the logits, None for no cap."""
+
+    @property
+    def scale(self) -> float:
+        """Factor on the products before the cap."""
 
 
 class Cap(NamedTuple):

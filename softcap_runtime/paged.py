@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,9 +16,7 @@ from softcap_runtime.kernels import blocked, blocked_cuda
 from softcap_runtime.kernels.engine import Call, Problem
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, clipped
 from softcap_runtime.masks.validate import check_integers, data_is_readable
-
-if TYPE_CHECKING:
-    from softcap_runtime.runtime import Runtime
+from softcap_runtime.plans import Server
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 # Query rows of a group's heads up to which the CPU's decoding reads pages as they lie; more are worth a copy, since
@@ -26,7 +24,7 @@ PAGE_SIZES = (16, 32, 64, 128, 256)
 MOST_ROWS = 64
 # Kinds of calls whose kernels are kept bound, of each runtime.
 MAX_BOUND = 1024
-_bound: WeakKeyDictionary[Runtime, dict[Any, Any]] = WeakKeyDictionary()
+_bound: WeakKeyDictionary[Server, dict[Any, Any]] = WeakKeyDictionary()
 
 
 class Pages(NamedTuple):
@@ -43,7 +41,7 @@ class Pages(NamedTuple):
 
 
 def paged_attention(
-    runtime: Runtime, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
+    runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
 ) -> Tensor:
     """What ``Runtime.paged_attention`` documents."""
     check(q, pages, config, cu_seqlens_q)
@@ -56,7 +54,7 @@ def paged_attention(
     return runtime.attend(q, k, v, config, mask)
 
 
-def _through_the_table(runtime: Runtime, q: Tensor, config: AttentionConfig) -> bool:
+def _through_the_table(runtime: Server, q: Tensor, config: AttentionConfig) -> bool:
     """Whether a kernel reads the pages as they lie: on CUDA, where ``blocked`` serves. Else they are copied."""
     if q.device.type != "cuda" or runtime.settings.engine not in ("auto", "blocked"):
         return False
@@ -66,14 +64,14 @@ def _through_the_table(runtime: Runtime, q: Tensor, config: AttentionConfig) -> 
     return refusal is None
 
 
-def _problem(runtime: Runtime, q: Tensor, k: Tensor, config: AttentionConfig) -> Problem:
+def _problem(runtime: Server, q: Tensor, k: Tensor, config: AttentionConfig) -> Problem:
     reach = band(1, 1, causal=config.causal, window=config.window)
     call = Call(reach, config.scale, config.softcap, runtime.settings.engine, False)
     return call.problem(q, k, runtime.settings.softcap_approx)
 
 
 def _on_gpu(
-    runtime: Runtime, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
+    runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
 ) -> Tensor:
     """By ``triton_paged``'s kernel, bound once for each layout of a call's tensors."""
     from softcap_runtime.kernels.paged_cuda import bind_paged
@@ -108,7 +106,7 @@ def _on_gpu(
 
 
 def _on_cpu(
-    runtime: Runtime, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
+    runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
 ) -> Tensor | None:
     """By the C++ library, where it is what serves and the rows are few; else None."""
     sequences, group = pages.table.shape[0], q.shape[1] // pages.k.shape[2]

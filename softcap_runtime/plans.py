@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from softcap_runtime.artifacts.artifact import Artifact
+from softcap_runtime.checks import Capped
+from softcap_runtime.config import EngineName, RuntimeSettings
 from softcap_runtime.kernels.engine import Backward, Call, Engine, Forward, Problem
+from softcap_runtime.masks.intervals import RowIntervals
+from softcap_runtime.supply import Supply
 
 # Beyond this number all plans are let go; making one again costs some 100 us.
 MAX_PLANS = 4096
@@ -139,3 +143,25 @@ class Plans:
         self._forgotten_hits = self.hits
         self._plans.clear()
         self.shortcuts.clear()
+
+
+class Server(Protocol):
+    """What serves attention by plans, a ``Runtime``: for what stands below it and calls it back."""
+
+    settings: RuntimeSettings
+    supply: Supply
+    number: int
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        config: Capped,
+        mask: RowIntervals,
+        engine: EngineName | None = None,
+    ) -> Tensor:
+        """See ``Runtime.attend``."""
+
+    def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
+        """See ``Runtime.plan``."""

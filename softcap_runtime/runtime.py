@@ -7,12 +7,12 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import check_config, check_no_context_parallel
+from softcap_runtime.checks import Capped, check_config, check_no_context_parallel
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
 from softcap_runtime.kernels import operator
 from softcap_runtime.kernels.engine import Call
@@ -32,18 +32,6 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count(1)
 _runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
-
-
-class Capped(Protocol):
-    """What ``Runtime.attend`` reads of a config: an ``AttentionConfig`` has it."""
-
-    @property
-    def softcap(self) -> float | None:
-        """Bound of the logits, None for no cap."""
-
-    @property
-    def scale(self) -> float:
-        """Factor on the products before the cap."""
 
 
 class Runtime:

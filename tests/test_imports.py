@@ -12,9 +12,9 @@ import softcap_runtime
 ROOT = Path(softcap_runtime.__file__).parent
 # From the top down: a module imports from its own layer, or from lower ones.
 LAYERS: list[tuple[str, ...]] = [
-    ("cli", "cli_app", "cli_cache", "cli_tables", "integrations", "distributed", "flex_attention", "presets"),
+    ("cli", "cli_app", "cli_cache", "cli_tables", "integrations", "flex_attention", "presets"),
     ("runtime",),
-    ("prewarm", "prewarm_rows", "prewarm_tune", "cache_report", "gpu_info", "stats"),
+    ("distributed", "paged", "prewarm", "prewarm_rows", "prewarm_tune", "cache_report", "gpu_info", "stats"),
     ("supply", "plans", "tuned"),
     ("kernels", "cpu", "cuda", "engines"),
     ("masks",),

@@ -29,6 +29,7 @@ from helpers import (
     package_of,
     relative_error,
 )
+from torch import Tensor
 
 from softcap_runtime import (
     AttentionConfig,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from softcap_runtime.kernels.products import compute_dtype
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
@@ -123,7 +122,7 @@ def products_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     In the dtype that this CPU multiplies fastest in; its result is no attention.
     """
     batch, heads, length, head_dim = q.shape
-    dtype = compute_dtype(q.dtype)
+    dtype = q.dtype if _has_tiles() else torch.float32
     q, k, v = (x.to(dtype).contiguous().flatten(0, 1) for x in (q, k, v))
     out = torch.empty(batch * heads, length, head_dim, dtype=dtype)
     grouped = (k.shape[0], -1)
@@ -133,6 +132,13 @@ def products_alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         logits = torch.bmm(rows, k[:, :end].mT)
         out[:, start:end] = torch.bmm(logits, v[:, :end]).view(batch * heads, -1, head_dim)
     return out
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    """Whether this CPU multiplies bf16 in tiles (AMX); others multiply float32 faster."""
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as info:
+        return "amx_bf16" in info.read(16384)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

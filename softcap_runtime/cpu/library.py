@@ -111,12 +111,12 @@ class CpuLibrary(NamedTuple):
         try:
             with MemoryFile(code) as path:
                 loaded = _loaded(path)
-        except OSError as error:
+            forward, paged, backward = loaded.softcap_forward, loaded.softcap_paged, loaded.softcap_backward
+        except (OSError, AttributeError) as error:
             raise SoftcapRuntimeError(
                 f"kernel attention cannot be loaded: {error}; raise this process's limits if it is out of file "
                 "descriptors or memory, else run: softcap-runtime clear"
             ) from error
-        forward, paged, backward = loaded.softcap_forward, loaded.softcap_paged, loaded.softcap_backward
         for function, count in ((forward, 8), (paged, 8), (backward, 12)):
             function.argtypes, function.restype = [ctypes.c_void_p] * count, ctypes.c_int64
         return Library(forward, paged, backward, arithmetic)

@@ -6,7 +6,7 @@ same way. An exchange is waited for where its result is first used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +20,14 @@ from softcap_runtime.distributed.ranges import picked
 from softcap_runtime.kernels import operator
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.kernels.sharding import check_placements, is_dtensor
-
-if TYPE_CHECKING:
-    from softcap_runtime.runtime import Runtime
+from softcap_runtime.plans import Server
 
 # What ranks have agreed on, so that later calls of the kind gather nothing: a few numbers each.
 _agreed: set[Any] = set()
 
 
 def context_attention(
-    runtime: Runtime,
+    runtime: Server,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -86,7 +84,7 @@ def _check(
 
 
 def _agree_once(
-    runtime: Runtime,
+    runtime: Server,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -123,7 +121,7 @@ def _agree_once(
 
 
 def _load_kernels(
-    runtime: Runtime,
+    runtime: Server,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -156,7 +154,7 @@ def _sent(x: Tensor, received: list[int], sent: list[int], context: ContextMask)
 
 
 def _by_keys(
-    runtime: Runtime,
+    runtime: Server,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -222,7 +220,7 @@ def _placed(
 
 
 def _by_heads(
-    runtime: Runtime,
+    runtime: Server,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -303,7 +301,7 @@ def _heads_together(outs: list[Tensor]) -> Tensor:
 
 
 def _of_dtensors(
-    runtime: Runtime, q: Any, k: Any, v: Any, config: AttentionConfig, context: ContextMask, stages: int
+    runtime: Server, q: Any, k: Any, v: Any, config: AttentionConfig, context: ContextMask, stages: int
 ) -> Tensor:
     """Each rank's own batch rows and heads of DTensors, which another mesh dimension shards."""
     from torch.distributed.tensor import DTensor, Shard

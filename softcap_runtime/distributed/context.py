@@ -132,15 +132,17 @@ def context_mask(
     made, error = None, None
     facts = dict.fromkeys(("layout", "mask", "config", "method"), 0)
     try:
-        made = _made(config, layout, mesh, rank, method, masks)
-        edges = made.whole.vectors
+        if method not in get_args(Method):
+            raise ValueError(f"method: {method!r}, expected one of {', '.join(get_args(Method))}")
+        whole = _whole(config, layout.seq_len, masks)
         facts = {
             "layout": digest(layout),
-            "mask": digest([made.whole.left, made.whole.right, *map(digest_of, edges)]),
+            "mask": digest([whole.left, whole.right, *map(digest_of, whole.vectors)]),
             "config": digest(config),
             "method": digest(method),
         }
-    except (TypeError, ValueError) as raised:
+        made = _made(config, layout, mesh, rank, method, whole)
+    except Exception as raised:  # whatever it is, the others are told before it is raised again
         error = raised
     agree("context_mask", mesh, facts, error)
     assert made is not None
@@ -153,11 +155,8 @@ def _made(
     mesh: DeviceMesh,
     rank: int,
     method: Method,
-    masks: dict[str, Tensor | None],
+    whole: RowIntervals,
 ) -> ContextMask:
-    if method not in get_args(Method):
-        raise ValueError(f"method: {method!r}, expected one of {', '.join(get_args(Method))}")
-    whole = _whole(config, layout.seq_len, masks)
     device = _device(mesh)
     pairs: tuple[float, ...] = tuple(sum(pairs_of(whole, own)) for own in layout.ranges)
     if method == "heads" or (method == "auto" and config.window is None):

@@ -7,6 +7,7 @@ written down once for each layout of a call's tensors, and a call hands on addre
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,8 @@ _STRIDES = [
 FEW_ROWS = 8
 # A plan's tensors have one layout or a few; more than this number is a caller that invents them.
 MAX_LAYOUTS = 64
+# Whether a call of this process used several threads; and whether this is a forked child of such a process.
+_threaded, _alone = False, False
 
 
 class CpuProblem(ctypes.Structure):
@@ -88,12 +91,15 @@ def _described(problem: Problem, arithmetic: int, threads: int, *strides: tuple[
     )
 
 
-def _layouts(problem: Problem, arithmetic: int) -> Callable[..., int]:
-    """The address of the described problem, kept for each layout of a call's tensors and number of threads."""
+def _layouts(problem: Problem, arithmetic: int) -> Callable[..., tuple[int, CpuProblem]]:
+    """The described problem after its address, kept for each layout of a call's tensors and number of threads.
+
+    The caller holds both until the library is done: another thread may empty the table meanwhile.
+    """
     known: dict[tuple[Any, ...], tuple[int, CpuProblem]] = {}
 
-    def address(*strides: tuple[int, ...]) -> int:
-        threads = torch.get_num_threads()
+    def layout(*strides: tuple[int, ...]) -> tuple[int, CpuProblem]:
+        threads = _threads()
         key = (threads, *strides)
         found = known.get(key)
         if found is None:
@@ -101,14 +107,14 @@ def _layouts(problem: Problem, arithmetic: int) -> Callable[..., int]:
                 known.clear()
             made = _described(problem, arithmetic, threads, *strides)
             found = known[key] = ctypes.addressof(made), made
-        return found[0]
+        return found
 
-    return address
+    return layout
 
 
 def _forward(problem: Problem, kernels: Kernels) -> Forward:
     loaded: Library = kernels.get(library())
-    attend, address, train = loaded.forward, _layouts(problem, loaded.arithmetic), problem.train
+    attend, layout, train = loaded.forward, _layouts(problem, loaded.arithmetic), problem.train
 
     shape, strides = output_layout(problem.batch, problem.num_heads, problem.mask.q_len, problem.head_dim)
 
@@ -116,10 +122,10 @@ def _forward(problem: Problem, kernels: Kernels) -> Forward:
         out = q.new_empty_strided(shape, strides)
         lse = q.new_empty(shape[:3], dtype=torch.float32) if train else None
         lo, hi = (edges[0].data_ptr(), edges[1].data_ptr()) if edges else (None, None)
-        described = address(q.stride(), k.stride(), v.stride(), strides)
+        described = layout(q.stride(), k.stride(), v.stride(), strides)
         _check(
             attend(
-                described,
+                described[0],
                 q.data_ptr(),
                 k.data_ptr(),
                 v.data_ptr(),
@@ -147,7 +153,7 @@ def bind_paged(problem: Problem, kernels: Kernels) -> Callable[..., Tensor]:
         made = _described(
             problem,
             loaded.arithmetic,
-            torch.get_num_threads(),
+            _threads(),
             q.stride(),
             k.stride(),
             v.stride(),
@@ -162,7 +168,7 @@ def bind_paged(problem: Problem, kernels: Kernels) -> Callable[..., Tensor]:
 
 def _backward(problem: Problem, kernels: Kernels) -> Backward:
     loaded: Library = kernels.get(library())
-    differentiate, address = loaded.backward, _layouts(problem, loaded.arithmetic)
+    differentiate, layout = loaded.backward, _layouts(problem, loaded.arithmetic)
 
     def run(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor
@@ -171,9 +177,10 @@ def _backward(problem: Problem, kernels: Kernels) -> Backward:
         tensors = (q, k, v, out, grad_out, *grads)
         given: list[int | None] = [x.data_ptr() for x in (q, k, v, out, lse, *edges)]
         given += [None] * (7 - len(given))
+        described = layout(*[x.stride() for x in tensors])
         _check(
             differentiate(
-                address(*[x.stride() for x in tensors]),
+                described[0],
                 *given,
                 grad_out.data_ptr(),
                 *[grad.data_ptr() for grad in grads],
@@ -182,6 +189,23 @@ def _backward(problem: Problem, kernels: Kernels) -> Backward:
         return grads
 
     return run
+
+
+def _threads() -> int:
+    """How many threads a call takes."""
+    global _threaded
+    threads = 1 if _alone else torch.get_num_threads()
+    _threaded = _threaded or threads > 1
+    return threads
+
+
+def _in_forked_child() -> None:
+    """OpenMP would wait forever for the parent's threads, which a fork does not copy; so the child computes alone."""
+    global _alone
+    _alone = _alone or _threaded
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def _check(code: int) -> None:

@@ -131,7 +131,7 @@ def _artifacts(problem: Problem, kernels: Kernels) -> list[GpuKernel]:
     k: Any = _Outline((batch, kv_heads, mask.kv_len, head_dim), problem.dtype, device)
     lse: Any = _Outline(q.shape[:3], torch.float32, device)
     edges: list[Any] = [_Outline(tuple(edge.shape), torch.int32, device) for edge in mask.vectors]
-    triton_attention.bind_forward(q, k, k, *edges, **how)
+    triton_attention.bind_forward(q, k, k, *edges, train=problem.train, **how)
     if problem.train:
         triton_gradient.bind_backward(q, q, k, k, q, lse, *edges, **how)
     return list(found)
@@ -189,7 +189,7 @@ def _bound(bind: Callable[..., Any], **how: Any) -> Callable[..., Any]:
 def _forward(problem: Problem, kernels: Kernels) -> Forward:
     from softcap_runtime.kernels import triton_attention
 
-    return _bound(triton_attention.bind_forward, **_how(problem, kernels))
+    return _bound(triton_attention.bind_forward, train=problem.train, **_how(problem, kernels))
 
 
 def _backward(problem: Problem, kernels: Kernels) -> Backward:

@@ -19,6 +19,11 @@ BUILDER = "softcap_runtime.kernels.triton_build"
 # What machine code comes from: the kernels in Triton's language, and what compiles and packs them. Block sizes and the
 # like are in ``CubinSpec``.
 SOURCES = (
+    "cuda/gluon_common.py",
+    "cuda/gluon_dkdv.py",
+    "cuda/gluon_dq.py",
+    "cuda/gluon_forward.py",
+    "cuda/machine_code.py",
     "kernels/cubin.py",
     "kernels/triton_asm.py",
     "kernels/triton_backward.py",
@@ -26,6 +31,7 @@ SOURCES = (
     "kernels/triton_common.py",
     "kernels/triton_decode.py",
     "kernels/triton_forward.py",
+    "kernels/triton_paged.py",
 )
 
 

@@ -132,7 +132,7 @@ def _bind(
 ) -> Callable[[], tuple[Tensor, ...]]:
     """A call that spends its time in the kernel: the forward, or the whole backward."""
     grad_out, q, k, v = tensors
-    how: dict[str, Any] = {"kernels": kernels, "scale": shape.scale, "softcap": shape.softcap}
+    how: dict[str, Any] = {"kernels": kernels, "scale": shape.scale, "softcap": shape.softcap, "gluon": False}
     how["right"] = k.shape[2] - q.shape[2] + 1
     attend = bind_forward(q, k, v, **how)
     if direction in ("forward", "decode"):

@@ -67,3 +67,12 @@ def weights() -> str:
         fma.rn.ftz.f32 zd, r, c, $12;
         {ends}}}"""
     )
+
+
+def tanh_weights() -> str:
+    """Four of ``2**(coef * tanh(x) + bias)`` by ``tanh.approx.f32``: operands as those of ``weights``."""
+    text = "{.reg .f32 a, b, c, d;"
+    for i, name in enumerate("abcd"):
+        text += f"tanh.approx.f32 {name}, ${4 + i}; fma.rn.ftz.f32 {name}, {name}, $8, $12;"
+        text += f"ex2.approx.ftz.f32 ${i}, {name};"
+    return text + "}"

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcap_runtime.cuda.gluon_attention import bind_gluon_forward
+from softcap_runtime.cuda.gluon_options import faster_forward, serves
 from softcap_runtime.kernels.cubin import GpuKernels, Pointer
 
 from .gpu_options import decode_rows, device_limits, most_splits, padded, split_count, tile_width
@@ -33,6 +35,8 @@ def bind_forward(
     left: int | None = None,
     right: int | None = None,
     approx: bool = False,
+    train: bool = False,
+    gluon: bool | None = None,
 ) -> Forward:
     """Softcapped attention and its logsumexp, for tensors that lie as these do.
 
@@ -40,7 +44,9 @@ def bind_forward(
     to 256, Hq a multiple of Hkv, on one CUDA device (current or not). Row i sees the keys
     ``i + left <= j < i + right`` or, with ``edges`` ``lo`` and ``hi`` (int32 ``[B or 1, Sq]``), ``lo_i <= j < hi_i``.
     ``approx`` takes tanh from the ``tanh.approx.f32`` instruction (relative error
-    2**-11, so up to ``softcap * 5e-4`` of a logit).
+    2**-11, so up to ``softcap * 5e-4`` of a logit). ``train``: a backward follows, whose error depends on the output's
+    where one key has nearly all the weight. ``gluon``: whether the Gluon kernel computes it, for tests; None leaves it
+    to ``gluon_options``.
 
     The result takes tensors with the shapes, dtype, strides, and 16-byte alignment of these. It returns out
     ``[B, Hq, Sq, D]`` in q's dtype, a view of ``[B, Sq, Hq, D]`` memory, and the natural logsumexp float32
@@ -49,15 +55,37 @@ def bind_forward(
     mask = make_mask(left, right, edges)
     call = factors(q.dtype, scale, softcap, approx)
     decodes = q.shape[2] * (q.shape[1] // k.shape[1]) <= decode_rows(q.dtype)
-    bind = _bind_decode if decodes else _bind_forward
-    return reading(bind(readable(q), readable(k), readable(v), mask, call, kernels), (q, k, v, *edges))
+    read = readable(q), readable(k), readable(v)
+    # float32 rounds no weights.
+    total = train and not call.online and q.dtype != torch.float32
+    if decodes:
+        run = _bind_decode(*read, mask, call, total, kernels)
+    elif _takes_gluon(*read, mask, call, total) if gluon is None else gluon:
+        run = bind_gluon_forward(*read, mask, call, total, kernels)
+    else:
+        run = _bind_forward(*read, mask, call, total, kernels)
+    return reading(run, (q, k, v, *edges))
 
 
-def _bind_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, kernels: GpuKernels) -> Forward:
+def _takes_gluon(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, total: bool) -> bool:
+    tma = layout(_work(q, k, mask), q, k, v).tma
+    served = serves(device_limits(q.device.index), q.dtype, call, tma)
+    return served and faster_forward(q.shape[-1], mask.band, call, total)
+
+
+def _work(q: Tensor, k: Tensor, mask: Mask) -> int:
+    """Multiply-adds of a call, at most."""
+    batch, heads, rows, dim = q.shape
+    return 2 * batch * heads * rows * mask.width(rows, k.shape[2]) * dim
+
+
+def _bind_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, total: bool, kernels: GpuKernels
+) -> Forward:
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     options, device = kernels.options(q, "forward"), q.device
-    where = layout(2 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v)
+    where = layout(_work(q, k, mask), q, k, v)
     output = Output(q)
     edge = None if mask.band else Pointer(torch.int32)
     kernel = launcher(
@@ -73,7 +101,8 @@ def _bind_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, ke
             heads, heads // kv_heads, rows, keys, mask.left, mask.right,
             call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
-        {"BAND": mask.band, "ONLINE": call.online, "FORM": call.form, **constants(dim, q.dtype, options, where)},
+        {"BAND": mask.band, "ONLINE": call.online, "TOTAL": total, "FORM": call.form,
+         **constants(dim, q.dtype, options, where)},
         device=device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
 
@@ -87,7 +116,9 @@ def _bind_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, ke
     return run
 
 
-def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, kernels: GpuKernels) -> Forward:
+def _bind_decode(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, total: bool, kernels: GpuKernels
+) -> Forward:
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     options, device = kernels.options(q, "decode"), q.device
@@ -109,7 +140,7 @@ def _bind_decode(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, ker
             heads, kv_heads, heads // kv_heads, rows, keys, splits, mask.left, mask.right,
             call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
-        {"BAND": mask.band, "ONLINE": call.online, "FORM": call.form,
+        {"BAND": mask.band, "ONLINE": call.online, "TOTAL": total, "FORM": call.form,
          **constants(dim, q.dtype, options._replace(block_m=packed), where)},
         warps=options.warps, stages=options.stages, **same,
     )  # fmt: skip

@@ -99,6 +99,27 @@ def dq_kernel(
     store_tile(DQ, sdq_b, sdq_h, sdq_s, b, h, start, Sq, dq * gain, BLOCK_M, D, DPAD, ALIGN)
 
 
+@triton.jit(do_not_specialize=INTS)
+def statistics_kernel(
+    DO, Out, Lse, Shift, Delta,
+    sdo_b, sdo_h, sdo_s, so_b, so_h, so_s, Hq, Sq, SqPad, bias,
+    BLOCK_M: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Shift and Delta of BLOCK_M rows, as ``dq_kernel`` leaves them."""
+    blocks = SqPad // BLOCK_M
+    start = (tl.program_id(0) % blocks) * BLOCK_M
+    head = tl.program_id(0) // blocks
+    b = head // Hq
+    h = head % Hq
+    rows = start + tl.arange(0, BLOCK_M)
+    do = load_tile(DO, sdo_b, sdo_h, sdo_s, b, h, start, Sq, BLOCK_M, D, DPAD, False, ALIGN)
+    out = load_tile(Out, so_b, so_h, so_s, b, h, start, Sq, BLOCK_M, D, DPAD, False, ALIGN)
+    lse = tl.load(Lse + head.to(tl.int64) * Sq + rows, mask=rows < Sq, other=float("-inf"))
+    at = head.to(tl.int64) * SqPad + rows
+    tl.store(Delta + at, tl.sum(do.to(tl.float32) * out.to(tl.float32), 1))
+    tl.store(Shift + at, tl.where(lse == float("-inf"), float("-inf"), bias - lse * LOG2E))
+
+
 @triton.jit
 def _query_ranges(
     n, First, Last, b, shull_b, left, right, Sq, BAND: tl.constexpr, M: tl.constexpr, N: tl.constexpr
@@ -227,13 +248,14 @@ def dkdv_kernel(
 
 @triton.jit(do_not_specialize=INTS)
 def query_hull_kernel(
-    Lo, Hi, LoPad, HiPad, First, Last, slo_b, Sq, SqPad, Skv, blocks,
-    BLOCK_N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    Lo, Hi, LoPad, HiPad, First, Last, LoMost, HiLeast, slo_b, Sq, SqPad, Skv, blocks,
+    BLOCK_N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """For KEYS key blocks of one batch entry the query rows first...last (exclusive) that see any of their keys.
 
     One pass over the intervals, exact for any order of rows; a block nobody sees gives ``FAR, 0``. The first
-    program of a batch entry also leaves the intervals clipped and padded to SqPad with ``FAR, 0``.
+    program of a batch entry also leaves the intervals clipped and padded to SqPad with ``FAR, 0``, and of every EACH
+    rows the largest lo and the smallest hi, rows past the end left out.
     """
     b = tl.program_id(0)
     block = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
@@ -247,6 +269,11 @@ def query_hull_kernel(
         if tl.program_id(1) == 0:
             tl.store(LoPad + b * SqPad + rows, lo, mask=rows < SqPad)
             tl.store(HiPad + b * SqPad + rows, hi, mask=rows < SqPad)
+            most = tl.max(tl.reshape(tl.where(rows < Sq, lo, 0), (ROWS // EACH, EACH)), 1)
+            least = tl.min(tl.reshape(tl.where(rows < Sq, hi, FAR), (ROWS // EACH, EACH)), 1)
+            group = start // EACH + tl.arange(0, ROWS // EACH)
+            tl.store(LoMost + b * (SqPad // EACH) + group, most, mask=group < SqPad // EACH)
+            tl.store(HiLeast + b * (SqPad // EACH) + group, least, mask=group < SqPad // EACH)
         meets = (lo[:, None] < (block * BLOCK_N + BLOCK_N)[None, :]) & (
             hi[:, None] > (block * BLOCK_N)[None, :]
         )

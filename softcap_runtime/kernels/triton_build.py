@@ -11,17 +11,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from softcap_runtime.cuda.machine_code import disassemble, overwritten_operands
 from softcap_runtime.errors import BuildFailed
 from softcap_runtime.kernels.cubin import Box, Cubin, CubinSpec
 
 MODULES = {
-    "forward_kernel": "triton_forward",
-    "decode_kernel": "triton_decode",
-    "combine_kernel": "triton_decode",
-    "paged_kernel": "triton_paged",
-    "dq_kernel": "triton_backward",
-    "dkdv_kernel": "triton_backward",
-    "query_hull_kernel": "triton_backward",
+    "forward_kernel": "kernels.triton_forward",
+    "decode_kernel": "kernels.triton_decode",
+    "combine_kernel": "kernels.triton_decode",
+    "paged_kernel": "kernels.triton_paged",
+    "dq_kernel": "kernels.triton_backward",
+    "dkdv_kernel": "kernels.triton_backward",
+    "query_hull_kernel": "kernels.triton_backward",
+    "statistics_kernel": "kernels.triton_backward",
+    "gluon_forward_kernel": "cuda.gluon_forward",
+    "gluon_dq_kernel": "cuda.gluon_dq",
+    "gluon_dkdv_kernel": "cuda.gluon_dkdv",
 }
 _NUMBERS = {"i": "i32", "l": "i64", "f": "fp32"}
 _BYTES = {"i": 4, "l": 8, "f": 4}
@@ -34,6 +39,7 @@ def build(spec: CubinSpec) -> bytes:
     """The packed ``Cubin`` of ``spec``; BuildFailed, in one line, when Triton is missing, too old or fails."""
     try:
         compiled = _compile(spec)
+        _check_machine_code(spec, compiled.asm["cubin"])
         return _packed(spec, compiled)
     except BuildFailed:
         raise
@@ -46,7 +52,7 @@ def build(spec: CubinSpec) -> bytes:
 
 def kernel_of(spec: CubinSpec) -> Any:
     """The function that Triton compiles; imports Triton."""
-    module = importlib.import_module(f"softcap_runtime.kernels.{MODULES[spec.kernel]}")
+    module = importlib.import_module(f"softcap_runtime.{MODULES[spec.kernel]}")
     return getattr(module, spec.kernel)
 
 
@@ -56,11 +62,18 @@ def _compile(spec: CubinSpec) -> Any:
     from triton.compiler import ASTSource
 
     kernel = kernel_of(spec)
+    gluon = MODULES[spec.kernel].startswith("cuda.")
+    if gluon:
+        from triton.experimental.gluon._runtime import (
+            GluonASTSource as ASTSource,
+        )  # no public name (Triton 3.7)
     types = [*spec.tensors, *(_NUMBERS[letter] for letter in spec.numbers)]
     constants = dict(spec.constants)
     signature, known, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         type_name = types[place] if place < len(types) else ""
+        if gluon and type_name.startswith("tensordesc"):
+            type_name = _with_layout(type_name)
         signature[name] = type_name or "constexpr"
         if not type_name:  # a compile-time argument, or a tensor that is left out: None
             known[(place,)] = constants.get(name)
@@ -71,6 +84,27 @@ def _compile(spec: CubinSpec) -> Any:
         target=GPUTarget("cuda", spec.capability, 32),
         options={"num_warps": spec.warps, "num_stages": spec.stages},
     )
+
+
+def _check_machine_code(spec: CubinSpec, code: bytes) -> None:
+    """BuildFailed for what ptxas is known to compile wrongly; not looked for where Triton has no disassembler."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    if spec.capability == 90 and tool.exists() and overwritten_operands(disassemble(code, tool)):
+        raise BuildFailed(
+            f"kernel {spec.kernel}: the ptxas of {_compiler()} overwrites operands of a product under way; "
+            "use another Triton, or SOFTCAP_ENGINE=flex"
+        )
+
+
+def _with_layout(type_name: str) -> str:
+    """A tile's type as Gluon spells it: with how it lies in shared memory, swizzled where it has several rows."""
+    dtype, sizes = type_name.removeprefix("tensordesc<").removesuffix("]>").split("[")
+    bits, rank = 32 if dtype in ("fp32", "i32") else 16, sizes.count(",") + 1
+    swizzle = 0 if bits == 32 else 128
+    layout = f"NVMMASharedLayout(swizzle_byte_width={swizzle}, element_bitwidth={bits}, rank={rank})"
+    return f"tensordesc<{dtype}[{sizes}],{layout}>"
 
 
 def _packed(spec: CubinSpec, compiled: Any) -> bytes:

@@ -20,7 +20,7 @@ def decode_kernel(
     Q, K, V, Out, Lse, Lo, Hi,
     sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, slo_b,
     Hq, Hkv, G, Sq, Skv, splits, left, right, inner, coef, bias, reference,
-    BAND: tl.constexpr, ONLINE: tl.constexpr, FORM: tl.constexpr,
+    BAND: tl.constexpr, ONLINE: tl.constexpr, TOTAL: tl.constexpr, FORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -50,20 +50,23 @@ def decode_kernel(
     acc = tl.zeros([BLOCK_M, DPAD], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     for block in tl.range(start, stop, num_stages=STAGES):
         n = block * BLOCK_N
         k = load_tile(K, sk_b, sk_h, sk_s, b, hk, n, Skv, BLOCK_N, D, DPAD, False, ALIGN)
         x = tl.dot(q, k.T, input_precision=PRECISION)
         keys = n + tl.arange(0, BLOCK_N)
         visible = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
-        p, alpha, m, l = softmax_step(x, visible, m, l, inner, coef, bias, True, ONLINE, FORM, ASM)
+        p, alpha, m, l, total = softmax_step(
+            x, visible, m, l, total, inner, coef, bias, q.dtype, True, ONLINE, TOTAL, FORM, ASM
+        )
         if ONLINE:
             acc = acc * alpha[:, None]
         v = load_tile(V, sv_b, sv_h, sv_s, b, hk, n, Skv, BLOCK_N, D, DPAD, False, ALIGN)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = tl.dot(p, v, acc, input_precision=PRECISION)
 
     seen = l != 0  # NaN is seen
-    acc = acc * tl.where(seen, 1.0 / l, 0.0)[:, None]
+    acc = acc * tl.where(seen, 1.0 / (total if TOTAL else l), 0.0)[:, None]
     top = m if ONLINE else reference
     lse = tl.where(seen, tl.log2(l) + top, float("-inf"))
     heads = tl.num_programs(0) // splits // Hkv * Hq

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from softcap_runtime.cuda.gluon_gradient import bind_gluon_backward
+from softcap_runtime.cuda.gluon_options import serves
 from softcap_runtime.kernels.cubin import GpuKernels, Parameter, Pointer
 
-from .gpu_options import PADDED_ROWS, Direction, splits_backward
+from .gpu_options import PADDED_ROWS, Direction, device_limits, splits_backward
 from .triton_call import Factors, Mask, factors, make_mask
 from .triton_launch import (
     NO_EDGES,
@@ -25,6 +27,8 @@ from .triton_launch import (
     vector,
 )
 
+# Rows that the extremes of the query hull are of: a block that streams by in the Gluon kernels.
+ROW_BLOCK = 64
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]  # of grad_out, q, k, v, out, lse and the edges
 
 
@@ -42,6 +46,7 @@ def bind_backward(
     left: int | None = None,
     right: int | None = None,
     approx: bool = False,
+    gluon: bool | None = None,
 ) -> Backward:
     """The gradients ``(dq, dk, dv)`` of ``triton_attention.bind_forward``'s results, for tensors that lie as these do.
 
@@ -52,10 +57,24 @@ def bind_backward(
     """
     mask = make_mask(left, right, edges)
     call = factors(q.dtype, scale, softcap, approx)
-    run = _bind_backward(
-        readable(grad_out), readable(q), readable(k), readable(v), readable(out), mask, call, kernels
-    )
+    read = readable(grad_out), readable(q), readable(k), readable(v), readable(out)
+    if _takes_gluon(*read, mask, call) if gluon is None else gluon:
+
+        def bind_hull(block_n: int) -> Callable[..., tuple[Tensor | None, ...]]:
+            return _bind_query_hull(mask, q.shape[2], k.shape[2], block_n, kernels, q.device)
+
+        run: Backward = bind_gluon_backward(*read, mask, call, kernels, bind_hull)
+    else:
+        run = _bind_backward(*read, mask, call, kernels)
     return reading(run, (grad_out, q, k, v, out, lse, *edges))
+
+
+def _takes_gluon(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Mask, call: Factors
+) -> bool:
+    batch, heads, rows, dim = q.shape
+    where = layout(3 * batch * heads * rows * mask.width(rows, k.shape[2]) * dim, q, k, v, grad, out)
+    return serves(device_limits(q.device.index), q.dtype, call, where.tma)
 
 
 def _bind_backward(
@@ -161,7 +180,7 @@ def _bind_dkdv(
     hull = _bind_query_hull(mask, rows, keys, block_n, kernels, q.device)
 
     def run(*tensors: Tensor) -> None:
-        kernel(*tensors[:8], *hull(*tensors[8:]))
+        kernel(*tensors[:8], *hull(*tensors[8:])[:4])
 
     return run
 
@@ -171,10 +190,11 @@ def _bind_query_hull(
 ) -> Callable[..., tuple[Tensor | None, ...]]:
     """What the key blocks need of intervals: lo, hi padded, and the query rows that may see each block.
 
-    int32 ``[B or 1, padded_rows]`` twice and ``[B or 1, blocks]`` twice, flat; four None for a band.
+    int32 ``[B or 1, padded_rows]`` twice and ``[B or 1, blocks]`` twice, and of every ``ROW_BLOCK`` rows the largest lo
+    and the smallest hi; flat. Six None for a band.
     """
     if mask.batch is None:
-        return lambda: (None,) * 4
+        return lambda: (None,) * 6
     batch = mask.batch
     padded_rows, blocks = _padded_rows(rows), -(-keys // block_n)
     each = _whole_blocks(batch * blocks, 4)  # addresses are multiples of 16 bytes
@@ -182,17 +202,20 @@ def _bind_query_hull(
         kernels,
         "query_hull_kernel",
         (batch, -(-blocks // 16), 1),
-        [Pointer(torch.int32)] * 6,
+        [Pointer(torch.int32)] * 8,
         [mask.batch_stride(rows), rows, padded_rows, keys, blocks],
-        {"BLOCK_N": block_n, "ROWS": 512, "KEYS": 16},
+        {"BLOCK_N": block_n, "ROWS": 512, "KEYS": 16, "EACH": ROW_BLOCK},
         device=device, dtype=torch.int32, warps=4,
     )  # fmt: skip
 
     def run(*edges: Tensor) -> tuple[Tensor, ...]:
         lo, hi = torch.empty((2, batch, padded_rows), dtype=torch.int32, device=device)
         first, last = torch.empty((2, each), dtype=torch.int32, device=device)
-        kernel(*edges, lo, hi, first, last)
-        return lo, hi, first, last
+        most, least = torch.empty(
+            (2, _whole_blocks(lo.numel() // ROW_BLOCK, 4)), dtype=torch.int32, device=device
+        )
+        kernel(*edges, lo, hi, first, last, most, least)
+        return lo, hi, first, last, most, least
 
     return run
 

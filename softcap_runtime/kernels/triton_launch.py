@@ -24,8 +24,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ALIGNED = 8
 # What a kernel for a band is given in place of a mask's vectors.
 NO_EDGES = (None, None)
-# Multiply-adds from which a call runs long enough to hide the descriptors' cost on the host (2 us each).
-TMA_FROM = 2**32
+# Multiply-adds from which a call runs long enough (33 us) to hide the descriptors' cost on the host (2 us each).
+TMA_FROM = 2**30
 
 
 class Layout(NamedTuple):

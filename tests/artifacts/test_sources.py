@@ -30,7 +30,10 @@ BUILDERS = {
     ),
     "GPU kernels": (
         gpu_kernel.SOURCES,
-        ("kernels/triton_build.py", *(f"kernels/{module}.py" for module in triton_build.MODULES.values())),
+        (
+            "kernels/triton_build.py",
+            *(f"{module.replace('.', '/')}.py" for module in triton_build.MODULES.values()),
+        ),
         {"errors.py", "kernels/gpu_options.py", "kernels/key.py"},
     ),
 }
@@ -50,7 +53,7 @@ def imported(name: str) -> set[str]:
                 continue
             for one in ("/".join(parts), *("/".join([*parts, alias.name]) for alias in node.names)):
                 found |= {f for f in (f"{one}.py", f"{one}/__init__.py") if (sources.ROOT / f).is_file()}
-    return found - {"__init__.py", "kernels/__init__.py", "masks/__init__.py"}
+    return found - {"__init__.py", "cuda/__init__.py", "kernels/__init__.py", "masks/__init__.py"}
 
 
 @pytest.mark.parametrize("kind", BUILDERS)

@@ -306,6 +306,8 @@ def ranks_that_disagree_are_told(ranks: Ranks) -> None:
     softer = CAUSAL.model_copy(update={"softcap": 30.0}) if last else CAUSAL
     expect(f"config {other}", RuntimeError, lambda: made(config=softer))
     expect(f"method {other}", RuntimeError, lambda: made(method="keys" if last else "auto"))
+    with pytest.raises(ValueError, match="method: 'rings', expected one of auto, keys, heads"):
+        made(method="rings")
     # One rank's own error, and what the others hear of it.
     ids = torch.zeros(1, 39 if last else 40, dtype=torch.int64)
     words = "document_ids: 39 tokens" if last else f"failed on rank {count - 1}"

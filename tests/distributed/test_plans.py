@@ -78,9 +78,7 @@ def test_pieces_arrive_in_order(case: MaskCase, data: st.DataObject, heads: int)
     mask = whole_mask(case)
     layout = data.draw(layouts(mask))
     config = AttentionConfig(scale=1.0, causal=case["causal"], window=case["window"])
-    names = ("attention_mask", "document_ids", "prefix_lengths", "spans")
-    masks = {name: case[name] for name in names}
-    contexts = [making._made(config, layout, CPU_MESH, rank, "keys", masks) for rank in range(layout.ranks)]
+    contexts = [making._made(config, layout, CPU_MESH, rank, "keys", mask) for rank in range(layout.ranks)]
     k = torch.randn(2, heads, mask.q_len, 3)
     sent: dict[int, tuple[Tensor, list[int], list[int]]] = {}
     for context in contexts:
@@ -117,7 +115,8 @@ def test_pieces_arrive_in_order(case: MaskCase, data: st.DataObject, heads: int)
 def computed(
     config: AttentionConfig, layout: SequenceLayout, method: Any, **masks: Tensor
 ) -> making.ContextMask:
-    return making._made(config, layout, CPU_MESH, 0, method, masks)
+    whole = making._whole(config, layout.seq_len, masks)
+    return making._made(config, layout, CPU_MESH, 0, method, whole)
 
 
 @pytest.mark.parametrize(
@@ -197,27 +196,24 @@ def test_layouts_that_can_not_be_are_refused(call: Any, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("masks", "method", "words"),
+    ("masks", "words"),
     [
-        ({}, "rings", "method: 'rings', expected one of auto, keys, heads"),
         (
             {"document_ids": torch.zeros(1, 4, dtype=torch.int64)},
-            "auto",
             "document_ids: 4 tokens, expected the 8",
         ),
-        ({"attention_mask": torch.ones(1, 4)}, "auto", "attention_mask: 4 tokens, expected the 8"),
-        ({"attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool)}, "auto", "attention_mask: shape"),
+        ({"attention_mask": torch.ones(1, 4)}, "attention_mask: 4 tokens, expected the 8"),
+        ({"attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool)}, "attention_mask: shape"),
         (
             {"document_ids": torch.zeros(1, 8, dtype=torch.int64, device="meta")},
-            "auto",
             "document_ids: on meta",
         ),
-        ({"document_ids": torch.tensor([[1, 0] * 4])}, "auto", "document_ids: 0 after 1"),
+        ({"document_ids": torch.tensor([[1, 0] * 4])}, "document_ids: 0 after 1"),
     ],
 )
-def test_masks_that_are_not_the_sequence_s_are_refused(masks: Any, method: str, words: str) -> None:
+def test_masks_that_are_not_the_sequence_s_are_refused(masks: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        computed(AttentionConfig(scale=1.0), SequenceLayout.contiguous(8, 2), method, **masks)
+        computed(AttentionConfig(scale=1.0), SequenceLayout.contiguous(8, 2), "auto", **masks)
 
 
 def test_heads_that_do_not_divide() -> None:

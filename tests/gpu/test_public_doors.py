@@ -56,7 +56,13 @@ def check(runtime: Runtime, case: Case, dtype: torch.dtype) -> None:
     out, grads = gradients(lambda *x: runtime.attention(*x, case.config, **case.masks), inputs, grad_out)
     want, want_grads = gradients(case.expected, tuple(x.double() for x in inputs), grad_out)
     with torch.no_grad():
-        assert torch.equal(runtime.attention(*inputs, case.config, **case.masks), out)
+        again = runtime.attention(*inputs, case.config, **case.masks)
+    # For training half precision divides by the sum of its rounded weights, which costs time: another rounding.
+    assert (
+        torch.equal(again, out)
+        if dtype == torch.float32
+        else relative_error(again, want) <= TOLERANCE[dtype][0]
+    )
     assert in_model_order(out)
     assert out.dtype == dtype
     assert relative_error(out, want) <= TOLERANCE[dtype][0]

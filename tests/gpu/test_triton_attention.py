@@ -42,6 +42,7 @@ class Kernels(NamedTuple):
 
 def forward(*tensors: Tensor, edges: tuple[Tensor, ...] = (), **how: Any) -> tuple[Tensor, Tensor]:
     tensors += edges
+    how.setdefault("train", True)
     return bind_forward(*tensors, kernels=Kernels(tensors[0].device.index), **how)(*tensors)
 
 
@@ -64,7 +65,7 @@ class Case(NamedTuple):
 def make(
     *, batch: int = 2, heads: int = 4, kv_heads: int = 2, rows: int = 200, keys: int = 200, dim: int = 64,
     dtype: torch.dtype = BF16, softcap: float | None = 50.0, kind: str = "causal", spread: float = 1.0,
-    approx: bool = False,
+    approx: bool = False, gluon: bool | None = None,
 ) -> Case:  # fmt: skip
     """Fresh random inputs, with logits of a standard deviation near 3 times ``spread``."""
 
@@ -76,7 +77,7 @@ def make(
     v = draw(batch, kv_heads, keys, dim).to(dtype)
     grad = draw(batch, rows, heads, dim).to(dtype).transpose(1, 2)
     options, lo, hi = mask_of(kind, batch, rows, keys)
-    options |= {"scale": dim**-0.5, "softcap": softcap, "approx": approx}
+    options |= {"scale": dim**-0.5, "softcap": softcap, "approx": approx, "gluon": gluon}
     return Case(q, k, v, grad, options, reference.visible(lo, hi, keys))
 
 
@@ -154,6 +155,107 @@ def test_tiles_wider_than_a_head(seed: int, dtype: torch.dtype, dim: int) -> Non
     check(make(dtype=dtype, dim=dim))
     check(make(dtype=dtype, dim=dim, kind="documents", rows=257, keys=257))
     check(make(dtype=dtype, dim=dim, rows=2, keys=1500))
+
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+on_hopper = pytest.mark.skipif(not HOPPER, reason="the Gluon kernels are for compute capability 9.0")
+
+
+@on_hopper
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("kind", ["causal", "documents"])
+def test_gluon_head_dims(seed: int, dim: int, kind: str) -> None:
+    check(make(dim=dim, kind=kind, gluon=True))
+    check(make(dim=dim, kind=kind, gluon=True, batch=1, rows=2050, keys=2050, heads=3, kv_heads=3))
+    check(make(dim=dim, kind=kind, gluon=True, dtype=FP16))
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    "kind", ["full", "window", "two-sided", "nothing", "left padding", "shared", "random", "documents"]
+)
+@pytest.mark.parametrize(("rows", "keys"), [(200, 200), (129, 1030), (70, 333), (333, 70)])
+def test_gluon_masks(seed: int, kind: str, rows: int, keys: int) -> None:
+    for dim in (128, 256):
+        check(make(kind=kind, rows=rows, keys=keys, dim=dim, gluon=True))
+
+
+@on_hopper
+@pytest.mark.parametrize("softcap", [0.1, 1.0, 30.0, 64.0, 80.0, 1000.0, None])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_gluon_softcaps(seed: int, softcap: float | None, dtype: torch.dtype) -> None:
+    case = make(softcap=softcap, dtype=dtype, kind="window", dim=128, gluon=True)
+    check(case)
+    check(case._replace(options=case.options | {"train": False}))
+
+
+@on_hopper
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
+def test_gluon_gqa(seed: int, heads: int, kv_heads: int) -> None:
+    for dim in (128, 256):
+        check(make(heads=heads, kv_heads=kv_heads, dim=dim, rows=700, keys=700, kind="window", gluon=True))
+
+
+@on_hopper
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_gluon_layouts_written_elements_and_repeats(seed: int, dim: int) -> None:
+    case = make(dim=dim, rows=257, keys=257, gluon=True)
+    padded = torch.randn(2, 2, 270, dim, device="cuda").to(BF16)[:, :, 5:262]
+    case = case._replace(k=padded, v=padded, q=case.q.contiguous())
+    poison = [torch.full((2**n,), float("nan"), device="cuda") for n in range(8, 22) for _ in range(4)]
+    del poison
+    check(case)
+
+    def run() -> list[Tensor]:
+        out, lse = forward(*case[:3], **case.options)
+        return [out, lse, *backward(case.grad, *case[:3], out, lse, **case.options)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@on_hopper
+@pytest.mark.parametrize("softcap", [50.0, None])
+def test_gluon_hides_no_nan(seed: int, softcap: float | None) -> None:
+    case = make(softcap=softcap, dim=128, gluon=True)
+    key = case.k.clone()
+    key[0, 1, 150, 3] = float("nan")
+    out, lse = forward(case.q, key, case.v, **case.options)
+    assert out[0, 2, 199].isnan().all()
+    assert lse[0, 2, 199].isnan()
+    assert torch.isfinite(out[1]).all()
+    grads = backward(case.grad, case.q, key, case.v, out, lse, **case.options)
+    assert all(grad[0].isnan().any() for grad in grads)
+
+
+@on_hopper
+def test_gluon_tanh_instruction(seed: int) -> None:
+    for dim in (128, 256):
+        check(make(approx=True, dim=dim, gluon=True), 2e-2, 3e-2)
+
+
+def eager_errors(case: Case, wanted: tuple[Tensor, ...]) -> list[float]:
+    leaves = [x.detach().requires_grad_() for x in case[:3]]
+    out, _ = reference.attention(
+        *leaves, case.mask, scale=case.options["scale"], softcap=case.options["softcap"]
+    )
+    return [relative(x, y) for x, y in zip(torch.autograd.grad(out, leaves, case.grad), wanted, strict=True)]
+
+
+@pytest.mark.parametrize("gluon", [False, pytest.param(True, marks=on_hopper)])
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("spread", [1.0, 3.0, 10.0, 30.0])
+def test_gradients_at_saturated_logits(seed: int, spread: float, dim: int, gluon: bool) -> None:
+    """All inputs times ``spread``: never worse than eager's, whose logits bfloat16 rounds."""
+    case = make(batch=1, rows=1024, keys=1024, dim=dim, gluon=gluon)
+    case = case._replace(q=case.q / 3 * spread, k=case.k * spread, v=case.v * spread)
+    wide = [x.double().requires_grad_() for x in case[:3]]
+    out, _ = reference.attention(*wide, case.mask, scale=case.options["scale"], softcap=50.0)
+    wanted = torch.autograd.grad(out, wide, case.grad.double())
+    mine, lse = forward(*case[:3], **case.options)
+    found = backward(case.grad, *case[:3], mine, lse, **case.options)
+    assert relative(mine, out.detach()) < 2.5e-3
+    errors = [relative(x, y) for x, y in zip(found, wanted, strict=True)]
+    assert all(x < y for x, y in zip(errors, eager_errors(case, wanted), strict=True)), errors
 
 
 @pytest.mark.parametrize("dim", [80, 200])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from softcap_runtime.cuda.machine_code import overwritten_operands
 from softcap_runtime.kernels.gpu_options import DeviceLimits, choose, shared_bytes
 
 HERE = Path(__file__).resolve().parent
@@ -111,10 +112,89 @@ def test_a_paged_cache_in_the_interpreter(base_seed: int, seed: int) -> None:
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple[int, str], dict[str, Any]]:
     names = ("card", "dtype", "head_dim", "rows", "keys", "band", "train")
-    cases = [dict(zip(names, (CARDS[call[0]], *call[1:]), strict=False)) for call in CALLS]
+    cases = [dict(zip(names, (CARDS[call[0]], *call[1:]), strict=False)) | {"gluon": False} for call in CALLS]
     found = run("triton_compiled.py", json.dumps(cases))
     assert len(found) == len(KERNELS)
     return dict(zip(KERNELS, found, strict=True))
+
+
+# What sm 9.0 takes by its rule: head_dim, mask, training, more; and the kernels of such a call.
+GLUON = [
+    (256, "band", True, {}, ["gluon_forward", "statistics", "gluon_dq", "gluon_dkdv", "gluon_dkdv"]),
+    (128, "band", True, {}, ["gluon_forward", "statistics", "gluon_dq", "gluon_dkdv"]),
+    (64, "intervals", True, {}, ["gluon_forward", "statistics", "gluon_dq", "query_hull", "gluon_dkdv"]),
+    (
+        128,
+        "intervals",
+        True,
+        {"softcap": None},
+        ["gluon_forward", "statistics", "gluon_dq", "query_hull", "gluon_dkdv"],
+    ),
+    (128, "band", False, {}, ["gluon_forward"]),
+    (128, "band", False, {"approx": True}, ["gluon_forward"]),
+    (256, "intervals", False, {"dtype": "float16"}, ["gluon_forward"]),
+    (256, "band", False, {"softcap": None}, ["gluon_forward"]),
+    (128, "intervals", False, {}, ["forward"]),
+    (64, "band", False, {}, ["forward"]),
+    (256, "band", False, {"softcap": 2000.0}, ["forward"]),
+    (256, "band", False, {"card": "sm 8.9, 99 KB"}, ["forward"]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("call", GLUON, ids=str)
+def test_what_hopper_takes_compiles_without_loss(call: Any) -> None:
+    head_dim, mask, train, more, kernels = call
+    case = {
+        "head_dim": head_dim,
+        "band": mask == "band",
+        "train": train,
+        "dtype": "bfloat16",
+        "rows": 3000,
+        "keys": 3000,
+    }
+    found = run(
+        "triton_compiled.py", json.dumps([case | more | {"card": CARDS[more.get("card", "sm 9.0, 227 KB")]}])
+    )
+    assert [made["spec"]["op"].removesuffix("_kernel") for made in found] == kernels
+    for made in found:
+        # ptxas's C7510 to C7518: products that it had to put one after the other.
+        assert made["serialised"] == []
+        # A thread's numbers of a tile may be kept in memory, its accumulators (128 bytes and more each) may not.
+        assert made["spilled"] <= 128
+        assert made["shared"] <= 227 * 1024
+        assert made["elf"] == b"\x7fELF".hex()
+        if (
+            made["spec"]["op"] == "gluon_forward_kernel"
+        ):  # four warps a warpgroup, and four of which one loads
+            assert made["threads"] == 128 * (made["spec"]["warpgroups"] + 1)
+
+
+LISTING = """
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R152, gdesc[UR40], RZ, !UPT, gsb0 ;
+        /*0020*/                   HGMMA.64x256x16.F32.BF16 R24, R184, gdesc[UR16].tnspB, R24 ;
+        /*0030*/                   HGMMA.64x256x16.F32.BF16 R24, R188, gdesc[UR16].tnspB, R24, gsb0 ;
+        /*0040*/                   {} ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0060*/                   {} ;
+        /*0070*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0080*/                   F2FP.BF16.F32.PACK_AB R184, R1, R2 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "many"),
+    [
+        ("FADD R1, R184, R188", "STG.E.64 [R184.64], R2", 0),
+        ("FADD R192, R1, R2", "ISETP.GE.AND P0, PT, R184, R1, PT", 0),
+        ("FADD R191, R1, R2", "MUFU.EX2 R3, R4", 1),
+        ("LDS.128 R180, [R1]", "@!P0 MOV R187, R4", 1),
+        ("LDS.64 R183, [R1]", "@P3 IMAD.WIDE R190, R4, R5, R6", 2),
+    ],
+)
+def test_operands_that_are_overwritten_are_found(one: str, other: str, many: int) -> None:
+    assert len(overwritten_operands(LISTING.format(one, other))) == many
 
 
 @pytest.mark.timeout(600)

@@ -6,17 +6,27 @@ The calls are bound as on a GPU, with tensors that have no memory: keys and para
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from softcap_runtime.kernels import gpu_options, triton_attention, triton_launch
+from softcap_runtime.cuda import gluon_attention, gluon_gradient
+from softcap_runtime.kernels import (
+    gpu_options,
+    triton_attention,
+    triton_build,
+    triton_gradient,
+    triton_launch,
+)
 from softcap_runtime.kernels.cubin import Cubin, CubinSpec, Number, Parameter
 from softcap_runtime.kernels.triton_attention import bind_forward
-from softcap_runtime.kernels.triton_build import build
 from softcap_runtime.kernels.triton_gradient import bind_backward
 
 
@@ -49,29 +59,63 @@ def wanted(case: dict[str, Any], limits: gpu_options.DeviceLimits) -> list[Cubin
         return torch.empty(1, length, heads, case["head_dim"], dtype=dtype, device="meta").transpose(1, 2)
 
     kernels = Wanted(limits)
-    how: dict[str, Any] = {"kernels": kernels, "scale": 0.1, "softcap": 50.0}
+    how: dict[str, Any] = {"kernels": kernels, "scale": 0.1, "softcap": case.get("softcap", 50.0)}
+    how |= {"approx": case.get("approx", False), "gluon": case.get("gluon")}
     edges = []
     if case["band"]:
         how["right"] = keys - rows + 1
     else:
         edges = [torch.zeros(1, rows, dtype=torch.int32, device="meta")] * 2
     q, k, v = tensor(rows, 4), tensor(keys, 2), tensor(keys, 2)
-    bind_forward(q, k, v, *edges, **how)
+    bind_forward(q, k, v, *edges, train=case["train"], **how)
     if case["train"]:
         lse = torch.empty(1, 4, rows, device="meta")
         bind_backward(q, q, k, v, q, lse, *edges, **how)
     return list(kernels.specs)
 
 
+def built_with_ptx(spec: CubinSpec) -> tuple[str, Cubin]:
+    """What ``build`` gives, and the assembly that it came from."""
+    kept = {}
+    compile_one = triton_build._compile
+
+    def keeping(spec: CubinSpec) -> Any:
+        kept["of"] = compile_one(spec)
+        return kept["of"]
+
+    triton_build._compile = keeping
+    try:
+        made = Cubin.unpack(triton_build.build(spec))
+        return kept["of"].asm["ptx"], made
+    finally:
+        triton_build._compile = compile_one
+
+
+def assembled(ptx: str) -> dict[str, Any]:
+    """What ptxas says of serialised products, and the bytes that a thread spills."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    target = re.findall(r"\.target (\w+)", ptx)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "kernel.ptx").write_text(ptx)
+        command = [tool, "-v", f"--gpu-name={target}", "kernel.ptx", "-o", "kernel.cubin"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    text = done.stdout + done.stderr
+    spilled = re.findall(r"(\d+) bytes spill stores", text)
+    return {"serialised": re.findall(r"C75\d\d", text), "spilled": max(map(int, spilled))}
+
+
 if __name__ == "__main__":
     for case in json.loads(sys.argv[1]):
         shared, capability, multiprocessors = case["card"]
         limits = gpu_options.DeviceLimits(shared, tuple(capability), multiprocessors)
-        for module in (triton_launch, triton_attention):
+        for module in (triton_launch, triton_attention, triton_gradient, gluon_attention, gluon_gradient):
             module.device_limits = lambda index, limits=limits: limits  # type: ignore[assignment, attr-defined]
         for spec in wanted(case, limits):
-            made = Cubin.unpack(build(spec))
+            ptx, made = built_with_ptx(spec)
             told = {
+                **assembled(ptx),
                 "shared": made.shared,
                 "boxes": len(made.boxes),
                 "threads": made.threads,
