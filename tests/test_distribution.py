@@ -27,12 +27,13 @@ from softcap_runtime.reference import attention, visible
 assert softcap_runtime.__file__.startswith(sys.prefix), softcap_runtime.__file__
 assert metadata("softcap-runtime")["Version"] == softcap_runtime.__version__
 config = AttentionConfig(softcap=50.0, scale=0.125, window=20)
-q, k, v = (torch.randn(1, heads, 40, 64) * 3 for heads in (4, 2, 2))
+q, k, v = (torch.randn(1, heads, 40, 64) for heads in (4, 2, 2))
 out = Runtime.get().attention(q, k, v, config)
 rows = torch.arange(40)[None]
 mask = visible((rows - 19).clamp(min=0), rows + 1, 40)
 want = attention(q.double(), k.double(), v.double(), mask, scale=0.125, softcap=50.0)[0]
-assert torch.allclose(out.double(), want, atol=1e-5), (out - want).abs().max()
+error = float((out - want).norm() / want.norm())
+assert error < 1e-6, error  # twice what cpu/attention.cpp says of float32
 (engine,) = Runtime.get().stats().engines
 print(engine.engine)
 """
