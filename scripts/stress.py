@@ -28,18 +28,18 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from stressing.calls import ONE_COMPILES_IN, packages
+from stressing.calls import ONE_COMPILES_IN, kernels
 from stressing.events import Event, Reader
 from stressing.worker import SIZE_LIMIT, Worker
 
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.store import Store
 
 LONGEST_CALL_S = 30.0
 LONGEST_COMPILE_S = 180.0  # with all processes busy beside it
 
 
-def work(folder: Path, log: Path, known: dict[Package, bytes], seed: int, until: float) -> None:
+def work(folder: Path, log: Path, known: dict[Artifact, bytes], seed: int, until: float) -> None:
     """The life of one process."""
     torch.manual_seed(seed)
     Worker(folder, log, known, seed, until).run()
@@ -49,7 +49,7 @@ class Run:
     """The parent: starts, kills and watches workers, and damages the database under them."""
 
     def __init__(
-        self, folder: Path, known: dict[Package, bytes], processes: int, seed: int, until: float
+        self, folder: Path, known: dict[Artifact, bytes], processes: int, seed: int, until: float
     ) -> None:
         self.folder = folder
         self.log = folder.parent / "events"
@@ -207,7 +207,7 @@ def main() -> int:
     print(f"--seed {options.seed}")
     with tempfile.TemporaryDirectory(prefix="softcap_stress_", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch).resolve() / "cache"
-        known = packages(options.kernels or folder.with_name("kernels"))
+        known = kernels(options.kernels or folder.with_name("kernels"))
         # What killed compilers leave behind goes with it.
         tempfile.tempdir = os.environ["TMPDIR"] = scratch
         run = Run(folder, known, options.processes, options.seed, time.time() + options.seconds)

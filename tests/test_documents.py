@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import json
 import os
 import re
@@ -187,7 +188,8 @@ def check_script(program: str, arguments: list[str]) -> None:
         assert known or not word.startswith("--"), f"{script.name} has no {word}"
     if script.name == "benchmark.py":
         parts = {path.stem for path in (ROOT / "scripts/benchmarks").glob("*.py")}
-        assert {word for word in arguments[place + 1 :] if not word.startswith("--")} <= parts
+        named = itertools.takewhile(lambda word: not word.startswith("--"), arguments[place + 1 :])
+        assert set(named) <= parts
 
 
 def check_install(arguments: list[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from helpers import HEAD_DIM, expected, relative_error
 from torch import Tensor
 
-from softcap_runtime import AttentionConfig, Runtime
+from softcap_runtime import AttentionConfig, Runtime, paged
 
 HEADS, KV_HEADS = 4, 2
 
@@ -80,6 +80,39 @@ def test_any_number_of_rows_in_each(served: Runtime, window: int | None, causal:
     ]
     assert relative_error(out[:, :, :-padding], torch.cat(parts, 2)) <= 2e-6
     assert not out[:, :, -padding:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_one_row_of_each_side_by_side(served: Runtime, dtype: torch.dtype, seed: int) -> None:
+    config = AttentionConfig(softcap=30.0, scale=0.1, window=20)
+    cache = Cache([100, 33, 1], 16)
+    q = torch.randn(1, HEADS, 3, HEAD_DIM)
+    out = served.paged_attention(
+        q, cache.k, cache.v, config, cache.table, cache.lengths, cu_seqlens_q=torch.arange(4, dtype=dtype)
+    )
+    want = torch.cat([cache.want(q[:, :, row : row + 1], row, config) for row in range(3)], 2)
+    assert relative_error(out, want) <= 2e-6
+
+
+@pytest.mark.parametrize("heads", [2, 16, 32])
+def test_groups_of_any_size(served: Runtime, heads: int, seed: int) -> None:
+    config = AttentionConfig(softcap=None, scale=0.1)
+    cache = Cache([100, 33], 64)
+    q = torch.randn(2, heads, 5, HEAD_DIM)
+    out = served.paged_attention(q, cache.k, cache.v, config, cache.table, cache.lengths)
+    want = torch.cat([cache.want(q[row : row + 1], row, config) for row in range(2)])
+    assert relative_error(out, want) <= 2e-6
+
+
+def test_the_library_reads_through_the_table(
+    runtimes: dict[str, Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding on the CPU copies no page."""
+    monkeypatch.setattr(paged, "gathered", lambda *_: pytest.fail("the pages were copied"))
+    cache = Cache([100, 33], 16)
+    q = torch.randn(2, HEADS, 1, HEAD_DIM)
+    config = AttentionConfig(scale=0.1)
+    runtimes["auto"].paged_attention(q, cache.k, cache.v, config, cache.table, cache.lengths)
 
 
 def test_half_precision(served: Runtime, seed: int) -> None:

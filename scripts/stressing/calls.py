@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime, RuntimeSettings, reference
+from softcap_runtime.artifacts.artifact import Artifact
+from softcap_runtime.cpu.library import CpuLibrary
 from softcap_runtime.kernels.package import Package
 from softcap_runtime.prewarm import artifacts_of
 from softcap_runtime.supply import Supply
@@ -31,10 +33,11 @@ ONE_COMPILES_IN = 100
 LAST_COMPILE_S = 20.0  # before the end: the run should not wait for it
 TOLERANCE = 1e-5  # relative, in float32; a kernel or a mask that is not the right one is off by 1e-2 or more
 
-compile_package = Package.build
+KINDS = (Package, CpuLibrary)
+COMPILE = {kind: kind.build for kind in KINDS}
 
 
-def specs() -> list[Package]:
+def artifacts() -> list[Artifact]:
     """The kernels that the calls need."""
     config = AttentionConfig(softcap=50.0, scale=HEAD_DIM**-0.5)
     request = PrewarmRequest(
@@ -42,19 +45,21 @@ def specs() -> list[Package]:
     )
     trained = request.model_copy(update={"train": True})
     flex, blocked = (Supply(RuntimeSettings(engine=name)) for name in ENGINES)
-    return [*artifacts_of(flex, request), *artifacts_of(blocked, trained)]  # type: ignore[list-item]
+    return [*artifacts_of(flex, request), *artifacts_of(blocked, trained)]
 
 
-def packages(folder: Path) -> dict[Package, bytes]:
-    """The packages of all kernels, from the cache in ``folder`` or compiled into it."""
+def kernels(folder: Path) -> dict[Artifact, bytes]:
+    """The bytes of all kernels, from the cache in ``folder`` or compiled into it."""
     supply = Supply(RuntimeSettings(cache_dir=folder))
 
-    def package_of(spec: Package) -> bytes:
-        return supply.store.load_or_build(spec.key(), lambda: compile_package(spec)).data
+    def bytes_of(one: Artifact) -> bytes:
+        key = one.key()
+        assert key is not None
+        return supply.store.load_or_build(key, lambda: COMPILE[type(one)](one)).data
 
-    wanted = specs()
+    wanted = artifacts()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(wanted, pool.map(package_of, wanted), strict=True))
+        return dict(zip(wanted, pool.map(bytes_of, wanted), strict=True))
 
 
 @contextlib.contextmanager
@@ -76,7 +81,7 @@ class Calls:
     def __init__(
         self,
         settings: dict[str, object],
-        known: dict[Package, bytes],
+        known: dict[Artifact, bytes],
         draw: random.Random,
         note: Note,
         until: float,
@@ -84,21 +89,22 @@ class Calls:
         self.settings, self.known, self.draw, self.note, self.until = settings, known, draw, note, until
         self.compiling = Path(str(settings["cache_dir"])).parent / "compiling"
         self.runtimes: dict[str, Runtime] = {}
-        Package.build = lambda spec: self.build(spec)  # type: ignore[method-assign]
+        for kind in KINDS:
+            kind.build = lambda one: self.build(one)  # type: ignore[method-assign]
 
-    def build(self, spec: Package) -> bytes:
+    def build(self, artifact: Artifact) -> bytes:
         """The bytes of a kernel: those from before the run, now and then compiled for real."""
         late = time.time() > self.until - LAST_COMPILE_S
         if not late and self.draw.randrange(ONE_COMPILES_IN) == 0:
             with only_one(self.compiling) as alone:
                 if alone:
-                    self.note(f"made kernel: compiling {spec.op}")
-                    data = compile_package(spec)
+                    self.note(f"made kernel: compiling {artifact.describe().op}")
+                    data = COMPILE[type(artifact)](artifact)
                     self.note("made kernel: compiled")
                     return data
         time.sleep(self.draw.uniform(0, 0.05))
         self.note("made kernel: published again")
-        return self.known[spec]
+        return self.known[artifact]
 
     def attention(self) -> str:
         """One call, half of the time by a runtime that has nothing loaded."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.store import Key, Store
 from stressing import events
 from stressing.calls import Calls
@@ -32,7 +32,9 @@ def payload(name: int) -> bytes:
 class Worker:
     """A store and runtimes over one folder, and what may be done with them."""
 
-    def __init__(self, folder: Path, log: Path, known: dict[Package, bytes], seed: int, until: float) -> None:
+    def __init__(
+        self, folder: Path, log: Path, known: dict[Artifact, bytes], seed: int, until: float
+    ) -> None:
         self.store = Store(folder, SIZE_LIMIT)
         self.draw = random.Random(seed)
         self.note = events.writer(log)

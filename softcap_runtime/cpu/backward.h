@@ -107,7 +107,7 @@ class BackwardTask {
   void run(int64_t place, int64_t number, const RowBlocks& blocks, float* dq) {
     int64_t batch = place / p_.kv_heads, head = place % p_.kv_heads, first = number * chunk;
     int64_t count = p_.kv_len - first < chunk ? p_.kv_len - first : chunk;
-    pack_keys(batch, head, first, count);
+    pack_keys(batch, head, first);
     std::memset(dk_, 0, chunk * dim_ * sizeof(float));
     std::memset(dv_, 0, chunk * dim_ * sizeof(float));
     for (int64_t b = 0; b < blocks.per_place; b++) {
@@ -130,9 +130,11 @@ class BackwardTask {
   }
 
  private:
-  void pack_keys(int64_t batch, int64_t head, int64_t first, int64_t count) {
+  void pack_keys(int64_t batch, int64_t head, int64_t first) {
+    const Range seen = visible_to_any(p_, t_, batch);
     auto row = [&](const void* base, const Strides& strides, int64_t j) -> const void* {
-      return j < count ? at(base, p_, strides, batch, head, first + j) : nullptr;
+      bool there = first + j >= seen.lo && first + j < seen.hi;
+      return there ? at(base, p_, strides, batch, head, first + j) : nullptr;
     };
     for (int64_t j = 0; j < chunk; j++) {
       along(k_ + j * words_, row(t_.k, p_.k, j), p_.dtype, p_.dim, words_);

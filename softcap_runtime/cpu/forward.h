@@ -42,8 +42,11 @@ class PackedKeys {
   void pack(const Tensors& t, int64_t place, int64_t chunk, Word* room) const {
     int64_t batch = place / p_.kv_heads, head = place % p_.kv_heads, first = chunk * size;
     Word* to = keys_ + (place * chunks + chunk) * size * words;
+    const Range seen = visible_to_any(p_, t, batch);
+    if (first >= seen.hi || first + size <= seen.lo) return;  // no task reads it
     auto row = [&](const void* base, const Strides& strides, int64_t j) -> const void* {
-      return first + j < p_.kv_len ? at(base, p_, strides, batch, head, first + j) : nullptr;
+      bool there = first + j >= seen.lo && first + j < seen.hi;
+      return there ? at(base, p_, strides, batch, head, first + j) : nullptr;
     };
     for (int64_t j = 0; j < size; j++) along(to + j * words, row(t.k, p_.k, j), p_.dtype, p_.dim, words);
     to = values_ + (place * chunks + chunk) * dim * (size / A::PAIR);

@@ -51,6 +51,20 @@ inline Range visible(const Problem& p, const Tensors& t, int64_t batch, int64_t 
   return {lo < 0 ? 0 : lo, hi < p.kv_len ? hi : p.kv_len};
 }
 
+// The keys that the rows of a batch entry see, from the first to the last one. The others may hold anything, NaN too:
+// they are taken for zeros, as a weight of 0 would not silence a NaN.
+inline Range visible_to_any(const Problem& p, const Tensors& t, int64_t batch) {
+  if (!t.lo) return {visible(p, t, batch, 0).lo, visible(p, t, batch, p.q_len - 1).hi};
+  Range any{p.kv_len, 0};
+  for (int64_t i = 0; i < p.q_len; i++) {
+    Range r = visible(p, t, batch, i);
+    if (r.lo >= r.hi) continue;
+    any.lo = r.lo < any.lo ? r.lo : any.lo;
+    any.hi = r.hi > any.hi ? r.hi : any.hi;
+  }
+  return any;
+}
+
 // Row `row` of head `head` of a tensor in the call's dtype.
 inline char* at(const void* base, const Problem& p, const Strides& s, int64_t batch, int64_t head, int64_t row) {
   int64_t bytes = p.dtype == 0 ? 4 : 2;

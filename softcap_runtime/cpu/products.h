@@ -47,32 +47,27 @@ SOFTCAP_ONCE void register_block(float* c, int64_t ldc, const typename Arithmeti
     }
 }
 
-// All rows of C in a strip of NV vectors, MR at a time; what is left over row by row.
+// All rows of C, a multiple of MR, in a strip of NV vectors.
 template <class Arithmetic, int MR, int NV>
 inline void strip(float* c, int64_t ldc, const typename Arithmetic::Word* a, int64_t lda,
                   const typename Arithmetic::Word* b, int64_t ldb, int64_t m, int64_t k, bool add) {
-  int64_t i = 0;
-  for (; i + MR <= m; i += MR)
+  for (int64_t i = 0; i < m; i += MR)
     register_block<Arithmetic, MR, NV>(c + i * ldc, ldc, a + i * lda, lda, b, ldb, k, add);
-  if (MR > 2 && i + 2 <= m)
-    for (; i + 2 <= m; i += 2)
-      register_block<Arithmetic, 2, NV>(c + i * ldc, ldc, a + i * lda, lda, b, ldb, k, add);
-  for (; i < m; i++) register_block<Arithmetic, 1, NV>(c + i * ldc, ldc, a + i * lda, lda, b, ldb, k, add);
 }
 
 // Terms of a sum in registers, which is then added to the others.
 constexpr int64_t PART = 128;
 
-// n is a multiple of LANES. Sums over k are cut: part of B then stays in the first cache, and the sums of float32 are
+// m and n are multiples of 16. Sums over k are cut: part of B then stays in the first cache, and the sums of float32 are
 // short, which leaves less rounding (at 256 terms the gradients would be further off than eager code's).
 template <class Arithmetic>
 inline void vector_product(float* c, int64_t ldc, const typename Arithmetic::Word* a, int64_t lda,
                            const typename Arithmetic::Word* b, int64_t ldb, int64_t m, int64_t n, int64_t k,
                            bool add) {
 #if defined(__AVX512F__) || defined(__aarch64__)
-  constexpr int WIDE = 4, ROWS = 6;
+  constexpr int WIDE = 4, ROWS = 4;  // 24 of 32 registers
 #else
-  constexpr int WIDE = 2, ROWS = 6;
+  constexpr int WIDE = 3, ROWS = 4;  // 16 of 16
 #endif
   for (int64_t p = 0; p < k; p += PART) {
     int64_t terms = k - p < PART ? k - p : PART;
@@ -83,11 +78,8 @@ inline void vector_product(float* c, int64_t ldc, const typename Arithmetic::Wor
       if (n - j >= WIDE * LANES) {
         strip<Arithmetic, ROWS, WIDE>(to, ldc, rows, lda, columns, ldb, m, terms, more);
         j += WIDE * LANES;
-      } else if (n - j >= 2 * LANES) {
-        strip<Arithmetic, 6, 2>(to, ldc, rows, lda, columns, ldb, m, terms, more);
-        j += 2 * LANES;
       } else {
-        strip<Arithmetic, 12, 1>(to, ldc, rows, lda, columns, ldb, m, terms, more);
+        strip<Arithmetic, 8, 1>(to, ldc, rows, lda, columns, ldb, m, terms, more);
         j += LANES;
       }
     }

@@ -78,6 +78,9 @@ inline bool any(IVec where) {
 }
 
 inline float sum(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#endif
   float total = 0;
   for (int i = 0; i < LANES; i++) total += x[i];
   return total;

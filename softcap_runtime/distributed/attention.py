@@ -36,6 +36,11 @@ def context_attention(
     stages: int = 1,
 ) -> Tensor:
     """See ``Runtime.context_attention``."""
+    check_config(config)
+    if not isinstance(context, ContextMask):
+        raise TypeError(
+            f"context: {type(context).__name__}, expected a ContextMask; make one with context_mask(...)"
+        )
     for x in (q, k, v):
         if is_dtensor(x):
             return _of_dtensors(runtime, q, k, v, config, context, stages)
@@ -51,11 +56,6 @@ def _check(
     q: Tensor, k: Tensor, config: AttentionConfig, context: ContextMask, stages: int
 ) -> tuple[str, int]:
     """The method, and how many groups of key heads travel one after the other."""
-    check_config(config)
-    if not isinstance(context, ContextMask):
-        raise TypeError(
-            f"context: {type(context).__name__}, expected a ContextMask; make one with context_mask(...)"
-        )
     if (config.window, config.causal) != (context.config.window, context.config.causal):
         raise ValueError(
             f"config: window={config.window}, causal={config.causal}, expected the context's window="
@@ -94,11 +94,12 @@ def _agree_once(
 ) -> None:
     """At the first call of a kind, before anything is sent: all ranks are ready, and about to do the same."""
     train = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
-    sizes = [getattr(x, name, None) for x in (q, k) for name in ("dtype", "device")]
-    heads = [tuple(x.shape[at] for at in (0, 1, 3)) for x in (q, k) if getattr(x, "ndim", 0) == 4]
-    mesh, settings = context.mesh, runtime.settings
-    kind = (config, context.method, context.config, context.layout.ranks, stages, train, heads)
-    key = (runtime.number, mesh, sizes[1], digest((kind, sizes[0])))
+    shapes = tuple((x.shape[0], x.shape[1], x.shape[-1]) for x in (q, k) if getattr(x, "ndim", 0) == 4)
+    dtypes = tuple(getattr(x, "dtype", None) for x in (q, k, v))
+    mesh, settings, where = context.mesh, runtime.settings, context.mesh.device_type
+    cast = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
+    kind = (config, context.config, context.method, context.layout.ranks, stages, train, cast, shapes)
+    key = (runtime.number, mesh, q.device, dtypes, kind)
     if key in _agreed:
         return
     error = None
@@ -111,7 +112,7 @@ def _agree_once(
     cpu = torch.backends.cpu.get_cpu_capability() if mesh.device_type == "cpu" else None
     facts = {
         "the call (config, method, stages, gradients, heads)": digest(kind),
-        "dtype": digest(sizes[0]),
+        "dtype": digest(dtypes),
         "engine": digest((settings.engine, settings.softcap_approx)),
         "the kind of CPU": digest(cpu),
         "torch": digest(torch.__version__),

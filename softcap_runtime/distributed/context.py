@@ -158,7 +158,8 @@ def _made(
     whole: RowIntervals,
 ) -> ContextMask:
     device = _device(mesh)
-    pairs: tuple[float, ...] = tuple(sum(pairs_of(whole, own)) for own in layout.ranges)
+    each = iter(pairs_of(whole, [part for own in layout.ranges for part in own]))
+    pairs: tuple[float, ...] = tuple(sum(itertools.islice(each, len(own))) for own in layout.ranges)
     if method == "heads" or (method == "auto" and config.window is None):
         pairs = (sum(pairs) / layout.ranks,) * layout.ranks
     # Where a rank's rows see nothing one key of its own, as no kernel takes none.

@@ -81,11 +81,17 @@ def keys_seen(mask: RowIntervals, rows: Ranges) -> Ranges:
         edges = [(max(0, a + mask.left), min(mask.kv_len, b - 1 + mask.right)) for a, b in rows]
         return merged(edges)
     lo, hi = (_rows(edge, rows).flatten().to(torch.int64) for edge in mask.vectors)
-    weight = (lo < hi).to(torch.int32)  # an empty row has lo past the last key, and hi before the first
-    marks = torch.zeros(mask.kv_len + 1, dtype=torch.int32)
-    marks.scatter_add_(0, lo, weight).scatter_add_(0, hi, -weight)
+    # Counted between the first and the last key seen, of most masks a part of all. An empty row has lo past the last
+    # key, and hi before the first.
+    first, last = int(lo.min()), int(hi.max())
+    if first >= last:
+        return ()
+    weight = (lo < hi).to(torch.int32)
+    marks = torch.zeros(last - first + 1, dtype=torch.int32)
+    marks.scatter_add_(0, (lo - first).clamp_(max=last - first), weight)
+    marks.scatter_add_(0, (hi - first).clamp_(min=0), -weight)
     seen = torch.nn.functional.pad((marks[:-1].cumsum(0) > 0).to(torch.int8), (1, 1))
-    turns = (seen[1:] != seen[:-1]).nonzero()[:, 0].tolist()
+    turns = ((seen[1:] != seen[:-1]).nonzero()[:, 0] + first).tolist()
     return tuple(zip(turns[::2], turns[1::2], strict=True))
 
 

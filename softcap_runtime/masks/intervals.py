@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from softcap_runtime.reference import visible
 
@@ -218,11 +217,12 @@ def _document_edges(document_ids: Tensor, *, ends: bool) -> tuple[Tensor, Tensor
         return starts, past
     kv_len = document_ids.shape[1]
     keys = torch.arange(kv_len, dtype=torch.int32, device=document_ids.device)
-    same = document_ids[:, 1:] == document_ids[:, :-1]
-    starts = keys.masked_fill(pad(same, (1, 0)), 0).cummax(1).values
+    # Compared whole, the first key with the last, where either answer is right: in a graph of any length two keys
+    # would else be a case of their own.
+    starts = keys.masked_fill(document_ids == document_ids.roll(1, 1), 0).cummax(1).values
     if not ends:
         return starts, None
-    after = (keys + 1).masked_fill(pad(same, (0, 1)), kv_len)
+    after = (keys + 1).masked_fill(document_ids == document_ids.roll(-1, 1), kv_len)
     return starts, after.flip(1).cummin(1).values.flip(1)
 
 

@@ -19,7 +19,7 @@ def libraries(warm_cache: Path) -> Libraries:
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
+def threads_back() -> Iterator[None]:
     """Puts torch's number of threads back."""
     before = torch.get_num_threads()
     yield

@@ -11,10 +11,10 @@ import pytest
 import torch.distributed as dist
 
 
-def launch(ranks: int, script: str, *arguments: str, cache: Path) -> str:
+def launch(ranks: int, script: Path, *arguments: str, cache: Path) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name(script)), *arguments],
+        [*command, str(script), *arguments],
         env={
             **os.environ,
             "GLOO_SOCKET_IFNAME": "lo",
@@ -34,7 +34,7 @@ def launch(ranks: int, script: str, *arguments: str, cache: Path) -> str:
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_case(ranks: int, warm_cache: Path) -> None:
-    assert "passed" in launch(ranks, "ranks.py", cache=warm_cache)
+    assert "passed" in launch(ranks, Path(__file__).with_name("ranks.py"), cache=warm_cache)
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_every_case(ranks: int, warm_cache: Path) -> None:
 def test_training_over_ranks_is_that_of_one_process(warm_cache: Path, tmp_path: Path) -> None:
     """The demo itself raises where the two loss curves part."""
     pytest.importorskip("transformers")
-    script = "../../scripts/train_demo.py"
+    script = Path(__file__).parents[2] / "scripts" / "train_demo.py"
     out = tmp_path / "curves.png"
     how = ("--context-parallel", "2", "--steps", "4", "--seed", "3", "--out", str(out))
     assert "largest difference" in launch(2, script, *how, cache=warm_cache)
