@@ -190,6 +190,9 @@ def check_script(program: str, arguments: list[str]) -> None:
         parts = {path.stem for path in (ROOT / "scripts/benchmarks").glob("*.py")}
         named = itertools.takewhile(lambda word: not word.startswith("--"), arguments[place + 1 :])
         assert set(named) <= parts
+    if program == "python" and arguments[-1] == "--help":  # cheap, and imports all of it
+        done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def check_install(arguments: list[str]) -> None:
@@ -204,7 +207,7 @@ def check_install(arguments: list[str]) -> None:
 
 def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     """Broken links and anchors, pages that no menu holds, names that API asks for and that are not there: errors."""
-    pytest.importorskip("mkdocstrings")  # the extra "docs", which scripts/setup.sh installs; it wants Python 3.11
+    pytest.importorskip("mkdocstrings")  # of the extra "docs"; setup.sh installs it
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
