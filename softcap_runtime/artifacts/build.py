@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 
 BUILD_TIMEOUT_S = 900
 BUILD_FOLDER = "softcap_build_"
-# How Python and compilers begin the line that says what went wrong; advice after it may name errors as well.
-_ERROR = re.compile(r"^[\w.]*(Error|Exception)\b|\berror: ")
+# How the line begins that says what went wrong: a compiler's first, as others follow from it, and Python's last.
+_COMPILER_ERROR = re.compile(r"\berror: ")
+_PYTHON_ERROR = re.compile(r"^[\w.]*(Error|Exception)\b")
 LEFT_BEHIND_S = 4 * BUILD_TIMEOUT_S
 _NOT_INHERITED = ("PYTHONOPTIMIZE", "PYTHONWARNINGS")
 
@@ -107,7 +108,7 @@ def built_by(
     log.debug("build of %s failed:\n%s", name, stderr)
     if code < 0:
         raise BuildFailed(f"cannot build {name}: its builder died of {_death(-code)}")
-    raise BuildFailed(f"cannot build {name} (exit {code}): {_last_words(stderr)}")
+    raise BuildFailed(f"cannot build {name} (exit {code}): {_reason(stderr)}")
 
 
 def built_by_module(
@@ -164,7 +165,10 @@ def _environment(folder: Path) -> dict[str, str]:
     }
 
 
-def _last_words(stderr: str) -> str:
+def _reason(stderr: str) -> str:
+    """The line of a failed command's output that says why it failed."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if _ERROR.search(line)] or [x for x in lines if "error" in x.lower()]
-    return (errors or lines or ["no output"])[-1][:500]
+    python = [line for line in lines if _PYTHON_ERROR.search(line)]
+    compiler = [line for line in lines if _COMPILER_ERROR.search(line)]
+    found = python[-1:] or compiler[:1] or [x for x in lines if "error" in x.lower()][-1:] or lines[-1:]
+    return (found or ["no output"])[0][:500]

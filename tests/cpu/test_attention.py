@@ -11,21 +11,21 @@ KERNELS = pytest.mark.parametrize("kernel", [*NATIVE, *NARROW], ids=str)
 
 
 @KERNELS
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(call=calls())
 def test_any_problem(libraries: Libraries, kernel: Kernel, call: Call) -> None:
     check(libraries(kernel), call, kernel.dtype)
 
 
 @KERNELS
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(call=calls(max_len=3000, few_rows=True))
 def test_few_rows(libraries: Libraries, kernel: Kernel, call: Call) -> None:
     check(libraries(kernel), call, kernel.dtype)
 
 
 @KERNELS
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(call=calls(max_len=1200))
 def test_many_chunks(libraries: Libraries, kernel: Kernel, call: Call) -> None:
     call = call._replace(

@@ -8,12 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import HEAD_DIM, NEEDS_FLEX
+
+from softcap_runtime import Runtime
+from softcap_runtime.kernels.package import Package
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "stress.py"
 
 
+@NEEDS_FLEX
 @pytest.mark.slow
-def test_stress(base_seed: int, warm_cache: Path) -> None:
+def test_stress(base_seed: int, warm_cache: Path, runtimes: dict[str, Runtime]) -> None:
+    for mask in ("band", "intervals"):
+        runtimes["flex"].supply.get(Package("flex_forward", "cpu", "float32", HEAD_DIM, True, mask))
     seconds = os.environ.get("SOFTCAP_TEST_STRESS", "6")
     options = {"--seconds": seconds, "--seed": str(base_seed), "--kernels": str(warm_cache)}
     done = subprocess.run(
