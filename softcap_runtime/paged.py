@@ -80,8 +80,8 @@ def _on_gpu(
     k, v = (x.transpose(1, 2) for x in (pages.k, pages.v))
     if k.stride(-1) != 1 or v.stride(-1) != 1:
         raise ValueError("k, v: last stride above 1, expected pages whose heads are contiguous")
-    whole = [pages.table, pages.lengths, *(() if cu_seqlens_q is None else (cu_seqlens_q,))]
-    table, lengths, *offsets = (x.to(torch.int32).contiguous() for x in whole)
+    table, lengths = (x.to(torch.int32).contiguous() for x in (pages.table, pages.lengths))
+    offsets = None if cu_seqlens_q is None else cu_seqlens_q.to(torch.int32).contiguous()
     bound = _bound.setdefault(runtime, {})
     tensors = (q, k, v, table)
     key = (
@@ -102,7 +102,7 @@ def _on_gpu(
             right=problem.mask.right,
             approx=problem.softcap_approx,
         )
-    return bound[key](*tensors, lengths, *offsets)
+    return bound[key](*tensors, lengths, offsets)
 
 
 def _on_cpu(

@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 
 from softcap_runtime.checks import device_of
 from softcap_runtime.config import PrewarmRequest
-from softcap_runtime.kernels.blocked_cuda import MANY_KEYS, SHORT
+from softcap_runtime.kernels.blocked_cuda import MANY_KEYS, MANY_ROWS
 from softcap_runtime.kernels.gpu_options import Direction, directions
 from softcap_runtime.kernels.gpu_tune import Shape, trials
 from softcap_runtime.kernels.key import KernelSpec, dtype_of
@@ -27,7 +27,7 @@ def to_tune(requests: Iterable[PrewarmRequest]) -> dict[tuple[str, str, int, Dir
             one.num_heads,
             one.num_kv_heads,
             one.head_dim,
-            max(SHORT, *one.seq_lens) if one.seq_lens else MANY_KEYS,
+            max(MANY_ROWS, *one.seq_lens) if one.seq_lens else MANY_KEYS,
             one.config.scale,
             one.config.softcap,
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softcap_runtime.checks import Capped, check_config, check_no_context_parallel
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
-from softcap_runtime.kernels import operator
+from softcap_runtime.kernels import operator, planned
 from softcap_runtime.kernels.engine import Call
 from softcap_runtime.kernels.sharding import whole
 from softcap_runtime.masks.holes import may_have_holes, without_hidden
@@ -112,7 +112,7 @@ class Runtime:
         if known is None:
             q, k, v = operator.checked_inputs(q, k, v)
         elif plain and None in known:
-            return _run(known[None], q, k, v)
+            return self._run(known[None], q, k, v)
         masks = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths, query_positions)
         given = [None if x is None else whole(x) for x in masks]
         mask = _intervals(q, k, config, *given)
@@ -120,10 +120,10 @@ class Runtime:
             k, v, mask = without_hidden(k, v, mask, given[0])
         form = None if mask.lo is None else mask.lo.shape[0]
         if known is not None and form in known and (mask.lo is None or type(mask.lo) is Tensor):
-            return _run(known[form], q, k, v, *mask.vectors)
+            return self._run(known[form], q, k, v, *mask.vectors)
         out = self.attend(q, k, v, config, mask)
         if key is not None:
-            call = Call(mask, config.scale, config.softcap, self.settings.engine, False)
+            call = Call(mask, config.scale, config.softcap, self.settings.engine, _wants_grad(q, k, v))
             self.plans.learn(key, form, PlanKey.of(q, k, call))
         return out
 
@@ -260,6 +260,13 @@ class Runtime:
                 self.plans.pass_by(key, plan)
         return plan
 
+    def _run(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor:
+        plan.hits += 1
+        q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
+        if plan.backward is not None:
+            return planned.attend(plan, self.settings.engine, self, q, k, v, *edges)
+        return plan.forward(q, k, v, *edges)[0]
+
     def _after_fork(self) -> None:
         self.plans.after_fork()
         self.supply.after_fork()
@@ -276,10 +283,10 @@ _DENSE_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 def _shortcut_key(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Hashable:
     """What a call's plan and its checks depend on but for the mask arguments; None for a call that goes the long way:
-    one with gradients, under a transform, a mode or autocast, or of anything but dense tensors."""
+    one under a transform, a mode or autocast, or of anything but dense tensors."""
     if type(config) is not AttentionConfig or not _DENSE_TENSORS.issuperset((type(q), type(k), type(v))):
         return None
-    if _wants_grad(q, k, v) or interpreters_active(q, k, v) or q.is_nested or k.is_nested or v.is_nested:
+    if interpreters_active(q, k, v) or q.is_nested or k.is_nested or v.is_nested:
         return None
     layouts = (q.layout, k.layout, v.layout)
     return (
@@ -294,12 +301,8 @@ def _shortcut_key(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> H
         v.device,
         layouts,
         config,
+        _wants_grad(q, k, v),
     )
-
-
-def _run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor:
-    plan.hits += 1
-    return plan.forward(_rows_together(q), _rows_together(k), _rows_together(v), *edges)[0]
 
 
 def _intervals(

@@ -10,7 +10,7 @@ from torch import Tensor
 from softcap_runtime.kernels.cubin import GpuKernels, Parameter, Pointer, Tile
 from softcap_runtime.kernels.gpu_options import device_limits, tile_width
 from softcap_runtime.kernels.triton_call import Factors, Mask
-from softcap_runtime.kernels.triton_launch import NO_EDGES, Output, launcher, on, tile
+from softcap_runtime.kernels.triton_launch import Output, attending, launcher, tile
 
 from .gluon_options import WARPGROUP_ROWS, forward_options, programs
 
@@ -42,15 +42,7 @@ def bind_gluon_forward(
          "WARPGROUPS": options.warpgroups},
         device=device, dtype=q.dtype, warps=4,
     )  # fmt: skip
-
-    def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor | None) -> tuple[Tensor, Tensor]:
-        out = output.empty()
-        lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
-        with on(device):
-            kernel(q, k, v, out, lse, *(edges or NO_EDGES))
-        return out, lse
-
-    return run
+    return attending(kernel, output)
 
 
 def output_tile(output: Output) -> Parameter:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from softcap_runtime.kernels.cubin import GpuKernels, Parameter, Pointer
 from softcap_runtime.kernels.gpu_options import (
-    PADDED_ROWS,
     Direction,
     device_limits,
-    splits_backward,
+    key_directions,
+    padded_rows,
     tile_width,
 )
 from softcap_runtime.kernels.triton_call import Factors, Mask
@@ -42,10 +42,10 @@ def bind_gluon_backward(
     batch, heads, rows, dim = q.shape
     device = q.device
     outputs = [Output(x) for x in (q, k, v)]
-    padded = -(-rows // PADDED_ROWS) * PADDED_ROWS
+    padded = padded_rows(rows)
     run_statistics = _bind_statistics(grad, out, padded, call, kernels)
     run_dq = _bind_dq(q, k, v, grad, outputs[0], padded, mask, call, kernels)
-    directions: tuple[Direction, ...] = ("dk", "dv") if splits_backward(dim) else ("dkdv",)
+    directions = key_directions(dim)
     run_dkdv = [_bind_dkdv(q, k, v, grad, outputs, padded, mask, call, kernels, each) for each in directions]
     hull = bind_hull(backward_options(directions[0], dim).own)
 

@@ -11,8 +11,8 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 _PRODUCT = re.compile(r"HGMMA\S* R\d+, (?:R(\d+)|gdesc)")
 _WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
 _WRITES = re.compile(r"(?:@!?U?P\w+ )?(\S+) (?:U?P\w+, )*R(\d+)\b")
-# What has a register first and writes none.
-_READS_ONLY = ("ST", "RED", "BRA", "BRX", "BAR", "SYNCS", "UTMA", "R2UR", "EXIT", "RET")
+# What has a register first, after predicates at most, and writes none.
+_READS_ONLY = re.compile("ST|RED|BRA|BRX|BAR|SYNCS|UTMA|R2UR|EXIT|RET|[IFH]SETP")
 
 
 def overwritten_operands(listing: str) -> list[str]:
@@ -37,7 +37,7 @@ def overwritten_operands(listing: str) -> list[str]:
             groups = groups[-left:] if left else []
         elif text.startswith(("BRA ", "EXIT", "RET")):
             groups, current = [], set()
-        elif (write := _WRITES.match(text)) and not write[1].startswith(_READS_ONLY):
+        elif (write := _WRITES.match(text)) and not _READS_ONLY.match(write[1]):
             first = int(write[2])
             width = 4 if ".128" in write[1] else 2 if ".64" in write[1] or ".WIDE" in write[1] else 1
             if set(range(first, first + width)) & current.union(*groups):

@@ -30,9 +30,9 @@ from softcap_runtime.masks.intervals import RowIntervals, band
 
 # A plan's tensors have one layout or a few; more than this number is a caller that invents them.
 MAX_LAYOUTS = 64
-# Keys of the problems that stand for all lengths: few, yet more rows than decoding takes; and so many that decoding
-# cuts them into more than a few shares, of four blocks of 128 at least.
-SHORT, MANY_KEYS = 128, 2 * FEW_SPLITS * 4 * 128
+# Sizes of the problems that stand for all lengths: more rows than decoding takes; and so many keys that decoding cuts
+# them into more than a few shares, of four blocks of 128 at least.
+MANY_ROWS, MANY_KEYS = 128, 2 * FEW_SPLITS * 4 * 128
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -143,11 +143,11 @@ def _alike(problem: Problem) -> list[Problem]:
     heads, group = problem.num_heads, problem.num_heads // problem.num_kv_heads
     most = decode_rows(problem.dtype)
     rows = {1, *(size // group for size in (32, 64) if size <= most)} - {0}
-    long = SHORT
+    long = MANY_ROWS
     while 2 * heads * problem.head_dim * long**2 < TMA_FROM:
         long *= 2
-    lengths = [(SHORT, SHORT), (long, long)]
-    lengths += [(count, keys) for keys in (SHORT, MANY_KEYS) for count in sorted(rows)]
+    lengths = [(MANY_ROWS, 1), (long, long)]  # one key: little work, however many heads
+    lengths += [(count, keys) for keys in (1, MANY_KEYS) for count in sorted(rows)]
     return [problem._replace(batch=1, mask=_mask_alike(problem.mask, *each)) for each in lengths]
 
 

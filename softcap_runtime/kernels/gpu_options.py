@@ -142,6 +142,16 @@ def splits_backward(head_dim: int) -> bool:
     return tile_width(head_dim) > 128
 
 
+def key_directions(head_dim: int) -> list[Direction]:
+    """The kernels that give dk and dv."""
+    return ["dk", "dv"] if splits_backward(head_dim) else ["dkdv"]
+
+
+def padded_rows(rows: int) -> int:
+    """Rows of a statistics vector: whole blocks of the largest block, so kernels read it without a mask."""
+    return -(-rows // PADDED_ROWS) * PADDED_ROWS
+
+
 def decode_rows(dtype: torch.dtype) -> int:
     """Query rows a decoding block may pack (query heads of a group times rows); more take the forward kernel."""
     return 16 if dtype == torch.float32 else 64
@@ -223,8 +233,7 @@ def variants(
 
 def directions(head_dim: int, train: bool) -> list[Direction]:
     """The kernels that have options, of inference or of training too."""
-    backward: list[Direction] = ["dq", *(("dk", "dv") if splits_backward(head_dim) else ("dkdv",))]  # type: ignore[list-item]
-    return ["forward", "decode", *(backward if train else ())]
+    return ["forward", "decode", *(["dq", *key_directions(head_dim)] if train else [])]
 
 
 def table(limits: DeviceLimits) -> list[tuple[torch.dtype, int, Direction, BlockOptions]]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from softcap_runtime.kernels.cubin import GpuKernels, Pointer
 
-from .gpu_options import decode_rows, device_limits, most_splits, padded, split_count, tile_width
+from .gpu_options import decode_rows, device_limits, padded, split_count
+from .triton_attention import bind_shares
 from .triton_call import factors, make_mask
-from .triton_launch import Output, constants, launcher, layout, on, strides
+from .triton_launch import constants, launcher, layout, strides
 
-# Of q, k, v, the table, the lengths and, for ragged rows, their offsets.
+# Of q, k, v, the table, the lengths and, for ragged rows, their offsets, else None.
 PagedForward = Callable[..., Tensor]
 
 
@@ -41,20 +41,18 @@ def bind_paged(
     The result takes tensors with the shapes, strides and 16-byte alignment of these, int32 lengths ``[sequences]`` and
     offsets ``[sequences + 1]``; it returns out ``[B, Hq, Sq, D]``, a view of ``[B, Sq, Hq, D]`` memory.
     """
-    batch, heads, rows, dim = q.shape
+    _, heads, rows, dim = q.shape
     pages_at_hand, kv_heads, page_size = k.shape[:3]
     sequences, pages = table.shape
-    group, device = heads // kv_heads, q.device
+    group = heads // kv_heads
     mask, call = make_mask(left, right, ()), factors(q.dtype, scale, softcap, approx)
     options = kernels.options(q, "decode")
     block_m = max(options.block_m, min(padded(group * rows), decode_rows(q.dtype)))
     blocks = -(-group * rows // block_m)
     programs = sequences * kv_heads * blocks
     width = mask.width(min(rows, block_m), pages * page_size)
-    splits = split_count(device_limits(device.index), programs, width, options.block_n)
+    splits = split_count(device_limits(q.device.index), programs, width, options.block_n)
     where = layout(0, q, k, v)
-    output = Output(q)
-    same: dict[str, Any] = {"device": device, "dtype": q.dtype, "aligned": where.align > 1}
     half, single, whole = Pointer(q.dtype), Pointer(torch.float32), Pointer(torch.int32)
     share = launcher(
         kernels,
@@ -68,32 +66,8 @@ def bind_paged(
         ],
         {"RAGGED": ragged, "PAGE": page_size, "ONLINE": call.online, "FORM": call.form,
          **constants(dim, q.dtype, options._replace(block_m=block_m), where)},
-        warps=options.warps, stages=options.stages, **same,
+        device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
-    combine = launcher(
-        kernels,
-        "combine_kernel",
-        (batch * heads * rows, 1, 1),
-        [single, single, half, single],
-        [*strides(where.align, output.steps), heads, rows, splits],
-        {"D": dim, "DPAD": tile_width(dim), "SPLITS": most_splits(splits), "ALIGN": where.align},
-        warps=4, **same,
-    )  # fmt: skip
-
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, offsets: Tensor | None = None
-    ) -> Tensor:
-        out = output.empty()
-        lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
-        shape = (splits, batch, heads, rows)
-        part_out = torch.empty((*shape, tile_width(dim)), dtype=torch.float32, device=device)
-        part_lse = torch.empty(shape, dtype=torch.float32, device=device)
-        if ragged:  # rows of no sequence are written by none
-            part_lse.fill_(-torch.inf)
-            part_out.zero_()
-        with on(device):
-            share(q, k, v, part_out, part_lse, table, lengths, offsets)
-            combine(part_out, part_lse, out, lse)
-        return out
-
-    return run
+    # Rows of no sequence are written by no share.
+    run = bind_shares(share, q, splits, where, kernels, clear=ragged)
+    return lambda *tensors: run(*tensors)[0]

@@ -8,7 +8,6 @@ graph (after one call outside of it, which loads the kernels).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,21 @@ from softcap_runtime.cuda.gluon_options import faster_forward, serves
 from softcap_runtime.kernels.cubin import GpuKernels, Pointer
 
 from .gpu_options import decode_rows, device_limits, most_splits, padded, split_count, tile_width
-from .triton_call import Factors, Mask, factors, make_mask
-from .triton_launch import NO_EDGES, Output, constants, launcher, layout, on, readable, reading, strides, tile
+from .triton_call import Factors, Mask, factors, make_mask, multiply_adds
+from .triton_launch import (
+    NO_EDGES,
+    Layout,
+    Output,
+    attending,
+    constants,
+    launcher,
+    layout,
+    on,
+    readable,
+    reading,
+    strides,
+    tile,
+)
 
 Forward = Callable[..., tuple[Tensor, Tensor]]  # of q, k, v and the edges
 
@@ -54,39 +66,36 @@ def bind_forward(
     """
     mask = make_mask(left, right, edges)
     call = factors(q.dtype, scale, softcap, approx)
-    decodes = q.shape[2] * (q.shape[1] // k.shape[1]) <= decode_rows(q.dtype)
     read = readable(q), readable(k), readable(v)
     # float32 rounds no weights.
     total = train and not call.online and q.dtype != torch.float32
-    if decodes:
+    if q.shape[2] * (q.shape[1] // k.shape[1]) <= decode_rows(q.dtype):
         run = _bind_decode(*read, mask, call, total, kernels)
-    elif _takes_gluon(*read, mask, call, total) if gluon is None else gluon:
+        return reading(run, (q, k, v, *edges))
+    where = layout(multiply_adds(2, q, k, mask), *read)
+    if gluon is None:
+        served = serves(device_limits(q.device.index), q.dtype, call, where.tma)
+        gluon = served and faster_forward(q.shape[-1], mask.band, call, total)
+    if gluon:
         run = bind_gluon_forward(*read, mask, call, total, kernels)
     else:
-        run = _bind_forward(*read, mask, call, total, kernels)
+        run = _bind_forward(*read, mask, call, total, where, kernels)
     return reading(run, (q, k, v, *edges))
 
 
-def _takes_gluon(q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, total: bool) -> bool:
-    tma = layout(_work(q, k, mask), q, k, v).tma
-    served = serves(device_limits(q.device.index), q.dtype, call, tma)
-    return served and faster_forward(q.shape[-1], mask.band, call, total)
-
-
-def _work(q: Tensor, k: Tensor, mask: Mask) -> int:
-    """Multiply-adds of a call, at most."""
-    batch, heads, rows, dim = q.shape
-    return 2 * batch * heads * rows * mask.width(rows, k.shape[2]) * dim
-
-
 def _bind_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, total: bool, kernels: GpuKernels
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    call: Factors,
+    total: bool,
+    where: Layout,
+    kernels: GpuKernels,
 ) -> Forward:
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    options, device = kernels.options(q, "forward"), q.device
-    where = layout(_work(q, k, mask), q, k, v)
-    output = Output(q)
+    options, output = kernels.options(q, "forward"), Output(q)
     edge = None if mask.band else Pointer(torch.int32)
     kernel = launcher(
         kernels,
@@ -103,17 +112,9 @@ def _bind_forward(
         ],
         {"BAND": mask.band, "ONLINE": call.online, "TOTAL": total, "FORM": call.form,
          **constants(dim, q.dtype, options, where)},
-        device=device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
+        device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
-
-    def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor | None) -> tuple[Tensor, Tensor]:
-        out = output.empty()
-        lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
-        with on(device):
-            kernel(q, k, v, out, lse, *(edges or NO_EDGES))
-        return out, lse
-
-    return run
+    return attending(kernel, output)
 
 
 def _bind_decode(
@@ -121,13 +122,11 @@ def _bind_decode(
 ) -> Forward:
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    options, device = kernels.options(q, "decode"), q.device
+    options = kernels.options(q, "decode")
     packed = max(options.block_m, padded(heads // kv_heads * rows))
-    limits = device_limits(device.index)
+    limits = device_limits(q.device.index)
     splits = split_count(limits, batch * kv_heads, mask.width(rows, keys), options.block_n)
     where = layout(0, q, k, v)
-    output = Output(q)
-    same: dict[str, Any] = {"device": device, "dtype": q.dtype, "aligned": where.align > 1}
     edge = None if mask.band else Pointer(torch.int32)
     half, single = Pointer(q.dtype), Pointer(torch.float32)
     share = launcher(
@@ -142,8 +141,27 @@ def _bind_decode(
         ],
         {"BAND": mask.band, "ONLINE": call.online, "TOTAL": total, "FORM": call.form,
          **constants(dim, q.dtype, options._replace(block_m=packed), where)},
-        warps=options.warps, stages=options.stages, **same,
+        device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
+    return bind_shares(share, q, splits, where, kernels)
+
+
+def bind_shares(
+    share: Callable[..., None],
+    q: Tensor,
+    splits: int,
+    where: Layout,
+    kernels: GpuKernels,
+    clear: bool = False,
+) -> Forward:
+    """The forward of a kernel ``share``, which writes ``splits`` shares of out and logsumexp: it, then their sum.
+
+    ``share`` takes q, k, v, the shares, and the rest of what the forward is given. ``clear``: it leaves rows out, which
+    see nothing.
+    """
+    batch, heads, rows, dim = q.shape
+    device, output = q.device, Output(q)
+    half, single = Pointer(q.dtype), Pointer(torch.float32)
     combine = launcher(
         kernels,
         "combine_kernel",
@@ -151,18 +169,20 @@ def _bind_decode(
         [single, single, half, single],
         [*strides(where.align, output.steps), heads, rows, splits],
         {"D": dim, "DPAD": tile_width(dim), "SPLITS": most_splits(splits), "ALIGN": where.align},
-        warps=4, **same,
+        device=device, dtype=q.dtype, warps=4, aligned=where.align > 1,
     )  # fmt: skip
 
-    def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
         out = output.empty()
         lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
-        part_out = torch.empty(
-            (splits, batch, heads, rows, tile_width(dim)), dtype=torch.float32, device=device
-        )
-        part_lse = torch.empty((splits, batch, heads, rows), dtype=torch.float32, device=device)
+        shape = (splits, batch, heads, rows)
+        part_out = torch.empty((*shape, tile_width(dim)), dtype=torch.float32, device=device)
+        part_lse = torch.empty(shape, dtype=torch.float32, device=device)
+        if clear:
+            part_lse.fill_(-torch.inf)
+            part_out.zero_()
         with on(device):
-            share(q, k, v, part_out, part_lse, *(edges or NO_EDGES))
+            share(q, k, v, part_out, part_lse, *(rest or NO_EDGES))
             combine(part_out, part_lse, out, lse)
         return out, lse
 

@@ -71,6 +71,12 @@ def factors(dtype: torch.dtype, scale: float, softcap: float | None, approx: boo
     return Factors(1, 2 * scale * LOG2E / softcap, -2 * outer, outer, reference, 4 * scale, online)
 
 
+def multiply_adds(products: int, q: Tensor, k: Tensor, mask: Mask) -> int:
+    """Of ``products`` between all query rows and the keys that they may see, at most."""
+    batch, heads, rows, dim = q.shape
+    return products * batch * heads * rows * mask.width(rows, k.shape[2]) * dim
+
+
 def make_mask(left: int | None, right: int | None, edges: Sequence[Tensor]) -> Mask:
     """The mask of a call; None bounds are none. ``edges``: its intervals, or nothing for a band."""
     if edges:

@@ -11,10 +11,11 @@ from softcap_runtime.cuda.gluon_gradient import bind_gluon_backward
 from softcap_runtime.cuda.gluon_options import serves
 from softcap_runtime.kernels.cubin import GpuKernels, Parameter, Pointer
 
-from .gpu_options import PADDED_ROWS, Direction, device_limits, splits_backward
-from .triton_call import Factors, Mask, factors, make_mask
+from .gpu_options import Direction, device_limits, key_directions, padded_rows
+from .triton_call import Factors, Mask, factors, make_mask, multiply_adds
 from .triton_launch import (
     NO_EDGES,
+    Layout,
     Output,
     constants,
     launcher,
@@ -58,38 +59,35 @@ def bind_backward(
     mask = make_mask(left, right, edges)
     call = factors(q.dtype, scale, softcap, approx)
     read = readable(grad_out), readable(q), readable(k), readable(v), readable(out)
-    if _takes_gluon(*read, mask, call) if gluon is None else gluon:
+    # One rule for all kernels of a backward, by what dq multiplies.
+    where = layout(multiply_adds(3, q, k, mask), *read)
+    if gluon is None:
+        gluon = serves(device_limits(q.device.index), q.dtype, call, where.tma)
+    if gluon:
 
         def bind_hull(block_n: int) -> Callable[..., tuple[Tensor | None, ...]]:
             return _bind_query_hull(mask, q.shape[2], k.shape[2], block_n, kernels, q.device)
 
         run: Backward = bind_gluon_backward(*read, mask, call, kernels, bind_hull)
     else:
-        run = _bind_backward(*read, mask, call, kernels)
+        run = _bind_backward(*read, mask, call, where, kernels)
     return reading(run, (grad_out, q, k, v, out, lse, *edges))
 
 
-def _takes_gluon(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Mask, call: Factors
-) -> bool:
-    batch, heads, rows, dim = q.shape
-    where = layout(3 * batch * heads * rows * mask.width(rows, k.shape[2]) * dim, q, k, v, grad, out)
-    return serves(device_limits(q.device.index), q.dtype, call, where.tma)
-
-
 def _bind_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Mask, call: Factors, kernels: GpuKernels
-) -> Backward:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, mask: Mask, call: Factors, where: Layout,
+    kernels: GpuKernels,
+) -> Backward:  # fmt: skip
     batch, heads, rows, _ = q.shape
     device = q.device
     outputs = [Output(x) for x in (q, k, v)]
-    stats_shape = (2, batch, heads, _padded_rows(rows))
-    run_dq = _bind_dq(q, k, v, grad, out, outputs[0], mask, call, kernels)
-    directions: tuple[Direction, ...] = ("dk", "dv") if splits_backward(q.shape[-1]) else ("dkdv",)
+    stats_shape = (2, batch, heads, padded_rows(rows))
+    run_dq = _bind_dq(q, k, v, grad, out, outputs[0], mask, call, where, kernels)
+    directions = key_directions(q.shape[-1])
     written = _whole_blocks(rows, kernels.options(q, "dq").block_m)
     read = max(_whole_blocks(rows, kernels.options(q, direction).block_m) for direction in directions)
     run_dkdv = [
-        _bind_dkdv(q, k, v, grad, outputs, mask, call, kernels, direction) for direction in directions
+        _bind_dkdv(q, k, v, grad, outputs, mask, call, where, kernels, direction) for direction in directions
     ]
 
     def run(
@@ -113,12 +111,11 @@ def _bind_backward(
 
 def _bind_dq(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, output: Output, mask: Mask, call: Factors,
-    kernels: GpuKernels,
+    where: Layout, kernels: GpuKernels,
 ) -> Callable[..., None]:  # fmt: skip
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     options = kernels.options(q, "dq")
-    where = layout(3 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, grad, out)
     edge = None if mask.band else Pointer(torch.int32)
     single = Pointer(torch.float32)
     return launcher(
@@ -132,7 +129,7 @@ def _bind_dq(
         ],
         [
             *strides(where.align, *(x.stride() for x in (q, k, v, grad, out)), output.steps), mask.batch_stride(rows),
-            heads, heads // kv_heads, rows, _padded_rows(rows), keys, mask.left, mask.right,
+            heads, heads // kv_heads, rows, padded_rows(rows), keys, mask.left, mask.right,
             call.inner, call.coef, call.bias, call.gain,
         ],
         {"BAND": mask.band, "FORM": call.form, **constants(dim, q.dtype, options, where)},
@@ -141,19 +138,18 @@ def _bind_dq(
 
 
 def _bind_dkdv(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, outputs: list[Output], mask: Mask, call: Factors,
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, outputs: list[Output], mask: Mask, call: Factors, where: Layout,
     kernels: GpuKernels, direction: Direction,
 ) -> Callable[..., None]:  # fmt: skip
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     options = kernels.options(q, direction)
     block_m, block_n = options.block_m, options.block_n
-    where = layout(4 * batch * heads * rows * mask.width(rows, keys) * dim, q, k, v, grad)
-    padded_rows, blocks = _padded_rows(rows), -(-keys // block_n)
+    padded, blocks = padded_rows(rows), -(-keys // block_n)
     several = mask.batch_stride(rows) > 0  # batch rows have intervals of their own
 
     def statistic(dtype: torch.dtype, of: int) -> Parameter:
-        return vector(dtype, of * padded_rows, block_m, where.tma)
+        return vector(dtype, of * padded, block_m, where.tma)
 
     intervals: list[Parameter] = [None] * 4
     if mask.batch is not None:
@@ -169,8 +165,8 @@ def _bind_dkdv(
         ],
         [
             *strides(where.align, *(x.stride() for x in (q, k, v, grad)), outputs[1].steps, outputs[2].steps),
-            padded_rows if several else 0, blocks if several else 0,
-            heads, kv_heads, heads // kv_heads, rows, padded_rows, keys, mask.left, mask.right,
+            padded if several else 0, blocks if several else 0,
+            heads, kv_heads, heads // kv_heads, rows, padded, keys, mask.left, mask.right,
             call.inner, call.coef, call.gain,
         ],
         {"BAND": mask.band, "FORM": call.form, "WANT_DK": direction != "dv", "WANT_DV": direction != "dk",
@@ -196,20 +192,20 @@ def _bind_query_hull(
     if mask.batch is None:
         return lambda: (None,) * 6
     batch = mask.batch
-    padded_rows, blocks = _padded_rows(rows), -(-keys // block_n)
+    padded, blocks = padded_rows(rows), -(-keys // block_n)
     each = _whole_blocks(batch * blocks, 4)  # addresses are multiples of 16 bytes
     kernel = launcher(
         kernels,
         "query_hull_kernel",
         (batch, -(-blocks // 16), 1),
         [Pointer(torch.int32)] * 8,
-        [mask.batch_stride(rows), rows, padded_rows, keys, blocks],
+        [mask.batch_stride(rows), rows, padded, keys, blocks],
         {"BLOCK_N": block_n, "ROWS": 512, "KEYS": 16, "EACH": ROW_BLOCK},
         device=device, dtype=torch.int32, warps=4,
     )  # fmt: skip
 
     def run(*edges: Tensor) -> tuple[Tensor, ...]:
-        lo, hi = torch.empty((2, batch, padded_rows), dtype=torch.int32, device=device)
+        lo, hi = torch.empty((2, batch, padded), dtype=torch.int32, device=device)
         first, last = torch.empty((2, each), dtype=torch.int32, device=device)
         most, least = torch.empty(
             (2, _whole_blocks(lo.numel() // ROW_BLOCK, 4)), dtype=torch.int32, device=device
@@ -218,11 +214,6 @@ def _bind_query_hull(
         return lo, hi, first, last, most, least
 
     return run
-
-
-def _padded_rows(rows: int) -> int:
-    """Rows of a statistics vector: whole blocks of the largest block, so kernels read it without a mask."""
-    return _whole_blocks(rows, PADDED_ROWS)
 
 
 def _whole_blocks(rows: int, block: int) -> int:

@@ -152,6 +152,20 @@ class Output:
         return torch.empty_strided(self.shape, self.steps, dtype=self.dtype, device=self.device)
 
 
+def attending(kernel: Callable[..., None], output: Output) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward of a ``kernel`` that takes q, k, v, out, the logsumexp and the mask's edges."""
+    device, rows = output.device, output.shape[:3]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor | None) -> tuple[Tensor, Tensor]:
+        out = output.empty()
+        lse = torch.empty(rows, dtype=torch.float32, device=device)
+        with on(device):
+            kernel(q, k, v, out, lse, *(edges or NO_EDGES))
+        return out, lse
+
+    return run
+
+
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Make ``device`` current for the launches; nothing to do where it is, which is nearly always."""
     if device.type != "cuda" or torch.cuda.device_count() == 1 or device.index == torch.cuda.current_device():

@@ -93,9 +93,8 @@ def paged_kernel(
         k = _load_keys(key_head, table, sk_b, sk_s, keys, length, num_pages, PAGE, D, DPAD, ALIGN)
         x = tl.dot(q, k.T, input_precision=PRECISION)
         visible = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
-        # Nothing here is trained: the weights' own sum divides, and `l` in the place of the other is not touched.
         p, alpha, m, l, _ = softmax_step(
-            x, visible, m, l, l, inner, coef, bias, q.dtype, True, ONLINE, False, FORM, ASM
+            x, visible, m, l, 0.0, inner, coef, bias, q.dtype, True, ONLINE, False, FORM, ASM
         )
         if ONLINE:
             acc = acc * alpha[:, None]

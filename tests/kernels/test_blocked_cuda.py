@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from helpers import Sizes, expected, gradients, make_qkv, relative_error
+from stand_in import tell_of
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, reference
-from softcap_runtime.kernels import blocked_cuda, triton_attention, triton_gradient, triton_launch
+from softcap_runtime.kernels import blocked_cuda, triton_attention, triton_gradient
 from softcap_runtime.kernels.cubin import CubinSpec
 from softcap_runtime.kernels.engine import Problem
 from softcap_runtime.kernels.gpu_kernel import GpuKernel
-from softcap_runtime.kernels.gpu_options import BlockOptions, DeviceLimits, Direction, choose, triton_version
+from softcap_runtime.kernels.gpu_options import (
+    BlockOptions,
+    DeviceLimits,
+    Direction,
+    choose,
+    device_limits,
+    triton_version,
+)
+from softcap_runtime.kernels.triton_launch import TMA_FROM
 from softcap_runtime.masks.intervals import RowIntervals, band, row_intervals
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.2)
@@ -124,10 +134,8 @@ LIMITS = DeviceLimits(227 * 1024, (9, 0), 132)
 class Recorded:
     """``Kernels`` of a Hopper card that is not here: it notes what is asked for, and launches nothing."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.asked: set[GpuKernel] = set()
-        for module in (triton_launch, triton_attention):
-            monkeypatch.setattr(module, "device_limits", lambda index: LIMITS)
 
     def get(self, artifact: GpuKernel) -> Any:
         self.asked.add(artifact)
@@ -158,24 +166,38 @@ class Recorded:
         return set(self.asked)
 
 
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
+    tell_of(LIMITS, monkeypatch.setattr)
+    yield Recorded()
+    device_limits.cache_clear()
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
 @pytest.mark.parametrize("layout", ["transposed", "contiguous"])
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "heads", "kv_heads"),
+    ("dtype", "head_dim", "heads", "kv_heads", "softcap"),
     [
-        (torch.bfloat16, 256, 8, 4),
-        (torch.float16, 128, 4, 4),
-        (torch.float32, 64, 16, 1),
-        (torch.bfloat16, 20, 6, 2),
-        (torch.bfloat16, 72, 40, 1),
+        (BF16, 256, 8, 4, 50.0),
+        (BF16, 128, 128, 8, 50.0),
+        (BF16, 64, 4, 4, 50.0),
+        (BF16, 128, 16, 8, None),
+        (BF16, 256, 8, 4, 2000.0),
+        (FP16, 128, 4, 4, 50.0),
+        (FP32, 64, 16, 1, 50.0),
+        (BF16, 20, 6, 2, 50.0),
+        (BF16, 72, 40, 1, 50.0),
     ],
+    ids=str,
 )
 def test_what_is_listed_is_what_calls_ask_for(
-    dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, train: bool, layout: str,
-    seed: int, monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, softcap: float | None, train: bool, layout: str,
+    seed: int, recorded: Recorded,
 ) -> None:  # fmt: skip
     """A call's own list exactly; and of all lengths, batches and windows no call asks for what prewarming left out."""
-    recorded = Recorded(monkeypatch)
     kernels: Any = recorded
     group = heads // kv_heads
     for packed in (False, True):
@@ -186,7 +208,7 @@ def test_what_is_listed_is_what_calls_ask_for(
                 edge = torch.empty(random.choice([1, batch]), rows, dtype=torch.int32, device="meta")
                 mask = RowIntervals(rows, keys, None, None, edge, edge)
             sizes = (batch, heads, kv_heads, head_dim)
-            return Problem(torch.device("cuda", 0), dtype, *sizes, 0.1, 50.0, mask, train)
+            return Problem(torch.device("cuda", 0), dtype, *sizes, 0.1, softcap, mask, train)
 
         recorded.asked.clear()
         alike = blocked_cuda.ENGINE.alike(call(2, 77, 77, None))
@@ -199,6 +221,9 @@ def test_what_is_listed_is_what_calls_ask_for(
         ]
         shapes = [(1, rows, keys) for rows in few for keys in (rows + 1, 1000, 60_000, 2**20)]
         shapes += [(batch, length, length) for batch in (1, 3) for length in (1, 64, 129, 4096, 40_000)]
+        # At the lengths from which a kernel of so many products takes its tiles another way, and below.
+        near = [math.isqrt(TMA_FROM // (products * heads * head_dim)) for products in range(1, 9)]
+        shapes += [(1, length + more, length + more) for length in near for more in (0, 1)]
         shapes += [(random.randint(1, 64), *sorted(random.choices(range(1, 9000), k=2))) for _ in range(20)]
         met = set()
         for shape in shapes:
@@ -212,8 +237,24 @@ def test_what_is_listed_is_what_calls_ask_for(
         assert listed <= met, "prewarming builds what no call needs"
 
 
-def test_an_odd_layout_asks_for_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = Recorded(monkeypatch)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_long_training_call_on_hopper_is_computed_by_gluon(
+    head_dim: int, packed: bool, recorded: Recorded
+) -> None:
+    mask = band(5000, 5000, causal=True, window=None)
+    if packed:
+        mask = RowIntervals(
+            5000, 5000, None, None, *[torch.empty(1, 5000, dtype=torch.int32, device="meta")] * 2
+        )
+    call = Problem(torch.device("cuda", 0), BF16, 1, 8, 4, head_dim, 0.1, 50.0, mask, True)
+    others = {"statistics_kernel", *(["query_hull_kernel"] if packed else [])}
+    listed = [one.spec.kernel for one in blocked_cuda.ENGINE.artifacts(call, cast(Any, recorded))]
+    assert {name for name in listed if not name.startswith("gluon_")} == others
+    assert len(listed) == len(others) + (4 if head_dim == 256 else 3)
+
+
+def test_an_odd_layout_asks_for_kernels_of_its_own(recorded: Recorded) -> None:
     kernels: Any = recorded
     mask = band(300, 300, causal=True, window=None)
     call = Problem(torch.device("cuda", 0), torch.bfloat16, 1, 4, 2, 64, 0.1, 50.0, mask, False)

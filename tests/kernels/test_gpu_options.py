@@ -78,7 +78,7 @@ def test_inspect_shows_the_options_of_every_kernel(card: str, monkeypatch: pytes
         assert (one.block_m, one.block_n, one.warps, one.stages) == (best if one.tuned else options)
         assert one.shared_bytes <= found.shared_bytes == limits.shared_bytes
     out = io.StringIO()
-    Console(file=out, width=160).print(cli_tables._gpu_table(found))
+    cli_tables._show_gpu(Console(file=out, width=160), found)
     text = out.getvalue()
     assert "cuda:0 a card" in text
     assert text.count("a measurement") == 1

@@ -119,18 +119,19 @@ def compiled() -> dict[tuple[int, str], dict[str, Any]]:
 
 
 # What sm 9.0 takes by its rule: head_dim, mask, training, more; and the kernels of such a call.
+BACKWARD = ["statistics", "gluon_dq", "gluon_dkdv"]
 GLUON = [
-    (256, "band", True, {}, ["gluon_forward", "statistics", "gluon_dq", "gluon_dkdv", "gluon_dkdv"]),
-    (128, "band", True, {}, ["gluon_forward", "statistics", "gluon_dq", "gluon_dkdv"]),
-    (64, "intervals", True, {}, ["gluon_forward", "statistics", "gluon_dq", "query_hull", "gluon_dkdv"]),
-    (
-        128,
-        "intervals",
-        True,
-        {"softcap": None},
-        ["gluon_forward", "statistics", "gluon_dq", "query_hull", "gluon_dkdv"],
-    ),
+    (256, "band", True, {}, ["gluon_forward", *BACKWARD, "gluon_dkdv"]),
+    (256, "intervals", True, {}, ["gluon_forward", *BACKWARD, "gluon_dkdv", "query_hull"]),
+    (128, "band", True, {}, ["gluon_forward", *BACKWARD]),
+    (128, "intervals", True, {}, ["gluon_forward", *BACKWARD, "query_hull"]),
+    (256, "band", False, {}, ["gluon_forward"]),
+    (256, "intervals", False, {}, ["gluon_forward"]),
     (128, "band", False, {}, ["gluon_forward"]),
+]
+REST = [
+    (64, "intervals", True, {}, ["gluon_forward", *BACKWARD, "query_hull"]),
+    (128, "intervals", True, {"softcap": None}, ["gluon_forward", *BACKWARD, "query_hull"]),
     (128, "band", False, {"approx": True}, ["gluon_forward"]),
     (256, "intervals", False, {"dtype": "float16"}, ["gluon_forward"]),
     (256, "band", False, {"softcap": None}, ["gluon_forward"]),
@@ -139,13 +140,15 @@ GLUON = [
     (256, "band", False, {"softcap": 2000.0}, ["forward"]),
     (256, "band", False, {"card": "sm 8.9, 99 KB"}, ["forward"]),
 ]
+GLUON += [pytest.param(*call, marks=pytest.mark.every_kernel) for call in REST]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("call", GLUON, ids=str)
-def test_what_hopper_takes_compiles_without_loss(call: Any) -> None:
-    head_dim, mask, train, more, kernels = call
+@pytest.mark.parametrize(("head_dim", "mask", "train", "more", "kernels"), GLUON, ids=str)
+def test_what_hopper_takes_compiles_without_loss(
+    head_dim: int, mask: str, train: bool, more: dict[str, Any], kernels: list[str]
+) -> None:
     case = {
         "head_dim": head_dim,
         "band": mask == "band",
@@ -161,8 +164,9 @@ def test_what_hopper_takes_compiles_without_loss(call: Any) -> None:
     for made in found:
         # ptxas's C7510 to C7518: products that it had to put one after the other.
         assert made["serialised"] == []
-        # A thread's numbers of a tile may be kept in memory, its accumulators (128 bytes and more each) may not.
-        assert made["spilled"] <= 128
+        # What a thread keeps in memory of blocks that need a mask, and of a tile as a whole; an accumulator of a
+        # product would be 512 bytes.
+        assert made["spilled"] <= 256
         assert made["shared"] <= 227 * 1024
         assert made["elf"] == b"\x7fELF".hex()
         if (
