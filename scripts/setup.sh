@@ -21,5 +21,5 @@ fi
 echo "setup: installing into .venv (the first time this downloads PyTorch)"
 # No cache of pip's own: nothing is written outside the checkout and the folder for temporary files.
 .venv/bin/python -m pip install --quiet --no-cache-dir --disable-pip-version-check \
-    -c constraints.txt -e '.[test,transformers,plot,prometheus]'
+    -c constraints.txt -e '.[test,docs,transformers,plot,prometheus]'
 echo "$wanted" >"$stamp"

@@ -18,27 +18,53 @@ from softcap_runtime.config import (
     hf_head_dim,
 )
 
+Kinds = tuple[AttentionConfig, ...]
+
 
 class Shape(NamedTuple):
-    """The attention layers of a model: the distinct kinds of them, and the sizes that they share."""
+    """Attention layers of a model that share their sizes: the distinct kinds of them, and the sizes."""
 
-    configs: tuple[AttentionConfig, ...]
+    configs: Kinds
     num_heads: int
     num_kv_heads: int
     head_dim: int
 
 
-def _gemma2(num_heads: int, num_kv_heads: int, head_dim: int, query_pre_attn_scalar: int) -> Shape:
+def _kinds(softcap: float, scale: float, windows: Sequence[int | None], causal: bool = True) -> Kinds:
+    return tuple(
+        AttentionConfig(softcap=softcap, scale=scale, window=window, causal=causal) for window in windows
+    )
+
+
+def _gemma2(num_heads: int, num_kv_heads: int, head_dim: int, query_pre_attn_scalar: int) -> tuple[Shape]:
     """Gemma-2: a cap of 50, and a window of 4,096 on every other layer."""
-    scale = float(query_pre_attn_scalar) ** -0.5
-    kinds = tuple(AttentionConfig(softcap=50.0, scale=scale, window=window) for window in (4096, None))
-    return Shape(kinds, num_heads, num_kv_heads, head_dim)
+    kinds = _kinds(50.0, float(query_pre_attn_scalar) ** -0.5, (4096, None))
+    return (Shape(kinds, num_heads, num_kv_heads, head_dim),)
 
 
-PRESETS: dict[str, Shape] = {
-    "gemma2-2b": _gemma2(8, 4, 256, 256),
-    "gemma2-9b": _gemma2(16, 8, 256, 256),
-    "gemma2-27b": _gemma2(32, 16, 128, 144),
+def _t5gemma(encoder: Sequence[Shape], decoder: Sequence[Shape]) -> tuple[Shape, Shape]:
+    """An encoder that sees both ways, and a decoder that also attends to all of the encoder's tokens."""
+    (first,), (second,) = encoder, decoder
+    both_ways = tuple(kind.model_copy(update={"causal": False}) for kind in first.configs)
+    across = second.configs[-1].model_copy(update={"causal": False, "window": None})
+    return first._replace(configs=both_ways), second._replace(configs=(*second.configs, across))
+
+
+_2B, _9B, _27B = _gemma2(8, 4, 256, 256), _gemma2(16, 8, 256, 256), _gemma2(32, 16, 128, 144)
+# The numbers are those of the published configs. PaliGemma 2's text models are Gemma-2's; T5Gemma's encoders and
+# decoders too. Grok-1: run.py and model.py of xai-org/grok-1 (``attn_output_multiplier``, ``max_attn_val``).
+PRESETS: dict[str, tuple[Shape, ...]] = {
+    "gemma2-2b": _2B,
+    "gemma2-9b": _9B,
+    "gemma2-27b": _27B,
+    "paligemma2-3b": _2B,
+    "paligemma2-10b": _9B,
+    "paligemma2-28b": _27B,
+    "t5gemma-2b-2b": _t5gemma(_2B, _2B),
+    "t5gemma-9b-2b": _t5gemma(_9B, _2B),
+    "t5gemma-9b-9b": _t5gemma(_9B, _9B),
+    "videoprism-base": (Shape(_kinds(50.0, 64**-0.5, (None,), causal=False), 12, 12, 64),),
+    "grok-1": (Shape(_kinds(30.0, 128**-0.5, (None,)), 48, 8, 128),),
 }
 
 
@@ -53,9 +79,10 @@ def requests_for(
     """The prewarm requests of a model, one per distinct kind of attention layer.
 
     ``source``: a name in ``PRESETS``, or the path of a Hugging Face ``config.json`` or of the folder that holds
-    one. Raises ValueError when it is neither or lacks a field, OSError when it cannot be read.
+    one; of an encoder and decoder, both and the attention between them. Raises ValueError when it is neither or
+    lacks a field, OSError when it cannot be read.
     """
-    shape = PRESETS.get(str(source)) or _read_shape(Path(source))
+    shapes = PRESETS.get(str(source)) or _read_shapes(Path(source))
     return [
         PrewarmRequest(
             config=config,
@@ -67,11 +94,12 @@ def requests_for(
             device=device,
             train=train,
         )
+        for shape in shapes
         for config in shape.configs
     ]
 
 
-def _read_shape(path: Path) -> Shape:
+def _read_shapes(path: Path) -> tuple[Shape, ...]:
     path = path / "config.json" if path.is_dir() else path
     if not path.exists():
         raise ValueError(
@@ -81,12 +109,15 @@ def _read_shape(path: Path) -> Shape:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"model: {str(path)!r} is not JSON ({error}); expected a config.json") from None
-    text = document.get("text_config", document) if isinstance(document, dict) else None
-    if not isinstance(text, dict):
+    document = document if isinstance(document, dict) else {"text_config": None}
+    parts: list[Any] = [document.get(name) for name in ("encoder", "decoder")]
+    if not all(isinstance(part, dict) for part in parts):
+        parts = [document.get("text_config", document)]
+    if not isinstance(parts[0], dict):
         raise ValueError(f"model: {str(path)!r} holds no object; expected a Hugging Face config.json")
-    model = SimpleNamespace(**text)
     try:
-        return _shape(model)
+        shapes = [_shape(SimpleNamespace(**part)) for part in parts]
+        return (shapes[0],) if len(shapes) == 1 else _t5gemma(shapes[:1], shapes[1:])
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"model: {str(path)!r} cannot be used: {error}") from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from softcap_runtime import (
 from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.kernels.key import KernelSpec
 from softcap_runtime.kernels.package import Package
-from softcap_runtime.presets import PRESETS, requests_for
+from softcap_runtime.presets import requests_for
 from softcap_runtime.prewarm_rows import Outcome, kernel_name, row_of, shown_work
 
 CONFIG = AttentionConfig(softcap=50.0, scale=HEAD_DIM**-0.5, window=100)
@@ -186,18 +185,6 @@ def test_importing_the_package_imports_no_tool() -> None:
     code = f"import softcap_runtime, sys; print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_gemma_2(name: str) -> None:
-    sliding, full = requests_for(name, seq_lens=[10], dtype="float16", train=True)
-    assert (sliding.config.window, full.config.window) == (4096, None)
-    assert sliding.config.softcap == full.config.softcap == 50.0
-    assert sliding.num_heads == 2 * sliding.num_kv_heads
-    assert (sliding.seq_lens, sliding.dtype, sliding.train) == ((10,), "float16", True)
-    scalar, head_dim = {"gemma2-27b": (144, 128)}.get(name, (256, 256))
-    assert math.isclose(sliding.config.scale, scalar**-0.5)
-    assert sliding.head_dim == head_dim
 
 
 def test_a_model_folder_is_read_as_transformers_reads_it(tmp_path: Path, seed: int) -> None:
