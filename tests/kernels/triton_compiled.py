@@ -5,6 +5,7 @@ The calls are bound as on a GPU, with tensors that have no memory: keys and para
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -101,13 +102,15 @@ def assembled(ptx: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    for case in json.loads(sys.argv[1]):
+    built = functools.cache(built_with_ptx)  # calls share kernels
+    for number, case in enumerate(json.loads(sys.argv[1])):
         shared, capability, multiprocessors = case["card"]
         limits = gpu_options.DeviceLimits(shared, tuple(capability), multiprocessors)
         stand_in.tell_of(limits)
         for spec in wanted(case, limits):
-            ptx, made = built_with_ptx(spec)
+            ptx, made = built(spec)
             told = {
+                "case": number,
                 **assembled(ptx),
                 "shared": made.shared,
                 "boxes": len(made.boxes),
