@@ -16,6 +16,7 @@ from softcap_runtime.checks import Capped, check_config, check_no_context_parall
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
 from softcap_runtime.kernels import operator, planned
 from softcap_runtime.kernels.engine import Call
+from softcap_runtime.kernels.planned import rows_together
 from softcap_runtime.kernels.sharding import whole
 from softcap_runtime.masks.holes import may_have_holes, without_hidden
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
@@ -127,6 +128,12 @@ class Runtime:
             self.plans.learn(key, form, PlanKey.of(q, k, call))
         return out
 
+    def _run(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor:
+        plan.hits += 1
+        if plan.backward is not None:
+            return planned.attend(plan, self.settings.engine, self, q, k, v, *edges)
+        return plan.forward(rows_together(q), rows_together(k), rows_together(v), *edges)[0]
+
     def attend(
         self,
         q: Tensor,
@@ -220,7 +227,7 @@ class Runtime:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         """Out and, for training, the logsumexp: what the operator calls, below autograd."""
-        q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
+        q, k, v = rows_together(q), rows_together(k), rows_together(v)
         return self.plan(q, k, call).forward(q, k, v, *call.mask.vectors)
 
     def backward(
@@ -234,7 +241,7 @@ class Runtime:
         call: Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v: what the operator's derivative calls."""
-        grad_out, q, k, v, out = map(_rows_together, (grad_out, q, k, v, out))
+        grad_out, q, k, v, out = map(rows_together, (grad_out, q, k, v, out))
         backward = self.plan(q, k, call).backward
         assert backward is not None
         return backward(grad_out, q, k, v, out, lse, *call.mask.vectors)
@@ -260,13 +267,6 @@ class Runtime:
                 self.plans.pass_by(key, plan)
         return plan
 
-    def _run(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor:
-        plan.hits += 1
-        q, k, v = _rows_together(q), _rows_together(k), _rows_together(v)
-        if plan.backward is not None:
-            return planned.attend(plan, self.settings.engine, self, q, k, v, *edges)
-        return plan.forward(q, k, v, *edges)[0]
-
     def _after_fork(self) -> None:
         self.plans.after_fork()
         self.supply.after_fork()
@@ -290,6 +290,7 @@ def _shortcut_key(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> H
         return None
     layouts = (q.layout, k.layout, v.layout)
     return (
+        _wants_grad(q, k, v),
         q.shape,
         k.shape,
         v.shape,
@@ -301,7 +302,6 @@ def _shortcut_key(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> H
         v.device,
         layouts,
         config,
-        _wants_grad(q, k, v),
     )
 
 
@@ -355,13 +355,6 @@ def _check_mask(q: Tensor, k: Tensor, mask: RowIntervals) -> None:
 
 def _wants_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-
-
-def _rows_together(x: Tensor) -> Tensor:
-    """The kernels take any strides but that of the last dimension, which must be 1, and read what is stored."""
-    if x.stride(3) == 1 and not x.is_neg():
-        return x
-    return x.resolve_neg().contiguous()
 
 
 def _after_fork() -> None:

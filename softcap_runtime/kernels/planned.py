@@ -24,47 +24,52 @@ class Plan(Protocol):
     backward: Backward | None
 
 
-def attend(plan: Plan, engine: str, server: Any, *tensors: Tensor) -> Tensor:
-    """Attention of ``plan``, differentiable, of q, k, v and the edges of its mask.
-
-    ``engine`` is the setting under which ``server``, a runtime, made the plan.
-    """
-    out: Tensor = _Planned.apply(plan, engine, server, *tensors)  # type: ignore[no-untyped-call]
+def attend(plan: Plan, engine: str, server: Any, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor:
+    """Attention of ``plan``, differentiable; ``engine`` is the setting under which ``server``, a runtime, made it."""
+    out: Tensor = _Planned.apply(plan, engine, server, q, k, v, *edges)  # type: ignore[no-untyped-call]
     return out
+
+
+def rows_together(x: Tensor) -> Tensor:
+    """The kernels take any strides but that of the last dimension, which must be 1, and read what is stored."""
+    if x.stride(3) == 1 and not x.is_neg():
+        return x
+    return x.resolve_neg().contiguous()
 
 
 class _Planned(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, engine: str, server: Any, *tensors: Tensor) -> Tensor:
-        out, lse = plan.forward(*tensors)
-        ctx.save_for_backward(*tensors[:3], out, lse, *tensors[3:])
+    def forward(
+        ctx: Any, plan: Plan, engine: str, server: Any, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor
+    ) -> Tensor:
+        q, k, v = rows_together(q), rows_together(k), rows_together(v)
+        out, lse = plan.forward(q, k, v, *edges)
+        ctx.save_for_backward(q, k, v, out, lse, *edges)
         ctx.how = plan, engine, server
         ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if grad_out is None:
-            return (None,) * len(ctx.needs_input_grad)
-        saved = ctx.saved_tensors
         plan, engine, server = ctx.how
-        edges = saved[5:]
+        saved = ctx.saved_tensors
+        no_edges = (None,) * (len(saved) - 5)
+        if grad_out is None:
+            return (None,) * 6 + no_edges
         watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if watched or interpreters_active(grad_out, *saved) or is_batch_of_gradients(grad_out):
             problem = plan.problem
-            mask = (0, 0) if edges else (None, None, problem.mask.left, problem.mask.right)
-            how = (*mask, problem.scale, problem.softcap, engine, server.number)
-            grads = torch.ops.softcap_runtime.attention_backward(grad_out, *saved, *how)
+            left, right = problem.mask.left, problem.mask.right
+            edges = saved[5:] or (None, None)
+            band = (0, 0) if left is None or right is None else (left, right)
+            how = (*edges, *band, problem.scale, problem.softcap, engine, server.number)
+            grads = torch.ops.softcap_runtime.attention_backward(grad_out, *saved[:5], *how)
         else:
             plan.hits += 1
-            if grad_out.is_neg() or grad_out.stride(-1) != 1:
-                grad_out = grad_out.resolve_neg().contiguous()
-            grads = plan.backward(grad_out, *saved)
-        return None, None, None, *grads, *(None for _ in edges)
+            grads = plan.backward(rows_together(grad_out), *saved)  # type: ignore[misc]
+        return None, None, None, *grads, *no_edges
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Of forward-mode AD."""
-        raise RuntimeError(
-            "softcap_runtime::attention has no forward-mode derivative; use softcap_runtime.reference.attention for it"
-        )
+        """Never called: under forward-mode AD a call goes through the operator."""
+        raise RuntimeError("softcap_runtime: no forward-mode derivative of a planned call")

@@ -48,6 +48,7 @@ def forward(*tensors: Tensor, edges: tuple[Tensor, ...] = (), **how: Any) -> tup
 
 def backward(*tensors: Tensor, edges: tuple[Tensor, ...] = (), **how: Any) -> tuple[Tensor, ...]:
     tensors += edges
+    how.pop("train", None)  # a backward is of training
     return bind_backward(*tensors, kernels=Kernels(tensors[0].device.index), **how)(*tensors)
 
 
@@ -439,7 +440,7 @@ def test_memory_is_linear_in_the_length(seed: int) -> None:
 def test_a_thread_that_has_not_used_the_device(seed: int) -> None:
     case = make(heads=16, kv_heads=8, rows=1500, keys=1500, dim=128)  # long enough for tensor maps
     want, _ = forward(*case[:3], **case.options)
-    run = bind_forward(*case[:3], kernels=Kernels(0), **case.options)
+    run = bind_forward(*case[:3], kernels=Kernels(0), train=True, **case.options)
     torch.cuda.synchronize()
     got: list[Tensor] = []
     thread = threading.Thread(target=lambda: got.append(run(*case[:3])[0]))
