@@ -77,8 +77,8 @@ def show_report(out: Console, report: CacheReport, counters: bool = False) -> No
         out.print(_entries_table(report.entries))
         _say(
             out,
-            "A kernel serves every batch, length, number of heads, window, scale, cap and stride; "
-            "block kernels every head_dim and mask too.",
+            "A kernel serves every batch, length, number of heads, window, scale, cap and stride; attention on "
+            "the CPU every dtype, head_dim and mask too.",
         )
     for gpu in report.gpus:
         _show_gpu(out, gpu)
@@ -149,7 +149,7 @@ def _entry_name(fields: Mapping[str, FieldValue]) -> str:
     if set(named) == set(KernelSpec._fields) and texts:
         return kernel_name(KernelSpec(**named))  # type: ignore[arg-type]
     words = [str(fields[name]) for name in ("op", "dtype") if name in fields]
-    words += [f"{name}={value}" for name, value in fields.items() if name not in ("op", "dtype")]
+    words += [f"{name}={value}" for name, value in named.items() if name not in ("op", "dtype", "device")]
     return " ".join(words)
 
 
