@@ -1,23 +1,25 @@
 """Which calls the Gluon kernels take, and with which blocks: nothing here imports Triton or touches a GPU.
 
-What decided (one H200, torch 2.11, Triton 3.6, causal, cap 50, bf16, 2026-11-29; milliseconds, each pair in one run;
-shapes B2 S8192, Hq16 Hkv8 at head_dim 256, Hq32 Hkv16 below; a training forward also sums its rounded weights):
+What decided (one H200, torch 2.11, Triton 3.6, causal, cap 50, bf16, 2026-11-29; milliseconds; a line's pairs are of
+one run each; B2 S8192, Hq16 Hkv8 at head_dim 256, Hq32 Hkv16 below; a training forward also sums its rounded weights):
 
-=====================================  ======  =====
-forward                                Triton  Gluon
-=====================================  ======  =====
-D256; training; window 4096            2.17; 2.54; 1.92   1.51; 1.71; 1.25
-D256 no cap; fp16; D192                2.41; 2.65; 2.27   1.56; 1.96; 1.44
-D128 exact; training; window 4096      2.51; 3.20; 1.88   2.34; 2.41; 1.83
-D128 approximate; no cap; fp16         2.18; 2.51; 3.02   2.04; 1.99; 2.79
-D64 exact; training                    1.81; 2.48         1.88; 1.94
-32,768 packed, D256; D128; training    1.19; 1.08; 1.34   0.82; 1.12; 1.17
-B8 Hq8 Hkv4 D256 S1024; one of 512     0.148; 0.042       0.096; 0.033
-=====================================  ======  =====
+=========================================  ===================  ===================
+forward                                    Triton               Gluon
+=========================================  ===================  ===================
+D256; window 4096; training                2.17; 1.92; 2.54     1.51; 1.25; 1.71
+D256 without a cap; fp16; D192             2.41; 2.65; 2.27     1.56; 1.96; 1.44
+D128 exact in four runs                    2.57 2.51 2.28 2.23  2.34 2.34 2.44 2.42
+D128 window 4096; training                 1.88; 3.20           1.83; 2.41
+D128 approximate; without a cap; fp16      2.18; 2.51; 3.02     2.04; 1.99; 2.79
+D64 exact; training                        1.81; 2.48           1.88; 1.94
+32,768 packed: D256; D128; D128 training   1.19; 1.08; 1.34     0.82; 1.12; 1.17
+B8 Hq8 Hkv4 D256 S1024; one of 512         0.148; 0.042         0.096; 0.033
+=========================================  ===================  ===================
 
-Backward, Triton and Gluon: D256 10.1 and 7.0 to 7.3, window 4096 7.7 and 5.5; D128 7.7 and 7.2, window 6.0 and 5.6;
-D64 5.1 and 4.8; packed D256 6.8 and 4.5, D128 5.1 and 4.6. Tried for D128's backward and dropped: 128 keys a block for
-dq (3.2 in place of 3.0), the product of the next block ahead of the others (no gain in dk and dv).
+The card is power capped: a kernel's time moves by a tenth from run to run. Backward, Triton and Gluon: D256 10.1 and
+7.0 to 7.7, window 4096 7.7 and 5.5; D128 7.7 and 7.3, window 6.0 and 5.6; D64 5.1 and 4.9; packed D256 6.8 and 4.5 to
+4.9, D128 5.1 and 4.6 to 4.9. 128 keys a block for D128's dq took 3.2 in place of 3.0. Not measured: head_dim 64 without
+a cap, in float16 and by the tanh instruction, which is taken to be as its exact form.
 """
 
 from __future__ import annotations
