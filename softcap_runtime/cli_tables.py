@@ -149,7 +149,7 @@ def _entry_name(fields: Mapping[str, FieldValue]) -> str:
     if set(named) == set(KernelSpec._fields) and texts:
         return kernel_name(KernelSpec(**named))  # type: ignore[arg-type]
     words = [str(fields[name]) for name in ("op", "dtype") if name in fields]
-    words += [f"{name}={value}" for name, value in named.items() if name not in ("op", "dtype", "device")]
+    words += [f"{name}={value}" for name, value in named.items() if name not in ("op", "dtype")]
     return " ".join(words)
 
 

@@ -170,5 +170,5 @@ def _reason(stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     python = [line for line in lines if _PYTHON_ERROR.search(line)]
     compiler = [line for line in lines if _COMPILER_ERROR.search(line)]
-    found = python[-1:] or compiler[:1] or [x for x in lines if "error" in x.lower()][-1:] or lines[-1:]
+    found = compiler[:1] or python[-1:] or [x for x in lines if "error" in x.lower()][-1:] or lines[-1:]
     return (found or ["no output"])[0][:500]

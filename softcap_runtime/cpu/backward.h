@@ -229,7 +229,7 @@ class BackwardTask {
 // The terms are added in the order in which G^T is summed: where one key has all the weight, the two then cancel.
 inline void make_delta(const Problem& p, const Tensors& t, const Gradients& g, int64_t batch, int64_t head,
                        int64_t first, float* room, float* delta) {
-  int64_t dim = round_up(p.dim, LANES), count = p.q_len - first < LANES ? p.q_len - first : LANES;
+  int64_t dim = round_up(p.dim, Single::PAD), count = p.q_len - first < LANES ? p.q_len - first : LANES;
   float *rows = room, *grads = rows + LANES * dim, *outs = grads + LANES * dim;
   auto turn = [&](const void* from, const Strides& strides, float* to) {
     for (int64_t i = 0; i < LANES; i++)
@@ -239,9 +239,10 @@ inline void make_delta(const Problem& p, const Tensors& t, const Gradients& g, i
   turn(g.grad_out, p.grad_out, grads);
   turn(t.out, p.out, outs);
   Vec total{};
-  for (int64_t d = 0; d < dim; d += PART) {
+  const int64_t step = part_of_logit(dim);
+  for (int64_t d = 0; d < dim; d += step) {
     Vec part{};
-    for (int64_t e = d; e < dim && e < d + PART; e++) part += load<Vec>(grads + e * LANES) * load<Vec>(outs + e * LANES);
+    for (int64_t e = d; e < dim && e < d + step; e++) part += load<Vec>(grads + e * LANES) * load<Vec>(outs + e * LANES);
     total += part;
   }
   for (int64_t i = 0; i < count; i++) delta[(batch * p.heads + head) * p.q_len + first + i] = total[i];

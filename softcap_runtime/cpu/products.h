@@ -58,6 +58,10 @@ inline void strip(float* c, int64_t ldc, const typename Arithmetic::Word* a, int
 // Terms of a sum in registers, which is then added to the others.
 constexpr int64_t PART = 128;
 
+// The same for logits, sums of `k` terms: those of short heads are cut in half, as whole ones would be as far off as
+// eager code's.
+inline int64_t part_of_logit(int64_t k) { return k <= PART && k > 1 ? (k + 1) / 2 : PART; }
+
 // m and n are multiples of 16. Sums over k are cut: part of B then stays in the first cache, and the sums of float32 are
 // short, which leaves less rounding (at 256 terms the gradients would be further off than eager code's).
 template <class Arithmetic>
@@ -69,8 +73,9 @@ inline void vector_product(float* c, int64_t ldc, const typename Arithmetic::Wor
 #else
   constexpr int WIDE = 3, ROWS = 4;  // 16 of 16
 #endif
-  for (int64_t p = 0; p < k; p += PART) {
-    int64_t terms = k - p < PART ? k - p : PART;
+  const int64_t part = Arithmetic::PAIR == 1 && !add ? part_of_logit(k) : PART;
+  for (int64_t p = 0; p < k; p += part) {
+    int64_t terms = k - p < part ? k - p : part;
     bool more = add || p > 0;
     for (int64_t j = 0; j < n;) {
       float* to = c + j;

@@ -132,8 +132,9 @@ def _same_run(ids: Tensor, place: Place) -> RowIntervals:
     end = place.end if isinstance(place.end, Tensor) else torch.tensor([place.end], device=place.device)
     behind = isinstance(place.end, Tensor) or place.end != place.kv_len
     cache_lengths = end if behind else None
+    runs = (ids != ids.roll(1, 1)).cumsum(1, dtype=torch.int32)  # ids may fall, document ids may not
     return row_intervals(
-        place.q_len, place.kv_len, causal=False, window=None, document_ids=ids, cache_lengths=cache_lengths
+        place.q_len, place.kv_len, causal=False, window=None, document_ids=runs, cache_lengths=cache_lengths
     )
 
 

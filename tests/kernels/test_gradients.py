@@ -92,9 +92,11 @@ def test_the_dense_engine(runtimes: dict[str, Runtime], data: Any, causal: bool,
     softcap = data.draw(st.sampled_from([0.1, 50.0, 1000.0]))
     config = AttentionConfig(softcap=softcap, scale=0.125, causal=causal)
     made = {"cache_lengths": torch.tensor([96, 96, 96]), **data.draw(masks(sizes))}
-    case = Case(
-        sizes, config, {name: x.expand(3, *x.shape[1:]) for name, x in made.items()}, "transposed", seed
-    )
+    batched = {
+        name: x.expand(3, -1) if name == "query_positions" else x.expand(3, *x.shape[1:])
+        for name, x in made.items()
+    }
+    case = Case(sizes, config, batched, "transposed", seed)
     check(runtimes["dense"], case, torch.float32, GRADIENT_TOLERANCE[torch.float32])
 
 
