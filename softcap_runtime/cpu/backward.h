@@ -140,14 +140,8 @@ class BackwardTask {
       along(k_ + j * words_, row(t_.k, p_.k, j), p_.dtype, p_.dim, words_);
       along(v_ + j * words_, row(t_.v, p_.v, j), p_.dtype, p_.dim, words_);
     }
-    for (int64_t w = 0; w < chunk / A::PAIR; w += LANES) {
-      for (int64_t i = 0; i < LANES; i++) {
-        const void* rows[2] = {};
-        for (int64_t e = 0; e < A::PAIR; e++) rows[e] = row(t_.k, p_.k, (w + i) * A::PAIR + e);
-        across(room_ + i * dim_, rows, p_.dtype, p_.dim, dim_);
-      }
-      transpose<Word>(k_turned_ + w, chunk / A::PAIR, room_, dim_, LANES, dim_);
-    }
+    auto key = [&](int64_t j) { return row(t_.k, p_.k, j); };
+    across_turned<A>(k_turned_, chunk, key, p_.dtype, p_.dim, dim_, room_);
   }
 
   // Rows of q or grad_out: as a factor of S^T or G^T, and as one of dK or dV.

@@ -50,14 +50,7 @@ class PackedKeys {
     };
     for (int64_t j = 0; j < size; j++) along(to + j * words, row(t.k, p_.k, j), p_.dtype, p_.dim, words);
     to = values_ + (place * chunks + chunk) * dim * (size / A::PAIR);
-    for (int64_t w = 0; w < size / A::PAIR; w += LANES) {
-      for (int64_t i = 0; i < LANES; i++) {
-        const void* rows[2] = {};
-        for (int64_t e = 0; e < A::PAIR; e++) rows[e] = row(t.v, p_.v, (w + i) * A::PAIR + e);
-        across(room + i * dim, rows, p_.dtype, p_.dim, dim);
-      }
-      transpose(to + w, size / A::PAIR, room, dim, LANES, dim);
-    }
+    across_turned<A>(to, size, [&](int64_t j) { return row(t.v, p_.v, j); }, p_.dtype, p_.dim, dim, room);
   }
 
  private:

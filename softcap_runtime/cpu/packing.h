@@ -143,6 +143,21 @@ SOFTCAP_ONCE inline void across(uint32_t* to, const void* const* rows, int64_t, 
   }
 }
 
+// `keys` rows (null: zeros) as `across`, turned: [width][keys / PAIR] words. `row(j)` gives row j; `room` holds LANES rows
+// of `width` words.
+template <class A, class Row>
+inline void across_turned(typename A::Word* to, int64_t keys, const Row& row, int64_t dtype, int64_t dim, int64_t width,
+                          typename A::Word* room) {
+  for (int64_t w = 0; w < keys / A::PAIR; w += LANES) {
+    for (int64_t i = 0; i < LANES; i++) {
+      const void* rows[2] = {};
+      for (int64_t e = 0; e < A::PAIR; e++) rows[e] = row((w + i) * A::PAIR + e);
+      across(room + i * width, rows, dtype, dim, width);
+    }
+    transpose<typename A::Word>(to + w, keys / A::PAIR, room, width, LANES, width);
+  }
+}
+
 template <class T>
 inline void narrow_row(T* to, const float* from, float factor, int64_t dim) {
   for (int64_t d = 0; d < dim; d += LANES) narrow(to + d, load<Vec>(from + d) * factor, dim - d);
