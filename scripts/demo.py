@@ -19,9 +19,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime, cli
+from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime
+from softcap_runtime.cli.main import main as cli
 from softcap_runtime.integrations.transformers import register
-from softcap_runtime.prewarm_rows import PrewarmResult
+from softcap_runtime.prewarm.rows import PrewarmResult
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (1024, 768, 512, 256)

@@ -5,6 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # nothing needs to be installed
 
-from softcap_runtime.cli import main
+from softcap_runtime.cli.main import main
 
 main(["prewarm", *sys.argv[1:]])

@@ -4,8 +4,8 @@ import gc as _gc
 import typing as _typing
 
 if _typing.TYPE_CHECKING:
-    from softcap_runtime.prewarm_rows import PrewarmResult
-    from softcap_runtime.stats import RuntimeStats
+    from softcap_runtime.prewarm.rows import PrewarmResult
+    from softcap_runtime.report.stats import RuntimeStats
 
     __version__: str
 
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 # Imported when first asked for: a process that serves needs none of them.
-_LATER = {"PrewarmResult": "softcap_runtime.prewarm_rows", "RuntimeStats": "softcap_runtime.stats"}
+_LATER = {"PrewarmResult": "softcap_runtime.prewarm.rows", "RuntimeStats": "softcap_runtime.report.stats"}
 
 
 def __getattr__(name: str) -> object:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from softcap_runtime.compat.torch_private import constant_in_graphs
 from softcap_runtime.config import AttentionConfig
-from softcap_runtime.torch_private import constant_in_graphs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

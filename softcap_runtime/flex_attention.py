@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softcap_runtime import torch_features
 from softcap_runtime.checks import Cap
+from softcap_runtime.compat import torch_features
 from softcap_runtime.config import EngineName, check_positive
+from softcap_runtime.engines.general import attend_block_mask, attend_elements, elements_of
 from softcap_runtime.errors import EngineUnavailable, KernelNotPrewarmed
-from softcap_runtime.kernels.general import attend_block_mask, attend_elements, elements_of
-from softcap_runtime.kernels.operator import checked_inputs
+from softcap_runtime.masks.block_mask import block_mask, form_of, intervals_of
 from softcap_runtime.masks.elements import check_rows_and_heads, read_elements
-from softcap_runtime.masks.flex import block_mask, form_of, intervals_of
 from softcap_runtime.masks.intervals import RowIntervals, band, combined, dense, row_intervals
+from softcap_runtime.ops.operator import checked_inputs
 from softcap_runtime.runtime import Runtime
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from softcap_runtime.checks import FLOATS, check_config
 from softcap_runtime.config import AttentionConfig
+from softcap_runtime.engines import blocked_cpu as blocked
+from softcap_runtime.engines import blocked_cuda
+from softcap_runtime.engines.engine import Call, Problem
 from softcap_runtime.errors import EngineUnavailable
-from softcap_runtime.kernels import blocked, blocked_cuda
-from softcap_runtime.kernels.engine import Call, Problem
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, clipped
 from softcap_runtime.masks.validate import check_integers, data_is_readable
 from softcap_runtime.plans import Server
@@ -73,8 +74,8 @@ def _problem(runtime: Server, q: Tensor, k: Tensor, config: AttentionConfig) -> 
 def _on_gpu(
     runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
 ) -> Tensor:
-    """By ``triton_paged``'s kernel, bound once for each layout of a call's tensors."""
-    from softcap_runtime.kernels.paged_cuda import bind_paged
+    """By ``cuda.triton.paged``'s kernel, bound once for each layout of a call's tensors."""
+    from softcap_runtime.cuda.paged import bind_paged
 
     q = q if q.stride(-1) == 1 else q.contiguous()
     k, v = (x.transpose(1, 2) for x in (pages.k, pages.v))

@@ -12,7 +12,7 @@ from torch import Tensor
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.checks import Capped
 from softcap_runtime.config import EngineName, RuntimeSettings
-from softcap_runtime.kernels.engine import Backward, Call, Engine, Forward, Problem
+from softcap_runtime.engines.engine import Backward, Call, Engine, Forward, Problem
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.supply import Supply
 

@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.checks import Capped, check_config, check_no_context_parallel
+from softcap_runtime.compat.torch_private import constant_in_graphs
+from softcap_runtime.compat.torch_transforms import interpreters_active
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
-from softcap_runtime.kernels import operator, planned
-from softcap_runtime.kernels.engine import Call
-from softcap_runtime.kernels.planned import rows_together
-from softcap_runtime.kernels.sharding import whole
+from softcap_runtime.engines.engine import Call
 from softcap_runtime.masks.holes import may_have_holes, without_hidden
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
+from softcap_runtime.ops import operator, planned
+from softcap_runtime.ops.planned import rows_together
+from softcap_runtime.ops.sharding import whole
 from softcap_runtime.plans import Plan, PlanKey, Plans
 from softcap_runtime.supply import Supply
-from softcap_runtime.torch_private import constant_in_graphs
-from softcap_runtime.torch_transforms import interpreters_active
 
 if TYPE_CHECKING:
     from softcap_runtime.distributed import ContextMask
-    from softcap_runtime.prewarm_rows import PrewarmResult
-    from softcap_runtime.stats import RuntimeStats
+    from softcap_runtime.prewarm.rows import PrewarmResult
+    from softcap_runtime.report.stats import RuntimeStats
 
 _numbers = itertools.count(1)
 _runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
@@ -215,13 +215,13 @@ class Runtime:
         per machine: calls that are bound from then on use them. A kernel that fails is reported in its row and stops
         no other.
         """
-        from softcap_runtime.prewarm import prewarm
+        from softcap_runtime.prewarm.prewarm import prewarm
 
         return prewarm(self.supply, self.plan, requests, progress=progress, tune=tune)
 
     def stats(self) -> RuntimeStats:
         """Hits, misses, builds, loads, seconds and bytes of this process."""
-        from softcap_runtime.stats import collect
+        from softcap_runtime.report.stats import collect
 
         return collect(self.plans, self.supply)
 

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from softcap_runtime import tuned
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.artifacts.lifecycle import Artifacts
 from softcap_runtime.config import RuntimeSettings
-from softcap_runtime.kernels import gpu_options
-from softcap_runtime.kernels.choose import choose, engine_named
-from softcap_runtime.kernels.engine import Engine, Problem
-from softcap_runtime.kernels.gpu_options import BlockOptions, Direction
-from softcap_runtime.kernels.key import dtype_name
+from softcap_runtime.cuda import options as gpu_options
+from softcap_runtime.cuda import tuned
+from softcap_runtime.cuda.options import BlockOptions, Direction
+from softcap_runtime.engines.choose import choose, engine_named
+from softcap_runtime.engines.engine import Engine, Problem
+from softcap_runtime.engines.spec import dtype_name
 from softcap_runtime.masks.memo import MaskMemo
 from softcap_runtime.store import Store
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from softcap_runtime import BuildFailed, EngineUnavailable, Runtime, RuntimeSettings, torch_features
+from softcap_runtime import BuildFailed, EngineUnavailable, Runtime, RuntimeSettings
+from softcap_runtime.compat import torch_features
 from softcap_runtime.cpu.library import library
 
 # What an older torch lacks, by the words in which it is refused.

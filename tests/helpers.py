@@ -9,8 +9,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from softcap_runtime import AttentionConfig, Runtime, reference, torch_features
+from softcap_runtime import AttentionConfig, Runtime, reference
 from softcap_runtime.artifacts.artifact import Artifact
+from softcap_runtime.compat import torch_features
 
 LAYOUTS = ("transposed", "contiguous", "fused", "expanded", "strided")
 HEAD_DIM = 64  # flex has a kernel per head_dim: all tests share this one

@@ -16,7 +16,7 @@ from workers import results_of
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.cpu.library import CpuLibrary, library
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.engines.package import Package
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
 SPECS = [

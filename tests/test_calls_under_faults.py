@@ -18,8 +18,8 @@ import pytest
 from helpers import Sizes, expected, make_qkv, package_of, relative_error
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, SoftcapRuntimeError
-from softcap_runtime.cache_report import report
 from softcap_runtime.cpu.library import CpuLibrary, library
+from softcap_runtime.report.cache import report
 from softcap_runtime.store import database
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)

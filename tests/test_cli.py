@@ -26,12 +26,12 @@ from softcap_runtime import (
     KernelNotPrewarmed,
     Runtime,
     RuntimeSettings,
-    cache_report,
-    cli,
-    cli_tables,
 )
+from softcap_runtime.cli import tables as cli_tables
+from softcap_runtime.cli.main import main as cli
 from softcap_runtime.cpu.library import CpuLibrary, library
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.engines.package import Package
+from softcap_runtime.report import cache as cache_report
 from softcap_runtime.store import Key, Store, fingerprint
 from softcap_runtime.store.schema import DBNAME
 
@@ -367,7 +367,7 @@ def test_a_bad_entry_is_explained_and_stays(
 
 
 def test_the_ops_that_can_be_explained_are_those_that_are_compiled() -> None:
-    from softcap_runtime.kernels import graphs
+    from softcap_runtime.engines import graphs
 
     assert set(cache_report.OPS) == {library().describe().op, *graphs._MAKERS}
 
@@ -644,7 +644,7 @@ def test_a_script_runs_the_package_beside_it_installed_or_not(tmp_path: Path, sc
         (tmp_path / folder).mkdir()
     shutil.copy(ROOT / f"scripts/{script}.py", tmp_path / "scripts")
     (tmp_path / "softcap_runtime/__init__.py").touch()
-    (tmp_path / "softcap_runtime/cli.py").write_text("def main(words): print('beside it', *words)\n")
+    (tmp_path / "softcap_runtime/cli/main.py").write_text("def main(words): print('beside it', *words)\n")
     done = shell(f"'{sys.executable}' '{tmp_path}/scripts/{script}.py' --json")
     assert done.stdout == f"beside it {name} --json\n", done.stderr
 

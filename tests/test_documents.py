@@ -19,7 +19,7 @@ import pytest
 import typer
 
 import softcap_runtime
-from softcap_runtime import cli
+from softcap_runtime.cli.main import main as cli
 from softcap_runtime.config import EngineName, RuntimeSettings
 from softcap_runtime.presets import PRESETS
 

@@ -21,9 +21,9 @@ from softcap_runtime import (
     KernelNotPrewarmed,
     Runtime,
     RuntimeSettings,
-    torch_features,
 )
 from softcap_runtime import flex_attention as documented
+from softcap_runtime.compat import torch_features
 from softcap_runtime.cpu.library import library
 from softcap_runtime.flex_attention import (
     create_flex_attention_causal_mask,

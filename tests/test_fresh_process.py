@@ -140,7 +140,7 @@ def test_one_bad_setting_is_one_line(tmp_path: Path) -> None:
 @NEEDS_FLEX
 def test_two_cold_processes_build_once(runtime: Runtime, tmp_path: Path, seed: int) -> None:
     """They start together and need the same kernel; the compiler is a stand-in that takes its time."""
-    from softcap_runtime.kernels.package import Package
+    from softcap_runtime.engines.package import Package
 
     spec = Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
     runtime.supply.get(spec)
@@ -148,7 +148,7 @@ def test_two_cold_processes_build_once(runtime: Runtime, tmp_path: Path, seed: i
     (tmp_path / "kernel.pt2").write_bytes(data)
     code = f"""
 import os, time, torch, softcap_runtime as s
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.engines.package import Package
 def build(spec):
     with open({str(tmp_path / "builds")!r}, "a") as log: log.write(f"{{os.getpid()}}\\n")
     time.sleep(1)

@@ -12,18 +12,21 @@ import softcap_runtime
 ROOT = Path(softcap_runtime.__file__).parent
 # From the top down: a module imports from its own layer, or from lower ones.
 LAYERS: list[tuple[str, ...]] = [
-    ("cli", "cli_app", "cli_cache", "cli_tables", "integrations", "flex_attention", "presets"),
+    ("cli", "integrations", "flex_attention", "presets"),
     ("runtime",),
-    ("distributed", "paged", "prewarm", "prewarm_rows", "prewarm_tune", "cache_report", "gpu_info", "stats"),
-    ("supply", "plans", "tuned"),
-    ("kernels", "cpu", "cuda", "engines"),
+    ("distributed", "paged", "prewarm", "report"),
+    ("supply", "plans"),
+    ("ops",),
+    ("engines",),
+    ("cpu", "cuda"),
+    ("engines.engine", "cuda.options"),
     ("masks",),
     ("artifacts",),
     ("store",),
-    ("kernels.key",),
+    ("engines.spec",),
     ("checks", "reference"),
-    ("torch_features", "torch_private", "torch_transforms", "compat"),
-    ("config", "errors", "interrupts", "memory_file"),
+    ("compat",),
+    ("config", "errors"),
 ]
 HEAVY = ("torch._dynamo", "torch._inductor", "triton")
 
@@ -78,8 +81,6 @@ def test_a_module_imports_from_its_layer_or_below(name: str) -> None:
 
 def test_no_cycle() -> None:
     """Each module can be followed down to those that import nothing of ours."""
-    if "store.repair" in MODULES:
-        pytest.xfail("the store's cycles go with its own change, which removes store/repair.py")
     ahead = {name: imports_of(name) for name in MODULES if name}
     while ahead:
         done = {name for name, needs in ahead.items() if not needs & ahead.keys()}
@@ -99,4 +100,4 @@ def test_only_builders_and_compiled_kernels_import_compilers_at_the_top() -> Non
             wanted = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             wanted += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             heavy = {one for one in wanted if one.startswith(HEAVY)}
-            assert not heavy or "triton_" in name or "gluon" in name or name.startswith("cuda."), name
+            assert not heavy or name.startswith("cuda."), name

@@ -23,10 +23,10 @@ from softcap_runtime import (
     RuntimeSettings,
 )
 from softcap_runtime.cpu.library import CpuLibrary, library
-from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.engines.package import Package
+from softcap_runtime.engines.spec import KernelSpec
 from softcap_runtime.presets import requests_for
-from softcap_runtime.prewarm_rows import Outcome, kernel_name, row_of, shown_work
+from softcap_runtime.prewarm.rows import Outcome, kernel_name, row_of, shown_work
 
 CONFIG = AttentionConfig(softcap=50.0, scale=HEAD_DIM**-0.5, window=100)
 WIDE = CONFIG.model_copy(update={"window": None})
@@ -181,7 +181,13 @@ def test_the_bar_counts_kernels_that_were_made_or_failed(capsys: pytest.CaptureF
 
 
 def test_importing_the_package_imports_no_tool() -> None:
-    heavy = {"typer", "rich", "softcap_runtime.cli", "softcap_runtime.prewarm", "softcap_runtime.stats"}
+    heavy = {
+        "typer",
+        "rich",
+        "softcap_runtime.cli.main",
+        "softcap_runtime.prewarm.prewarm",
+        "softcap_runtime.report.stats",
+    }
     code = f"import softcap_runtime, sys; print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -40,8 +40,8 @@ from softcap_runtime import (
 )
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.cpu.library import CpuLibrary, library
-from softcap_runtime.kernels.engine import Call
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.engines.engine import Call
+from softcap_runtime.engines.package import Package
 from softcap_runtime.masks.intervals import band, row_intervals
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)

@@ -13,10 +13,10 @@ from helpers import HEAD_DIM, NEEDS_FLEX
 from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettings
 from softcap_runtime.artifacts.lifecycle import Supplied
 from softcap_runtime.cpu.library import CpuLibrary, library
-from softcap_runtime.kernels.cubin import CubinSpec
-from softcap_runtime.kernels.gpu_kernel import GpuKernel
-from softcap_runtime.kernels.package import Package
-from softcap_runtime.stats import EngineStats
+from softcap_runtime.cuda.cubin import CubinSpec
+from softcap_runtime.cuda.kernel import GpuKernel
+from softcap_runtime.engines.package import Package
+from softcap_runtime.report.stats import EngineStats
 
 CONFIG = AttentionConfig(softcap=50.0, scale=HEAD_DIM**-0.5)
 

@@ -17,14 +17,15 @@ from softcap_runtime import (
     PrewarmRequest,
     Runtime,
     RuntimeSettings,
-    cli,
-    prewarm_tune,
-    tuned,
 )
-from softcap_runtime import prewarm as prewarming
-from softcap_runtime.kernels import gpu_options, gpu_tune
-from softcap_runtime.kernels.gpu_options import BlockOptions, DeviceLimits, choose, variants
-from softcap_runtime.kernels.gpu_tune import Shape, Trial
+from softcap_runtime.cli.main import main as cli
+from softcap_runtime.cuda import options as gpu_options
+from softcap_runtime.cuda import tune as gpu_tune
+from softcap_runtime.cuda import tuned
+from softcap_runtime.cuda.options import BlockOptions, DeviceLimits, choose, variants
+from softcap_runtime.cuda.tune import Shape, Trial
+from softcap_runtime.prewarm.prewarm import prewarm as prewarming
+from softcap_runtime.prewarm.prewarm import tune as prewarm_tune
 from softcap_runtime.supply import Supply
 
 LIMITS = DeviceLimits(227 * 1024, (9, 0), 132)

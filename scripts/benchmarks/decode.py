@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.report import Report, side_by_side
-from softcap_runtime.kernels.key import dtype_name
+from softcap_runtime.engines.spec import dtype_name
 
 # Batch and keys in the cache; Hq8 Hkv4 D256.
 SHAPES = ((1, 512), (1, 4096), (1, 32768), (8, 2048))

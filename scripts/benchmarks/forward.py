@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.report import Report, side_by_side
-from softcap_runtime.kernels.key import dtype_name
+from softcap_runtime.engines.spec import dtype_name
 
 SHAPES = ((1, 8, 4, 512, 256), (1, 8, 4, 2048, 256), (2, 16, 8, 1024, 128))
 

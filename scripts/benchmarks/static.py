@@ -9,10 +9,10 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.report import Report, side_by_side
-from softcap_runtime.kernels.choose import engine_named
-from softcap_runtime.kernels.engine import Problem, Runner
-from softcap_runtime.kernels.graphs import graph
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.engines.choose import engine_named
+from softcap_runtime.engines.engine import Problem, Runner
+from softcap_runtime.engines.graphs import graph
+from softcap_runtime.engines.package import Package
 from softcap_runtime.masks import MaskMemo, band
 
 LENGTHS = (512, 1024, 2048, 4096)

@@ -22,8 +22,8 @@ from torch import Tensor
 from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime, RuntimeSettings, reference
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.cpu.library import CpuLibrary
-from softcap_runtime.kernels.package import Package
-from softcap_runtime.prewarm import artifacts_of
+from softcap_runtime.engines.package import Package
+from softcap_runtime.prewarm.prewarm import artifacts_of
 from softcap_runtime.supply import Supply
 from stressing.events import Note
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any, Protocol
 
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.engines.spec import KernelSpec
 from softcap_runtime.store.key import Key
 
 

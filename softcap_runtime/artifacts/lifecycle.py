@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.artifacts.children import Stopped
+from softcap_runtime.engines.spec import kernel_name
 from softcap_runtime.errors import KernelNotPrewarmed
-from softcap_runtime.kernels.key import kernel_name
 from softcap_runtime.store.key import Key
 from softcap_runtime.store.store import Loaded, Store
 

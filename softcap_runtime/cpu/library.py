@@ -15,9 +15,9 @@ import torch
 
 from softcap_runtime.artifacts import build
 from softcap_runtime.artifacts.sources import digest
+from softcap_runtime.compat.memory_file import MemoryFile
+from softcap_runtime.engines.spec import KernelSpec
 from softcap_runtime.errors import SoftcapRuntimeError
-from softcap_runtime.kernels.key import KernelSpec
-from softcap_runtime.memory_file import MemoryFile
 from softcap_runtime.store.fingerprint import fingerprint
 from softcap_runtime.store.key import Key
 

@@ -17,9 +17,9 @@ from softcap_runtime.config import AttentionConfig
 from softcap_runtime.distributed.agree import agree, digest
 from softcap_runtime.distributed.context import ContextMask
 from softcap_runtime.distributed.ranges import picked
-from softcap_runtime.kernels import operator
-from softcap_runtime.kernels.engine import Call
-from softcap_runtime.kernels.sharding import check_placements, is_dtensor
+from softcap_runtime.engines.engine import Call
+from softcap_runtime.ops import operator
+from softcap_runtime.ops.sharding import check_placements, is_dtensor
 from softcap_runtime.plans import Server
 
 # What ranks have agreed on, so that later calls of the kind gather nothing: a few numbers each.

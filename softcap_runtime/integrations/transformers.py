@@ -25,15 +25,15 @@ from torch import Tensor
 
 from softcap_runtime.checks import Cap, check_qkv
 from softcap_runtime.config import check_positive
+from softcap_runtime.engines.general import attend_elements
 from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, read
 from softcap_runtime.integrations.hf_packed import packed_arguments
 from softcap_runtime.integrations.hf_probe import probe
 from softcap_runtime.integrations.hf_serving import admit, attend_paged
-from softcap_runtime.kernels.general import attend_elements
-from softcap_runtime.kernels.operator import autocast_inputs
 from softcap_runtime.masks.elements import read_elements
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, combined, dense, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable, data_is_there, has_holes
+from softcap_runtime.ops.operator import autocast_inputs
 from softcap_runtime.runtime import Runtime
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """Masks as row intervals, and what the engines need of them in closed form."""
 
+from softcap_runtime.masks.block_mask import block_mask, form_of, intervals_of
 from softcap_runtime.masks.blocks import (
     BLOCK,
     BlockTables,
@@ -10,7 +11,6 @@ from softcap_runtime.masks.blocks import (
     query_tables,
 )
 from softcap_runtime.masks.documents import document_ids_from_cu_seqlens, document_ids_from_position_ids
-from softcap_runtime.masks.flex import block_mask, form_of, intervals_of
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, dense, edges, row_intervals
 from softcap_runtime.masks.memo import MaskMemo
 from softcap_runtime.masks.validate import check_mask_arguments

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softcap_runtime import torch_features
+from softcap_runtime.compat import torch_features
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, edges
 
 if TYPE_CHECKING:

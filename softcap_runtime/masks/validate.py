@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcap_runtime.compat.torch_transforms import assert_in_graph, in_transform
 from softcap_runtime.masks.intervals import padding_edges
-from softcap_runtime.torch_transforms import assert_in_graph, in_transform
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

@@ -14,7 +14,7 @@ import pytest
 
 from softcap_runtime import BuildFailed, KernelNotPrewarmed, SoftcapRuntimeError
 from softcap_runtime.artifacts.lifecycle import Artifacts
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.engines.spec import KernelSpec
 from softcap_runtime.store import Key, Store
 
 BUILDS: list[str] = []

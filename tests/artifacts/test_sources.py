@@ -9,32 +9,38 @@ import pytest
 
 from softcap_runtime import SoftcapRuntimeError
 from softcap_runtime.artifacts import sources
-from softcap_runtime.kernels import gpu_kernel, package, triton_build
+from softcap_runtime.cuda import kernel as gpu_kernel
+
+# Where code that is compiled begins, and what a kernel's own code may read without its machine code changing: errors,
+from softcap_runtime.cuda.triton import build as triton_build
+
+# Where code that is compiled begins, and what a kernel's own code may read without its machine code changing: errors,
+from softcap_runtime.engines import package
 
 # Where code that is compiled begins, and what a kernel's own code may read without its machine code changing: errors,
 # types, and what is settled again when a kernel is bound.
 BUILDERS = {
     "packages": (
         package.SOURCES,
-        ("kernels/graphs/builder.py",),
+        ("engines/graphs/builder.py",),
         {
-            "kernels/engine.py",
-            "kernels/package.py",
-            "kernels/gpu_options.py",
+            "engines/engine.py",
+            "engines/package.py",
+            "cuda/options.py",
             "masks/intervals.py",
             "masks/memo.py",
             "artifacts/artifact.py",
-            "torch_features.py",
+            "compat/torch_features.py",
             "errors.py",
         },
     ),
     "GPU kernels": (
         gpu_kernel.SOURCES,
         (
-            "kernels/triton_build.py",
+            "cuda/triton/build.py",
             *(f"{module.replace('.', '/')}.py" for module in triton_build.MODULES.values()),
         ),
-        {"errors.py", "kernels/gpu_options.py", "kernels/key.py"},
+        {"errors.py", "cuda/options.py", "engines/spec.py"},
     ),
 }
 
@@ -53,7 +59,15 @@ def imported(name: str) -> set[str]:
                 continue
             for one in ("/".join(parts), *("/".join([*parts, alias.name]) for alias in node.names)):
                 found |= {f for f in (f"{one}.py", f"{one}/__init__.py") if (sources.ROOT / f).is_file()}
-    return found - {"__init__.py", "cuda/__init__.py", "kernels/__init__.py", "masks/__init__.py"}
+    return found - {
+        "__init__.py",
+        "cuda/__init__.py",
+        "cuda/gluon/__init__.py",
+        "cuda/triton/__init__.py",
+        "compat/__init__.py",
+        "engines/__init__.py",
+        "masks/__init__.py",
+    }
 
 
 @pytest.mark.parametrize("kind", BUILDERS)

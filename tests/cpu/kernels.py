@@ -15,8 +15,8 @@ from torch import Tensor
 from softcap_runtime import AttentionConfig, reference
 from softcap_runtime.artifacts.lifecycle import Artifacts
 from softcap_runtime.cpu.library import CpuLibrary, Library
-from softcap_runtime.kernels.blocked import ENGINE
-from softcap_runtime.kernels.engine import Problem
+from softcap_runtime.engines.blocked_cpu import ENGINE
+from softcap_runtime.engines.engine import Problem
 from softcap_runtime.masks.intervals import RowIntervals, band, clipped, dense
 
 SINGLE, PAIRS, TILES = 1, 2, 3

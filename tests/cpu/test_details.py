@@ -25,7 +25,7 @@ from cpu.kernels import (
 )
 from softcap_runtime import AttentionConfig
 from softcap_runtime.cpu import library as cpu_library
-from softcap_runtime.kernels.blocked import CpuProblem
+from softcap_runtime.engines.blocked_cpu import CpuProblem
 from softcap_runtime.masks.intervals import RowIntervals, band, clipped, dense
 
 KERNELS = pytest.mark.parametrize("kernel", [*NATIVE, *NARROW], ids=str)

@@ -22,7 +22,7 @@ from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettin
 from softcap_runtime.artifacts import sources
 from softcap_runtime.cpu import library as cpu_library
 from softcap_runtime.cpu.library import CpuLibrary, library
-from softcap_runtime.kernels import blocked
+from softcap_runtime.engines import blocked_cpu as blocked
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
 ROOT = Path(cpu_library.__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from softcap_runtime.kernels import gpu_options
-from softcap_runtime.kernels.gpu_options import BlockOptions, DeviceLimits, choose
+from softcap_runtime.cuda import options as gpu_options
+from softcap_runtime.cuda.options import BlockOptions, DeviceLimits, choose
 
 SIZES = (101376, 166912, 232448)
 HOPPER = DeviceLimits(232448, (9, 0), 132)

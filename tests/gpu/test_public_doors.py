@@ -33,7 +33,7 @@ from softcap_runtime import (
     slow_attention_softcapping,
     slow_inference_attention_softcapping,
 )
-from softcap_runtime.kernels.gpu_options import device_limits, variants
+from softcap_runtime.cuda.options import device_limits, variants
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125, window=100)

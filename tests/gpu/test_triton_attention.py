@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from softcap_runtime import reference
-from softcap_runtime.kernels import triton_build
-from softcap_runtime.kernels.cubin import Cubin, CubinSpec
-from softcap_runtime.kernels.cuda_driver import LoadedCubin
-from softcap_runtime.kernels.gpu_options import BlockOptions, Direction, choose, device_limits
-from softcap_runtime.kernels.triton_attention import bind_forward
-from softcap_runtime.kernels.triton_gradient import bind_backward
+from softcap_runtime.cuda.cubin import Cubin, CubinSpec
+from softcap_runtime.cuda.driver import LoadedCubin
+from softcap_runtime.cuda.options import BlockOptions, Direction, choose, device_limits
+from softcap_runtime.cuda.triton import build as triton_build
+from softcap_runtime.cuda.triton.attention import bind_forward
+from softcap_runtime.cuda.triton.gradient import bind_backward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

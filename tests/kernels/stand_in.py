@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from softcap_runtime.kernels.gpu_options import DeviceLimits, device_limits
+from softcap_runtime.cuda.options import DeviceLimits, device_limits
 
 
 def tell_of(limits: DeviceLimits, set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:

@@ -16,11 +16,9 @@ from stand_in import tell_of
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, reference
-from softcap_runtime.kernels import blocked_cuda, triton_attention, triton_gradient
-from softcap_runtime.kernels.cubin import CubinSpec
-from softcap_runtime.kernels.engine import Problem
-from softcap_runtime.kernels.gpu_kernel import GpuKernel
-from softcap_runtime.kernels.gpu_options import (
+from softcap_runtime.cuda.cubin import CubinSpec
+from softcap_runtime.cuda.kernel import GpuKernel
+from softcap_runtime.cuda.options import (
     BlockOptions,
     DeviceLimits,
     Direction,
@@ -28,7 +26,11 @@ from softcap_runtime.kernels.gpu_options import (
     device_limits,
     triton_version,
 )
-from softcap_runtime.kernels.triton_launch import TMA_FROM
+from softcap_runtime.cuda.triton import attention as triton_attention
+from softcap_runtime.cuda.triton import gradient as triton_gradient
+from softcap_runtime.cuda.triton.launch import TMA_FROM
+from softcap_runtime.engines import blocked_cuda
+from softcap_runtime.engines.engine import Problem
 from softcap_runtime.masks.intervals import RowIntervals, band, row_intervals
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.2)

@@ -16,15 +16,16 @@ from softcap_runtime import (
     PrewarmRequest,
     Runtime,
     RuntimeSettings,
-    torch_features,
 )
-from softcap_runtime.kernels import blocked, flex
-from softcap_runtime.kernels import choose as rules
-from softcap_runtime.kernels.choose import choose
-from softcap_runtime.kernels.engine import Problem
-from softcap_runtime.kernels.key import dtype_name
+from softcap_runtime.compat import torch_features
+from softcap_runtime.engines import blocked_cpu as blocked
+from softcap_runtime.engines import choose as rules
+from softcap_runtime.engines import flex_cpu as flex
+from softcap_runtime.engines.choose import choose
+from softcap_runtime.engines.engine import Problem
+from softcap_runtime.engines.spec import dtype_name
 from softcap_runtime.masks.intervals import RowIntervals, band
-from softcap_runtime.prewarm import artifacts_of
+from softcap_runtime.prewarm.prewarm import artifacts_of
 from softcap_runtime.supply import Supply
 
 CPU = torch.device("cpu")

@@ -19,8 +19,8 @@ from softcap_runtime import (
     create_flex_attention_causal_mask,
     create_flex_attention_sliding_window_mask,
     slow_attention_softcapping,
-    torch_features,
 )
+from softcap_runtime.compat import torch_features
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125, window=30)
 

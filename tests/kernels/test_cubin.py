@@ -13,11 +13,12 @@ import torch
 
 from softcap_runtime import RuntimeSettings
 from softcap_runtime.artifacts.sources import digest
+from softcap_runtime.cuda import driver as cuda_driver
+from softcap_runtime.cuda.cubin import Box, Cubin, CubinSpec, Parameter, Pointer, Tile, spec_of
+from softcap_runtime.cuda.kernel import SOURCES, GpuKernel
+from softcap_runtime.cuda.triton import build as triton_build
+from softcap_runtime.engines.engine import Problem
 from softcap_runtime.errors import BuildFailed, KernelNotPrewarmed
-from softcap_runtime.kernels import cuda_driver, triton_build
-from softcap_runtime.kernels.cubin import Box, Cubin, CubinSpec, Parameter, Pointer, Tile, spec_of
-from softcap_runtime.kernels.engine import Problem
-from softcap_runtime.kernels.gpu_kernel import SOURCES, GpuKernel
 from softcap_runtime.masks.intervals import band
 from softcap_runtime.supply import Supply
 

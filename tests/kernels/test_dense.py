@@ -11,7 +11,7 @@ import torch
 from helpers import HEAD_DIM, LAYOUTS, Sizes, dense_tolerance, expected, make_qkv, relative_error
 
 from softcap_runtime import AttentionConfig, KernelNotPrewarmed, PrewarmRequest, Runtime, RuntimeSettings
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.engines.spec import KernelSpec
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
 

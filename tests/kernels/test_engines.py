@@ -30,8 +30,8 @@ from masks.oracle import mask_cases, oracle
 from rounding import logsumexp_error, output_error
 
 from softcap_runtime import AttentionConfig, Runtime, reference
-from softcap_runtime.kernels import flex
-from softcap_runtime.kernels.engine import Call
+from softcap_runtime.engines import flex_cpu as flex
+from softcap_runtime.engines.engine import Call
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 
 PACKAGED = ["flex", "blocked", "eager"]

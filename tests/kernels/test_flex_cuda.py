@@ -11,13 +11,13 @@ from helpers import Sizes, expected, gradients, in_model_order, make_qkv, relati
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from softcap_runtime import AttentionConfig
-from softcap_runtime.kernels import blocked_cuda, choose, flex_cuda
-from softcap_runtime.kernels.engine import Problem
-from softcap_runtime.kernels.key import KernelSpec
+from softcap_runtime.compat.torch_private import has_flex_backward
+from softcap_runtime.compat.torch_transforms import below_autograd
+from softcap_runtime.engines import blocked_cuda, choose, flex_cuda
+from softcap_runtime.engines.engine import Problem
+from softcap_runtime.engines.spec import KernelSpec
 from softcap_runtime.masks.intervals import RowIntervals, band, row_intervals
 from softcap_runtime.masks.memo import MaskMemo
-from softcap_runtime.torch_private import has_flex_backward
-from softcap_runtime.torch_transforms import below_autograd
 
 pytestmark = pytest.mark.skipif(not has_flex_backward(), reason="this torch does not show flex's backward")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

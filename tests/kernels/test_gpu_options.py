@@ -8,10 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from softcap_runtime import cli_tables, gpu_info
-from softcap_runtime.kernels import triton_launch
-from softcap_runtime.kernels.cubin import spec_of
-from softcap_runtime.kernels.gpu_options import (
+from softcap_runtime.cli import tables as cli_tables
+from softcap_runtime.cuda.cubin import spec_of
+from softcap_runtime.cuda.options import (
     PADDED_ROWS,
     BlockOptions,
     DeviceLimits,
@@ -24,6 +23,8 @@ from softcap_runtime.kernels.gpu_options import (
     table,
     variants,
 )
+from softcap_runtime.cuda.triton import launch as triton_launch
+from softcap_runtime.report import gpus as gpu_info
 from softcap_runtime.store import Key
 
 CARDS = {

@@ -25,15 +25,16 @@ from softcap_runtime import (
     Runtime,
     RuntimeSettings,
     SoftcapRuntimeError,
-    torch_private,
 )
 from softcap_runtime.artifacts import build
+from softcap_runtime.compat import torch_private
 from softcap_runtime.cpu.library import library
-from softcap_runtime.kernels import flex, package
-from softcap_runtime.kernels.engine import Call
-from softcap_runtime.kernels.graphs import graph
-from softcap_runtime.kernels.key import MaskKind, dtype_of
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.engines import flex_cpu as flex
+from softcap_runtime.engines import package
+from softcap_runtime.engines.engine import Call
+from softcap_runtime.engines.graphs import graph
+from softcap_runtime.engines.package import Package
+from softcap_runtime.engines.spec import MaskKind, dtype_of
 from softcap_runtime.masks.intervals import band
 from softcap_runtime.masks.memo import MaskMemo
 from softcap_runtime.store import fingerprint
@@ -198,7 +199,7 @@ def test_bytes_that_are_verified_but_no_package(
 LOADED_WITH_LESS = """
 import os, resource, sys
 from softcap_runtime import SoftcapRuntimeError
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.engines.package import Package
 data = open(sys.argv[1], "rb").read()
 limit, low = getattr(resource, sys.argv[2]), int(sys.argv[3])
 spec, before = Package("flex_forward", "cpu", "float32", 64, True, "band"), resource.getrlimit(limit)
@@ -337,8 +338,8 @@ def test_a_builder_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
 @NEEDS_FLEX
 def test_a_builder_loads_what_it_built(tmp_path: Path) -> None:
     code = (
-        "import sys; from softcap_runtime.kernels.graphs import builder\n"
-        "from softcap_runtime.kernels.package import Package\n"
+        "import sys; from softcap_runtime.engines.graphs import builder\n"
+        "from softcap_runtime.engines.package import Package\n"
         "builder.load_package = lambda data: print('loaded', len(data))\n"
         f"builder.compile_package({BAND!r}, sys.argv[1])"
     )

@@ -10,7 +10,7 @@ import torch
 from helpers import Sizes, expected, gradients, make_qkv, relative_error
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
-from softcap_runtime.kernels import planned
+from softcap_runtime.ops import planned
 
 attend = planned.attend
 CONFIG = AttentionConfig(softcap=50.0, scale=0.2, window=30)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from softcap_runtime.kernels.graphs.softcap import HALF_LIMIT, capped, tanh, tanh_half
+from softcap_runtime.engines.graphs.softcap import HALF_LIMIT, capped, tanh, tanh_half
 
 
 def test_every_size_of_argument(seed: int) -> None:

@@ -13,9 +13,11 @@ from helpers import Sizes, make_qkv
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
-from softcap_runtime.kernels import blocked_cuda, triton_attention, triton_gradient
-from softcap_runtime.kernels.engine import Problem
-from softcap_runtime.kernels.triton_call import factors
+from softcap_runtime.cuda.triton import attention as triton_attention
+from softcap_runtime.cuda.triton import gradient as triton_gradient
+from softcap_runtime.cuda.triton.call import factors
+from softcap_runtime.engines import blocked_cuda
+from softcap_runtime.engines.engine import Problem
 from softcap_runtime.masks.intervals import band
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)

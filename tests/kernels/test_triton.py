@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from softcap_runtime.cuda.machine_code import overwritten_operands
-from softcap_runtime.kernels.gpu_options import DeviceLimits, choose, shared_bytes
+from softcap_runtime.cuda.options import DeviceLimits, choose, shared_bytes
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -233,8 +233,8 @@ def test_a_kernel_of_a_call_compiles_ahead_of_time(
 IN_A_CHILD = """
 import sys, torch
 from softcap_runtime import BuildFailed
-from softcap_runtime.kernels.cubin import Cubin, Pointer, spec_of
-from softcap_runtime.kernels.gpu_kernel import GpuKernel
+from softcap_runtime.cuda.cubin import Cubin, Pointer, spec_of
+from softcap_runtime.cuda.kernel import GpuKernel
 single = Pointer(torch.float32)
 constants = {"D": 64, "DPAD": 64, "SPLITS": 8, "ALIGN": 8}
 how = {"capability": (9, 0), "dtype": torch.float32, "aligned": True, "warps": 4, "stages": 1}

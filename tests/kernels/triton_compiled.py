@@ -19,10 +19,11 @@ import stand_in
 import torch
 from torch import Tensor
 
-from softcap_runtime.kernels import gpu_options, triton_build
-from softcap_runtime.kernels.cubin import Cubin, CubinSpec, Number, Parameter
-from softcap_runtime.kernels.triton_attention import bind_forward
-from softcap_runtime.kernels.triton_gradient import bind_backward
+from softcap_runtime.cuda import options as gpu_options
+from softcap_runtime.cuda.cubin import Cubin, CubinSpec, Number, Parameter
+from softcap_runtime.cuda.triton import build as triton_build
+from softcap_runtime.cuda.triton.attention import bind_forward
+from softcap_runtime.cuda.triton.gradient import bind_backward
 
 
 class Wanted:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from softcap_runtime import reference
-from softcap_runtime.kernels import gpu_options
-from softcap_runtime.kernels.cubin import CubinSpec, Number, Parameter
-from softcap_runtime.kernels.triton_attention import bind_forward
-from softcap_runtime.kernels.triton_build import kernel_of
-from softcap_runtime.kernels.triton_gradient import bind_backward
+from softcap_runtime.cuda import options as gpu_options
+from softcap_runtime.cuda.cubin import CubinSpec, Number, Parameter
+from softcap_runtime.cuda.triton.attention import bind_forward
+from softcap_runtime.cuda.triton.build import kernel_of
+from softcap_runtime.cuda.triton.gradient import bind_backward
 
 LIMITS = gpu_options.DeviceLimits(227 * 1024, (9, 0), 132)
 stand_in.tell_of(LIMITS)

@@ -10,7 +10,7 @@ import torch
 from triton_interpreted import Kernels, poisoned
 
 from softcap_runtime import reference
-from softcap_runtime.kernels.paged_cuda import bind_paged
+from softcap_runtime.cuda.paged import bind_paged
 
 
 def error(case: dict[str, Any]) -> float:

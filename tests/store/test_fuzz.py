@@ -23,7 +23,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from softcap_runtime import cache_report, cli_tables
+from softcap_runtime.cli import tables as cli_tables
+from softcap_runtime.report import cache as cache_report
 from softcap_runtime.store import Key, Store
 from softcap_runtime.store import bundle as bundles
 from softcap_runtime.store import entry as entries_

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from softcap_runtime.cache_report import CacheReport, report
+from softcap_runtime.report.cache import CacheReport, report
 from softcap_runtime.store import Key, Store, fingerprint
 
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import HEAD_DIM, NEEDS_FLEX
 
 from softcap_runtime import Runtime
-from softcap_runtime.kernels.package import Package
+from softcap_runtime.engines.package import Package
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "stress.py"
 

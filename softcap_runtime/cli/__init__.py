@@ -1,0 +1,1 @@
+"""The ``softcap-runtime`` command."""

@@ -1,0 +1,143 @@
+"""Torch's private functions on what stands between a call and its kernel: torch.func, modes, autocast, autograd.
+
+As in ``torch_private``, each says what is private, why it is used, and what serves when it is gone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.compat.torch_private import public_only
+
+
+def in_transform(x: Tensor) -> bool:
+    """Whether ``x`` is a tensor of a torch.func transform, which wraps what it stands for.
+
+    Private: how functorch's wrappers are told. Gone: none is, and vmap refuses masks that are checked.
+    """
+    wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
+    return wrapped is not None and not public_only() and bool(wrapped(x))
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """What is inside a tensor of torch.func's transforms, with the dimensions that vmap hides. Private: the same."""
+    while in_transform(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def assert_in_graph(condition: Tensor, message: str) -> None:
+    """Have the program that is being traced raise RuntimeError(message) when it runs and ``condition`` is False.
+
+    Under torch.func, where nothing is traced, it raises here.
+
+    Private: ``torch._assert_async``; of the public checks none takes a tensor that nobody has read. Gone: bad data
+    inside a graph gives a wrong mask and no error, as with the Inductor of torch before 2.9, which drops the check.
+    """
+    check = getattr(torch, "_assert_async", None)
+    if not torch.compiler.is_compiling() and in_transform(condition):
+        if not bool(unwrapped(condition).all()):
+            raise RuntimeError(message)
+    elif check is not None and not public_only():
+        check(condition, message)
+
+
+def below_autograd(recording: bool) -> AbstractContextManager[object]:
+    """A context in which an operator's call goes past its own autograd kernel, to what comes next.
+
+    That is the kernel that computes, or under torch.func the autograd kernel of a level further out. ``recording``: the
+    grad mode of those levels; an autograd function, which is applied at one of them, has switched it off for all.
+
+    Private: ``torch._C._AutoDispatchBelowAutograd``, the name that torch's own documentation of autograd kernels
+    in Python uses; there is no public one. Gone: importing the operator fails and says so.
+    """
+    if public_only() or not torch._C._are_functorch_transforms_active():
+        return _below_autograd()
+    return _on_to_outer_levels(recording)
+
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+@contextmanager
+def _on_to_outer_levels(recording: bool) -> Iterator[None]:
+    """As torch's own ``custom_function_call`` goes on. Private: ``_set_fwd_grad_enabled`` of forward-mode AD."""
+    forward_gradients = torch.autograd.forward_ad._set_fwd_grad_enabled
+    with torch.set_grad_enabled(recording), forward_gradients(True), _below_autograd():
+        yield
+
+
+def apply_function(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """Apply an autograd function inside an operator's autograd kernel, also under torch.func transforms.
+
+    The function is given the grad mode first, for its ``below_autograd``.
+
+    Private: ``torch._functorch.utils.enable_single_level_autograd_function``, and the class of what it enables. The
+    dispatcher has dealt with torch.func when the kernel runs; the public ``apply`` would do so again, and fail. Gone:
+    the public ``apply``, without torch.func.
+    """
+    recording = torch.is_grad_enabled()
+    if public_only() or not torch._C._are_functorch_transforms_active():
+        return function.apply(recording, *inputs)  # type: ignore[no-untyped-call]
+    from torch._functorch.utils import enable_single_level_autograd_function
+
+    with enable_single_level_autograd_function():
+        return _of_single_level(function).apply(recording, *inputs)
+
+
+@functools.cache
+def _of_single_level(function: type[torch.autograd.Function]) -> Any:
+    """The same on the base class of ``Function``: 2.14 tells by the class whether ``apply`` looks for transforms."""
+    members = {name: vars(function)[name] for name in ("forward", "backward", "jvp")}
+    return type(function.__name__, (torch.autograd.function._SingleLevelFunction,), members)
+
+
+def is_batch_of_gradients(x: Tensor) -> bool:
+    """Whether ``x`` stands for many gradients at once (``is_grads_batched=True`` of ``torch.autograd.grad``).
+
+    Private: the mark of tensors that torch's first vmap makes. Gone: such gradients raise in the engines.
+    """
+    marked = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)
+    return marked is not None and bool(marked(x))
+
+
+def interpreters_active(*tensors: Tensor | None) -> bool:
+    """Whether a dispatch mode, a functorch transform, autocast, forward-mode AD or ``torch.jit.trace`` stands between
+    a call and its kernel, or one of its tensors does: no kernel can read one of a class with a ``__torch_dispatch__``.
+
+    Private: the depth of the dispatch-mode stack, functorch's stack, the flags of autocast on any device and of
+    TorchScript's tracing, and the level of ``torch.autograd.forward_ad``; no public name tells them. Gone: True, and
+    every call goes through the torch operator, some microseconds slower.
+    """
+    return _probe() or not (_PLAIN.issuperset(map(type, tensors)) or all(map(_is_read, tensors)))
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def _is_read(x: Tensor | None) -> bool:
+    return x is None or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def _make_probe() -> Callable[[], bool]:
+    try:
+        modes = torch._C._len_torch_dispatch_stack
+        functorch = torch._C._functorch.peek_interpreter_stack
+        autocast = torch._C._is_any_autocast_enabled
+        forward_ad = torch.autograd.forward_ad
+        traced = torch._C._is_tracing
+        modes(), functorch(), autocast(), traced(), forward_ad._current_level
+    except (AttributeError, TypeError):
+        return lambda: True
+    return lambda: (
+        modes() > 0 or autocast() or functorch() is not None or traced() or forward_ad._current_level >= 0
+    )
+
+
+_probe: Callable[[], bool] = (lambda: True) if public_only() else _make_probe()

@@ -1,0 +1,182 @@
+"""What the Gluon kernels share: rings of tiles, the row intervals, the weights of raw products.
+
+Only import this module where Triton is installed; importing the package does not.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from softcap_runtime.cuda.triton import asm
+
+# How a raw product <q, k> becomes a logit, as ``triton.common`` numbers them; its fourth form is not served here.
+PLAIN = gl.constexpr(0)
+LOGISTIC = gl.constexpr(1)
+TANH_APPROX = gl.constexpr(2)
+
+# An interval that excludes every key: a row that sees nothing, and no sum of two such leaves int32.
+FAR = gl.constexpr(1 << 29)
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+LOGISTIC_ASM = gl.constexpr(asm.logistic())
+WEIGHTS_ASM = gl.constexpr(asm.weights())
+TANH_WEIGHTS_ASM = gl.constexpr(asm.tanh_weights())
+FOUR = gl.constexpr("=f,=f,=f,=f,f,f,f,f")
+FOUR_OF_THREE = gl.constexpr("=f,=f,=f,=f,f,f,f,f,f,f,f,f,f,f,f,f")
+
+# Warpgroups that compute, as compile-time arguments.
+FIRST = gl.constexpr(0)
+SECOND = gl.constexpr(1)
+THIRD = gl.constexpr(2)
+# Registers of a thread that loads tiles; the consumers get what is left.
+PRODUCER_REGISTERS = gl.constexpr(24)
+
+
+@gluon.jit
+def ring(STAGES: gl.constexpr):
+    """Barriers of a ring of STAGES tiles, one element each."""
+    return gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def start_ring(full, empty, STAGES: gl.constexpr, READERS: gl.constexpr):
+    """One producer fills each tile, READERS warpgroups release it."""
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=READERS)
+
+
+@gluon.jit
+def advance(slot, phase, STAGES: gl.constexpr):
+    """The next tile of a ring, and the phase of its barriers."""
+    slot += 1
+    if slot == STAGES:
+        slot = 0
+        phase ^= 1
+    return slot, phase
+
+
+@gluon.jit
+def anew(slot):
+    """``slot``, in a way that the addresses which follow from it are computed anew in each step of a loop.
+
+    Those of tiles that stay where they are would otherwise be kept in registers from before the loop, in so many that
+    others are spilled.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def tile_of(turn, heads):
+    """The work of a turn, the first blocks of all heads before the second: ``(tile, place of the block, head)``.
+
+    Odd turns run backwards, so that no program gets the longer tile of every turn.
+    """
+    programs = gl.num_programs(0)
+    place = gl.program_id(0)
+    tile = turn * programs + gl.where(turn % 2 == 1, programs - 1 - place, place)
+    return tile, tile // heads, tile % heads
+
+
+@gluon.jit
+def block_at(index, first, full_first, full_end, end):
+    """The block of keys at a place of the order that all warps keep: from the end those past the full ones, those
+    before them, then the full ones."""
+    after = end - full_end
+    partial = after + full_first - first
+    block = gl.where(index < after, end - 1 - index, first + index - after)
+    return gl.where(index < partial, block, full_first + index - partial)
+
+
+@gluon.jit
+def exp2(x):
+    """``2**x`` by one instruction, denormal results flushed to 0."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def fixed_weights(x, inner, coef, bias, FORM: gl.constexpr):
+    """``2**z`` of ``capped``'s z, for a bias that holds a fixed reference."""
+    if FORM == LOGISTIC:
+        return gl.inline_asm_elementwise(
+            WEIGHTS_ASM, FOUR_OF_THREE, [x * inner, coef, bias], dtype=gl.float32, is_pure=True, pack=4
+        )
+    elif FORM == TANH_APPROX:
+        return gl.inline_asm_elementwise(
+            TANH_WEIGHTS_ASM, FOUR_OF_THREE, [x * inner, coef, bias], dtype=gl.float32, is_pure=True, pack=4
+        )
+    else:
+        return exp2(x * inner + bias)
+
+
+@gluon.jit
+def capped(x, inner, coef, bias, FORM: gl.constexpr):
+    """The logit of a raw product in log2 units plus a shift, and the slope of its tanh, as ``triton.common.capped``."""
+    if FORM == PLAIN:
+        return x * inner + bias, 1.0
+    elif FORM == LOGISTIC:
+        r = gl.inline_asm_elementwise(LOGISTIC_ASM, FOUR, [x * inner], dtype=gl.float32, is_pure=True, pack=4)
+        return coef * r + bias, r - r * r
+    else:
+        t = gl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x * inner], dtype=gl.float32, is_pure=True, pack=1
+        )
+        return coef * t + bias, 1.0 - t * t
+
+
+@gluon.jit
+def row_intervals(rows, Lo, Hi, stride_b, b, left, right, Sq, Skv, BAND: gl.constexpr):
+    """``lo, hi`` of some query rows, clipped to the keys; a row that sees nothing gives ``FAR, 0``.
+
+    Rows past the end repeat the last one.
+    """
+    rows = gl.minimum(rows, Sq - 1)
+    if BAND:
+        lo = rows + left
+        hi = rows + right
+    else:
+        lo = gl.load(Lo + b * stride_b + rows)
+        hi = gl.load(Hi + b * stride_b + rows)
+    lo = gl.maximum(lo, 0)
+    hi = gl.minimum(hi, Skv)
+    empty = lo >= hi
+    return gl.where(empty, FAR, lo), gl.where(empty, 0, hi)
+
+
+@gluon.jit
+def key_blocks(
+    start, Lo, Hi, stride_b, b, left, right, Sq, Skv,
+    BAND: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """What query rows ``start`` to ``start + ROWS`` need of the keys, in blocks of N.
+
+    ``(first, full_first, full_end, end)``: blocks first...end hold every visible key, at least one;
+    full_first...full_end of them are visible to every row and need no mask.
+    """
+    last = gl.minimum(start + ROWS, Sq) - 1
+    if BAND:
+        lo_least, lo_most = gl.maximum(start + left, 0), gl.maximum(last + left, 0)
+        hi_least, hi_most = gl.minimum(start + right, Skv), gl.minimum(last + right, Skv)
+    else:
+        # A power of two from ROWS on; those past it repeat its last.
+        many: gl.constexpr = 64 if ROWS <= 64 else 128 if ROWS <= 128 else 256
+        rows = start + gl.arange(0, many, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        lo, hi = row_intervals(gl.minimum(rows, last), Lo, Hi, stride_b, b, left, right, Sq, Skv, BAND)
+        lo_least, lo_most = gl.min(lo, 0), gl.max(lo, 0)
+        hi_least, hi_most = gl.min(hi, 0), gl.max(hi, 0)
+    first = lo_least // N
+    end = gl.cdiv(gl.maximum(hi_most, 0), N)
+    first = gl.minimum(first, end)
+    full_first = gl.minimum(gl.cdiv(lo_most, N), end)
+    full_end = gl.maximum(gl.maximum(hi_least, 0) // N, full_first)
+    return first, full_first, full_end, gl.maximum(end, first + 1)
+
+
+@gluon.jit
+def hidden(z, keys, lo, hi):
+    """``z`` with -inf where a row does not see a key; all operands are shaped to broadcast."""
+    return gl.where((keys >= lo) & (keys < hi), z, float("-inf"))

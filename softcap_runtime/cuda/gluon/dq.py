@@ -1,0 +1,232 @@
+"""dq for compute capability 9.0, by query blocks.
+
+As ``triton.backward``, from which the formulas are, with one warp that loads tiles and two warpgroups that
+compute 64 rows each. A warpgroup's products wait for its pointwise work and the reverse; those of the other run
+meanwhile. ``triton.backward.statistics_kernel`` leaves Shift and Delta.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from softcap_runtime.cuda.gluon.common import (
+    FIRST,
+    PRODUCER_REGISTERS,
+    SECOND,
+    advance,
+    anew,
+    block_at,
+    capped,
+    exp2,
+    hidden,
+    key_blocks,
+    ring,
+    row_intervals,
+    start_ring,
+    tile_of,
+)
+
+NUMBERS = ["slo_b", "B", "Hq", "G", "Sq", "SqPad", "Skv", "left", "right", "inner", "coef", "gain"]
+
+
+@gluon.jit
+def _produce_dq(
+    Q, K, V, DO, Lo, Hi, q_s, do_s, k_s, v_s, bars, sizes,
+    BAND: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr, WARPGROUPS: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+):  # fmt: skip
+    own_full, own_empty, k_full, k_empty, v_full, v_empty = bars
+    slo_b, B, Hq, G, Sq, SqPad, Skv, left, right = sizes
+    ROWS: gl.constexpr = M * WARPGROUPS
+    blocks = gl.cdiv(Sq, ROWS)
+    tiles = B * Hq * blocks
+    k_slot, k_phase, v_slot, v_phase, turn_phase = 0, 1, 0, 1, 1
+    for turn in range(0, gl.cdiv(tiles, gl.num_programs(0))):
+        tile, place, head = tile_of(turn, B * Hq)
+        if tile < tiles:
+            b = head // Hq
+            h = head % Hq
+            hk = h // G
+            start = (blocks - 1 - place) * ROWS
+            first, full_first, full_end, end = key_blocks(
+                start, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 1
+            )
+            for c in gl.static_range(WARPGROUPS):
+                mbarrier.wait(own_empty.index(c), turn_phase)
+                mbarrier.expect(own_full.index(c), 2 * M * DPAD * 2)
+                tma.async_copy_global_to_shared(Q, [b, h, start + c * M, 0], own_full.index(c), q_s.index(c))
+                tma.async_copy_global_to_shared(
+                    DO, [b, h, start + c * M, 0], own_full.index(c), do_s.index(c)
+                )
+            for index in range(0, end - first):
+                key = block_at(index, first, full_first, full_end, end) * N
+                mbarrier.wait(k_empty.index(k_slot), k_phase)
+                mbarrier.expect(k_full.index(k_slot), N * DPAD * 2)
+                tma.async_copy_global_to_shared(K, [b, hk, key, 0], k_full.index(k_slot), k_s.index(k_slot))
+                mbarrier.wait(v_empty.index(v_slot), v_phase)
+                mbarrier.expect(v_full.index(v_slot), N * DPAD * 2)
+                tma.async_copy_global_to_shared(V, [b, hk, key, 0], v_full.index(v_slot), v_s.index(v_slot))
+                k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
+                v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
+            turn_phase ^= 1
+
+
+@gluon.jit
+def _step_dq(
+    C: gl.constexpr, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
+    key, lo, hi, more, inner, coef,
+    MASKED: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, S_L: gl.constexpr, P_L: gl.constexpr,
+):  # fmt: skip
+    """Of one block of keys, whose product ``s`` is under way: what it adds to dq, and the product of the next.
+
+    The last block of a tile (``more`` is 0) takes its own keys for the next: nobody reads that product.
+    """
+    k_slot, k_phase, v_slot, v_phase = slots
+    mbarrier.wait(v_full.index(v_slot), v_phase)
+    own = anew(C)
+    do = do_s.index(own).reshape([M, DPAD])
+    v = v_s.index(anew(v_slot)).reshape([N, DPAD])
+    # ptxas serialises what is waited for by count across the steps of a loop.
+    s = warpgroup_mma_wait(0, deps=(s,))
+    dp = warpgroup_mma(do, v.permute((1, 0)), none, use_acc=False, is_async=True)
+    z, slope = capped(s, inner, coef, gl.expand_dims(shift, 1), FORM)
+    if MASKED:
+        keys = key + gl.arange(0, N, layout=gl.SliceLayout(0, S_L))
+        z = hidden(z, gl.expand_dims(keys, 0), gl.expand_dims(lo, 1), gl.expand_dims(hi, 1))
+    p = exp2(z)
+    steep = p * slope
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    mbarrier.arrive(v_empty.index(v_slot), count=1)
+    ds = steep * (dp - gl.expand_dims(delta, 1))
+    ds = gl.convert_layout(ds.to(do.dtype), P_L, assert_trivial=True)
+    acc = warpgroup_mma(ds, k_s.index(k_slot).reshape([N, DPAD]), acc, is_async=True)
+    last = k_slot
+    next_slot, next_phase = advance(k_slot, k_phase, K_STAGES)
+    k_slot = gl.where(more, next_slot, k_slot)
+    mbarrier.wait(k_full.index(k_slot), gl.where(more, next_phase, k_phase))
+    q = q_s.index(own).reshape([M, DPAD])
+    k = k_s.index(k_slot).reshape([N, DPAD])
+    s = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
+    acc, ds = warpgroup_mma_wait(1, deps=(acc, ds))
+    acc = warpgroup_mma_init(acc)
+    mbarrier.arrive(k_empty.index(last), count=1)
+    v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
+    return s, acc, (next_slot, next_phase, v_slot, v_phase)
+
+
+@gluon.jit
+def _consume_dq(
+    C: gl.constexpr, DQ, Shift, Delta, Lo, Hi, q_s, do_s, k_s, v_s, bars, sizes, factors,
+    BAND: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr,
+    WARPGROUPS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+):  # fmt: skip
+    own_full, own_empty, k_full, k_empty, v_full, v_empty = bars
+    slo_b, B, Hq, G, Sq, SqPad, Skv, left, right = sizes
+    inner, coef, gain = factors
+    ROWS: gl.constexpr = M * WARPGROUPS
+    S_L: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16]
+    )
+    O_L: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DPAD, 16]
+    )
+    P_L: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_L, k_width=2)
+    ROW_L: gl.constexpr = gl.SliceLayout(1, S_L)
+    blocks = gl.cdiv(Sq, ROWS)
+    tiles = B * Hq * blocks
+    slots = (0, 0, 0, 0)
+    turn_phase = 0
+    q_tile = q_s.index(C)
+    q = q_tile.reshape([M, DPAD])
+    none = gl.zeros([M, N], gl.float32, S_L)
+    for turn in range(0, gl.cdiv(tiles, gl.num_programs(0))):
+        tile, place, head = tile_of(turn, B * Hq)
+        if tile < tiles:
+            b = head // Hq
+            h = head % Hq
+            block = (blocks - 1 - place) * ROWS
+            first, full_first, full_end, end = key_blocks(
+                block, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 4
+            )
+            start = block + C * M
+            rows = start + gl.arange(0, M, layout=ROW_L)
+            lo, hi = row_intervals(rows, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND)
+            at = head.to(gl.int64) * SqPad + rows
+            shift = gl.load(Shift + at)
+            delta = gl.load(Delta + at)
+            acc = warpgroup_mma_init(gl.zeros([M, DPAD], gl.float32, O_L))
+            partial = end - full_end + full_first - first
+            mbarrier.wait(own_full.index(C), turn_phase)
+            mbarrier.wait(k_full.index(slots[0]), slots[1])
+            k = k_s.index(slots[0]).reshape([N, DPAD])
+            s = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
+            for index in range(0, partial):
+                key = block_at(index, first, full_first, full_end, end) * N
+                s, acc, slots = _step_dq(
+                    C, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
+                    key, lo, hi, index + 1 < end - first, inner, coef,
+                    True, FORM, M, N, DPAD, K_STAGES, V_STAGES, S_L, P_L,
+                )  # fmt: skip
+            for index in range(partial, end - first):
+                s, acc, slots = _step_dq(
+                    C, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
+                    0, lo, hi, index + 1 < end - first, inner, coef,
+                    False, FORM, M, N, DPAD, K_STAGES, V_STAGES, S_L, P_L,
+                )  # fmt: skip
+            acc, s = warpgroup_mma_wait(0, deps=(acc, s))
+            q.store((acc * gain).to(q.dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(DQ, [b, h, start, 0], q_tile)
+            tma.store_wait(0)
+            mbarrier.arrive(own_empty.index(C), count=1)
+            turn_phase ^= 1
+
+
+@gluon.jit(do_not_specialize=NUMBERS)
+def gluon_dq_kernel(
+    Q, K, V, DO, Shift, Delta, DQ, Lo, Hi,
+    slo_b, B, Hq, G, Sq, SqPad, Skv, left, right, inner, coef, gain,
+    BAND: gl.constexpr, FORM: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, DPAD: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+):  # fmt: skip
+    """DQ ``[B, Hq, Sq, D]``; Shift and Delta float32 ``[B, Hq, SqPad]``; a program takes tiles until none is left."""
+    WARPGROUPS: gl.constexpr = 2
+    M: gl.constexpr = 64
+    gl.static_assert(BLOCK_M == M * WARPGROUPS)
+    q_s = gl.allocate_shared_memory(Q.dtype, [WARPGROUPS, 1, 1, M, DPAD], Q.layout)
+    do_s = gl.allocate_shared_memory(Q.dtype, [WARPGROUPS, 1, 1, M, DPAD], Q.layout)
+    k_s = gl.allocate_shared_memory(Q.dtype, [K_STAGES, 1, 1, BLOCK_N, DPAD], K.layout)
+    v_s = gl.allocate_shared_memory(Q.dtype, [V_STAGES, 1, 1, BLOCK_N, DPAD], V.layout)
+    own_full, own_empty = ring(WARPGROUPS), ring(WARPGROUPS)
+    k_full, k_empty = ring(K_STAGES), ring(K_STAGES)
+    v_full, v_empty = ring(V_STAGES), ring(V_STAGES)
+    start_ring(own_full, own_empty, WARPGROUPS, 1)
+    start_ring(k_full, k_empty, K_STAGES, WARPGROUPS)
+    start_ring(v_full, v_empty, V_STAGES, WARPGROUPS)
+    fence_async_shared()
+    bars = (own_full, own_empty, k_full, k_empty, v_full, v_empty)
+    sizes = (slo_b, B, Hq, G, Sq, SqPad, Skv, left, right)
+    factors = (inner, coef, gain)
+    gl.warp_specialize(
+        [
+            (_consume_dq, (FIRST, DQ, Shift, Delta, Lo, Hi, q_s, do_s, k_s, v_s, bars, sizes, factors,
+                           BAND, FORM, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
+            (_consume_dq, (SECOND, DQ, Shift, Delta, Lo, Hi, q_s, do_s, k_s, v_s, bars, sizes, factors,
+                           BAND, FORM, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
+            (_produce_dq, (Q, K, V, DO, Lo, Hi, q_s, do_s, k_s, v_s, bars, sizes,
+                           BAND, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
+        ],
+        [4, 1],
+        [240, PRODUCER_REGISTERS],
+    )  # fmt: skip

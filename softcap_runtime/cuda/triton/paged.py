@@ -1,0 +1,112 @@
+"""Decoding and prefill in chunks over a paged cache: the keys are read through each sequence's table of pages.
+
+As ``decode``, with a block of query rows a program and pages in place of one stretch of keys; its
+``combine_kernel`` joins the shares.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from softcap_runtime.cuda.triton.common import FAR, INTS
+from softcap_runtime.cuda.triton.forward import softmax_step
+
+
+@triton.jit
+def _load_keys(source, pages, stride_page, stride_s, keys, end, num_pages, PAGE: tl.constexpr, D: tl.constexpr,
+               DPAD: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """Rows ``keys`` of one head of a sequence as ``[keys, DPAD]``; those from ``end`` on read as 0."""
+    inside = keys < end
+    page = tl.load(pages + keys // PAGE, mask=inside, other=0)
+    # A table that names no page reads another: memory outside of the cache is never touched.
+    page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
+    columns = tl.arange(0, DPAD)
+    at = page.to(tl.int64) * stride_page + (keys % PAGE).to(tl.int64) * stride_s
+    mask = inside[:, None]
+    if D != DPAD:
+        mask &= columns[None, :] < D
+    return tl.load(source + (at * ALIGN)[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=[*INTS, "pages", "num_pages"])
+def paged_kernel(
+    Q, K, V, Out, Lse, Table, Lengths, Offsets,
+    sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
+    Hq, Hkv, G, Sq, blocks, pages, num_pages, splits, left, right, inner, coef, bias, reference,
+    RAGGED: tl.constexpr, PAGE: tl.constexpr, ONLINE: tl.constexpr, FORM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Out ``[splits, B, Hq, Sq, DPAD]`` and Lse ``[splits, B, Hq, Sq]`` float32, contiguous, of one share.
+
+    ``Table`` int32 ``[sequences, pages]``, ``Lengths`` int32 ``[sequences]``; ``sk_b`` and ``sv_b`` lead from page to
+    page. RAGGED: the rows of all sequences lie in one batch row, where int32 ``Offsets`` ``[sequences + 1]`` say; else
+    a batch row is a sequence.
+    """
+    split = tl.program_id(0) % splits
+    rest = tl.program_id(0) // splits
+    block = rest % blocks
+    pair = rest // blocks
+    b = pair // Hkv
+    hk = pair % Hkv
+    if RAGGED:
+        first_row = tl.minimum(tl.maximum(tl.load(Offsets + b), 0), Sq)
+        count = tl.minimum(tl.load(Offsets + b + 1), Sq) - first_row
+        batch = 0
+    else:
+        first_row = 0
+        count = Sq
+        batch = b
+    packed = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = packed < G * count
+    # Row by row, the heads of a group side by side: a block of rows sees few keys more than one row.
+    h = hk * G + packed % G
+    row = packed // G
+    length = tl.minimum(tl.load(Lengths + b), pages * PAGE)
+    place = length - count + row
+    lo = tl.maximum(place + left, 0)
+    hi = tl.minimum(place + right, length)
+    empty = (lo >= hi) | (packed >= G * count)
+    lo = tl.where(empty, FAR, lo)
+    hi = tl.where(empty, 0, hi)
+    first = tl.min(lo, 0) // BLOCK_N
+    end = tl.cdiv(tl.max(hi, 0), BLOCK_N)
+    share = tl.cdiv(tl.maximum(end - first, 0), splits)
+    start = first + split * share
+    stop = tl.minimum(start + share, end)
+
+    columns = tl.arange(0, DPAD)
+    at_row = (first_row + row).to(tl.int64)
+    q_at = (batch * sq_b + h.to(tl.int64) * sq_h + at_row * sq_s) * ALIGN
+    q = tl.load(
+        Q + q_at[:, None] + columns[None, :], mask=inside[:, None] & (columns[None, :] < D), other=0.0
+    )
+    table = Table + b.to(tl.int64) * pages
+    key_head = K + hk.to(tl.int64) * sk_h * ALIGN
+    value_head = V + hk.to(tl.int64) * sv_h * ALIGN
+    acc = tl.zeros([BLOCK_M, DPAD], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    for step in tl.range(start, stop, num_stages=STAGES):
+        keys = step * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = _load_keys(key_head, table, sk_b, sk_s, keys, length, num_pages, PAGE, D, DPAD, ALIGN)
+        x = tl.dot(q, k.T, input_precision=PRECISION)
+        visible = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
+        p, alpha, m, l, _ = softmax_step(
+            x, visible, m, l, 0.0, inner, coef, bias, q.dtype, True, ONLINE, False, FORM, ASM
+        )
+        if ONLINE:
+            acc = acc * alpha[:, None]
+        v = _load_keys(value_head, table, sv_b, sv_s, keys, length, num_pages, PAGE, D, DPAD, ALIGN)
+        acc = tl.dot(p, v, acc, input_precision=PRECISION)
+
+    seen = l != 0  # NaN is seen
+    acc = acc * tl.where(seen, 1.0 / l, 0.0)[:, None]
+    top = m if ONLINE else reference
+    lse = tl.where(seen, tl.log2(l) + top, float("-inf"))
+    sequences = tl.num_programs(0) // splits // blocks // Hkv
+    heads = (1 if RAGGED else sequences) * Hq
+    at = ((split * heads + batch * Hq + h).to(tl.int64)) * Sq + at_row
+    tl.store(Out + at[:, None] * DPAD + columns[None, :], acc, mask=inside[:, None])
+    tl.store(Lse + at, lse, mask=inside)

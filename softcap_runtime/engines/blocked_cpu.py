@@ -1,0 +1,218 @@
+"""The blocked engine on the CPU: one C++ library for every dtype, head_dim, mask of row intervals, length and cap.
+
+What it computes, and how, stands at the top of cpu/attention.cpp. Here a problem is bound to it: sizes and strides are
+written down once for each layout of a call's tensors, and a call hands on addresses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.artifacts.artifact import Artifact
+from softcap_runtime.cpu.library import Library, library
+from softcap_runtime.engines.engine import (
+    Backward,
+    Engine,
+    Forward,
+    Kernels,
+    Problem,
+    empty_output,
+    output_layout,
+)
+
+# The library's numbers of the dtypes.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STRIDES = [
+    f"{name}_{dim}"
+    for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
+    for dim in "bhs"
+]
+# Rows that decoding takes at a time: query heads of a group times query rows (cpu/decode.h).
+FEW_ROWS = 8
+# A plan's tensors have one layout or a few; more than this number is a caller that invents them.
+MAX_LAYOUTS = 64
+# Whether a call of this process used several threads; and whether this is a forked child of such a process.
+_threaded, _alone = False, False
+
+
+class CpuProblem(ctypes.Structure):
+    """``Problem`` of cpu/problem.h: the same fields in the same order."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in ("dtype", "batch", "heads", "kv_heads", "q_len", "kv_len", "dim")
+        ),
+        *((name, ctypes.c_int64) for name in _STRIDES),
+        *((name, ctypes.c_int64) for name in ("left", "right", "edge_stride", "threads", "arithmetic")),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("page_size", "table_stride", "pages")),
+    ]
+
+
+def _refuses(problem: Problem) -> str | None:
+    if problem.dtype not in DTYPES:
+        return f"q.dtype: {problem.dtype}, the blocked engine serves float32, bfloat16 and float16"
+    return None
+
+
+def _artifacts(problem: Problem, kernels: Kernels) -> Sequence[Artifact]:
+    return [library()]
+
+
+def _described(problem: Problem, arithmetic: int, threads: int, *strides: tuple[int, ...]) -> CpuProblem:
+    """The problem for tensors ``[B, H, S, D]`` with these strides, in the order of the fields."""
+    mask = problem.mask
+    steps = [step for each in strides for step in each[:3]]
+    return CpuProblem(
+        DTYPES[problem.dtype],
+        problem.batch,
+        problem.num_heads,
+        problem.num_kv_heads,
+        mask.q_len,
+        mask.kv_len,
+        problem.head_dim,
+        *steps,
+        *[0] * (len(_STRIDES) - len(steps)),
+        mask.left or 0,
+        mask.right or 0,
+        mask.q_len if mask.lo is not None and mask.lo.shape[0] > 1 else 0,
+        threads,
+        arithmetic,
+        problem.scale,
+        problem.softcap or 0.0,
+    )
+
+
+def _layouts(problem: Problem, arithmetic: int) -> Callable[..., tuple[int, CpuProblem]]:
+    """The described problem after its address, kept for each layout of a call's tensors and number of threads.
+
+    The caller holds both until the library is done: another thread may empty the table meanwhile.
+    """
+    known: dict[tuple[Any, ...], tuple[int, CpuProblem]] = {}
+
+    def layout(*strides: tuple[int, ...]) -> tuple[int, CpuProblem]:
+        threads = _threads()
+        key = (threads, *strides)
+        found = known.get(key)
+        if found is None:
+            if len(known) >= MAX_LAYOUTS:
+                known.clear()
+            made = _described(problem, arithmetic, threads, *strides)
+            found = known[key] = ctypes.addressof(made), made
+        return found
+
+    return layout
+
+
+def _forward(problem: Problem, kernels: Kernels) -> Forward:
+    loaded: Library = kernels.get(library())
+    attend, layout, train = loaded.forward, _layouts(problem, loaded.arithmetic), problem.train
+
+    shape, strides = output_layout(problem.batch, problem.num_heads, problem.mask.q_len, problem.head_dim)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = q.new_empty_strided(shape, strides)
+        lse = q.new_empty(shape[:3], dtype=torch.float32) if train else None
+        lo, hi = (edges[0].data_ptr(), edges[1].data_ptr()) if edges else (None, None)
+        described = layout(q.stride(), k.stride(), v.stride(), strides)
+        _check(
+            attend(
+                described[0],
+                q.data_ptr(),
+                k.data_ptr(),
+                v.data_ptr(),
+                out.data_ptr(),
+                None if lse is None else lse.data_ptr(),
+                lo,
+                hi,
+            )
+        )
+        return out, lse
+
+    return run
+
+
+def bind_paged(problem: Problem, kernels: Kernels) -> Callable[..., Tensor]:
+    """Attention over keys in pages, for a problem whose groups are no larger than ``FEW_ROWS`` and few rows each.
+
+    The result takes q ``[B, Hq, Sq, D]``, k and v ``[num_pages, Hkv, page_size, D]`` with a last stride of 1, lo and hi
+    int32 ``[B, Sq]`` and the table, int32 ``[B, pages]``, the last three contiguous; it returns out.
+    """
+    loaded: Library = kernels.get(library())
+
+    def run(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, table: Tensor) -> Tensor:
+        out = empty_output(q)
+        made = _described(
+            problem,
+            loaded.arithmetic,
+            _threads(),
+            q.stride(),
+            k.stride(),
+            v.stride(),
+            out.stride(),
+        )
+        made.page_size, made.table_stride, made.pages = k.shape[2], table.shape[1], k.shape[0]
+        _check(loaded.paged(ctypes.addressof(made), *[x.data_ptr() for x in (q, k, v, out, lo, hi, table)]))
+        return out
+
+    return run
+
+
+def _backward(problem: Problem, kernels: Kernels) -> Backward:
+    loaded: Library = kernels.get(library())
+    differentiate, layout = loaded.backward, _layouts(problem, loaded.arithmetic)
+
+    def run(
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads = empty_output(q), empty_output(k), empty_output(v)
+        tensors = (q, k, v, out, grad_out, *grads)
+        given: list[int | None] = [x.data_ptr() for x in (q, k, v, out, lse, *edges)]
+        given += [None] * (7 - len(given))
+        described = layout(*[x.stride() for x in tensors])
+        _check(
+            differentiate(
+                described[0],
+                *given,
+                grad_out.data_ptr(),
+                *[grad.data_ptr() for grad in grads],
+            )
+        )
+        return grads
+
+    return run
+
+
+def _threads() -> int:
+    """How many threads a call takes."""
+    global _threaded
+    threads = 1 if _alone else torch.get_num_threads()
+    _threaded = _threaded or threads > 1
+    return threads
+
+
+def _in_forked_child() -> None:
+    """OpenMP would wait forever for the parent's threads, which a fork does not copy; so the child computes alone."""
+    global _alone
+    _alone = _alone or _threaded
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
+
+
+def _check(code: int) -> None:
+    if code:
+        raise MemoryError(
+            "attention: no memory for its buffers; use shorter sequences, smaller batches or fewer threads"
+        )
+
+
+ENGINE = Engine("blocked", _refuses, _artifacts, _forward, _backward)

@@ -1,0 +1,202 @@
+"""The blocked engine on CUDA: our Triton kernels, forward with logsumexp and backward.
+
+Which kernels a call needs follows from its tensors' layout as well: ``artifacts`` lists those for tensors that lie as
+torch's own do, and what others need is found at the first call of their layout. Nothing here imports Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.cuda.cubin import CubinSpec, Function, Number, Parameter
+from softcap_runtime.cuda.kernel import GpuKernel
+from softcap_runtime.cuda.options import (
+    FEW_SPLITS,
+    HEAD_DIMS,
+    OLDEST_TRITON,
+    BlockOptions,
+    Direction,
+    decode_rows,
+    has_triton,
+    triton_version,
+)
+from softcap_runtime.cuda.triton.launch import TMA_FROM
+from softcap_runtime.engines.engine import Backward, Engine, Forward, Kernels, Problem
+from softcap_runtime.masks.intervals import RowIntervals, band
+
+# A plan's tensors have one layout or a few; more than this number is a caller that invents them.
+MAX_LAYOUTS = 64
+# Sizes of the problems that stand for all lengths: more rows than decoding takes; and so many keys that decoding cuts
+# them into more than a few shares, of four blocks of 128 at least.
+MANY_ROWS, MANY_KEYS = 128, 2 * FEW_SPLITS * 4 * 128
+
+
+def _refuses(problem: Problem) -> str | None:
+    if problem.device.type != "cuda":
+        return f"the Triton kernels run on CUDA, q is on {problem.device}"
+    if torch.version.hip is not None:
+        return "the Triton kernels are for NVIDIA GPUs, this torch is built for AMD's"
+    if not has_triton():
+        return "triton is not installed"
+    if triton_version() < OLDEST_TRITON:
+        return "triton {}.{} is too old, {}.{} and newer compile the kernels".format(
+            *triton_version(), *OLDEST_TRITON
+        )
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"q.dtype: {problem.dtype}, the Triton kernels serve float32, bfloat16 and float16"
+    if problem.head_dim > max(HEAD_DIMS):
+        return f"head_dim: {problem.head_dim}, the Triton kernels serve up to {max(HEAD_DIMS)}"
+    return None
+
+
+class GpuKernelsOf(NamedTuple):
+    """``GpuKernels`` for calls on one device."""
+
+    kernels: Kernels
+    device: int
+
+    def function(self, spec: CubinSpec) -> Function:
+        """The kernel of ``spec``, loaded."""
+        loaded: Function = self.kernels.get(GpuKernel(spec, self.device))
+        return loaded
+
+    def options(self, q: Tensor, direction: Direction) -> BlockOptions:
+        """The options of a kernel for tensors like q."""
+        return self.kernels.options(q.device.index, q.dtype, q.shape[-1], direction)
+
+
+class _Listing(NamedTuple):
+    """``GpuKernels`` that loads nothing and notes what it is asked for."""
+
+    kernels: Kernels
+    device: int
+    found: dict[GpuKernel, None]
+
+    def function(self, spec: CubinSpec) -> Function:
+        self.found[GpuKernel(spec, self.device)] = None
+        return _NOTHING
+
+    def options(self, q: Tensor, direction: Direction) -> BlockOptions:
+        """The options of a kernel for tensors like q."""
+        return self.kernels.options(q.device.index, q.dtype, q.shape[-1], direction)
+
+
+class _Nothing:
+    """In the place of a loaded kernel: what is bound to it is never run."""
+
+    def bind(
+        self, grid: tuple[int, int, int], parameters: Sequence[Parameter], numbers: Sequence[Number]
+    ) -> Callable[..., None]:
+        return lambda *tensors: None
+
+
+_NOTHING = _Nothing()
+
+
+class _Outline(NamedTuple):
+    """What binding reads of a tensor, without one: it lies whole and aligned, ``[B, H, S, D]`` as ``[B, S, H, D]``."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def stride(self, place: int | None = None) -> Any:
+        _, heads, length, head_dim = self.shape
+        steps = (heads * length * head_dim, head_dim, heads * head_dim, 1)
+        return steps if place is None else steps[place]
+
+    def data_ptr(self) -> int:
+        return 0
+
+    def is_contiguous(self) -> bool:
+        return True
+
+
+def _artifacts(problem: Problem, kernels: Kernels) -> list[GpuKernel]:
+    """Bind the problem to no kernels, by outlines of its tensors: what a call would look up is what is needed."""
+    from softcap_runtime.cuda.triton import attention as triton_attention
+    from softcap_runtime.cuda.triton import gradient as triton_gradient
+
+    device, mask = problem.device, problem.mask
+    batch, heads, kv_heads, head_dim = problem[2:6]
+    found: dict[GpuKernel, None] = {}
+    how = {**_how(problem, kernels), "kernels": _Listing(kernels, device.index, found)}
+    q: Any = _Outline((batch, heads, mask.q_len, head_dim), problem.dtype, device)
+    k: Any = _Outline((batch, kv_heads, mask.kv_len, head_dim), problem.dtype, device)
+    lse: Any = _Outline(q.shape[:3], torch.float32, device)
+    edges: list[Any] = [_Outline(tuple(edge.shape), torch.int32, device) for edge in mask.vectors]
+    triton_attention.bind_forward(q, k, k, *edges, train=problem.train, **how)
+    if problem.train:
+        triton_gradient.bind_backward(q, q, k, k, q, lse, *edges, **how)
+    return list(found)
+
+
+def _alike(problem: Problem) -> list[Problem]:
+    """Short and long calls, whose kernels differ, and those of decoding in how many query rows they take together and
+    in how many shares they cut the keys."""
+    heads, group = problem.num_heads, problem.num_heads // problem.num_kv_heads
+    most = decode_rows(problem.dtype)
+    rows = {1, *(size // group for size in (32, 64) if size <= most)} - {0}
+    long = MANY_ROWS
+    while 2 * heads * problem.head_dim * long**2 < TMA_FROM:
+        long *= 2
+    lengths = [(MANY_ROWS, 1), (long, long)]  # one key: little work, however many heads
+    lengths += [(count, keys) for keys in (1, MANY_KEYS) for count in sorted(rows)]
+    return [problem._replace(batch=1, mask=_mask_alike(problem.mask, *each)) for each in lengths]
+
+
+def _mask_alike(mask: RowIntervals, q_len: int, kv_len: int) -> RowIntervals:
+    if mask.lo is None:
+        return band(q_len, kv_len, causal=True, window=None)
+    edge = torch.empty(1, q_len, dtype=torch.int32, device="meta")
+    return RowIntervals(q_len, kv_len, None, None, edge, edge)
+
+
+def _how(problem: Problem, kernels: Kernels) -> dict[str, Any]:
+    mask = problem.mask
+    return {
+        "kernels": GpuKernelsOf(kernels, problem.device.index),
+        "scale": problem.scale,
+        "softcap": problem.softcap,
+        "left": mask.left,
+        "right": mask.right,
+        "approx": problem.softcap_approx,
+    }
+
+
+def _bound(bind: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    """A call that binds once for each layout of its tensors: their strides, and whether they are aligned."""
+    ready: dict[tuple[object, ...], Callable[..., Any]] = {}
+
+    def run(*tensors: Tensor) -> Any:
+        key = (*[x.data_ptr() & 15 for x in tensors], *[x.stride() for x in tensors])
+        bound = ready.get(key)
+        if bound is None:
+            if len(ready) >= MAX_LAYOUTS:
+                ready.clear()
+            bound = ready[key] = bind(*tensors, **how)
+        return bound(*tensors)
+
+    return run
+
+
+def _forward(problem: Problem, kernels: Kernels) -> Forward:
+    from softcap_runtime.cuda.triton import attention as triton_attention
+
+    return _bound(triton_attention.bind_forward, train=problem.train, **_how(problem, kernels))
+
+
+def _backward(problem: Problem, kernels: Kernels) -> Backward:
+    from softcap_runtime.cuda.triton import gradient as triton_gradient
+
+    return _bound(triton_gradient.bind_backward, **_how(problem, kernels))
+
+
+ENGINE = Engine("blocked", _refuses, _artifacts, _forward, _backward, _alike)

@@ -1,0 +1,157 @@
+"""What an engine is: one type for all of them, and the problem that it is asked to solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.artifacts.artifact import Artifact
+from softcap_runtime.cuda.options import BlockOptions, Direction
+from softcap_runtime.masks.intervals import RowIntervals
+from softcap_runtime.masks.memo import MaskMemo
+
+Runner = Callable[[list[Tensor]], list[Tensor]]
+
+
+class Forward(Protocol):
+    """What computes attention; ``edges``: ``lo`` and ``hi`` of a mask of row intervals, nothing for a band."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Out and, for training, the logsumexp."""
+
+
+class Backward(Protocol):
+    """Its derivative; ``edges`` as in ``Forward``."""
+
+    def __call__(
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of q, k and v."""
+
+
+class Problem(NamedTuple):
+    """One attention call, all but the contents of its tensors.
+
+    ``mask`` holds the lengths, and of row intervals the form alone; ``train`` whether the logsumexp is wanted for a
+    backward to come; ``softcap_approx`` is that of the settings.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float | None
+    mask: RowIntervals
+    train: bool
+    softcap_approx: bool = False
+
+
+class Call(NamedTuple):
+    """One request to the operator; q and k give the rest of its ``Problem``."""
+
+    mask: RowIntervals
+    scale: float
+    softcap: float | None
+    engine: str
+    train: bool
+
+    def problem(self, q: Tensor, k: Tensor, softcap_approx: bool = False) -> Problem:
+        """The call as an engine sees it."""
+        batch, heads, _, head_dim = q.shape
+        sizes = (batch, heads, k.shape[1], head_dim)
+        return Problem(
+            q.device, q.dtype, *sizes, self.scale, self.softcap, self.mask, self.train, softcap_approx
+        )
+
+
+class Kernels(Protocol):
+    """Where an engine finds what it needs for one problem: its compiled kernels, its masks, its kernels' options."""
+
+    @property
+    def masks(self) -> MaskMemo:
+        """Block tables of masks, kept."""
+
+    def get(self, artifact: Artifact) -> Any:
+        """What the artifact's ``load`` returned: found in this process, else loaded, built, or refused by the settings
+        (see ``Artifacts.get`` for what it raises)."""
+
+    def options(self, device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:
+        """The options of a GPU kernel on a device."""
+
+
+class Engine(NamedTuple):
+    """One way to compute attention.
+
+    ``refuses``: why it cannot serve a problem, or None when it can. ``artifacts``: the compiled kernels that it
+    needs for one whose tensors lie as torch's own do (a call whose tensors lie otherwise may ask ``Kernels`` for
+    others). ``forward`` and ``backward``: bind a problem to its kernels and return what computes it, under any
+    intervals of the mask's form; ``q``, ``k``, ``v`` have last stride 1. ``alike``: problems that between them need
+    every artifact that problems like this one may need, whatever their lengths; itself alone where these play no part.
+    """
+
+    name: str
+    refuses: Callable[[Problem], str | None]
+    artifacts: Callable[[Problem, Kernels], Sequence[Artifact]]
+    forward: Callable[[Problem, Kernels], Forward]
+    backward: Callable[[Problem, Kernels], Backward]
+    alike: Callable[[Problem], Sequence[Problem]] = lambda problem: [problem]
+
+
+MaskedForward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # of q, k, v
+MaskedBackward = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
+]  # of grad_out, q, k, v, out, lse
+
+
+def per_mask(bind: Callable[[Problem, Kernels], Any]) -> Callable[[Problem, Kernels], Any]:
+    """Of a ``bind`` that reads its mask: a band is bound once, intervals anew at each call, which brings them.
+
+    What ``bind`` returns takes no edges: a MaskedForward or MaskedBackward.
+    """
+
+    def bind_late(problem: Problem, kernels: Kernels) -> Any:
+        mask = problem.mask
+        if mask.lo is None:
+            return bind(problem, kernels)
+
+        def run(*tensors: Tensor) -> Any:
+            *rest, lo, hi = tensors
+            return bind(problem._replace(mask=mask._replace(lo=lo, hi=hi)), kernels)(*rest)
+
+        return run
+
+    return bind_late
+
+
+def scalars(problem: Problem) -> list[Tensor]:
+    """The run-time scalars of a compiled kernel, float32: scale, and with a softcap its value and inverse."""
+    cap = problem.softcap
+    values = [problem.scale] if cap is None else [problem.scale, cap, 1.0 / cap]
+    return [torch.tensor(value, dtype=torch.float32, device=problem.device) for value in values]
+
+
+def empty_output(q: Tensor) -> Tensor:
+    """An uninitialised ``[B, H, S, D]`` in q's shape, laid out ``[B, S, H, D]`` in memory.
+
+    That order makes the model's next ``transpose(1, 2).reshape(B, S, H * D)`` free.
+    """
+    # No view of another tensor, so that it may be changed in place.
+    return q.new_empty_strided(*output_layout(*q.shape))
+
+
+def output_layout(
+    batch: int, heads: int, length: int, head_dim: int
+) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """The shape of an output, and the strides with which it lies ``[B, S, H, D]`` in memory."""
+    return (batch, heads, length, head_dim), (length * heads * head_dim, head_dim, heads * head_dim, 1)
+
+
+def laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` as the operator says that its results lie, which code compiled around it relies on."""
+    return empty_output(like).copy_(x)

@@ -1,0 +1,77 @@
+"""The flex kernel as a graph to export: every size, stride, cap and scale is a run-time argument.
+
+Two variants, by how a row finds its keys: ``band``, two scalars, and ``intervals``, two flat int32 vectors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from softcap_runtime.engines.flex_cpu import MAX_ROWS, in_band, in_intervals
+from softcap_runtime.engines.graphs.example import Graph, distinct
+from softcap_runtime.engines.graphs.softcap import capped, tanh, tanh_half
+from softcap_runtime.engines.spec import KernelSpec
+from softcap_runtime.masks.blocks import BlockTables, assemble
+
+
+class FlexForward(nn.Module):
+    """``(q, k, v, partial_num, partial_idx, full_num, full_idx, *row arguments, scale[, cap, inv_cap])``."""
+
+    def __init__(self, spec: KernelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        """Attention ``[B, Hq, Sq, D]``, laid out ``[B, Sq, Hq, D]`` in memory as the example q is."""
+        from torch.nn.attention.flex_attention import flex_attention
+
+        partial_num, partial_idx, full_num, full_idx, *rest_ = rest
+        rows = rest_[:2] if self.spec.mask == "band" else rest_[:3]
+        scalars = rest_[len(rows) :]
+        bend = tanh if self.spec.torch_dtype == torch.float32 else tanh_half
+
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            logit = score * scalars[0]
+            return capped(logit, scalars[1], scalars[2], bend) if self.spec.capped else logit
+
+        visible = in_band if self.spec.mask == "band" else in_intervals
+
+        def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return visible(b, h, i, j, *rows)
+
+        tables = BlockTables(partial_num, partial_idx, full_num, full_idx)
+        block_mask = assemble((q.shape[2], k.shape[2]), tables, None, mask_mod)
+        return flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=1.0, enable_gqa=True)  # type: ignore[return-value]
+
+
+def flex_forward(spec: KernelSpec) -> Graph:
+    """The graph of op ``flex_forward``."""
+    dim = torch.export.Dim.DYNAMIC
+    dtype, head_dim = spec.torch_dtype, spec.head_dim
+
+    batch, num_heads, num_kv_heads, q_len, kv_len, q_blocks, kv_blocks = 2, 8, 4, 640, 896, 5, 7
+    taken = {batch, num_heads, num_kv_heads, q_len, kv_len, q_blocks, kv_blocks}
+
+    def heads(count: int, length: int) -> Tensor:
+        # Memory order B, S, H, D, as projections produce it: the output takes q's order.
+        return distinct((batch, length, count, head_dim), taken, dtype).transpose(1, 2)
+
+    q, k, v = heads(num_heads, q_len), heads(num_kv_heads, kv_len), heads(num_kv_heads, kv_len)
+    tables: list[Tensor] = []
+    for _ in range(2):
+        tables.append(distinct((batch, 1, q_blocks), taken, torch.int32))
+        tables.append(distinct((batch, 1, q_blocks, kv_blocks), taken, torch.int32))
+    scalar = torch.zeros((), dtype=torch.int32)
+    if spec.mask == "band":
+        rows = [scalar, scalar.clone()]
+    else:
+        # A static size: with a symbolic one the generated C++ refers to a size that it does not declare (torch
+        # 2.13). The kernel reads what the rows of the call need and no more, so shorter vectors serve.
+        vector = torch.empty(MAX_ROWS, dtype=torch.int32)
+        rows = [vector, torch.empty_like(vector), scalar]
+    scalars = [torch.ones(()) for _ in range(3 if spec.capped else 1)]
+    sizes = {0: dim, 1: dim, 2: dim}
+    table_shapes = [{0: dim, 2: dim}, {0: dim, 2: dim, 3: dim}] * 2
+    rest = (*table_shapes, *({} for _ in (*rows, *scalars)))
+    return Graph(FlexForward(spec), (q, k, v, *tables, *rows, *scalars), (sizes, sizes, sizes, rest))

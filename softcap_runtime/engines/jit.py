@@ -1,0 +1,91 @@
+"""Kernels that ``torch.compile`` makes in this process: none of them reaches our store on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.compat.torch_private import Runner, take_for_numbers
+from softcap_runtime.engines.spec import KernelSpec
+
+
+class Compiled(NamedTuple):
+    """``function(spec)``, compiled. ``heads``: where among its inputs q is, k after it, when the compiler is to take
+    heads and head_dim for numbers; None where they are symbols."""
+
+    spec: KernelSpec
+    function: Callable[[KernelSpec], Callable[..., Any]]
+    heads: int | None = None
+
+    def key(self) -> None:
+        """None: there are no bytes to keep (see ``Artifact``)."""
+
+    def describe(self) -> KernelSpec:
+        """See ``Artifact``."""
+        return self.spec
+
+    def build(self) -> bytes:
+        """Never called, as there is no key."""
+        raise AssertionError("unreachable: it has no key")
+
+    def provenance(self) -> Mapping[str, str]:
+        """Never called, as there is no key."""
+        raise AssertionError("unreachable: it has no key")
+
+    def load(self, data: bytes) -> Runner:
+        """What compiles it with dynamic sizes, each kind of them at its first call; ``data`` is empty."""
+        return _runner(self)
+
+
+def _runner(source: Compiled) -> Runner:
+    """A runner of functions compiled with dynamic sizes, each at its first call.
+
+    torch compiles anew for sizes of 1 or of one number, and for strides that relate to sizes in another way, and raises
+    at its limit of eight recompilations a code object (``fullgraph=True``; else it would go on uncompiled in silence).
+    So inputs are made contiguous, and each pattern of ones, and what else is a number, has code of its own.
+    """
+    variants: dict[tuple[object, ...], Any] = {}
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        plain = [None if x is None else _plain(x) for x in inputs]
+        kind: tuple[object, ...] = tuple(flag for x in plain if x is not None for flag in _ones(x))
+        if source.heads is not None:
+            q, k = inputs[source.heads : source.heads + 2]
+            kind += (q.shape[1], k.shape[1], q.shape[3], q.shape[2] == k.shape[2])
+            for x in plain:
+                _make_heads_static(x)
+        compiled = variants.get(kind)
+        if compiled is None:
+            compiled = variants.setdefault(kind, _compiled(source))
+        return list(compiled(*plain))
+
+    return run
+
+
+def _plain(x: Tensor) -> Tensor:
+    # A contiguous tensor may have any strides where its sizes are 1: the views give it the usual ones. Detached it is
+    # no view any more, whose base torch would look at as well.
+    return x.contiguous().view(-1).view(x.shape).detach()
+
+
+def _make_heads_static(x: Tensor | None) -> None:
+    """The compiler is to take H and D of floats ``[B, H, S, D]`` and ``[B, H, S]`` for numbers."""
+    if x is not None and x.is_floating_point() and x.dim() >= 3:
+        take_for_numbers(x, [1, 3][: x.dim() - 2])
+
+
+def _ones(x: Tensor) -> tuple[bool, ...]:
+    return (x.storage_offset() == 0, *(size == 1 for size in x.shape))
+
+
+def _compiled(source: Compiled) -> Any:
+    function = source.function(source.spec)
+    assert isinstance(function, FunctionType)
+    own = FunctionType(
+        function.__code__.replace(), function.__globals__, source.spec.op, None, function.__closure__
+    )
+    return torch.compile(own, dynamic=True, fullgraph=True)

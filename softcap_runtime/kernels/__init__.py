@@ -1,1 +1,0 @@
-"""Keys, engines and the torch operator: how attention is computed, by what, and how it is compiled."""

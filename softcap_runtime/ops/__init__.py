@@ -1,0 +1,1 @@
+"""``torch.ops.softcap_runtime.attention``: the operator, and what torch asks of one: batching, sharding, FLOPs."""

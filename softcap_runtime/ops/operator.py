@@ -1,0 +1,291 @@
+"""``torch.ops.softcap_runtime.attention``: the one door from torch to the engines.
+
+The operator is what autograd, ``torch.compile``, ``torch.export``, checkpointing and ``torch.func`` see. It is
+defined through ``torch.library.Library``, since a ``custom_op`` imports the compiler at its first call.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.checks import check_qkv
+from softcap_runtime.compat.torch_transforms import (
+    apply_function,
+    below_autograd,
+    interpreters_active,
+    is_batch_of_gradients,
+)
+from softcap_runtime.engines.engine import Call, empty_output
+from softcap_runtime.masks.intervals import RowIntervals
+from softcap_runtime.ops.batching import register_rules
+from softcap_runtime.ops.flops import register_formulas
+from softcap_runtime.ops.sharding import sharded_inputs
+
+LIBRARY = torch.library.Library("softcap_runtime", "DEF")
+
+_MASK = "Tensor? lo, Tensor? hi, SymInt left, SymInt right"
+_HOW = "float scale, float? softcap, str engine"
+LIBRARY.define(
+    f"attention(Tensor q, Tensor k, Tensor v, {_MASK}, {_HOW}, bool train, int runtime) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    f"attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MASK}, {_HOW},"
+    " int runtime) -> (Tensor, Tensor, Tensor)"
+)
+
+
+# Runtimes by number, since an operator takes numbers. 0 is the process's own, made when first needed.
+_servers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_default: Callable[[], Any] | None = None
+
+
+def register(server: Any, number: int) -> None:
+    """Let the operator find ``server`` under ``number``, for as long as it lives.
+
+    It calls ``server.forward(q, k, v, call)`` for (out, lse or None), ``server.backward(grad_out, q, k, v, out, lse,
+    call)`` for the three gradients.
+    """
+    _servers[number] = server
+
+
+def register_default(make: Callable[[], Any]) -> None:
+    """``make()`` gives the server of number 0, and of a program exported in another process."""
+    global _default
+    _default = make
+
+
+def _server(number: int) -> Any:
+    server = _servers.get(number)
+    if server is None:
+        assert _default is not None
+        server = _default()
+    return server
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    lo: Tensor | None,
+    hi: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float | None,
+    engine: str,
+    train: bool,
+) -> Call:
+    lengths = (q.shape[2], k.shape[2])
+    if lo is None or hi is None:
+        mask = RowIntervals(*lengths, left, right, None, None)
+    else:
+        mask = RowIntervals(*lengths, None, None, lo, hi)
+    return Call(mask, scale, softcap, engine, train)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if q.is_meta:
+        return _fake_forward(q, k, v, *rest)
+    *how, runtime = rest
+    out, lse = _server(runtime).forward(q, k, v, _call(q, k, *how))
+    return out, q.new_empty(0, dtype=torch.float32) if lse is None or not how[-1] else lse
+
+
+def _backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.is_meta:
+        return _fake_backward(grad_out, q, k, v, out, lse, *rest)
+    *how, runtime = rest
+    call = _call(q, k, *(*how, True))
+    grads: tuple[Tensor, Tensor, Tensor] = _server(runtime).backward(grad_out, q, k, v, out, lse, call)
+    return grads
+
+
+# Without gradients torch hands a call with any tensor on the meta device to the two below, which run nothing.
+
+
+def _check_no_other_is_meta(q: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device.type == "meta" != q.device.type:
+            raise ValueError(f"{name}: on meta, expected q's {q.device}; move one of them")
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    _check_no_other_is_meta(q, k=k, v=v, lo=lo, hi=hi)
+    train = rest[-2]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return empty_output(q), q.new_empty(
+        q.shape[:3] if train else (0,), dtype=wide if train else torch.float32
+    )
+
+
+def _fake_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Any, hi: Any, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_no_other_is_meta(q, grad_out=grad_out, k=k, v=v, out=out, lse=lse, lo=lo, hi=hi)
+    return empty_output(q), empty_output(k), empty_output(v)
+
+
+# Programs may call the operator by its name: it checks what the runtime's own door has made sure of.
+
+
+def _checked_forward(q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    check_qkv(q, k, v)
+    return _forward(q, k, v, *_checked_edges(lo, hi, k.shape[2]), *rest)
+
+
+def _checked_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Any, hi: Any, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_qkv(q, k, v)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for name, tensor, shape, dtype in (
+        ("grad_out", grad_out, q.shape, q.dtype),
+        ("out", out, q.shape, q.dtype),
+        ("lse", lse, q.shape[:3], wide),
+    ):
+        if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, q.device):
+            raise ValueError(
+                f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected {dtype} "
+                f"{tuple(shape)} on {q.device}, as the forward with train=True gave it"
+            )
+    return _backward(grad_out, q, k, v, out, lse.contiguous(), *_checked_edges(lo, hi, k.shape[2]), *rest)
+
+
+def _checked_edges(lo: Tensor | None, hi: Tensor | None, kv_len: int) -> tuple[Tensor | None, Tensor | None]:
+    """Both or none, each key one that is there; sizes and dtype are checked where an engine is bound to them."""
+    if lo is None or hi is None:
+        if lo is not hi:
+            raise ValueError(f"{'hi' if hi is None else 'lo'}: None, expected both edges of the rows or none")
+        return None, None
+    return lo.clamp(0, kv_len).contiguous(), hi.clamp(0, kv_len).contiguous()
+
+
+# The forwards below take ctx, since ``apply`` reads the signature of one without it at each call: 40 us.
+
+
+class _Attention(torch.autograd.Function):
+    """The operator's derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: bool, *inputs: Any) -> tuple[Tensor, Tensor]:
+        if interpreters_active(*inputs[:5]):
+            with below_autograd(recording):
+                output = torch.ops.softcap_runtime.attention(*inputs)
+        else:
+            output = _forward(*inputs)
+        q, k, v, lo, hi, *how, _, runtime = inputs
+        ctx.save_for_backward(q, k, v, *output, lo, hi)
+        ctx.how, ctx.runtime = how, runtime
+        ctx.server = _servers.get(runtime)  # the backward is its too: it lives as long
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        nothing = (None,) * 9
+        if grad_out is None:
+            return (None, None, None, None, *nothing)
+        q, k, v, out, lse, lo, hi = ctx.saved_tensors
+        watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        watched = watched or interpreters_active(grad_out, q, k, v, out, lse, lo, hi)
+        direct = not (watched or is_batch_of_gradients(grad_out))
+        backward = _backward if direct else torch.ops.softcap_runtime.attention_backward
+        return (None, *backward(grad_out, q, k, v, out, lse, lo, hi, *ctx.how, ctx.runtime), *nothing)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Of ``torch.func.jvp`` and forward-mode AD."""
+        raise RuntimeError(
+            "softcap_runtime::attention has no forward-mode derivative; use softcap_runtime.reference.attention for it"
+        )
+
+
+class _Backward(torch.autograd.Function):
+    """The end of the line: no second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with below_autograd(recording):
+            return torch.ops.softcap_runtime.attention_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "softcap_runtime::attention has no second derivative; use softcap_runtime.reference.attention for "
+            "double backward"
+        )
+
+    jvp = backward
+
+
+def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
+    # torch.func's levels and the compiler hide from a caller that gradients are wanted.
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3]):
+        inputs = (*inputs[:-2], True, inputs[-1])
+    if not interpreters_active(*inputs[:5]):
+        q, k, v, lo, hi, *rest = inputs
+        check_qkv(q, k, v)
+        inputs = (q, k, v, *_checked_edges(lo, hi, k.shape[2]), *rest)
+    else:
+        inputs = (*sharded_inputs(*inputs[:5]), *inputs[5:])
+    return apply_function(_Attention, *inputs)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tensor:
+    """The operator's output, for checked inputs of the runtime ``number``: directly where nobody looks on."""
+    mask = call.mask
+    left, right = (0, 0) if mask.left is None or mask.right is None else (mask.left, mask.right)
+    _, scale, softcap, engine, train = call  # no slice of it: the compiler of torch 2.8 takes none
+    inputs = (q, k, v, mask.lo, mask.hi, left, right, scale, softcap, engine, train, number)
+    if torch.compiler.is_compiling() or interpreters_active(*inputs[:5]):
+        if not torch.compiler.is_dynamo_compiling():  # there the operator's own autograd kernel does it
+            inputs = (*sharded_inputs(q, k, v, mask.lo, mask.hi), *inputs[5:])
+        output = torch.ops.softcap_runtime.attention(*inputs)
+    else:
+        output = _Attention.apply(True, *inputs)  # type: ignore[no-untyped-call]
+    out: Tensor = output[0]
+    return out
+
+
+def _autocast(device: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    q, k, v = autocast_inputs(q, k, v)
+    with torch.autocast(device, enabled=False):
+        return torch.ops.softcap_runtime.attention(q, k, v, *rest)
+
+
+def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, floats in its dtype, as scaled_dot_product_attention takes them; float64 stays."""
+    device = q.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    cast = [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v)]
+    return cast[0], cast[1], cast[2]
+
+
+def checked_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a caller handed in, cast as autocast asks, once ``check_qkv`` finds nothing wrong with it."""
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+        q, k, v = autocast_inputs(q, k, v)
+    check_qkv(q, k, v)
+    return q, k, v
+
+
+LIBRARY.impl("attention", _checked_forward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_backward", _checked_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention", _differentiable, "Autograd")
+LIBRARY.impl("attention_backward", functools.partial(apply_function, _Backward), "Autograd")
+LIBRARY.impl("attention", functools.partial(_autocast, "cpu"), "AutocastCPU")
+LIBRARY.impl("attention", functools.partial(_autocast, "cuda"), "AutocastCUDA")
+torch.library.register_fake("softcap_runtime::attention", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("softcap_runtime::attention_backward", _fake_backward, lib=LIBRARY)
+register_formulas()
+register_rules(LIBRARY)

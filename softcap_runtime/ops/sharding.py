@@ -1,0 +1,153 @@
+"""The operator on DTensors: sharded over the batch, over heads, or replicated; a sharded sequence goes to heads.
+
+The rules are registered when a DTensor is first met; until then nothing here imports torch.distributed.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softcap_runtime.compat.torch_private import constant_in_graphs
+
+_DIMS = ("the batch", "heads", "the sequence", "head_dim")
+_registered = False
+
+
+def is_dtensor(x: Any) -> bool:
+    """Whether ``x`` is a DTensor; False without looking where nobody has imported them."""
+    if type(x) is Tensor:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    kind = getattr(module, "DTensor", None)
+    return kind is not None and isinstance(x, kind)
+
+
+def whole(x: Tensor | None) -> Any:
+    """A mask argument as a plain tensor, gathered where it is a DTensor that is sharded."""
+    return x.full_tensor() if is_dtensor(x) else x  # type: ignore[union-attr]
+
+
+def sharded_inputs(
+    q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None
+) -> tuple[Any, Any, Any, Any, Any]:
+    """A call's tensors as a rule has them; as they are where q, k and v are no DTensors.
+
+    A sharded sequence goes to heads, and plain edges are taken as replicated. Raises ValueError, naming the tensor and
+    its placement, where they are sharded as no rule has it.
+    """
+    if not (is_dtensor(q) or is_dtensor(k) or is_dtensor(v)):
+        return q, k, v, lo, hi
+    check_placements(q, k, v)
+    _register_once()
+    return _by_heads(q), _by_heads(k), _by_heads(v), _replicated(lo, q), _replicated(hi, q)
+
+
+def _by_heads(x: Any) -> Any:
+    from torch.distributed.tensor import Shard
+
+    if Shard(2) not in x.placements:
+        return x
+    return x.redistribute(placements=[Shard(1) if own == Shard(2) else own for own in x.placements])
+
+
+def _replicated(edge: Tensor | None, q: Any) -> Any:
+    if edge is None or is_dtensor(edge):
+        return edge
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = q.device_mesh
+    return DTensor.from_local(edge, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def check_placements(q: Any, k: Any, v: Any) -> None:
+    """Raise ValueError, naming the tensor and its placement, where DTensors are sharded as no rule has it."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not is_dtensor(x):
+            raise ValueError(
+                f"{name}: a plain tensor beside DTensors, expected q, k and v alike; distribute it"
+            )
+        if x.device_mesh != q.device_mesh:
+            raise ValueError(f"{name}: on {x.device_mesh}, expected q's {q.device_mesh}; redistribute it")
+    mesh = q.device_mesh
+    split = {"the batch": 1, "heads": 1}
+    said: dict[str, str] = {}
+    for index, placements in enumerate(zip(q.placements, k.placements, v.placements, strict=True)):
+        dims: dict[int, str] = {}
+        for name, placement in zip("qkv", placements, strict=True):
+            if placement.is_shard():
+                dims.setdefault(
+                    placement.dim % 4, f"{name}: {placement!r} on mesh dimension {_named(mesh, index)}"
+                )
+        if 3 in dims:
+            raise ValueError(
+                f"{dims[3]} splits head_dim, expected Shard(0) (the batch), Shard(1) (heads), Shard(2) (the sequence) "
+                "or Replicate(); redistribute it"
+            )
+        if dims:
+            kind = "heads" if {1, 2} & dims.keys() else "the batch"
+            split[kind] *= mesh.size(index)
+            said.setdefault(kind, next(iter(dims.values())))
+    ranks = split["heads"]
+    if q.shape[1] % ranks or k.shape[1] % ranks:
+        raise ValueError(
+            f"{said['heads']} asks for heads over {ranks} ranks, but there are {q.shape[1]} query and {k.shape[1]} key "
+            "heads, expected multiples of it; redistribute to Replicate(), or use Runtime.context_attention"
+        )
+    ranks, batch = split["the batch"], q.shape[0]
+    if ranks > 1 and math.ceil(batch / math.ceil(batch / ranks)) < ranks:
+        raise ValueError(
+            f"{said['the batch']} leaves some of {ranks} ranks none of {batch} batch rows; use fewer ranks"
+        )
+
+
+def _named(mesh: Any, index: int) -> str:
+    names = mesh.mesh_dim_names
+    return str(index) if names is None else repr(names[index])
+
+
+@constant_in_graphs
+def _register_once() -> bool:
+    global _registered
+    if not _registered:
+        from torch.distributed.tensor.experimental import register_sharding
+
+        register_sharding(torch.ops.softcap_runtime.attention.default)(_forward)
+        register_sharding(torch.ops.softcap_runtime.attention_backward.default)(_backward)
+        _registered = True
+    return True
+
+
+# A rule lists what each result and each argument may be on one dimension of a mesh; torch takes what costs least to
+# come to.
+
+
+def _forward(q: Any, k: Any, v: Any, lo: Any, hi: Any, *numbers: Any) -> list[tuple[list[Any], list[Any]]]:
+    train = numbers[-2]  # else the logsumexp is empty
+    return [
+        ([main, main if train else edge_of_none], [main] * 3 + edges + [None] * len(numbers))
+        for main, edge_of_none, edges in _choices(lo)
+    ]
+
+
+def _backward(
+    grad_out: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, lo: Any, hi: Any, *numbers: Any
+) -> list[tuple[list[Any], list[Any]]]:
+    return [([main] * 3, [main] * 6 + edges + [None] * len(numbers)) for main, _, edges in _choices(lo)]
+
+
+def _choices(lo: Any) -> list[tuple[Any, Any, list[Any]]]:
+    """(Of q, k, v and what has their batch and heads; of what is empty; of both edges), each way that works."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    own_rows = lo is not None and lo.shape[0] > 1  # edges of each batch row go where the row goes
+    whole = Replicate()
+    found = []
+    for main in (Shard(1), Shard(0), whole):
+        edge = main if main == Shard(0) and own_rows else whole
+        found.append((main, whole, [None if lo is None else edge] * 2))
+    return found

@@ -1,0 +1,1 @@
+"""Builds kernels before they are needed."""

@@ -1,0 +1,1 @@
+"""What ``stats``, ``inspect`` and the metrics show."""
