@@ -24,8 +24,8 @@ from softcap_runtime.cuda import tune as gpu_tune
 from softcap_runtime.cuda import tuned
 from softcap_runtime.cuda.options import BlockOptions, DeviceLimits, choose, variants
 from softcap_runtime.cuda.tune import Shape, Trial
-from softcap_runtime.prewarm.prewarm import prewarm as prewarming
-from softcap_runtime.prewarm.prewarm import tune as prewarm_tune
+from softcap_runtime.prewarm import prewarm as prewarming
+from softcap_runtime.prewarm import tune as prewarm_tune
 from softcap_runtime.supply import Supply
 
 LIMITS = DeviceLimits(227 * 1024, (9, 0), 132)
