@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime
-from softcap_runtime.cli.main import main as cli
+from softcap_runtime.cli import main as cli
 from softcap_runtime.integrations.transformers import register
 from softcap_runtime.prewarm.rows import PrewarmResult
 

@@ -11,7 +11,7 @@ triton=3.7.1
 if [[ ! -d ".venv/triton/triton-$triton.dist-info" ]]; then
     .venv/bin/python -m pip install --quiet --no-cache-dir --disable-pip-version-check --no-deps --upgrade \
         --target .venv/triton "triton==$triton" ||
-        echo "test: Triton $triton can't be installed, the tests in tests/kernels/test_triton.py are skipped" >&2
+        echo "test: Triton $triton can't be installed, the tests in tests/cuda/test_triton.py are skipped" >&2
 fi
 
 # What the tools and libraries write for themselves stays inside one temporary folder, gone at the end.

@@ -19,11 +19,11 @@ import pytest
 import typer
 
 import softcap_runtime
-from softcap_runtime.cli.main import main as cli
+from softcap_runtime.cli import main as cli
 from softcap_runtime.config import EngineName, RuntimeSettings
 from softcap_runtime.presets import PRESETS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A comment above a block that can't run here: <!-- not run: why -->
 NOT_RUN = re.compile(r"^<!-- not run: .+ -->$")

@@ -27,15 +27,15 @@ from softcap_runtime import (
     Runtime,
     RuntimeSettings,
 )
+from softcap_runtime.cli import main as cli
 from softcap_runtime.cli import tables as cli_tables
-from softcap_runtime.cli.main import main as cli
 from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.engines.package import Package
 from softcap_runtime.report import cache as cache_report
 from softcap_runtime.store import Key, Store, fingerprint
 from softcap_runtime.store.schema import DBNAME
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = ["--num-heads", "4", "--num-kv-heads", "2", "--head-dim", str(HEAD_DIM), "--scale", "0.125"]
 Command = Callable[..., tuple[int, str, str]]
 

@@ -18,7 +18,7 @@ from softcap_runtime import (
     Runtime,
     RuntimeSettings,
 )
-from softcap_runtime.cli.main import main as cli
+from softcap_runtime.cli import main as cli
 from softcap_runtime.cuda import options as gpu_options
 from softcap_runtime.cuda import tune as gpu_tune
 from softcap_runtime.cuda import tuned
