@@ -305,6 +305,39 @@ def decoding(report: Report) -> None:
     report.table(f"decoding, B{batch}, {length} keys", [row])
 
 
+def paged(report: Report) -> None:
+    """The same keys in pages that lie in any order, one new row and several, beside keys that lie together."""
+    batch, length, head_dim = (2, 64, 64) if report.smoke else (32, 8192, 256)
+    config = AttentionConfig(softcap=CAP, scale=head_dim**-0.5)
+    k, v = (torch.randn(batch, 8, length, head_dim, device=report.device).bfloat16() for _ in range(2))
+    lengths = torch.full((batch,), length, device=report.device)
+    sizes = (16,) if report.smoke else (16, 64, 256)
+    calls: dict[str, Call] = {}
+    for rows in (1, 4, 8):
+        q = torch.randn(batch, 16, rows, head_dim, device=report.device).bfloat16()
+        calls[f"together, {rows} rows"] = lambda q=q: report.runtime.attention(q, k, v, config)
+        for size in sizes if rows == 1 else sizes[:1]:
+            pages = [x.view(-1, size, 8, head_dim) for x in (k, v)]  # random, whichever way it is read
+            table = torch.randperm(batch * length // size, device=report.device).int().view(batch, -1)
+            calls[f"pages of {size}, {rows} rows"] = partial(
+                report.runtime.paged_attention, q, *pages, config, table, lengths
+            )
+    with torch.no_grad():
+        seconds = report.in_turns(calls)
+    moved = 2 * k.numel() * k.element_size()
+    first = seconds["together, 1 rows"]
+    found = [
+        {
+            "keys": who,
+            "ms": each * 1e3,
+            "x together, 1 row": each / first,
+            "share of copy": moved / each / report.copy,
+        }
+        for who, each in seconds.items()
+    ]
+    report.table(f"decoding from pages, B{batch}, {length} keys", found)
+
+
 def memory(report: Report) -> None:
     """Peak memory of forward + backward beyond inputs, output and gradients."""
     rows = []
@@ -414,7 +447,7 @@ def fresh_process(report: Report) -> None:
     report.table("a fresh process, caches warm", rows)
 
 
-PARTS = (training_shapes, saturated, packed, decoding, memory, overhead, fresh_process)
+PARTS = (training_shapes, saturated, packed, decoding, paged, memory, overhead, fresh_process)
 
 if __name__ == "__main__":
     main()

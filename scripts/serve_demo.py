@@ -119,6 +119,7 @@ def prewarm(model: Gemma2ForCausalLM) -> None:
                 head_dim=config.head_dim,
                 dtype=model.dtype,
                 device=str(model.device),
+                paged=True,
             )
             for layer in (0, 1)
         ]

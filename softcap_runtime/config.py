@@ -219,6 +219,7 @@ class PrewarmRequest(BaseModel):
     ``config``: the attention of the layer. ``num_heads``, ``num_kv_heads``, ``head_dim``: of the layer.
     ``seq_lens``: lengths that will be used, up to 2**24; kernels take any length, these get their masks too.
     ``dtype``, ``device``: of q, k and v, torch's own or their names. ``train``: whether gradients will be asked for.
+    ``paged``: whether ``Runtime.paged_attention`` will be called, which has kernels of its own on CUDA.
     """
 
     # A process that serves makes none: its validator is built when one is made.
@@ -232,6 +233,7 @@ class PrewarmRequest(BaseModel):
     dtype: Annotated[DtypeName, BeforeValidator(_torch_name)] = "bfloat16"
     device: Annotated[str, BeforeValidator(_torch_name)] = "cpu"
     train: bool = False
+    paged: bool = False
 
     def __init__(self, **fields: Any) -> None:
         with _one_line_errors(type(self).__name__):

@@ -96,7 +96,7 @@ def _on_gpu(
         bound[key] = bind_paged(
             *tensors,
             ragged=cu_seqlens_q is not None,
-            kernels=blocked_cuda.GpuKernelsOf(runtime.supply.kernels(problem), q.device.index),
+            kernels=blocked_cuda.GpuKernelsOf(runtime.supply.kernels(problem, paged=True), q.device.index),
             scale=config.scale,
             softcap=config.softcap,
             left=problem.mask.left if config.window is not None else None,

@@ -75,6 +75,7 @@ def requests_for(
     dtype: DtypeName = "bfloat16",
     device: str = "cpu",
     train: bool = False,
+    paged: bool = False,
 ) -> list[PrewarmRequest]:
     """The prewarm requests of a model, one per distinct kind of attention layer.
 
@@ -93,6 +94,7 @@ def requests_for(
             dtype=dtype,
             device=device,
             train=train,
+            paged=paged,
         )
         for shape in shapes
         for config in shape.configs

@@ -62,9 +62,9 @@ class Supply(Artifacts):
             return Chosen(engine_named("eager", problem.device), waiting, (), False)
         return Chosen(choice.engine, choice.reason, needed, True)
 
-    def kernels(self, problem: Problem) -> ProblemKernels:
-        """Where an engine finds what it needs for ``problem``."""
-        return ProblemKernels(self, problem)
+    def kernels(self, problem: Problem, paged: bool = False) -> ProblemKernels:
+        """Where an engine finds what it needs for ``problem``, ``paged`` where the keys lie in pages."""
+        return ProblemKernels(self, problem, paged)
 
     def options(self, device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:
         """The options of a GPU kernel: what was measured on this machine, else chosen by the device's limits."""
@@ -80,7 +80,7 @@ class Supply(Artifacts):
         """After a measurement: calls that are bound from now on take what it chose."""
         self._options.clear()
 
-    def command(self, problem: Problem) -> str:
+    def command(self, problem: Problem, paged: bool = False) -> str:
         """The shell command that prewarms the kernels of ``problem``."""
         # A command with another cache, secret or limit would build what this process cannot use or must drop.
         words = [*self._settings_given, "softcap-runtime prewarm"]
@@ -98,7 +98,8 @@ class Supply(Artifacts):
         if self.settings.engine != "auto":
             options["engine"] = self.settings.engine
         words += [f"--{name} {value}" for name, value in options.items() if value is not None]
-        return " ".join(words + (["--train"] if problem.train else []))
+        flags = {"--train": problem.train, "--paged": paged}
+        return " ".join([*words, *(flag for flag, given in flags.items() if given)])
 
 
 class ProblemKernels(NamedTuple):
@@ -106,6 +107,7 @@ class ProblemKernels(NamedTuple):
 
     supply: Supply
     problem: Problem
+    paged: bool
 
     @property
     def masks(self) -> MaskMemo:
@@ -114,7 +116,7 @@ class ProblemKernels(NamedTuple):
 
     def get(self, artifact: Artifact) -> Any:
         """See ``Kernels``."""
-        return self.supply.get(artifact, lambda: self.supply.command(self.problem))
+        return self.supply.get(artifact, lambda: self.supply.command(self.problem, self.paged))
 
     def options(self, device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:
         """See ``Kernels``."""

@@ -95,6 +95,9 @@ def prewarm(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     engine: Annotated[str | None, typer.Option(help="Only this engine's kernels.")] = None,
     train: Annotated[bool, typer.Option("--train", help="The kernels of training too.")] = False,
+    paged: Annotated[
+        bool, typer.Option("--paged", help="The kernels of paged caches too; on the CPU they are the same.")
+    ] = False,
     tune: Annotated[
         bool, typer.Option("--tune", help="Measure the blocks of GPU kernels and keep the best.")
     ] = False,
@@ -109,7 +112,12 @@ def prewarm(
         raise UsageError("pass one of --preset, --model, or --num-heads --num-kv-heads --head-dim")
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset: {preset!r}, expected {', '.join(PRESETS)}")
-    common: dict[str, Any] = {"seq_lens": tuple(seq_len or ()), "device": device, "train": train}
+    common: dict[str, Any] = {
+        "seq_lens": tuple(seq_len or ()),
+        "device": device,
+        "train": train,
+        "paged": paged,
+    }
     requests: list[PrewarmRequest] = []
     for each in dict.fromkeys(dtype or ["bfloat16"]):
         if given:

@@ -60,10 +60,10 @@ def bind_paged(
         [half, half, half, single, single, whole, whole, whole if ragged else None],
         [
             *strides(where.align, q.stride(), k.stride(), v.stride()),
-            heads, kv_heads, group, rows, blocks, pages, pages_at_hand, splits, mask.left, mask.right,
-            call.inner, call.coef, call.bias - call.reference, call.reference,
+            heads, kv_heads, group, rows, blocks, pages, pages_at_hand, page_size.bit_length() - 1, splits,
+            mask.left, mask.right, call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
-        {"RAGGED": ragged, "PAGE": page_size, "ONLINE": call.online, "FORM": call.form,
+        {"RAGGED": ragged, "ONLINE": call.online, "FORM": call.form,
          **constants(dim, q.dtype, options._replace(block_m=block_m), where)},
         device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip

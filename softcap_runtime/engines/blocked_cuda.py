@@ -6,6 +6,7 @@ torch's own do, and what others need is found at the first call of their layout.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ MAX_LAYOUTS = 64
 # Sizes of the problems that stand for all lengths: more rows than decoding takes; and so many keys that decoding cuts
 # them into more than a few shares, of four blocks of 128 at least.
 MANY_ROWS, MANY_KEYS = 128, 2 * FEW_SPLITS * 4 * 128
+# Keys of a page where any number stands for all.
+PAGE = 16
 
 
 def _refuses(problem: Problem) -> str | None:
@@ -138,18 +141,37 @@ def _artifacts(problem: Problem, kernels: Kernels) -> list[GpuKernel]:
     return list(found)
 
 
+def paged_artifacts(problem: Problem, kernels: Kernels) -> list[GpuKernel]:
+    """The kernels of calls over pages of any size: a few rows or many, side by side or in batch rows."""
+    from softcap_runtime.cuda.paged import bind_paged
+
+    device, (batch, heads, kv_heads, head_dim) = problem.device, problem[2:6]
+    found: dict[GpuKernel, None] = {}
+    how = {**_how(problem, kernels), "kernels": _Listing(kernels, device.index, found)}
+    pages: Any = _Outline((1, kv_heads, PAGE, head_dim), problem.dtype, device)
+    for rows, pages_each in itertools.product(_decode_rows(problem), (1, MANY_KEYS // PAGE)):
+        q: Any = _Outline((batch, heads, rows, head_dim), problem.dtype, device)
+        table: Any = _Outline((1, pages_each), torch.int32, device)
+        for ragged in (False, True):
+            bind_paged(q, pages, pages, table, ragged=ragged, **how)
+    return list(found)
+
+
 def _alike(problem: Problem) -> list[Problem]:
     """Short and long calls, whose kernels differ, and those of decoding in how many query rows they take together and
     in how many shares they cut the keys."""
-    heads, group = problem.num_heads, problem.num_heads // problem.num_kv_heads
-    most = decode_rows(problem.dtype)
-    rows = {1, *(size // group for size in (32, 64) if size <= most)} - {0}
     long = MANY_ROWS
-    while 2 * heads * problem.head_dim * long**2 < TMA_FROM:
+    while 2 * problem.num_heads * problem.head_dim * long**2 < TMA_FROM:
         long *= 2
     lengths = [(MANY_ROWS, 1), (long, long)]  # one key: little work, however many heads
-    lengths += [(count, keys) for keys in (1, MANY_KEYS) for count in sorted(rows)]
+    lengths += [(count, keys) for keys in (1, MANY_KEYS) for count in _decode_rows(problem)]
     return [problem._replace(batch=1, mask=_mask_alike(problem.mask, *each)) for each in lengths]
+
+
+def _decode_rows(problem: Problem) -> list[int]:
+    """Query rows of calls for which decoding has a kernel each."""
+    group, most = problem.num_heads // problem.num_kv_heads, decode_rows(problem.dtype)
+    return sorted({1, *(size // group for size in (32, 64) if size <= most)} - {0})
 
 
 def _mask_alike(mask: RowIntervals, q_len: int, kv_len: int) -> RowIntervals:

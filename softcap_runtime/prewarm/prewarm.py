@@ -99,14 +99,13 @@ def artifacts_of(supply: Supply, request: PrewarmRequest) -> list[Artifact]:
 
     Raises as ``prewarm`` does, and builds nothing.
     """
-    return list(
-        dict.fromkeys(
-            one
-            for engine, problem in _engines(supply, request)
-            for alike in engine.alike(problem)
-            for one in engine.artifacts(alike, supply.kernels(alike))
-        )
-    )
+    found: dict[Artifact, None] = {}
+    for engine, problem in _engines(supply, request):
+        for alike in engine.alike(problem):
+            found.update(dict.fromkeys(engine.artifacts(alike, supply.kernels(alike))))
+        if request.paged and engine is blocked_cuda.ENGINE and not problem.mask.vectors:
+            found.update(dict.fromkeys(blocked_cuda.paged_artifacts(problem, supply.kernels(problem))))
+    return list(found)
 
 
 def _engines(supply: Supply, request: PrewarmRequest) -> Iterator[tuple[Engine, Problem]]:

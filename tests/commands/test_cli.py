@@ -640,10 +640,11 @@ def test_scripts_are_doors_to_the_same_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("script", "name"), [("prewarm", "prewarm"), ("inspect_cache", "inspect")])
 def test_a_script_runs_the_package_beside_it_installed_or_not(tmp_path: Path, script: str, name: str) -> None:
-    for folder in ("scripts", "softcap_runtime"):
-        (tmp_path / folder).mkdir()
+    for folder in ("scripts", "softcap_runtime/cli"):
+        (tmp_path / folder).mkdir(parents=True)
     shutil.copy(ROOT / f"scripts/{script}.py", tmp_path / "scripts")
-    (tmp_path / "softcap_runtime/__init__.py").touch()
+    for folder in ("softcap_runtime", "softcap_runtime/cli"):
+        (tmp_path / folder / "__init__.py").touch()
     (tmp_path / "softcap_runtime/cli/main.py").write_text("def main(words): print('beside it', *words)\n")
     done = shell(f"'{sys.executable}' '{tmp_path}/scripts/{script}.py' --json")
     assert done.stdout == f"beside it {name} --json\n", done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -26,10 +27,12 @@ from softcap_runtime.cuda.options import (
     device_limits,
     triton_version,
 )
+from softcap_runtime.cuda.paged import bind_paged
 from softcap_runtime.cuda.triton import attention as triton_attention
 from softcap_runtime.cuda.triton import gradient as triton_gradient
 from softcap_runtime.cuda.triton.launch import TMA_FROM
 from softcap_runtime.engines import blocked_cuda
+from softcap_runtime.engines.blocked_cuda import GpuKernelsOf
 from softcap_runtime.engines.engine import Problem
 from softcap_runtime.masks.intervals import RowIntervals, band, row_intervals
 
@@ -237,6 +240,40 @@ def test_what_is_listed_is_what_calls_ask_for(
         assert met <= listed
         # In training a call of one row is its own kind: what is listed for inference alone is met there.
         assert listed <= met, "prewarming builds what no call needs"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "heads", "kv_heads", "softcap"),
+    [
+        (BF16, 256, 8, 4, 50.0),
+        (BF16, 128, 40, 1, 50.0),
+        (FP16, 64, 6, 2, None),
+        (BF16, 256, 8, 4, 2000.0),
+        (FP32, 64, 16, 1, 50.0),
+    ],
+    ids=str,
+)
+def test_paged_calls_ask_for_what_is_listed(
+    dtype: torch.dtype, head_dim: int, heads: int, kv_heads: int, softcap: float | None, recorded: Recorded
+) -> None:
+    """Whatever the pages' size, the window, the number of rows and whether they lie side by side."""
+    kernels: Any = recorded
+    mask = band(1, 1, causal=True, window=None)
+    device = torch.device("cuda", 0)
+    problem = Problem(device, dtype, 1, heads, kv_heads, head_dim, 0.1, softcap, mask, False)
+    listed = set(blocked_cuda.paged_artifacts(problem, kernels))
+    assert not recorded.asked, "to list is to ask for nothing"
+    for rows, page_size, length, sequences, ragged, window in itertools.product(
+        (1, 2, 4, 8, 16, 31, 100), (16, 64, 256), (1, 5000, 200_000), (1, 40), (False, True), (None, 100)
+    ):
+        q = torch.empty(1 if ragged else sequences, rows, heads, head_dim, dtype=dtype, device="meta")
+        k = torch.empty(9, page_size, kv_heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+        table = torch.empty(sequences, -(-length // page_size), dtype=torch.int32, device="meta")
+        bind_paged(
+            q.transpose(1, 2), k, k, table, ragged=ragged, kernels=GpuKernelsOf(kernels, 0), scale=0.1, softcap=softcap,
+            left=None if window is None else 1 - window, right=1,
+        )  # fmt: skip
+    assert set(recorded.asked) == listed
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

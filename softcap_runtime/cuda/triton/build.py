@@ -62,7 +62,7 @@ def _compile(spec: CubinSpec) -> Any:
     from triton.compiler import ASTSource
 
     kernel = kernel_of(spec)
-    gluon = MODULES[spec.kernel].startswith("cuda.")
+    gluon = MODULES[spec.kernel].startswith("cuda.gluon.")
     if gluon:
         from triton.experimental.gluon._runtime import (
             GluonASTSource as ASTSource,

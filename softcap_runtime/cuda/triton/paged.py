@@ -14,35 +14,35 @@ from softcap_runtime.cuda.triton.forward import softmax_step
 
 
 @triton.jit
-def _load_keys(source, pages, stride_page, stride_s, keys, end, num_pages, PAGE: tl.constexpr, D: tl.constexpr,
+def _load_keys(source, pages, stride_page, stride_s, keys, end, num_pages, page_bits, D: tl.constexpr,
                DPAD: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """Rows ``keys`` of one head of a sequence as ``[keys, DPAD]``; those from ``end`` on read as 0."""
     inside = keys < end
-    page = tl.load(pages + keys // PAGE, mask=inside, other=0)
+    page = tl.load(pages + (keys >> page_bits), mask=inside, other=0)
     # A table that names no page reads another: memory outside of the cache is never touched.
     page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
     columns = tl.arange(0, DPAD)
-    at = page.to(tl.int64) * stride_page + (keys % PAGE).to(tl.int64) * stride_s
+    at = page.to(tl.int64) * stride_page + (keys & ((1 << page_bits) - 1)).to(tl.int64) * stride_s
     mask = inside[:, None]
     if D != DPAD:
         mask &= columns[None, :] < D
     return tl.load(source + (at * ALIGN)[:, None] + columns[None, :], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=[*INTS, "pages", "num_pages"])
+@triton.jit(do_not_specialize=[*INTS, "pages", "num_pages", "page_bits"])
 def paged_kernel(
     Q, K, V, Out, Lse, Table, Lengths, Offsets,
     sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s,
-    Hq, Hkv, G, Sq, blocks, pages, num_pages, splits, left, right, inner, coef, bias, reference,
-    RAGGED: tl.constexpr, PAGE: tl.constexpr, ONLINE: tl.constexpr, FORM: tl.constexpr,
+    Hq, Hkv, G, Sq, blocks, pages, num_pages, page_bits, splits, left, right, inner, coef, bias, reference,
+    RAGGED: tl.constexpr, ONLINE: tl.constexpr, FORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Out ``[splits, B, Hq, Sq, DPAD]`` and Lse ``[splits, B, Hq, Sq]`` float32, contiguous, of one share.
 
     ``Table`` int32 ``[sequences, pages]``, ``Lengths`` int32 ``[sequences]``; ``sk_b`` and ``sv_b`` lead from page to
-    page. RAGGED: the rows of all sequences lie in one batch row, where int32 ``Offsets`` ``[sequences + 1]`` say; else
-    a batch row is a sequence.
+    page, which holds ``1 << page_bits`` keys. RAGGED: the rows of all sequences lie in one batch row, where int32
+    ``Offsets`` ``[sequences + 1]`` say; else a batch row is a sequence.
     """
     split = tl.program_id(0) % splits
     rest = tl.program_id(0) // splits
@@ -63,7 +63,7 @@ def paged_kernel(
     # Row by row, the heads of a group side by side: a block of rows sees few keys more than one row.
     h = hk * G + packed % G
     row = packed // G
-    length = tl.minimum(tl.load(Lengths + b), pages * PAGE)
+    length = tl.minimum(tl.load(Lengths + b), pages << page_bits)
     place = length - count + row
     lo = tl.maximum(place + left, 0)
     hi = tl.minimum(place + right, length)
@@ -90,7 +90,7 @@ def paged_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     for step in tl.range(start, stop, num_stages=STAGES):
         keys = step * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = _load_keys(key_head, table, sk_b, sk_s, keys, length, num_pages, PAGE, D, DPAD, ALIGN)
+        k = _load_keys(key_head, table, sk_b, sk_s, keys, length, num_pages, page_bits, D, DPAD, ALIGN)
         x = tl.dot(q, k.T, input_precision=PRECISION)
         visible = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
         p, alpha, m, l, _ = softmax_step(
@@ -98,7 +98,7 @@ def paged_kernel(
         )
         if ONLINE:
             acc = acc * alpha[:, None]
-        v = _load_keys(value_head, table, sv_b, sv_s, keys, length, num_pages, PAGE, D, DPAD, ALIGN)
+        v = _load_keys(value_head, table, sv_b, sv_s, keys, length, num_pages, page_bits, D, DPAD, ALIGN)
         acc = tl.dot(p, v, acc, input_precision=PRECISION)
 
     seen = l != 0  # NaN is seen
