@@ -228,6 +228,8 @@ def _send_keys(k: Tensor, v: Tensor, plan: KeyPlan, mesh: DeviceMesh) -> tuple[P
 def _outer_keys(k: Pieces, v: Pieces, arrived: Tensor | None, plan: KeyPlan) -> tuple[Tensor, Tensor]:
     """Keys and values that the outer rows see, of own pieces and what arrived."""
     if arrived is not None and any(plan.received):
+        if not arrived.requires_grad:
+            arrived = collectives.wait_tensor(arrived)  # once, a plain tensor from here on
         parts = arrived.split([size for sizes in plan.received for _ in "kv" for size in sizes])
         at = 0
         for sizes in plan.received:
@@ -244,10 +246,10 @@ def _tied(k: Tensor, arrived: Tensor | None) -> Tensor:
     differentiated on every rank."""
     if arrived is None:
         return k
-    (nothing,) = arrived.split([0])  # waits: what is sent is kept until then
-    if not nothing.requires_grad:
-        return k
-    return torch.cat([k.permute(2, 0, 1, 3), nothing]).permute(1, 2, 0, 3)
+    if arrived.requires_grad:
+        return torch.cat([k.permute(2, 0, 1, 3), arrived]).permute(1, 2, 0, 3)
+    collectives.wait_tensor(arrived)  # what is sent is kept until then
+    return k
 
 
 # --- heads (Ulysses): each rank receives all rows of its heads, and sends its results back to the rows.
