@@ -42,7 +42,8 @@ def measure(report: Report) -> None:
     report.table(
         "context",
         rows,
-        "ms: the slowest rank's; x alone: against its own computing, all keys there; MB: received forward by the "
-        "rank that receives most; pairs: visible pairs of the busiest rank over the mean; GB: peak beyond what is held "
-        "before; error: of the output, relative, against one process",
+        "ms: the slowest rank's; forward and both: each call waited for; queued: forward, calls in a row that are not; "
+        "x: against its own computing, all keys there; MB: received forward by the rank that receives most; pairs: "
+        "visible pairs of the busiest rank over the mean; GB: peak beyond what is held before; error: of the output, "
+        "relative, against one process",
     )

@@ -6,22 +6,27 @@ same way. An exchange is waited for where its result is first used.
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import DeviceMesh
 
 from softcap_runtime.checks import check_config
 from softcap_runtime.config import AttentionConfig
 from softcap_runtime.distributed.agree import agree, digest
-from softcap_runtime.distributed.context import ContextMask
+from softcap_runtime.distributed.context import ContextMask, HeadPlan, KeyPlan
 from softcap_runtime.distributed.ranges import picked
 from softcap_runtime.engines.engine import Call
 from softcap_runtime.ops import operator
 from softcap_runtime.ops.sharding import check_placements, is_dtensor
 from softcap_runtime.plans import Server
 
+Pieces = tuple[Tensor, ...]
+Arriving = TypeVar("Arriving")
 # What ranks have agreed on, so that later calls of the kind gather nothing: a few numbers each.
 _agreed: set[Any] = set()
 
@@ -133,22 +138,45 @@ def _load_kernels(
     train: bool,
 ) -> None:
     """Have the kernels of a call here, or raise what says why not; nothing is computed."""
-    ranks, mask = context.layout.ranks, context.local
+    ranks, masks = context.layout.ranks, () if context.by_keys is None else context.by_keys.masks
     heads, kv_heads = q.shape[1], k.shape[1]
     if method == "heads":
-        mask, heads, kv_heads = context.whole, heads // ranks, max(1, kv_heads // ranks)
-    assert mask is not None
+        masks, heads, kv_heads = (context.whole,), heads // ranks, max(1, kv_heads // ranks)
 
     # Shapes alone are looked at.
     def like(x: Tensor, heads: int, rows: int) -> Tensor:
         return x[:, :1, :1].expand(-1, heads // stages, rows, -1)
 
-    call = Call(mask, config.scale, config.softcap, runtime.settings.engine, train)
-    runtime.plan(like(q, heads, mask.q_len), like(k, kv_heads, mask.kv_len), call)
+    for mask in masks:
+        call = Call(mask, config.scale, config.softcap, runtime.settings.engine, train)
+        runtime.plan(like(q, heads, mask.q_len), like(k, kv_heads, mask.kv_len), call)
 
 
-def _sent(x: Tensor, received: list[int], sent: list[int], context: ContextMask) -> Tensor:
-    return collectives.all_to_all_single_autograd(x.contiguous(), received, sent, context.mesh)
+def _sent(x: Tensor, received: list[int], sent: list[int], mesh: DeviceMesh) -> Tensor:
+    return collectives.all_to_all_single_autograd(x.contiguous(), received, sent, mesh)
+
+
+def _in_stages(
+    groups: Sequence[tuple[Tensor, Tensor, Tensor]],
+    send: Callable[[Tensor, Tensor, Tensor], Arriving],
+    compute: Callable[[Tensor, Tensor, Tensor, Arriving], Tensor],
+) -> list[Tensor]:
+    """What is computed of each group; the next one is on its way meanwhile."""
+    outs, coming = [], send(*groups[0])
+    for (q, k, v), after in itertools.zip_longest(groups, groups[1:]):
+        here = coming
+        if after is not None:
+            coming = send(*after)
+        outs.append(compute(q, k, v, here))
+    return outs
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Put together along heads (1) or rows (2), laid out ``[B, S, H, D]`` in memory as one call's output is."""
+    parts = [part for part in parts if part.shape[dim]]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.transpose(1, 2) for part in parts], 3 - dim).transpose(1, 2)
 
 
 # --- keys: each rank receives those that its rows see and it lacks. Rows stand first in what travels: [rows, B, H, D].
@@ -163,58 +191,65 @@ def _by_keys(
     context: ContextMask,
     stages: int,
 ) -> Tensor:
-    mask, width = context.local, k.shape[1] // stages
-    assert mask is not None
-    groups = list(zip(k.split(width, 1), v.split(width, 1), strict=True))
-    rows = q.split(q.shape[1] // stages, 1)
-    coming = _send_keys(*groups[0], context)
-    outs = []
-    for at in range(stages):
-        here = coming
-        if at + 1 < stages:  # on its way while this group is computed
-            coming = _send_keys(*groups[at + 1], context)
-        keys, values = _placed(*here, context)
-        outs.append(runtime.attend(rows[at], keys, values, config, mask))
-    return _heads_together(outs)
-
-
-def _send_keys(
-    k: Tensor, v: Tensor, context: ContextMask
-) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-    """Own pieces of k and of v, and what the others send: for each of them keys, then values."""
     plan = context.by_keys
     assert plan is not None
-    k_pieces, v_pieces = (list(x.permute(2, 0, 1, 3).split(plan.own)) for x in (k, v))
+    mesh, (ahead, inner, behind) = context.mesh, plan.rows
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, coming: tuple[Pieces, Pieces, Tensor | None]) -> Tensor:
+        if plan.outer is None:
+            assert plan.inner is not None
+            return runtime.attend(q, _tied(k, coming[2]), v, config, plan.inner)
+        if plan.inner is None:
+            keys, values = _outer_keys(*coming, plan)
+            return runtime.attend(q, keys, values, config, plan.outer)
+        first, middle, last = q.split([ahead, inner, behind], 2)
+        out = runtime.attend(middle, k, v, config, plan.inner)  # while keys of others are on their way
+        keys, values = _outer_keys(*coming, plan)
+        outer = runtime.attend(_joined([first, last], 2), keys, values, config, plan.outer)
+        first, last = outer.split([ahead, behind], 2)
+        return _joined([first, out, last], 2)
+
+    groups = list(zip(*(x.split(x.shape[1] // stages, 1) for x in (q, k, v)), strict=True))
+    return _joined(_in_stages(groups, lambda _, k, v: _send_keys(k, v, plan, mesh), compute), 1)
+
+
+def _send_keys(k: Tensor, v: Tensor, plan: KeyPlan, mesh: DeviceMesh) -> tuple[Pieces, Pieces, Tensor | None]:
+    """Own pieces of k and of v, and what the others send: for each of them keys, then values."""
+    k_pieces, v_pieces = (x.permute(2, 0, 1, 3).split(plan.own) for x in (k, v))
     if plan.silent:
         return k_pieces, v_pieces, None
     buffer = [pieces[at] for to in plan.sent for pieces in (k_pieces, v_pieces) for at in to]
     packed = torch.cat(buffer) if buffer else k_pieces[0][:0]
     sent = [2 * sum(plan.own[at] for at in to) for to in plan.sent]
     received = [2 * sum(sizes) for sizes in plan.received]
-    return k_pieces, v_pieces, _sent(packed, received, sent, context)
+    return k_pieces, v_pieces, _sent(packed, received, sent, mesh)
 
 
-def _placed(
-    k_pieces: list[Tensor], v_pieces: list[Tensor], arrived: Tensor | None, context: ContextMask
-) -> tuple[Tensor, Tensor]:
-    plan = context.by_keys
-    assert plan is not None
-    if arrived is not None:
-        parts = list(arrived.split([size for sizes in plan.received for _ in "kv" for size in sizes] or [0]))
-        if not any(plan.received):
-            # Nothing comes, but gradients do: the exchange must be a part of what is differentiated on every rank.
-            first = plan.order[0]
-            k_pieces[first] = torch.cat([k_pieces[first], parts[0]])
-        else:
-            at = 0
-            for sizes in plan.received:
-                k_pieces += parts[at : at + len(sizes)]
-                v_pieces += parts[at + len(sizes) : at + 2 * len(sizes)]
-                at += 2 * len(sizes)
-    return (
-        picked(k_pieces, plan.order).permute(1, 2, 0, 3),
-        picked(v_pieces, plan.order).permute(1, 2, 0, 3),
-    )
+def _outer_keys(k: Pieces, v: Pieces, arrived: Tensor | None, plan: KeyPlan) -> tuple[Tensor, Tensor]:
+    """Keys and values that the outer rows see, of own pieces and what arrived."""
+    if arrived is not None and any(plan.received):
+        if not arrived.requires_grad:
+            arrived = collectives.wait_tensor(arrived)  # once, a plain tensor from here on
+        parts = arrived.split([size for sizes in plan.received for _ in "kv" for size in sizes])
+        at = 0
+        for sizes in plan.received:
+            k += parts[at : at + len(sizes)]
+            v += parts[at + len(sizes) : at + 2 * len(sizes)]
+            at += 2 * len(sizes)
+        arrived = None
+    keys, values = (picked(x, plan.order).permute(1, 2, 0, 3) for x in (k, v))
+    return _tied(keys, arrived), values
+
+
+def _tied(k: Tensor, arrived: Tensor | None) -> Tensor:
+    """Keys of a rank to which nothing comes: gradients do, of what it sent, so the exchange must be a part of what is
+    differentiated on every rank."""
+    if arrived is None:
+        return k
+    if arrived.requires_grad:
+        return torch.cat([k.permute(2, 0, 1, 3), arrived]).permute(1, 2, 0, 3)
+    collectives.wait_tensor(arrived)  # what is sent is kept until then
+    return k
 
 
 # --- heads (Ulysses): each rank receives all rows of its heads, and sends its results back to the rows.
@@ -229,17 +264,17 @@ def _by_heads(
     context: ContextMask,
     stages: int,
 ) -> Tensor:
-    groups = _head_groups(q, k, v, context.layout.ranks, stages)
-    coming = _send_rows(*groups[0], context)
-    outs = []
-    for at in range(stages):
-        here = coming
-        if at + 1 < stages:
-            coming = _send_rows(*groups[at + 1], context)
-        heads = [x.shape[1] for x in groups[at]]
-        whole = _rows_together(here, sum(heads), q, context).split(heads, 1)
+    plan, mesh, like = context.by_heads, context.mesh, q
+    assert plan is not None
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, coming: Tensor) -> Tensor:
+        heads = [x.shape[1] for x in (q, k, v)]
+        whole = _rows_together(coming, sum(heads), like, plan).split(heads, 1)
         out = runtime.attend(whole[0], whole[1], whole[2], config, context.whole)
-        outs.append(_back_to_rows(out, context))
+        return _back_to_rows(out, plan, context.rank, mesh)
+
+    groups = _head_groups(q, k, v, context.layout.ranks, stages)
+    outs = _in_stages(groups, lambda q, k, v: _send_rows(q, k, v, plan, mesh), compute)
     # [rank, B, rows, heads, D] of each group: heads in the order of ranks, then of groups. A copy, so that what is
     # returned has been waited for.
     by_rank = zip(*(out.unbind(0) for out in outs), strict=True)
@@ -257,48 +292,32 @@ def _head_groups(
     return list(zip(*parts, strict=True))
 
 
-def _send_rows(q: Tensor, k: Tensor, v: Tensor, context: ContextMask) -> Tensor:
-    plan = context.by_heads
-    assert plan is not None
+def _send_rows(q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, mesh: DeviceMesh) -> Tensor:
     packed = torch.cat((q, k, v), 1)
     row = packed[0, :, :, 0].numel()
     here = packed.shape[3]
     received = [rows * row for rows in plan.rows]
-    return _sent(packed.flatten(), received, [here * row] * len(plan.rows), context)
+    return _sent(packed.flatten(), received, [here * row] * len(plan.rows), mesh)
 
 
-def _rows_together(arrived: Tensor, heads: int, q: Tensor, context: ContextMask) -> Tensor:
+def _rows_together(arrived: Tensor, heads: int, q: Tensor, plan: HeadPlan) -> Tensor:
     """``[B, heads, S, D]`` in the sequence's order, of what every rank sent: ``[heads, B, rows, D]`` each."""
-    plan = context.by_heads
-    assert plan is not None
     batch, head_dim = q.shape[0], q.shape[3]
     row = heads * batch * head_dim
     parts = arrived.split([rows * row for rows in plan.rows])
     shaped = [x.view(heads, batch, -1, head_dim).permute(2, 1, 0, 3) for x in parts]
-    pieces, at = [], 0
-    for own, ranges in zip(shaped, context.layout.ranges, strict=True):
-        pieces += own.split(plan.pieces[at : at + len(ranges)])
-        at += len(ranges)
+    pieces = [piece for own, sizes in zip(shaped, plan.pieces, strict=True) for piece in own.split(sizes)]
     return picked(pieces, plan.order).permute(1, 2, 0, 3)
 
 
-def _back_to_rows(out: Tensor, context: ContextMask) -> Tensor:
+def _back_to_rows(out: Tensor, plan: HeadPlan, rank: int, mesh: DeviceMesh) -> Tensor:
     """``[rank, B, rows, heads, D]``: this rank's rows of what every rank computed."""
-    plan = context.by_heads
-    assert plan is not None
     batch, heads, _, head_dim = out.shape
     pieces = out.permute(2, 0, 1, 3).split(plan.sorted_pieces)
     packed = picked(pieces, plan.back)
-    here = plan.rows[context.rank]
-    back = _sent(packed, [here] * len(plan.rows), plan.rows, context)
+    here = plan.rows[rank]
+    back = _sent(packed, [here] * len(plan.rows), plan.rows, mesh)
     return back.view(len(plan.rows), here, batch, heads, head_dim).transpose(1, 2)
-
-
-def _heads_together(outs: list[Tensor]) -> Tensor:
-    """Laid out ``[B, Sq, Hq, D]`` in memory, as one call's output is."""
-    if len(outs) == 1:
-        return outs[0]
-    return torch.cat([out.transpose(1, 2) for out in outs], 2).transpose(1, 2)
 
 
 def _of_dtensors(

@@ -14,36 +14,62 @@ from softcap_runtime.checks import check_config
 from softcap_runtime.config import AttentionConfig
 from softcap_runtime.distributed.agree import agree, digest, digest_of
 from softcap_runtime.distributed.layout import SequenceLayout, check_mesh
-from softcap_runtime.distributed.ranges import Ranges, common, keys_seen, length, pairs_of, renumbered
+from softcap_runtime.distributed.ranges import (
+    Ranges,
+    common,
+    keys_seen,
+    length,
+    merged,
+    pairs_of,
+    renumbered,
+    rows_within,
+)
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments
 
 Method = Literal["auto", "keys", "heads"]
 
 
+# A rank's inner rows are computed apart only if they see this share of its pairs at least: two calls and an output put
+# together cost more than a few of them hide.
+LEAST_INNER = 1 / 8
+
+
 class KeyPlan(NamedTuple):
     """How one rank's keys travel: everything in pieces, rows of the sequence that go the same ways.
 
+    Rows that see keys of this rank alone are its inner rows, computed while the others' keys, which the outer rows see
+    too, are on their way.
+
     ``own``: sizes of the pieces of this rank's rows. ``sent``: per rank, which of them go there. ``received``: per
-    rank, sizes of the pieces that come. ``order``: the keys in the sequence's order, by place among own and received
-    pieces.
-    ``silent``: whether no rank sends anything.
+    rank, sizes of the pieces that come. ``silent``: whether no rank sends anything.
+    ``rows``: how many outer, inner and again outer rows there are. ``inner``: the mask of the inner rows over all keys
+    of this rank. ``outer``: that of the outer rows over the keys they see, which ``order`` puts in the sequence's
+    order, by place among own and received pieces. Either is None where there are no such rows.
     """
 
     own: list[int]
     sent: list[list[int]]
     received: list[list[int]]
-    order: list[int]
     silent: bool
+    rows: tuple[int, int, int]
+    inner: RowIntervals | None
+    outer: RowIntervals | None
+    order: list[int]
+
+    @property
+    def masks(self) -> tuple[RowIntervals, ...]:
+        """A mask for each kernel call."""
+        return tuple(mask for mask in (self.inner, self.outer) if mask is not None)
 
 
 class HeadPlan(NamedTuple):
-    """How rows travel to heads: every rank's ``pieces`` of rows in turn, and their ``order`` in the sequence.
+    """How rows travel to heads: sizes of every rank's ``pieces`` of rows, and their ``order`` in the sequence.
 
     ``back``: where each rank's pieces stand in that order. ``rows``: how many each rank holds.
     """
 
-    pieces: list[int]
+    pieces: list[list[int]]
     order: list[int]
     sorted_pieces: list[int]
     back: list[int]
@@ -67,7 +93,6 @@ class ContextMask:
     key_rows: tuple[int, ...]
     by_keys: KeyPlan | None
     by_heads: HeadPlan | None
-    local: RowIntervals | None
     whole: RowIntervals
 
     def received_bytes(
@@ -167,14 +192,13 @@ def _made(
     received = tuple(
         length(keys) - length(common(own, keys)) for own, keys in zip(layout.ranges, seen, strict=True)
     )
-    by_keys = local = by_heads = None
+    by_keys = by_heads = None
     if method != "heads":
-        by_keys = _key_plan(layout, rank, seen, silent=not any(received))
-        local = _on(renumbered(whole, layout.ranges[rank], seen[rank]), device)
+        by_keys = _key_plan(layout, rank, seen, whole, device, silent=not any(received))
     if method == "heads" or (method == "auto" and config.window is None):
         by_heads = _head_plan(layout)
     return ContextMask(
-        config, layout, mesh, method, rank, pairs, received, by_keys, by_heads, local, _on(whole, device)
+        config, layout, mesh, method, rank, pairs, received, by_keys, by_heads, _on(whole, device)
     )
 
 
@@ -212,9 +236,21 @@ def _on(mask: RowIntervals, device: torch.device) -> RowIntervals:
     return mask._replace(lo=mask.lo.to(device), hi=mask.hi.to(device))
 
 
-def _key_plan(layout: SequenceLayout, rank: int, seen: list[Ranges], silent: bool) -> KeyPlan:
-    own = layout.ranges[rank]
-    wanted = [common(own, keys) for keys in seen]
+def _key_plan(
+    layout: SequenceLayout,
+    rank: int,
+    seen: list[Ranges],
+    whole: RowIntervals,
+    device: torch.device,
+    silent: bool,
+) -> KeyPlan:
+    own, rows = layout.ranges[rank], layout.count(rank)
+    first, last = _inner_rows(whole, own)
+    start = own[0][0]
+    inner: Ranges = merged([(start + first, start + last)])
+    outer: Ranges = merged([(start, start + first), (start + last, own[-1][1])]) if inner else own
+    needed = seen[rank] if not inner else keys_seen(whole, outer) if outer else ()
+    wanted = [common(own, needed if to == rank else keys) for to, keys in enumerate(seen)]
     cuts = sorted({edge for ranges in (own, *wanted) for part in ranges for edge in part})
     held = [(a, b) for a, b in itertools.pairwise(cuts) if common(own, ((a, b),))]
     place = {start: at for at, (start, _) in enumerate(held)}
@@ -223,18 +259,34 @@ def _key_plan(layout: SequenceLayout, rank: int, seen: list[Ranges], silent: boo
         return [at for first, last in ranges for at in range(place[first], len(held)) if held[at][0] < last]
 
     sent = [[] if to == rank else pieces(ranges) for to, ranges in enumerate(wanted)]
-    incoming = [
-        () if source == rank else common(rows, seen[rank]) for source, rows in enumerate(layout.ranges)
-    ]
+    incoming = [() if source == rank else common(rows, needed) for source, rows in enumerate(layout.ranges)]
     starts = [start for start, _ in held] + [start for part in incoming for start, _ in part]
     chosen = pieces(wanted[rank]) + list(range(len(held), len(starts)))
     return KeyPlan(
         [end - start for start, end in held],
         sent,
         [[end - start for start, end in part] for part in incoming],
-        sorted(chosen, key=starts.__getitem__),
         silent,
+        (first, last - first, rows - last),
+        _on(renumbered(whole, inner, own), device) if inner else None,
+        _on(renumbered(whole, outer, needed), device) if outer else None,
+        sorted(chosen, key=starts.__getitem__),
     )
+
+
+def _inner_rows(whole: RowIntervals, own: Ranges) -> tuple[int, int]:
+    """A rank's inner rows, first and last, counted among its own; (0, 0) where they are not worth a call of their own.
+
+    Only ranks of one chunk have any: in others rows of one chunk see keys between the chunks.
+    """
+    if len(own) > 1:
+        return 0, 0
+    start = own[0][0]
+    first, last = rows_within(whole, own[0])
+    inner, all_pairs = pairs_of(whole, [(first, last), own[0]]) if first < last else (0, 1)
+    if (first, last) != own[0] and inner < LEAST_INNER * all_pairs:
+        return 0, 0
+    return first - start, last - start
 
 
 def _head_plan(layout: SequenceLayout) -> HeadPlan:
@@ -245,4 +297,5 @@ def _head_plan(layout: SequenceLayout) -> HeadPlan:
     for place, at in enumerate(order):
         back[at] = place
     rows = [layout.count(rank) for rank in range(layout.ranks)]
-    return HeadPlan(sizes, order, [sizes[at] for at in order], back, rows)
+    pieces = [[end - start for start, end in own] for own in layout.ranges]
+    return HeadPlan(pieces, order, [sizes[at] for at in order], back, rows)

@@ -95,6 +95,23 @@ def keys_seen(mask: RowIntervals, rows: Ranges) -> Ranges:
     return tuple(zip(turns[::2], turns[1::2], strict=True))
 
 
+def rows_within(mask: RowIntervals, own: Range) -> Range:
+    """The most rows side by side, of a range of rows and keys, that see no key outside of it; may be empty."""
+    start, end = own
+    if mask.left is not None and mask.right is not None:
+        first = start if start == 0 else max(start, start - mask.left)
+        last = end if end == mask.kv_len else min(end, end - mask.right + 1)
+        return first, max(first, last)
+    lo, hi = (edge[:, start:end] for edge in mask.vectors)
+    inside = ((lo >= start) & (hi <= end)).all(0).to(torch.int8)
+    padded = torch.nn.functional.pad(inside, (1, 1))
+    turns = (padded[1:] != padded[:-1]).nonzero()[:, 0].view(-1, 2)
+    if not len(turns):
+        return start, start
+    first, last = turns[int((turns[:, 1] - turns[:, 0]).argmax())].tolist()
+    return start + first, start + last
+
+
 def renumbered(mask: RowIntervals, rows: Ranges, keys: Ranges) -> RowIntervals:
     """The mask of some rows over some keys: row intervals again, as ``keys`` hold all that the rows see.
 

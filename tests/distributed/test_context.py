@@ -9,25 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-
-
-def launch(ranks: int, script: Path, *arguments: str, cache: Path) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run(
-        [*command, str(script), *arguments],
-        env={
-            **os.environ,
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-            "SOFTCAP_CACHE_DIR": str(cache),
-        },
-        capture_output=True,
-        text=True,
-        timeout=540,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
-    return done.stdout
+from workers import launch
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ def test_any_rows_over_the_keys_they_see_are_row_intervals(case: MaskCase, data:
 def test_pieces_arrive_in_order(case: MaskCase, data: st.DataObject, heads: int) -> None:
     """The exchange of keys, all ranks in this process: each ends with the keys that it sees, in their order."""
     mask = whole_mask(case)
+    seen = dense(mask, "cpu")
     layout = data.draw(layouts(mask))
     config = AttentionConfig(scale=1.0, causal=case["causal"], window=case["window"])
     contexts = [making._made(config, layout, CPU_MESH, rank, "keys", mask) for rank in range(layout.ranks)]
@@ -92,7 +93,8 @@ def test_pieces_arrive_in_order(case: MaskCase, data: st.DataObject, heads: int)
 
         moving._sent, real = exchange, moving._sent
         try:
-            moving._send_keys(mine, -mine, context)
+            assert context.by_keys is not None
+            moving._send_keys(mine, -mine, context.by_keys, context.mesh)
         finally:
             moving._sent = real
     for context in contexts:
@@ -103,13 +105,27 @@ def test_pieces_arrive_in_order(case: MaskCase, data: st.DataObject, heads: int)
             arrived = torch.cat(parts)
         plan = context.by_keys
         assert plan is not None
+        if plan.inner is not None:
+            inner = layout.rows(rank)[plan.rows[0] : plan.rows[0] + plan.rows[1]]
+            assert torch.equal(dense(plan.inner, "cpu"), seen[:, inner][:, :, layout.rows(rank)])
+            others = torch.ones(mask.kv_len, dtype=torch.bool)
+            others[layout.rows(rank)] = False
+            assert not seen[:, inner][:, :, others].any()
         assert 2 * context.key_rows[rank] == (0 if arrived is None else len(arrived))
-        own = (list(x.permute(2, 0, 1, 3).split(plan.own)) for x in (mine, -mine))
-        keys, values = moving._placed(*own, arrived, context)
-        ranges = keys_seen(mask, layout.ranges[rank]) or ((layout.ranges[rank][0][0],) * 2,)
-        chosen = [key for start, end in ranges for key in range(start, max(end, start + 1))]
+        if plan.outer is None:
+            assert plan.inner is not None
+            continue
+        own = (x.permute(2, 0, 1, 3).split(plan.own) for x in (mine, -mine))
+        keys, values = moving._outer_keys(*own, arrived, plan)
+        ahead, inner, _ = plan.rows
+        rows = layout.rows(rank)
+        outer = torch.cat([rows[:ahead], rows[ahead + inner :]])
+        chosen = seen[:, outer].any(1).any(0)
+        if not chosen.any():
+            chosen[rows[0]] = True  # no kernel takes no keys
         assert torch.equal(keys, k[:, :, chosen])
         assert torch.equal(values, -k[:, :, chosen])
+        assert torch.equal(dense(plan.outer, "cpu"), seen[:, outer][:, :, chosen])
 
 
 def computed(
@@ -150,8 +166,13 @@ def test_a_window_moves_few_keys() -> None:
     received = context.received_bytes(16, 8, 256, torch.bfloat16)
     gathered = (LONG - LONG // RANKS) * 2 * 8 * 256 * 2
     assert max(received) / gathered <= 0.05
-    assert context.local is not None
-    assert context.local.lo is None  # a band: no vector is made, and kernels of bands serve
+    for rank in (0, 1, RANKS - 1):
+        plan = making._made(config, context.layout, CPU_MESH, rank, "keys", context.whole).by_keys
+        assert plan is not None
+        assert plan.rows == ((4095 if rank else 0), LONG // RANKS - (4095 if rank else 0), 0)
+        assert all(
+            mask.lo is None for mask in plan.masks
+        )  # bands: no vector is made, and kernels of bands serve
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
