@@ -219,7 +219,8 @@ def _send_keys(k: Tensor, v: Tensor, plan: KeyPlan, mesh: DeviceMesh) -> tuple[P
     if plan.silent:
         return k_pieces, v_pieces, None
     buffer = [pieces[at] for to in plan.sent for pieces in (k_pieces, v_pieces) for at in to]
-    packed = torch.cat(buffer) if buffer else k_pieces[0][:0]
+    # Nothing of both where nothing is sent: k and v then have gradients, of zeros, as on every other rank.
+    packed = torch.cat(buffer or [k_pieces[0][:0], v_pieces[0][:0]])
     sent = [2 * sum(plan.own[at] for at in to) for to in plan.sent]
     received = [2 * sum(sizes) for sizes in plan.received]
     return k_pieces, v_pieces, _sent(packed, received, sent, mesh)
