@@ -157,8 +157,8 @@ def _sent(x: Tensor, received: list[int], sent: list[int], mesh: DeviceMesh) -> 
 
 
 def _waited(x: Tensor) -> Tensor:
-    """What was sent to this rank, as a plain tensor. torch has no public way to do that where gradients are wanted: there
-    each use of it waits."""
+    """What was sent to this rank, as a plain tensor. torch has no public way to do that where gradients are wanted:
+    there each use of it waits."""
     return x if x.requires_grad else collectives.wait_tensor(x)
 
 
