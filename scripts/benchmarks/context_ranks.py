@@ -95,6 +95,11 @@ def both_ways(attend: Attend, inputs: list[Tensor], grad_out: Tensor) -> None:
     attend(*leaves).backward(grad_out)
 
 
+def in_model_order(x: Tensor) -> Tensor:
+    """A copy laid out ``[B, S, H, D]``, as a projection leaves it."""
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
 def on_device(mask: RowIntervals) -> RowIntervals:
     return (
         mask
@@ -202,7 +207,7 @@ def alone(
     rank = mesh.get_local_rank()
     keys = keys_seen(mask, way.layout.ranges[rank])
     local = on_device(renumbered(mask, way.layout.ranges[rank], keys))
-    k, v = (torch.cat([x[:, :, start:end] for start, end in keys], 2) for x in inputs[1:])
+    k, v = (in_model_order(torch.cat([x[:, :, start:end] for start, end in keys], 2)) for x in inputs[1:])
     runtime = Runtime.get()
 
     def attend(q: Tensor, *_: Tensor) -> Tensor:
@@ -234,7 +239,7 @@ def measure_case(
     made.insert(0, Way("the computing of keys alone", made[0].layout, floor, 0.0, made[0].pairs))
     rows: list[dict[str, Any]] = []
     for way in made:
-        mine = [way.layout.shard(x, 2, rank).contiguous() for x in inputs]
+        mine = [in_model_order(way.layout.shard(x, 2, rank)) for x in inputs]
         grad_out = torch.ones_like(mine[0])
         row: dict[str, Any] = {
             "case": f"S{seq_len:,} {'global' if config.window is None else f'window {config.window}'} "

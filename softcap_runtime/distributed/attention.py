@@ -156,6 +156,12 @@ def _sent(x: Tensor, received: list[int], sent: list[int], mesh: DeviceMesh) -> 
     return collectives.all_to_all_single_autograd(x.contiguous(), received, sent, mesh)
 
 
+def _waited(x: Tensor) -> Tensor:
+    """What was sent to this rank, as a plain tensor. torch has no public way to do that where gradients are wanted:
+    there each use of it waits."""
+    return x if x.requires_grad else collectives.wait_tensor(x)
+
+
 def _in_stages(
     groups: Sequence[tuple[Tensor, Tensor, Tensor]],
     send: Callable[[Tensor, Tensor, Tensor], Arriving],
@@ -219,7 +225,8 @@ def _send_keys(k: Tensor, v: Tensor, plan: KeyPlan, mesh: DeviceMesh) -> tuple[P
     if plan.silent:
         return k_pieces, v_pieces, None
     buffer = [pieces[at] for to in plan.sent for pieces in (k_pieces, v_pieces) for at in to]
-    packed = torch.cat(buffer) if buffer else k_pieces[0][:0]
+    # Nothing of both where nothing is sent: k and v then have gradients, of zeros, as on every other rank.
+    packed = torch.cat(buffer or [k_pieces[0][:0], v_pieces[0][:0]])
     sent = [2 * sum(plan.own[at] for at in to) for to in plan.sent]
     received = [2 * sum(sizes) for sizes in plan.received]
     return k_pieces, v_pieces, _sent(packed, received, sent, mesh)
@@ -228,9 +235,7 @@ def _send_keys(k: Tensor, v: Tensor, plan: KeyPlan, mesh: DeviceMesh) -> tuple[P
 def _outer_keys(k: Pieces, v: Pieces, arrived: Tensor | None, plan: KeyPlan) -> tuple[Tensor, Tensor]:
     """Keys and values that the outer rows see, of own pieces and what arrived."""
     if arrived is not None and any(plan.received):
-        if not arrived.requires_grad:
-            arrived = collectives.wait_tensor(arrived)  # once, a plain tensor from here on
-        parts = arrived.split([size for sizes in plan.received for _ in "kv" for size in sizes])
+        parts = _waited(arrived).split([size for sizes in plan.received for _ in "kv" for size in sizes])
         at = 0
         for sizes in plan.received:
             k += parts[at : at + len(sizes)]
@@ -246,10 +251,8 @@ def _tied(k: Tensor, arrived: Tensor | None) -> Tensor:
     differentiated on every rank."""
     if arrived is None:
         return k
-    if arrived.requires_grad:
-        return torch.cat([k.permute(2, 0, 1, 3), arrived]).permute(1, 2, 0, 3)
-    collectives.wait_tensor(arrived)  # what is sent is kept until then
-    return k
+    arrived = _waited(arrived)  # in any case, as what is sent is kept until then
+    return torch.cat([k.permute(2, 0, 1, 3), arrived]).permute(1, 2, 0, 3) if arrived.requires_grad else k
 
 
 # --- heads (Ulysses): each rank receives all rows of its heads, and sends its results back to the rows.
@@ -269,15 +272,17 @@ def _by_heads(
 
     def compute(q: Tensor, k: Tensor, v: Tensor, coming: Tensor) -> Tensor:
         heads = [x.shape[1] for x in (q, k, v)]
-        whole = _rows_together(coming, sum(heads), like, plan).split(heads, 1)
+        whole = _rows_together(_waited(coming), sum(heads), like, plan).split(heads, 1)
         out = runtime.attend(whole[0], whole[1], whole[2], config, context.whole)
         return _back_to_rows(out, plan, context.rank, mesh)
 
     groups = _head_groups(q, k, v, context.layout.ranks, stages)
     outs = _in_stages(groups, lambda q, k, v: _send_rows(q, k, v, plan, mesh), compute)
+    ranks, (batch, heads, here, head_dim) = context.layout.ranks, q.shape
+    shape = (ranks, here, batch, heads // ranks // stages, head_dim)
     # [rank, B, rows, heads, D] of each group: heads in the order of ranks, then of groups. A copy, so that what is
     # returned has been waited for.
-    by_rank = zip(*(out.unbind(0) for out in outs), strict=True)
+    by_rank = zip(*(_waited(out).view(shape).transpose(1, 2).unbind(0) for out in outs), strict=True)
     return torch.cat([heads for groups in by_rank for heads in groups], 2).transpose(1, 2)
 
 
@@ -311,13 +316,10 @@ def _rows_together(arrived: Tensor, heads: int, q: Tensor, plan: HeadPlan) -> Te
 
 
 def _back_to_rows(out: Tensor, plan: HeadPlan, rank: int, mesh: DeviceMesh) -> Tensor:
-    """``[rank, B, rows, heads, D]``: this rank's rows of what every rank computed."""
-    batch, heads, _, head_dim = out.shape
+    """This rank's rows of what every rank computed, ``[rank, rows, B, heads, D]`` flat along the first two: untouched,
+    so that nothing waits for it yet."""
     pieces = out.permute(2, 0, 1, 3).split(plan.sorted_pieces)
-    packed = picked(pieces, plan.back)
-    here = plan.rows[rank]
-    back = _sent(packed, [here] * len(plan.rows), plan.rows, mesh)
-    return back.view(len(plan.rows), here, batch, heads, head_dim).transpose(1, 2)
+    return _sent(picked(pieces, plan.back), [plan.rows[rank]] * len(plan.rows), plan.rows, mesh)
 
 
 def _of_dtensors(
