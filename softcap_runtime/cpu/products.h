@@ -68,11 +68,7 @@ template <class Arithmetic>
 inline void vector_product(float* c, int64_t ldc, const typename Arithmetic::Word* a, int64_t lda,
                            const typename Arithmetic::Word* b, int64_t ldb, int64_t m, int64_t n, int64_t k,
                            bool add) {
-#if defined(__AVX512F__) || defined(__aarch64__)
-  constexpr int WIDE = 4, ROWS = 4;  // 24 of 32 registers
-#else
-  constexpr int WIDE = 3, ROWS = 4;  // 16 of 16
-#endif
+  constexpr int WIDE = REGISTERS == 32 ? 4 : 3, ROWS = 4;  // 24 of 32 registers, 16 of 16
   const int64_t part = Arithmetic::PAIR == 1 && !add ? part_of_logit(k) : PART;
   for (int64_t p = 0; p < k; p += part) {
     int64_t terms = k - p < part ? k - p : part;
