@@ -178,8 +178,8 @@ struct PartialSums {
   static int64_t size(int64_t rows, int64_t ld) { return rows * (ld + 2); }
 };
 
-// All rows and key heads of a batch row over the keys [from, to). `queries` [kv_heads][rows][ld]; the sums of key head h
-// lie `step` floats after those of the head before.
+// All rows and key heads of a batch row over the keys [from, to). `queries` [kv_heads][rows][ld]; a key head's sums lie
+// `step` floats after those of the head before.
 template <class T>
 void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t batch, int64_t from, int64_t to,
                  const float* queries, float* sums, int64_t step) {
@@ -264,7 +264,9 @@ float add_parts(const Problem& p, const Softcap& cap, float* sums, int64_t parts
 }
 
 // A row of q as `add_products` reads it.
-inline void lay_out(uint32_t* to, const BFloat16* row, int64_t dim, int64_t ld) { along(to, row, BFLOAT16, dim, ld / 2); }
+inline void lay_out(uint32_t* to, const BFloat16* row, int64_t dim, int64_t ld) {
+  along(to, row, BFLOAT16, dim, ld / 2);
+}
 
 template <class T>
 void lay_out(float* to, const T* row, int64_t dim, int64_t ld) {
@@ -301,30 +303,29 @@ bool decode(const Problem& p, const Tensors& t) {
     int64_t place = i / rows, r = i % rows;
     use(place, r, place / p.kv_heads, place % p.kv_heads * group + r / p.q_len, r % p.q_len);
   };
-#pragma omp parallel num_threads(int(p.threads))
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < places * rows; i++)
+  const Team team(p.threads);
+  team.run([&] {
+    team.deal(places * rows, [&](int64_t i) {
       row_of(i, [&](int64_t, int64_t, int64_t batch, int64_t head, int64_t row) {
         auto from = reinterpret_cast<const T*>(at(t.q, p, p.q, batch, head, row));
         lay_out(reinterpret_cast<QueryWord<T>*>(queries + i * ld), from, p.dim, ld);
       });
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < p.batch * parts; i++) {
+    });
+    team.each(p.batch * parts, [&](int64_t i) {
       int64_t batch = i / parts, part = i % parts, from = span.lo + part * size, first = batch * p.kv_heads;
       int64_t to = from + size < span.hi ? from + size : span.hi;
       decode_keys<T>(p, t, cap, batch, from, to, queries + first * rows * ld, sums + (first * parts + part) * one,
                      parts * one);
-    }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < places * rows; i++)
+    });
+    team.deal(places * rows, [&](int64_t i) {
       row_of(i, [&](int64_t place, int64_t r, int64_t batch, int64_t head, int64_t row) {
         auto to = reinterpret_cast<T*>(at(t.out, p, p.out, batch, head, row));
         float* room = queries + i * ld;  // no longer needed
         float lse = add_parts(p, cap, sums + place * parts * one, parts, one, r, room, to);
         if (t.lse) t.lse[(batch * p.heads + head) * p.q_len + row] = lse;
       });
-  }
+    });
+  });
   return true;
 }
 
