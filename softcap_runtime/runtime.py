@@ -16,6 +16,7 @@ from softcap_runtime.checks import Capped, check_config, check_no_context_parall
 from softcap_runtime.compat.torch_private import constant_in_graphs
 from softcap_runtime.compat.torch_transforms import interpreters_active
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
+from softcap_runtime.engines import blocked_cpu
 from softcap_runtime.engines.engine import Call
 from softcap_runtime.masks.holes import may_have_holes, without_hidden
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
@@ -50,6 +51,7 @@ class Runtime:
         self.settings = settings or RuntimeSettings()
         self.supply = Supply(self.settings)
         self.plans = Plans()
+        self._find_intervals: blocked_cpu.FindIntervals | None = None
         self.number = next(_numbers)
         operator.register(self, self.number)
         _runtimes.add(self)
@@ -106,14 +108,17 @@ class Runtime:
         """
         check_no_context_parallel()
         # One by one: a tensor of a tuple that is compared with None takes 30 us.
-        plain = attention_mask is None and document_ids is None and prefix_lengths is None
-        plain = plain and spans is None and cache_lengths is None and query_positions is None
+        tokens_alone = (
+            prefix_lengths is None and spans is None and cache_lengths is None and query_positions is None
+        )
         key = None if torch.compiler.is_compiling() else _shortcut_key(q, k, v, config)
         known = None if key is None else self.plans.shortcuts.get(key)
         if known is None:
             q, k, v = operator.checked_inputs(q, k, v)
-        elif plain and None in known:
-            return self._run(known[None], q, k, v)
+        elif tokens_alone and (found := self._edges(q, k, config, attention_mask, document_ids)) is not None:
+            plan = known.get(found[0].shape[0] if found else None)
+            if plan is not None:
+                return self._run(plan, q, k, v, *found)
         masks = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths, query_positions)
         given = [None if x is None else whole(x) for x in masks]
         mask = _intervals(q, k, config, *given)
@@ -127,6 +132,24 @@ class Runtime:
             call = Call(mask, config.scale, config.softcap, self.settings.engine, _wants_grad(q, k, v))
             self.plans.learn(key, form, PlanKey.of(q, k, call))
         return out
+
+    def _edges(
+        self,
+        q: Tensor,
+        k: Tensor,
+        config: AttentionConfig,
+        attention_mask: Tensor | None,
+        document_ids: Tensor | None,
+    ) -> tuple[Tensor, ...] | None:
+        """The short way to a mask's vectors, none for a band; None where there is none, and for wrong masks."""
+        if attention_mask is None and document_ids is None:
+            return ()
+        find = self._find_intervals
+        if find is None or not q.is_cpu:
+            return None
+        return find(
+            q.shape[0], q.shape[2], k.shape[2], config.causal, config.window, attention_mask, document_ids
+        )
 
     def _run(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor:
         plan.hits += 1
@@ -259,6 +282,8 @@ class Runtime:
             problem = call.problem(q, k, self.settings.softcap_approx)
             engine, reason, artifacts, lasting = self.supply.engine(problem, call.engine)
             kernels = self.supply.kernels(problem)
+            if engine is blocked_cpu.ENGINE and self._find_intervals is None:
+                self._find_intervals = blocked_cpu.bind_intervals(kernels)
             backward = engine.backward(problem, kernels) if call.train else None
             plan = Plan(engine, reason, problem, artifacts, engine.forward(problem, kernels), backward)
             if lasting:
@@ -286,9 +311,8 @@ def _shortcut_key(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> H
     one under a transform, a mode or autocast, or of anything but dense tensors."""
     if type(config) is not AttentionConfig or not _DENSE_TENSORS.issuperset((type(q), type(k), type(v))):
         return None
-    if interpreters_active(q, k, v) or q.is_nested or k.is_nested or v.is_nested:
+    if interpreters_active() or q.is_nested or k.is_nested or v.is_nested:
         return None
-    layouts = (q.layout, k.layout, v.layout)
     return (
         _wants_grad(q, k, v),
         q.shape,
@@ -300,7 +324,9 @@ def _shortcut_key(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> H
         q.device,
         k.device,
         v.device,
-        layouts,
+        q.layout,
+        k.layout,
+        v.layout,
         config,
     )
 

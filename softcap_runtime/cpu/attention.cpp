@@ -7,9 +7,10 @@
 // bfloat16 below 2.5e-3 (its own rounding of the output), gradients 3.5e-3.
 //
 // vectors.h: exponential, tanh, dtypes; products.h: matrix products; packing.h: their operands; problem.h: a call;
-// forward.h, backward.h, decode.h: the work on it. Nothing here knows of Python or torch.
+// forward.h, backward.h, decode.h: the work on it; team.h: its threads; intervals.h: masks of tokens as ranges of keys. Nothing here knows of Python or torch.
 #include "backward.h"
 #include "decode.h"
+#include "intervals.h"
 
 #include <ctime>
 
@@ -122,6 +123,14 @@ EXPORTED int64_t softcap_backward(const Problem* given, const void* q, const voi
   Tensors t{q, k, v, const_cast<void*>(out), const_cast<float*>(lse), lo, hi, nullptr};
   Gradients g{grad_out, grad_q, grad_k, grad_v};
   return with_arithmetic(p, [&](auto a) { return backward<decltype(a)>(p, t, g); }) ? 0 : 1;
+}
+
+// The row intervals of a padding mask and of document ids, either null: see intervals.h.
+EXPORTED int64_t softcap_intervals(const void* mask, int64_t mask_bytes, int64_t mask_step, const void* documents,
+                                   int64_t document_bytes, int64_t document_step, int64_t batch, int64_t q_len,
+                                   int64_t kv_len, int64_t causal, int64_t window, int32_t* lo, int32_t* hi) {
+  Tokens shown{mask, mask_bytes, mask_step}, ids{documents, document_bytes, document_step};
+  return row_intervals({batch, q_len, kv_len, causal, window, shown, ids}, lo, hi);
 }
 
 // The arithmetic that multiplies bfloat16 fastest on this machine, by measurement: instructions for pairs are slower

@@ -60,9 +60,11 @@ class BackwardTask {
   static constexpr int64_t WHOLE = A::PAD * A::PAIR, STEP = A::STEP;
 
  public:
-  BackwardTask(const Problem& p, const Tensors& t, const Gradients& g, const float* delta, int64_t most)
+  BackwardTask(const Problem& p, const Tensors& t, const Gradients& g, const SeenKeys& seen, const float* delta,
+               int64_t most)
       : p_(p),
         t_(t),
+        seen_(seen),
         g_(g),
         delta_of_(delta),
         cap_(p),
@@ -112,13 +114,13 @@ class BackwardTask {
     std::memset(dv_, 0, chunk * dim_ * sizeof(float));
     for (int64_t b = 0; b < blocks.per_place; b++) {
       RowBlock block = blocks.block(p_, place, b);
+      const Range any = seen_.of_block(block);
+      int64_t lo = any.lo > first ? any.lo - first : 0, hi = any.hi < first + count ? any.hi - first : count;
+      if (lo >= hi) continue;
       int64_t lanes = round_up(block.lanes(), WHOLE);
       float *lse = numbers_, *delta = lse + most_;
       Edges edges{reinterpret_cast<int32_t*>(delta + most_), reinterpret_cast<int32_t*>(delta + 2 * most_), {}, {}};
       edges.read(p_, t_, block, lanes);
-      int64_t lo = edges.any.lo > first ? edges.any.lo - first : 0;
-      int64_t hi = edges.any.hi < first + count ? edges.any.hi - first : count;
-      if (lo >= hi) continue;
       pack_rows(block, lanes, lse, delta);
       differentiate(lanes, first, lo / STEP * STEP, round_up(hi, WHOLE), edges, lse, delta);
       gain(block, lanes, dq);
@@ -131,7 +133,7 @@ class BackwardTask {
 
  private:
   void pack_keys(int64_t batch, int64_t head, int64_t first) {
-    const Range seen = visible_to_any(p_, t_, batch);
+    const Range seen = seen_.of_batch(batch);
     auto row = [&](const void* base, const Strides& strides, int64_t j) -> const void* {
       bool there = first + j >= seen.lo && first + j < seen.hi;
       return there ? at(base, p_, strides, batch, head, first + j) : nullptr;
@@ -204,6 +206,7 @@ class BackwardTask {
   const Problem& p_;
   const Tensors& t_;
   const Gradients& g_;
+  const SeenKeys& seen_;
   const float* delta_of_;
   const Softcap cap_;
 
@@ -254,7 +257,8 @@ inline void write_grad_q(const Problem& p, const Gradients& g, int64_t place, in
 // Returns false when there is no memory.
 template <class A>
 bool backward(const Problem& p, const Tensors& t, const Gradients& g) {
-  RowBlocks blocks(p, A::ROWS);
+  const RowBlocks blocks(p, A::ROWS);
+  const SeenKeys seen(p, t, blocks);
   int64_t group = p.heads / p.kv_heads, places = p.batch * p.kv_heads, dim = round_up(p.dim, A::PAD);
   int64_t chunk = BackwardTask<A>::chunk_of(p), chunks = (p.kv_len + chunk - 1) / chunk;
   // Several tasks a key head where there are fewer heads than would keep the threads busy.
@@ -265,37 +269,33 @@ bool backward(const Problem& p, const Tensors& t, const Gradients& g) {
   int64_t strips = (p.q_len + LANES - 1) / LANES;
   Scratch<float> delta(rows);
   Scratch<float> partial(parts > 1 ? places * parts * one : 1);
-  if (delta.missing() || partial.missing()) return false;
+  if (seen.missing() || delta.missing() || partial.missing()) return false;
   std::atomic<bool> enough{true};
-#pragma omp parallel num_threads(int(p.threads))
-  {
-    BackwardTask<A> task(p, t, g, delta, round_up(blocks.lanes(), A::PAD * A::PAIR));
+  const Team team(p.threads);
+  team.run([&] {
+    BackwardTask<A> task(p, t, g, seen, delta, round_up(blocks.lanes(), A::PAD * A::PAIR));
     Scratch<float> own(parts > 1 ? 1 : one), room(3 * LANES * dim);
     if (task.missing() || own.missing() || room.missing()) enough = false;
-#pragma omp barrier
-    if (enough) {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < p.batch * p.heads * strips; i++)
-        make_delta(p, t, g, i / strips / p.heads, i / strips % p.heads, i % strips * LANES, room, delta);
-      A::begin();
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < places * parts; i++) {
-        float* dq = parts > 1 ? partial + i * one : static_cast<float*>(own);
-        std::memset(dq, 0, one * sizeof(float));
-        for (int64_t c = i % parts; c < chunks; c += parts) task.run(i / parts, c, blocks, dq);
-        if (parts == 1)
-          for (int64_t r = 0; r < group * p.q_len; r++) write_grad_q(p, g, i, r, dq + r * dim, 1, 0);
-      }
-      A::end();
-      if (parts > 1) {
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < places * group * p.q_len; r++) {
-          int64_t place = r / (group * p.q_len), row = r % (group * p.q_len);
-          write_grad_q(p, g, place, row, partial + place * parts * one + row * dim, parts, one);
-        }
-      }
-    }
-  }
+    team.wait();
+    if (!enough) return;
+    team.deal(p.batch * p.heads * strips, [&](int64_t i) {
+      make_delta(p, t, g, i / strips / p.heads, i / strips % p.heads, i % strips * LANES, room, delta);
+    });
+    A::begin();
+    team.each(places * parts, [&](int64_t i) {
+      float* dq = parts > 1 ? partial + i * one : static_cast<float*>(own);
+      std::memset(dq, 0, one * sizeof(float));
+      for (int64_t c = i % parts; c < chunks; c += parts) task.run(i / parts, c, blocks, dq);
+      if (parts == 1)
+        for (int64_t r = 0; r < group * p.q_len; r++) write_grad_q(p, g, i, r, dq + r * dim, 1, 0);
+    });
+    A::end();
+    if (parts > 1)
+      team.deal(places * group * p.q_len, [&](int64_t r) {
+        int64_t place = r / (group * p.q_len), row = r % (group * p.q_len);
+        write_grad_q(p, g, place, row, partial + place * parts * one + row * dim, parts, one);
+      });
+  });
   return enough;
 }
 

@@ -1,8 +1,12 @@
 // Few query rows over many keys: decoding. Bound by memory, so k and v are read once for all rows of a group, as they
 // lie, and long keys are split over threads.
 //
-// A part of the keys gives sum_j w_j v_j, sum_j w_j and the reference of its weights; parts are added in order.
+// A part of the keys gives sum_j w_j v_j, sum_j w_j and the reference of its weights; parts are added in order. A task
+// walks over its keys step by step, all key heads of a step before the next: in a cache [B, S, H, D] those are
+// neighbours. While it multiplies a step's keys it fetches their values, and with the values the next keys.
 #pragma once
+
+#include <type_traits>
 
 #include "forward.h"
 
@@ -10,59 +14,128 @@ namespace softcap {
 
 // Rows (query heads of a group times query rows) that are taken here, and keys whose logits are made at once.
 constexpr int64_t FEW_ROWS = 8, DECODE_STEP = 64;
+// Keys whose products are summed side by side, for sums enough to hide the adders' latency.
+constexpr int TOGETHER = 4;
+// Rows that are taken at once, so that their sums stay in registers.
+constexpr int64_t ROWS_AT_ONCE = REGISTERS == 32 ? 4 : 2;
 
-// Rows of one head lie apart, often a page of memory each, where the processor does not fetch ahead by itself.
-// `CACHE`: 3 into the first cache, 2 into the second.
-template <int CACHE, class T>
-inline void fetch_row(const T* row, int64_t dim) {
-  const char* from = reinterpret_cast<const char*>(row);
-  for (int64_t byte = 0; byte < dim * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(from + byte, 0, CACHE);
-}
+// Elements of a row that are loaded at once.
+constexpr int64_t WIDE = 2 * LANES;
 
-// Products of `ROWS` rows of q (float32, [ROWS][ld]) with one key.
-template <int ROWS, class T>
-inline void dot_rows(const float* q, int64_t ld, const T* key, int64_t dim, float* to, int64_t step) {
-  Vec sums[ROWS] = {};
-  for (int64_t d = 0; d < dim; d += LANES) {
-    Vec k = widened(key + d, dim - d);
-    for (int r = 0; r < ROWS; r++) sums[r] += k * load<Vec>(q + r * ld + d);
+// Bfloat16 is multiplied in pairs where this CPU can: such products are exact in float32, and nothing is widened.
+#if SOFTCAP_DOT
+template <class T>
+using QueryWord = std::conditional_t<std::is_same_v<T, BFloat16>, uint32_t, float>;
+#else
+template <class T>
+using QueryWord = float;
+#endif
+
+// Rows of keys or values that are needed next.
+struct Ahead {
+  const char* base;
+  int64_t stride, rows;  // in bytes; rows that there are
+  // Bytes [from, to) of a row, into the second cache. Inlined by force: GCC takes a function that only fetches for one
+  // without effects, and drops its calls.
+  __attribute__((always_inline)) void fetch(int64_t row, int64_t from, int64_t to) const {
+    if (row >= rows) return;
+    const char* start = base + row * stride;
+    for (int64_t byte = from; byte < to; byte += 64) __builtin_prefetch(start + byte, 0, 2);
   }
-  for (int r = 0; r < ROWS; r++) to[r * step] = sum(sums[r]);
-}
+};
 
-// out[r] += sum_j w[r][j] v_j for LANES * WIDTH elements from `d` on.
-template <int ROWS, int WIDTH, class T>
-inline void add_values(float* out, int64_t ld, const float* w, const T* v, int64_t row_stride, int64_t keys,
-                       int64_t dim, int64_t d) {
-  Vec sums[ROWS][WIDTH] = {};
-  for (int64_t j = 0; j < keys; j++) {
-    for (int i = 0; i < WIDTH; i++) {
-      Vec x = widened(v + j * row_stride + d + i * LANES, dim - d - i * LANES);
-      for (int r = 0; r < ROWS; r++) sums[r][i] += x * w[r * DECODE_STEP + j];
+// sums[r][i] += q_r * k_i for the elements [d, d + WIDE); `count` of them are there.
+template <int ROWS, class T>
+inline void add_products(Vec (&sums)[ROWS][TOGETHER], const float* q, int64_t ld, const T* const* keys, int64_t d,
+                         int64_t count) {
+#pragma GCC unroll 4
+  for (int i = 0; i < TOGETHER; i++) {
+    Halves k = halves(keys[i] + d, count);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) {
+      sums[r][i] += k.first * load<Vec>(q + r * ld + d);
+      sums[r][i] += k.second * load<Vec>(q + r * ld + d + LANES);
     }
   }
+}
+
+#if SOFTCAP_DOT
+// Elements [0, count) of a row as they lie, zeros after them.
+inline IVec pairs(const BFloat16* from, int64_t count) {
+  if (count >= WIDE) return load<IVec>(from);
+  BFloat16 padded[WIDE] = {};
+  for (int64_t i = 0; i < count; i++) padded[i] = from[i];
+  return load<IVec>(padded);
+}
+
+// The same with rows of pairs.
+template <int ROWS>
+inline void add_products(Vec (&sums)[ROWS][TOGETHER], const uint32_t* q, int64_t ld, const BFloat16* const* keys,
+                         int64_t d, int64_t count) {
+#pragma GCC unroll 4
+  for (int i = 0; i < TOGETHER; i++) {
+    IVec k = pairs(keys[i] + d, count);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++)
+      sums[r][i] = Dot::multiply_add(of_bits(k), load<Vec>(q + r * ld + d / 2), sums[r][i]);
+  }
+}
+#endif
+
+// Products of `ROWS` rows of q ([ROWS][ld] floats, or pairs in half of that) with keys: to[r * DECODE_STEP + j].
+template <int ROWS, class T>
+inline void dot_keys(const float* q, int64_t ld, const T* k, int64_t row_stride, int64_t keys, int64_t dim, float* to,
+                     const Ahead& ahead) {
+  auto query = reinterpret_cast<const QueryWord<T>*>(q);
+  for (int64_t j = 0; j < keys; j += TOGETHER) {
+    const T* rows[TOGETHER];
+    Vec sums[ROWS][TOGETHER] = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < TOGETHER; i++) {
+      rows[i] = k + (j + i < keys ? j + i : keys - 1) * row_stride;
+      ahead.fetch(j + i, 0, dim * int64_t(sizeof(T)));
+    }
+    int64_t d = 0;
+    for (; d + WIDE <= dim; d += WIDE) add_products<ROWS>(sums, query, ld, rows, d, WIDE);
+    if (d < dim) add_products<ROWS>(sums, query, ld, rows, d, dim - d);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) store_sums(to + r * DECODE_STEP + j, sums[r]);
+  }
+}
+
+// out[r] += sum_j w[r][j] v_j for the elements [d, d + WIDE * TIMES); `count` of the first WIDE are there.
+template <int ROWS, int TIMES, class T>
+inline void add_values(float* out, int64_t ld, const float* w, const T* v, int64_t row_stride, int64_t keys,
+                       int64_t count, const Ahead& ahead, int64_t d) {
+  Vec sums[ROWS][2 * TIMES] = {};
+  for (int64_t j = 0; j < keys; j++) {
+    ahead.fetch(j, d * int64_t(sizeof(T)), (d + WIDE * TIMES) * int64_t(sizeof(T)));
+#pragma GCC unroll 4
+    for (int i = 0; i < TIMES; i++) {
+      Halves x = halves(v + j * row_stride + d + i * WIDE, count);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; r++) {
+        sums[r][2 * i] += x.first * w[r * DECODE_STEP + j];
+        sums[r][2 * i + 1] += x.second * w[r * DECODE_STEP + j];
+      }
+    }
+  }
+#pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++)
-    for (int i = 0; i < WIDTH; i++) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 2 * TIMES; i++) {
       float* to = out + r * ld + d + i * LANES;
       store(to, load<Vec>(to) + sums[r][i]);
     }
 }
 
-// Keys whose rows are fetched ahead of their use.
-constexpr int64_t AHEAD = 16;
-
-// `ROWS` rows from `q` on, keys [first, first + keys): logits, weights, sums. `fetch`: how many of the keys and those
-// after them are there to fetch ahead; 0 where that is done already.
+// `ROWS` rows from `q` on, keys [first, first + keys): logits, weights, sums.
 template <int ROWS, class T>
 inline void decode_step(const Problem& p, const Softcap& c, const float* q, int64_t ld, const T* k, const T* v,
-                        int64_t first, int64_t keys, int64_t fetch, const int32_t* lo, const int32_t* hi, float* out,
-                        float* total, float* peak) {
+                        int64_t first, int64_t keys, const Ahead& values, const Ahead& next_keys, const int32_t* lo,
+                        const int32_t* hi, float* out, float* total, float* peak) {
   alignas(64) float w[ROWS * DECODE_STEP];
-  for (int64_t j = 0; j < keys; j++) {
-    if (j + AHEAD < fetch) fetch_row<3>(k + (j + AHEAD) * p.k.row, p.dim);
-    if (fetch) fetch_row<2>(v + j * p.v.row, p.dim);
-    dot_rows<ROWS>(q, ld, k + j * p.k.row, p.dim, w + j, DECODE_STEP);
-  }
+  dot_keys<ROWS>(q, ld, k, p.k.row, keys, p.dim, w, values);
   for (int r = 0; r < ROWS; r++) {
     float* x = w + r * DECODE_STEP;
     IVec from = splat(lo[r]), to = splat(hi[r]);
@@ -91,18 +164,124 @@ inline void decode_step(const Problem& p, const Softcap& c, const float* q, int6
     }
     total[r] += sum(sums);
   }
-  constexpr int WIDTH = ROWS > 2 ? 2 : 4;
   int64_t d = 0;
-  for (; d + WIDTH * LANES <= p.dim; d += WIDTH * LANES)
-    add_values<ROWS, WIDTH>(out, ld, w, v, p.v.row, keys, p.dim, d);
-  for (; d < p.dim; d += LANES) add_values<ROWS, 1>(out, ld, w, v, p.v.row, keys, p.dim, d);
+  for (; d + 2 * WIDE <= p.dim; d += 2 * WIDE)
+    add_values<ROWS, 2>(out, ld, w, v, p.v.row, keys, WIDE, next_keys, d);
+  for (; d < p.dim; d += WIDE) add_values<ROWS, 1>(out, ld, w, v, p.v.row, keys, p.dim - d, next_keys, d);
+}
+
+
+// The sums of one task: for each row [ld] of w_j v_j, then [rows] of w_j, then [rows] references of the weights.
+struct PartialSums {
+  float *out, *total, *peak;
+  PartialSums(float* sums, int64_t rows, int64_t ld) : out(sums), total(sums + rows * ld), peak(total + rows) {}
+  static int64_t size(int64_t rows, int64_t ld) { return rows * (ld + 2); }
+};
+
+// All rows and key heads of a batch row over the keys [from, to). `queries` [kv_heads][rows][ld]; a key head's sums lie
+// `step` floats after those of the head before.
+template <class T>
+void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t batch, int64_t from, int64_t to,
+                 const float* queries, float* sums, int64_t step) {
+  int64_t rows = p.heads / p.kv_heads * p.q_len, ld = round_up(p.dim, WIDE);
+  int32_t lo[FEW_ROWS], hi[FEW_ROWS];
+  // Outside of all rows' keys there is nothing to read.
+  int64_t least = to, past = from;
+  for (int64_t r = 0; r < rows; r++) {
+    Range seen = visible(p, t, batch, r % p.q_len);
+    lo[r] = int32_t(seen.lo);
+    hi[r] = int32_t(seen.hi);
+    if (lo[r] >= hi[r]) continue;
+    least = seen.lo < least ? seen.lo : least;
+    past = seen.hi > past ? seen.hi : past;
+  }
+  from = least > from ? least : from;
+  to = past < to ? past : to;
+  for (int64_t head = 0; head < p.kv_heads; head++) {
+    PartialSums own(sums + head * step, rows, ld);
+    std::memset(own.out, 0, rows * (ld + 1) * sizeof(float));
+    for (int64_t r = 0; r < rows; r++) own.peak[r] = cap.bounded ? 0 : -INFINITY;
+  }
+  // Keys [j, j + keys) of one head, one page.
+  auto keys_from = [&](int64_t j) {
+    int64_t keys = to - j < DECODE_STEP ? to - j : DECODE_STEP;
+    return t.table && keys > p.page_size - j % p.page_size ? p.page_size - j % p.page_size : keys;
+  };
+  auto ahead = [&](const void* base, const Strides& strides, int64_t head, int64_t j) {
+    return Ahead{key_at(base, p, t, strides, batch, head, j), strides.row * int64_t(sizeof(T)), keys_from(j)};
+  };
+  for (int64_t j = from, keys; j < to; j += keys) {
+    keys = keys_from(j);
+    for (int64_t head = 0; head < p.kv_heads; head++) {
+      Ahead values = ahead(t.v, p.v, head, j), next_keys{};
+      if (head + 1 < p.kv_heads)
+        next_keys = ahead(t.k, p.k, head + 1, j);
+      else if (j + keys < to)
+        next_keys = ahead(t.k, p.k, 0, j + keys);
+      const T* k = reinterpret_cast<const T*>(key_at(t.k, p, t, p.k, batch, head, j));
+      const T* v = reinterpret_cast<const T*>(values.base);
+      PartialSums own(sums + head * step, rows, ld);
+      for (int64_t r = 0; r < rows;) {
+        auto take = [&](auto step, int64_t count) {
+          step(p, cap, queries + (head * rows + r) * ld, ld, k, v, j, keys, values, next_keys, lo + r, hi + r,
+               own.out + r * ld, own.total + r, own.peak + r);
+          r += count;
+          values.rows = next_keys.rows = 0;  // fetched
+        };
+        if (ROWS_AT_ONCE == 4 && rows - r >= 4)
+          take(decode_step<ROWS_AT_ONCE, T>, 4);
+        else if (rows - r >= 2)
+          take(decode_step<2, T>, 2);
+        else
+          take(decode_step<1, T>, 1);
+      }
+    }
+  }
+}
+
+// Row r of `parts` partial sums, `step` floats apart, as a row of the output; `room` holds [ld]. Returns the logsumexp.
+template <class T>
+float add_parts(const Problem& p, const Softcap& cap, float* sums, int64_t parts, int64_t step, int64_t r, float* room,
+                T* to) {
+  int64_t rows = p.heads / p.kv_heads * p.q_len, ld = round_up(p.dim, WIDE);
+  float most = -INFINITY, total = 0;
+  for (int64_t n = 0; n < parts; n++) {
+    float peak = PartialSums(sums + n * step, rows, ld).peak[r];
+    most = peak > most ? peak : most;
+  }
+  std::memset(room, 0, ld * sizeof(float));
+  for (int64_t n = 0; n < parts; n++) {
+    PartialSums part(sums + n * step, rows, ld);
+    float factor = part.peak[r] == most ? 1.0f : std::exp(part.peak[r] - most);
+    total += factor * part.total[r];
+    for (int64_t d = 0; d < ld; d += LANES)
+      store(room + d, load<Vec>(room + d) + load<Vec>(part.out + r * ld + d) * factor);
+  }
+  float inverse = total == 0 ? 0.0f : 1.0f / total;
+  for (int64_t d = 0; d < p.dim; d += WIDE)
+    narrow(to + d, Halves{load<Vec>(room + d) * inverse, load<Vec>(room + d + LANES) * inverse}, p.dim - d);
+  return total == 0 ? -INFINITY : (cap.bounded ? 0.0f : most) + std::log(total);
+}
+
+// A row of q as `add_products` reads it.
+inline void lay_out(uint32_t* to, const BFloat16* row, int64_t dim, int64_t ld) {
+  along(to, row, BFLOAT16, dim, ld / 2);
+}
+
+template <class T>
+void lay_out(float* to, const T* row, int64_t dim, int64_t ld) {
+  for (int64_t d = 0; d < ld; d += WIDE) {
+    Halves x = halves(row + d, dim - d);
+    store(to + d, x.first);
+    store(to + d + LANES, x.second);
+  }
 }
 
 template <class T>
 bool decode(const Problem& p, const Tensors& t) {
   const Softcap cap(p);
   int64_t group = p.heads / p.kv_heads, rows = group * p.q_len, places = p.batch * p.kv_heads;
-  int64_t ld = round_up(p.dim, LANES), one = rows * (ld + 2);
+  int64_t ld = round_up(p.dim, WIDE), one = PartialSums::size(rows, ld);
   // The keys that any row may see, as far as the band tells.
   Range span{0, p.kv_len};
   if (!t.lo) {
@@ -110,90 +289,43 @@ bool decode(const Problem& p, const Tensors& t) {
     span.hi = p.q_len - 1 + p.right < p.kv_len ? p.q_len - 1 + p.right : p.kv_len;
     if (span.hi < span.lo) span.hi = span.lo;
   }
-  int64_t most = (span.hi - span.lo + 4 * DECODE_STEP - 1) / (4 * DECODE_STEP);
-  int64_t parts = (4 * p.threads + places - 1) / places;
+  // Parts enough for the threads, none of them too short to be worth its sums.
+  int64_t most = ((span.hi - span.lo) * p.kv_heads + 4 * DECODE_STEP - 1) / (4 * DECODE_STEP);
+  int64_t parts = (4 * p.threads + p.batch - 1) / p.batch;
   parts = parts > most ? most : parts;
   if (parts < 1) parts = 1;
-  int64_t size = round_up((span.hi - span.lo + parts - 1) / parts, DECODE_STEP);
+  int64_t size = round_up((span.hi - span.lo + parts - 1) / parts, LANES);
   Scratch<float> sums(places * parts * one);
   Scratch<float> queries(places * rows * ld);
   if (sums.missing() || queries.missing()) return false;
-#pragma omp parallel num_threads(int(p.threads))
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < places * rows; i++) {
-      int64_t place = i / rows, r = i % rows, head = place % p.kv_heads * group + r / p.q_len;
-      along(queries + i * ld, at(t.q, p, p.q, place / p.kv_heads, head, r % p.q_len), p.dtype, p.dim, ld);
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < places * parts; i++) {
-      int64_t place = i / parts, batch = place / p.kv_heads, head = place % p.kv_heads;
-      int64_t from = span.lo + i % parts * size, to = from + size < span.hi ? from + size : span.hi;
-      float *out = sums + i * one, *total = out + rows * ld, *peak = total + rows;
-      std::memset(out, 0, rows * (ld + 1) * sizeof(float));
-      int32_t lo[FEW_ROWS], hi[FEW_ROWS];
-      for (int64_t r = 0; r < rows; r++) {
-        Range seen = visible(p, t, batch, r % p.q_len);
-        lo[r] = int32_t(seen.lo);
-        hi[r] = int32_t(seen.hi);
-        peak[r] = cap.bounded ? 0 : -INFINITY;
-      }
-      // Outside of all rows' keys there is nothing to read.
-      int64_t least = to, past = from;
-      for (int64_t r = 0; r < rows; r++)
-        if (lo[r] < hi[r]) {
-          least = lo[r] < least ? lo[r] : least;
-          past = hi[r] > past ? hi[r] : past;
-        }
-      from = least > from ? least : from;
-      to = past < to ? past : to;
-      for (int64_t j = from, keys; j < to; j += keys) {
-        keys = to - j < DECODE_STEP ? to - j : DECODE_STEP;
-        if (t.table && keys > p.page_size - j % p.page_size) keys = p.page_size - j % p.page_size;
-        const T* k = reinterpret_cast<const T*>(key_at(t.k, p, t, p.k, batch, head, j));
-        const T* v = reinterpret_cast<const T*>(key_at(t.v, p, t, p.v, batch, head, j));
-        for (int64_t r = 0; r < rows;) {
-          const float* q = queries + (place * rows + r) * ld;
-          auto take = [&](auto step, int64_t count) {
-            int64_t fetch = r > 0 ? 0 : t.table ? keys : to - j;
-            step(p, cap, q, ld, k, v, j, keys, fetch, lo + r, hi + r, out + r * ld, total + r, peak + r);
-            r += count;
-          };
-          if (rows - r >= 4)
-            take(decode_step<4, T>, 4);
-          else if (rows - r >= 2)
-            take(decode_step<2, T>, 2);
-          else
-            take(decode_step<1, T>, 1);
-        }
-      }
-    }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < places * rows; i++) {
-      int64_t place = i / rows, r = i % rows, head = place % p.kv_heads * group + r / p.q_len, row = r % p.q_len;
-      const float* first = sums + place * parts * one;
-      float most_peak = first[rows * (ld + 1) + r];
-      for (int64_t n = 1; n < parts; n++) {
-        float peak = first[n * one + rows * (ld + 1) + r];
-        most_peak = peak > most_peak ? peak : most_peak;
-      }
-      float total = 0;
-      float* q = queries + i * ld;  // no longer needed: the sum of the parts
-      std::memset(q, 0, ld * sizeof(float));
-      for (int64_t n = 0; n < parts; n++) {
-        const float* part = first + n * one;
-        float peak = part[rows * (ld + 1) + r];
-        float factor = peak == most_peak ? 1.0f : std::exp(peak - most_peak);
-        total += factor * part[rows * ld + r];
-        for (int64_t d = 0; d < ld; d += LANES) store(q + d, load<Vec>(q + d) + load<Vec>(part + r * ld + d) * factor);
-      }
-      float inverse = total == 0 ? 0.0f : 1.0f / total;
-      write_row(at(t.out, p, p.out, place / p.kv_heads, head, row), p.dtype, q, inverse, p.dim);
-      if (t.lse)
-        t.lse[((place / p.kv_heads) * p.heads + head) * p.q_len + row] =
-            total == 0 ? -INFINITY : (cap.bounded ? 0.0f : most_peak) + std::log(total);
-    }
-  }
+  // Row i of all: of key head `place`, its row r, which is row `row` of query head `head`.
+  auto row_of = [&](int64_t i, auto use) {
+    int64_t place = i / rows, r = i % rows;
+    use(place, r, place / p.kv_heads, place % p.kv_heads * group + r / p.q_len, r % p.q_len);
+  };
+  const Team team(p.threads);
+  team.run([&] {
+    team.deal(places * rows, [&](int64_t i) {
+      row_of(i, [&](int64_t, int64_t, int64_t batch, int64_t head, int64_t row) {
+        auto from = reinterpret_cast<const T*>(at(t.q, p, p.q, batch, head, row));
+        lay_out(reinterpret_cast<QueryWord<T>*>(queries + i * ld), from, p.dim, ld);
+      });
+    });
+    team.each(p.batch * parts, [&](int64_t i) {
+      int64_t batch = i / parts, part = i % parts, from = span.lo + part * size, first = batch * p.kv_heads;
+      int64_t to = from + size < span.hi ? from + size : span.hi;
+      decode_keys<T>(p, t, cap, batch, from, to, queries + first * rows * ld, sums + (first * parts + part) * one,
+                     parts * one);
+    });
+    team.deal(places * rows, [&](int64_t i) {
+      row_of(i, [&](int64_t place, int64_t r, int64_t batch, int64_t head, int64_t row) {
+        auto to = reinterpret_cast<T*>(at(t.out, p, p.out, batch, head, row));
+        float* room = queries + i * ld;  // no longer needed
+        float lse = add_parts(p, cap, sums + place * parts * one, parts, one, r, room, to);
+        if (t.lse) t.lse[(batch * p.heads + head) * p.q_len + row] = lse;
+      });
+    });
+  });
   return true;
 }
 

@@ -11,11 +11,42 @@
 
 #include "packing.h"
 #include "problem.h"
+#include "team.h"
 
 namespace softcap {
 
 // Keys a chunk, and keys whose weights are made while their products are in the first cache.
 constexpr int64_t CHUNK = 512, STEP = 64;
+
+// The keys that rows of a call see, from the first to the last one: those of each block of rows, and of each batch entry.
+// The others may hold anything, NaN too: they are taken for zeros, as a weight of 0 would not silence a NaN.
+class SeenKeys {
+ public:
+  SeenKeys(const Problem& p, const Tensors& t, const RowBlocks& blocks)
+      : rows_(blocks.rows_each),
+        count_(blocks.row_blocks),
+        step_(p.edge_stride ? count_ + 1 : 0),
+        ranges_((p.edge_stride ? p.batch : 1) * (count_ + 1)) {
+    if (missing()) return;
+    for (int64_t batch = 0; batch < (p.edge_stride ? p.batch : 1); batch++) {
+      Range* of = ranges_ + batch * step_;
+      for (int64_t n = 0; n <= count_; n++) of[n] = {p.kv_len, 0};
+      for (int64_t i = 0; i < p.q_len; i++) {
+        Range seen = visible(p, t, batch, i);
+        if (seen.lo >= seen.hi) continue;
+        of[i / rows_].include(seen);
+        of[count_].include(seen);
+      }
+    }
+  }
+  bool missing() const { return ranges_.missing(); }
+  Range of_block(const RowBlock& block) const { return ranges_[block.batch * step_ + block.first / rows_]; }
+  Range of_batch(int64_t batch) const { return ranges_[batch * step_ + count_]; }
+
+ private:
+  const int64_t rows_, count_, step_;
+  Scratch<Range> ranges_;
+};
 
 // k and v of one call as operands, chunk by chunk: K [CHUNK][words], V^T [padded dim][CHUNK / PAIR].
 template <class A>
@@ -23,8 +54,9 @@ class PackedKeys {
   using Word = typename A::Word;
 
  public:
-  explicit PackedKeys(const Problem& p)
+  PackedKeys(const Problem& p, const SeenKeys& seen)
       : p_(p),
+        seen_(seen),
         size(p.kv_len < CHUNK ? round_up(p.kv_len, A::PAD * A::PAIR) : CHUNK),
         words(round_up(p.dim, A::PAD * A::PAIR) / A::PAIR),
         dim(round_up(p.dim, A::PAD)),
@@ -42,7 +74,7 @@ class PackedKeys {
   void pack(const Tensors& t, int64_t place, int64_t chunk, Word* room) const {
     int64_t batch = place / p_.kv_heads, head = place % p_.kv_heads, first = chunk * size;
     Word* to = keys_ + (place * chunks + chunk) * size * words;
-    const Range seen = visible_to_any(p_, t, batch);
+    const Range seen = seen_.of_batch(batch);
     if (first >= seen.hi || first + size <= seen.lo) return;  // no task reads it
     auto row = [&](const void* base, const Strides& strides, int64_t j) -> const void* {
       bool there = first + j >= seen.lo && first + j < seen.hi;
@@ -55,6 +87,7 @@ class PackedKeys {
 
  private:
   const Problem& p_;
+  const SeenKeys& seen_;
 
  public:
   const int64_t size, words, dim, chunks;
@@ -240,56 +273,28 @@ class ForwardTask {
   Scratch<float> out_, turned_, numbers_;
 };
 
-// How the query rows are cut into blocks. Fewer rows a block where there would be too few tasks for the threads.
-struct RowBlocks {
-  int64_t heads_each, rows_each, head_blocks, row_blocks, per_place;
-  RowBlocks(const Problem& p, int64_t most) {
-    int64_t group = p.heads / p.kv_heads;
-    for (;; most /= 2) {
-      heads_each = group < most ? group : most;
-      rows_each = most / heads_each;
-      if (rows_each > p.q_len) rows_each = p.q_len;
-      head_blocks = (group + heads_each - 1) / heads_each;
-      row_blocks = (p.q_len + rows_each - 1) / rows_each;
-      per_place = head_blocks * row_blocks;
-      if (most <= 32 || p.batch * p.kv_heads * per_place >= 2 * p.threads) return;
-    }
-  }
-  int64_t lanes() const { return heads_each * rows_each; }
-  // Block `number` of key head `place`; the last rows come first, as they see the most keys of a causal mask.
-  RowBlock block(const Problem& p, int64_t place, int64_t number) const {
-    int64_t group = p.heads / p.kv_heads, kv_head = place % p.kv_heads;
-    int64_t row = (row_blocks - 1 - number / head_blocks) * rows_each, head = number % head_blocks * heads_each;
-    int64_t rows = p.q_len - row < rows_each ? p.q_len - row : rows_each;
-    int64_t heads = group - head < heads_each ? group - head : heads_each;
-    return {place / p.kv_heads, kv_head, kv_head * group + head, heads, row, rows};
-  }
-};
-
 // Returns false when there is no memory.
 template <class A>
 bool forward(const Problem& p, const Tensors& t) {
-  PackedKeys<A> keys(p);
-  if (keys.missing()) return false;
-  RowBlocks blocks(p, A::ROWS);
-  int64_t places = p.batch * p.kv_heads, tasks = places * blocks.per_place;
+  const RowBlocks blocks(p, A::ROWS);
+  const SeenKeys seen(p, t, blocks);
+  const PackedKeys<A> keys(p, seen);
+  if (seen.missing() || keys.missing()) return false;
+  int64_t places = p.batch * p.kv_heads;
   std::atomic<bool> enough{true};
-#pragma omp parallel num_threads(int(p.threads))
-  {
+  const Team team(p.threads);
+  team.run([&] {
     Scratch<typename A::Word> room(LANES * keys.dim);
     ForwardTask<A> task(p, t, keys, round_up(blocks.lanes(), A::PAD));
     if (room.missing() || task.missing()) enough = false;
-#pragma omp barrier
-    if (enough) {
-      A::begin();
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < places * keys.chunks; i++)
-        keys.pack(t, i / keys.chunks, i % keys.chunks, room);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < tasks; i++) task.run(blocks.block(p, i / blocks.per_place, i % blocks.per_place));
-      A::end();
-    }
-  }
+    team.wait();
+    if (!enough) return;
+    A::begin();
+    team.each(places * keys.chunks, [&](int64_t i) { keys.pack(t, i / keys.chunks, i % keys.chunks, room); });
+    team.each(places * blocks.per_place,
+              [&](int64_t i) { task.run(blocks.block(p, i / blocks.per_place, i % blocks.per_place)); });
+    A::end();
+  });
   return enough;
 }
 

@@ -22,7 +22,17 @@ from softcap_runtime.store.fingerprint import fingerprint
 from softcap_runtime.store.key import Key
 
 MAIN = "attention.cpp"
-HEADERS = ("backward.h", "decode.h", "forward.h", "packing.h", "problem.h", "products.h", "vectors.h")
+HEADERS = (
+    "backward.h",
+    "decode.h",
+    "forward.h",
+    "intervals.h",
+    "packing.h",
+    "problem.h",
+    "products.h",
+    "team.h",
+    "vectors.h",
+)
 SOURCES = tuple(f"cpu/{name}" for name in (MAIN, *HEADERS))
 # What torch calls a CPU's capability, and what the compiler may use for it. Any other is the machine's own: on
 # processors other than x86-64 there is one.
@@ -49,7 +59,8 @@ _PROBE = (
 
 
 class Library(NamedTuple):
-    """The loaded library. ``forward``, ``paged`` and ``backward`` take addresses: see attention.cpp.
+    """The loaded library. ``forward``, ``paged`` and ``backward`` take addresses, ``intervals`` numbers too: see
+    attention.cpp.
 
     ``arithmetic``: what multiplies bfloat16 fastest on this machine, as its build measured (1 float32, 2 pairs, 3
     tiles).
@@ -58,6 +69,7 @@ class Library(NamedTuple):
     forward: Any
     paged: Any
     backward: Any
+    intervals: Any
     arithmetic: int
 
 
@@ -112,6 +124,7 @@ class CpuLibrary(NamedTuple):
             with MemoryFile(code) as path:
                 loaded = _loaded(path)
             forward, paged, backward = loaded.softcap_forward, loaded.softcap_paged, loaded.softcap_backward
+            intervals = loaded.softcap_intervals
         except (OSError, AttributeError) as error:
             raise SoftcapRuntimeError(
                 f"kernel attention cannot be loaded: {error}; raise this process's limits if it is out of file "
@@ -119,7 +132,10 @@ class CpuLibrary(NamedTuple):
             ) from error
         for function, count in ((forward, 8), (paged, 8), (backward, 12)):
             function.argtypes, function.restype = [ctypes.c_void_p] * count, ctypes.c_int64
-        return Library(forward, paged, backward, arithmetic)
+        tokens: list[type[ctypes._SimpleCData[Any]]] = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+        intervals.argtypes = [*tokens, *tokens, *[ctypes.c_int64] * 5, *[ctypes.c_void_p] * 2]
+        intervals.restype = ctypes.c_int64
+        return Library(forward, paged, backward, intervals, arithmetic)
 
 
 def library() -> CpuLibrary:

@@ -39,6 +39,10 @@ struct Gradients {
 
 struct Range {
   int64_t lo, hi;
+  void include(Range other) {
+    lo = other.lo < lo ? other.lo : lo;
+    hi = other.hi > hi ? other.hi : hi;
+  }
 };
 
 inline Range visible(const Problem& p, const Tensors& t, int64_t batch, int64_t row) {
@@ -49,20 +53,6 @@ inline Range visible(const Problem& p, const Tensors& t, int64_t batch, int64_t 
   }
   int64_t lo = row + p.left, hi = row + p.right;
   return {lo < 0 ? 0 : lo, hi < p.kv_len ? hi : p.kv_len};
-}
-
-// The keys that the rows of a batch entry see, from the first to the last one. The others may hold anything, NaN too:
-// they are taken for zeros, as a weight of 0 would not silence a NaN.
-inline Range visible_to_any(const Problem& p, const Tensors& t, int64_t batch) {
-  if (!t.lo) return {visible(p, t, batch, 0).lo, visible(p, t, batch, p.q_len - 1).hi};
-  Range any{p.kv_len, 0};
-  for (int64_t i = 0; i < p.q_len; i++) {
-    Range r = visible(p, t, batch, i);
-    if (r.lo >= r.hi) continue;
-    any.lo = r.lo < any.lo ? r.lo : any.lo;
-    any.hi = r.hi > any.hi ? r.hi : any.hi;
-  }
-  return any;
 }
 
 // Row `row` of head `head` of a tensor in the call's dtype.
@@ -109,6 +99,32 @@ struct RowBlock {
   }
 };
 
+// How the query rows are cut into blocks. Fewer rows a block where there would be too few tasks for the threads.
+struct RowBlocks {
+  int64_t heads_each, rows_each, head_blocks, row_blocks, per_place;
+  RowBlocks(const Problem& p, int64_t most) {
+    int64_t group = p.heads / p.kv_heads;
+    for (;; most /= 2) {
+      heads_each = group < most ? group : most;
+      rows_each = most / heads_each;
+      if (rows_each > p.q_len) rows_each = p.q_len;
+      head_blocks = (group + heads_each - 1) / heads_each;
+      row_blocks = (p.q_len + rows_each - 1) / rows_each;
+      per_place = head_blocks * row_blocks;
+      if (most <= 32 || p.batch * p.kv_heads * per_place >= 2 * p.threads) return;
+    }
+  }
+  int64_t lanes() const { return heads_each * rows_each; }
+  // Block `number` of key head `place`; the last rows come first, as they see the most keys of a causal mask.
+  RowBlock block(const Problem& p, int64_t place, int64_t number) const {
+    int64_t group = p.heads / p.kv_heads, kv_head = place % p.kv_heads;
+    int64_t row = (row_blocks - 1 - number / head_blocks) * rows_each, head = number % head_blocks * heads_each;
+    int64_t rows = p.q_len - row < rows_each ? p.q_len - row : rows_each;
+    int64_t heads = group - head < heads_each ? group - head : heads_each;
+    return {place / p.kv_heads, kv_head, kv_head * group + head, heads, row, rows};
+  }
+};
+
 // Which keys the lanes of a block see: of each lane, of any lane, and those that all lanes see.
 struct Edges {
   int32_t *lo, *hi;  // [lanes]
@@ -118,12 +134,10 @@ struct Edges {
     all = {0, p.kv_len};
     for (int64_t i = 0; i < block.rows; i++) {
       Range r = visible(p, t, block.batch, block.first + i);
-      if (r.lo < r.hi) {
-        any.lo = r.lo < any.lo ? r.lo : any.lo;
-        any.hi = r.hi > any.hi ? r.hi : any.hi;
-      } else {
+      if (r.lo < r.hi)
+        any.include(r);
+      else
         r = {0, 0};
-      }
       all.lo = r.lo > all.lo ? r.lo : all.lo;
       all.hi = r.hi < all.hi ? r.hi : all.hi;
       for (int64_t g = 0; g < block.group; g++) {

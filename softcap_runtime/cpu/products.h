@@ -58,21 +58,16 @@ inline void strip(float* c, int64_t ldc, const typename Arithmetic::Word* a, int
 // Terms of a sum in registers, which is then added to the others.
 constexpr int64_t PART = 128;
 
-// The same for logits, sums of `k` terms: those of short heads are cut in half, as whole ones would be as far off as
-// eager code's.
-inline int64_t part_of_logit(int64_t k) { return k <= PART && k > 1 ? (k + 1) / 2 : PART; }
+// The same for logits, sums of `k` terms: shorter ones, as the exponential of a logit passes all its error on.
+inline int64_t part_of_logit(int64_t k) { return k > PART ? PART / 2 : (k + 1) / 2; }
 
 // m and n are multiples of 16. Sums over k are cut: part of B then stays in the first cache, and the sums of float32 are
-// short, which leaves less rounding (at 256 terms the gradients would be further off than eager code's).
+// short, which leaves less rounding: at 128 terms of a logit dq would be further off than eager code's.
 template <class Arithmetic>
 inline void vector_product(float* c, int64_t ldc, const typename Arithmetic::Word* a, int64_t lda,
                            const typename Arithmetic::Word* b, int64_t ldb, int64_t m, int64_t n, int64_t k,
                            bool add) {
-#if defined(__AVX512F__) || defined(__aarch64__)
-  constexpr int WIDE = 4, ROWS = 4;  // 24 of 32 registers
-#else
-  constexpr int WIDE = 3, ROWS = 4;  // 16 of 16
-#endif
+  constexpr int WIDE = REGISTERS == 32 ? 4 : 3, ROWS = 4;  // 24 of 32 registers, 16 of 16
   const int64_t part = Arithmetic::PAIR == 1 && !add ? part_of_logit(k) : PART;
   for (int64_t p = 0; p < k; p += part) {
     int64_t terms = k - p < part ? k - p : part;

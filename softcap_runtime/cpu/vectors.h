@@ -15,6 +15,13 @@
 
 namespace softcap {
 
+// Vector registers there are.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
+
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX2__)
@@ -84,6 +91,26 @@ inline float sum(Vec x) {
   float total = 0;
   for (int i = 0; i < LANES; i++) total += x[i];
   return total;
+}
+
+// The sums of four vectors, one after the other.
+inline void store_sums(float* to, const Vec (&x)[4]) {
+#if defined(__AVX512F__)
+  __m512 a = (__m512)x[0], b = (__m512)x[1], c = (__m512)x[2], d = (__m512)x[3];
+  Vec ab = (Vec)_mm512_unpacklo_ps(a, b) + (Vec)_mm512_unpackhi_ps(a, b);
+  Vec cd = (Vec)_mm512_unpacklo_ps(c, d) + (Vec)_mm512_unpackhi_ps(c, d);
+  Vec all = (Vec)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd) + (Vec)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+  __m256 low = _mm512_castps512_ps256((__m512)all), high = (__m256)_mm512_extractf64x4_pd((__m512d)all, 1);
+#elif defined(__AVX2__)
+  __m256 ab = _mm256_hadd_ps((__m256)x[0], (__m256)x[1]), cd = _mm256_hadd_ps((__m256)x[2], (__m256)x[3]);
+  __m256 low = _mm256_hadd_ps(ab, cd), high = _mm256_setzero_ps();
+#endif
+#if defined(__AVX2__)
+  __m256 eight = _mm256_add_ps(low, high);
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1)));
+#else
+  for (int i = 0; i < 4; i++) to[i] = sum(x[i]);
+#endif
 }
 
 inline float largest(Vec x) {
@@ -209,6 +236,46 @@ template <class T>
 inline void narrow(T* to, Vec x, int64_t count) {
   if (count >= LANES) return narrow(to, x);
   T padded[LANES];
+  narrow(padded, x);
+  for (int64_t i = 0; i < count; i++) to[i] = padded[i];
+}
+
+// Twice as many elements, in the order in which they are unpacked fastest: of bfloat16 those at even places first.
+struct Halves {
+  Vec first, second;
+};
+
+inline Halves halves(const float* from) { return {load<Vec>(from), load<Vec>(from + LANES)}; }
+inline Halves halves(const Float16* from) { return {widened(from), widened(from + LANES)}; }
+inline Halves halves(const BFloat16* from) {
+  IVec pairs = load<IVec>(from);
+  return {of_bits(pairs << 16), of_bits(pairs & (int32_t)0xffff0000)};
+}
+
+template <class T>
+inline void narrow(T* to, Halves x) {
+  narrow(to, x.first);
+  narrow(to + LANES, x.second);
+}
+
+inline void narrow(BFloat16* to, Halves x) {
+  typedef uint32_t UVec __attribute__((vector_size(4 * LANES)));
+  store(to, ((UVec)rounded_to_bfloat16(x.first) >> 16) | (UVec)rounded_to_bfloat16(x.second));
+}
+
+// Elements [0, count) of a row, zeros after them.
+template <class T>
+inline Halves halves(const T* from, int64_t count) {
+  if (__builtin_expect(count >= 2 * LANES, 1)) return halves(from);
+  T padded[2 * LANES] = {};
+  for (int64_t i = 0; i < count; i++) padded[i] = from[i];
+  return halves(padded);
+}
+
+template <class T>
+inline void narrow(T* to, Halves x, int64_t count) {
+  if (count >= 2 * LANES) return narrow(to, x);
+  T padded[2 * LANES];
   narrow(padded, x);
   for (int64_t i = 0; i < count; i++) to[i] = padded[i];
 }

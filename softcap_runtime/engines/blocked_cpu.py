@@ -37,8 +37,16 @@ _STRIDES = [
 FEW_ROWS = 8
 # A plan's tensors have one layout or a few; more than this number is a caller that invents them.
 MAX_LAYOUTS = 64
+# Of the tokens that the library reads as a mask: as signed integers.
+_ID_BYTES = {torch.int64: 8, torch.int32: 4, torch.int8: 1}
+_MASK_BYTES = {**_ID_BYTES, torch.uint8: 1, torch.bool: 1}
 # Whether a call of this process used several threads; and whether this is a forked child of such a process.
 _threaded, _alone = False, False
+
+
+FindIntervals = Callable[
+    [int, int, int, bool, "int | None", "Tensor | None", "Tensor | None"], "tuple[Tensor, ...] | None"
+]
 
 
 class CpuProblem(ctypes.Structure):
@@ -162,6 +170,52 @@ def bind_paged(problem: Problem, kernels: Kernels) -> Callable[..., Tensor]:
         made.page_size, made.table_stride, made.pages = k.shape[2], table.shape[1], k.shape[0]
         _check(loaded.paged(ctypes.addressof(made), *[x.data_ptr() for x in (q, k, v, out, lo, hi, table)]))
         return out
+
+    return run
+
+
+def bind_intervals(kernels: Kernels) -> FindIntervals:
+    """``masks.row_intervals`` and its checks for warm calls with a padding mask or document ids on the CPU.
+
+    The result takes the batch, q_len, kv_len, causal, window, attention_mask and document_ids, either None. It returns
+    ``lo`` and ``hi``, nothing for a mask that hides nothing of the band; None for masks that it does not serve, wrong
+    ones among them.
+    """
+    loaded: Library = kernels.get(library())
+    find = loaded.intervals
+
+    def run(
+        batch: int,
+        q_len: int,
+        kv_len: int,
+        causal: bool,
+        window: int | None,
+        attention_mask: Tensor | None,
+        document_ids: Tensor | None,
+    ) -> tuple[Tensor, ...] | None:
+        rows, like = 1, attention_mask
+        read: list[int | None] = []
+        for tokens, sizes in ((attention_mask, _MASK_BYTES), (document_ids, _ID_BYTES)):
+            if tokens is None:
+                read += (None, 0, 0)
+                continue
+            if type(tokens) is not Tensor or not tokens.is_cpu or tokens.layout is not torch.strided:
+                return None
+            shape, size = tokens.shape, sizes.get(tokens.dtype)
+            if size is None or len(shape) != 2 or shape[1] != kv_len or shape[0] not in (1, batch):
+                return None
+            step, inner = tokens.stride()
+            if inner != 1:
+                return None
+            like = tokens
+            if shape[0] > 1:
+                rows = shape[0]
+            read += (tokens.data_ptr(), size, step if shape[0] > 1 else 0)
+        if like is None or (document_ids is not None and q_len > kv_len) or (causal and q_len > kv_len):
+            return None
+        lo, hi = (like.new_empty((rows, q_len), dtype=torch.int32) for _ in range(2))
+        found = find(*read, rows, q_len, kv_len, causal, window or 0, lo.data_ptr(), hi.data_ptr())
+        return ((lo, hi), None, ())[found]
 
     return run
 
