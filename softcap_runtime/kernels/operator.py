@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from softcap_runtime.torch_transforms import (
     is_batch_of_gradients,
 )
 
+T = TypeVar("T")
 LIBRARY = torch.library.Library("softcap_runtime", "DEF")
 
 _MASK = "Tensor? lo, Tensor? hi, SymInt left, SymInt right"
@@ -244,6 +245,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tenso
     mask = call.mask
     left, right = (0, 0) if mask.left is None or mask.right is None else (mask.left, mask.right)
     _, scale, softcap, engine, train = call  # no slice of it: the compiler of torch 2.8 takes none
+    if torch.compiler.is_dynamo_compiling():
+        scale, softcap = _constant(scale), _constant(softcap)
     inputs = (q, k, v, mask.lo, mask.hi, left, right, scale, softcap, engine, train, number)
     if torch.compiler.is_compiling() or interpreters_active(*inputs[:5]):
         if not torch.compiler.is_dynamo_compiling():  # there the operator's own autograd kernel does it
@@ -253,6 +256,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tenso
         output = _Attention.apply(True, *inputs)  # type: ignore[no-untyped-call]
     out: Tensor = output[0]
     return out
+
+
+def _constant(number: T) -> T:
+    """``number`` as a constant of the graph that dynamo traces, with a guard, as what a set holds is.
+
+    With dynamic=True dynamo makes a float a symbol of the graph that meets it first; where that is the body of a
+    checkpoint, it fails at the next body (torch 2.13). The operator takes no symbol in any case.
+    """
+    return next(iter({number}))
 
 
 def _autocast(device: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

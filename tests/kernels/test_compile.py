@@ -19,7 +19,6 @@ from softcap_runtime import (
     create_flex_attention_causal_mask,
     create_flex_attention_sliding_window_mask,
     slow_attention_softcapping,
-    torch_features,
 )
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125, window=30)
@@ -88,6 +87,9 @@ def test_spans_inside_a_graph(runtime: Runtime, seed: int) -> None:
         ("document_ids", [[0, 0, 4, 5], [0, 1, 1, 1]], [[0, 0, 4, 5], [0, 1, 0, 0]]),
         ("cache_lengths", [4, 4], [4, 5]),
         ("prefix_lengths", [0, 4], [-1, 4]),
+        ("spans", [[[0, 2], [2, 4]], [[0, 0], [3, 4]]], [[[0, 2], [1, 4]], [[0, 0], [3, 4]]]),
+        ("spans", [[[2, 4], [0, 1]]], [[[2, 5], [0, 1]]]),
+        ("spans", [[[2, 4], [7, 7]]], [[[4, 2], [0, 0]]]),
         ("query_positions", [2, 0, 3, 1], [2, 0, 4, 1]),
         ("query_positions", [[2, 0, 3, 1], [0, 0, 1, 1]], [[2, 0, 3, 1], [0, 0, -1, 1]]),
     ],
@@ -95,8 +97,6 @@ def test_spans_inside_a_graph(runtime: Runtime, seed: int) -> None:
 def test_data_that_no_mask_can_have_raises_inside_a_graph(
     runtime: Runtime, backend: str, name: str, good: list[Any], bad: list[Any], seed: int
 ) -> None:
-    if backend == "inductor" and not torch_features.GRAPH_CHECKS:
-        pytest.skip("this torch's Inductor drops such checks")
     compiled = torch.compile(
         lambda q, k, v, m: runtime.attention(q, k, v, CONFIG, **{name: m}),
         fullgraph=True,
