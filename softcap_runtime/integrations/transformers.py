@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import Cap, check_qkv
+from softcap_runtime.checks import Cap, check_qkv, constant_in_graph
 from softcap_runtime.config import check_positive
 from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, read
 from softcap_runtime.integrations.hf_packed import packed_arguments
@@ -351,6 +351,7 @@ def serving_forward(
 
 
 def _cap(softcap: float | None, scaling: float | None, head_dim: int) -> Cap:
+    softcap, scaling = constant_in_graph(softcap), constant_in_graph(scaling)
     check_positive("softcap", softcap)
     check_positive("scaling", scaling)
     scale = head_dim**-0.5 if scaling is None else float(scaling)

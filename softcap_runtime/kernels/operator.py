@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import check_qkv
+from softcap_runtime.checks import check_qkv, constant_in_graph
 from softcap_runtime.kernels.batching import register_rules
 from softcap_runtime.kernels.engine import Call, empty_output
 from softcap_runtime.kernels.flops import register_formulas
@@ -27,7 +27,6 @@ from softcap_runtime.torch_transforms import (
     is_batch_of_gradients,
 )
 
-T = TypeVar("T")
 LIBRARY = torch.library.Library("softcap_runtime", "DEF")
 
 _MASK = "Tensor? lo, Tensor? hi, SymInt left, SymInt right"
@@ -245,8 +244,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tenso
     mask = call.mask
     left, right = (0, 0) if mask.left is None or mask.right is None else (mask.left, mask.right)
     _, scale, softcap, engine, train = call  # no slice of it: the compiler of torch 2.8 takes none
-    if torch.compiler.is_dynamo_compiling():
-        scale, softcap = _constant(scale), _constant(softcap)
+    scale, softcap = constant_in_graph(scale), constant_in_graph(softcap)
     inputs = (q, k, v, mask.lo, mask.hi, left, right, scale, softcap, engine, train, number)
     if torch.compiler.is_compiling() or interpreters_active(*inputs[:5]):
         if not torch.compiler.is_dynamo_compiling():  # there the operator's own autograd kernel does it
@@ -256,15 +254,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tenso
         output = _Attention.apply(True, *inputs)  # type: ignore[no-untyped-call]
     out: Tensor = output[0]
     return out
-
-
-def _constant(number: T) -> T:
-    """``number`` as a constant of the graph that dynamo traces, with a guard, as what a set holds is.
-
-    With dynamic=True dynamo makes a float a symbol of the graph that meets it first; where that is the body of a
-    checkpoint, it fails at the next body (torch 2.13). The operator takes no symbol in any case.
-    """
-    return next(iter({number}))
 
 
 def _autocast(device: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,9 @@ def check_mask_arguments(
             _check_documents(document_ids)
         elif document_ids.device.type == "cpu":
             rises = document_ids.cummax(1).values == document_ids
-            message = "document_ids: decreasing, expected ids that never decrease; number them in the row's order"
+            message = (
+                "document_ids: decreasing, expected ids that never decrease; number them in the row's order"
+            )
             document_ids = checked(document_ids, rises, message)
     if prefix_lengths is not None:
         _check_tensor("prefix_lengths", prefix_lengths, batch, (), device, _INTEGERS)
@@ -94,9 +96,7 @@ def check_mask_arguments(
     if cache_lengths is not None:
         _check_tensor("cache_lengths", cache_lengths, batch, (), device, _INTEGERS)
         words = f"from {'0' if placed else 'the number of query rows'} to the number of keys"
-        cache_lengths = _check_range(
-            "cache_lengths", cache_lengths, 0 if placed else q_len, kv_len, words
-        )
+        cache_lengths = _check_range("cache_lengths", cache_lengths, 0 if placed else q_len, kv_len, words)
     if query_positions is not None:
         query_positions = _check_query_positions(query_positions, q_len, kv_len, batch, device)
     return {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import HEAD_DIM, Backend, Sizes, expected, gradients, make_qkv, relative_error
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from softcap_runtime import (
     AttentionConfig,
@@ -108,6 +109,39 @@ def test_data_that_no_mask_can_have_raises_inside_a_graph(
     assert relative_error(compiled(*inputs, mask), expected(*inputs, CONFIG, **{name: mask})) <= 2e-6
     with pytest.raises(RuntimeError, match=f"{name}: .*, expected"):
         compiled(*inputs, torch.tensor(bad))
+
+
+@pytest.mark.parametrize("documented", [False, True])
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_one_checkpoint_after_another(
+    own_runtime: Runtime, documented: bool, dynamic: bool | None, seed: int
+) -> None:
+    """Their bodies are graphs of their own, which share no symbol: a config's floats are none."""
+    layer = SimpleNamespace(config=SimpleNamespace(attn_logit_softcapping=50.0, query_pre_attn_scalar=64))
+    config = AttentionConfig(softcap=50.0, scale=0.125)
+
+    def attend(x: Tensor) -> Tensor:
+        if not documented:
+            return own_runtime.attention(x, x, x, config)
+        out = slow_attention_softcapping(x, x, x, None, layer, x.shape[0], x.shape[2])
+        return out.view(x.shape[0], x.shape[2], *x.shape[1::2]).transpose(1, 2)
+
+    def twice(x: Tensor) -> Tensor:
+        return checkpoint(attend, checkpoint(attend, x, use_reentrant=False), use_reentrant=False)
+
+    backend = Backend()
+    compiled = torch.compile(twice, fullgraph=True, dynamic=dynamic, backend=backend)
+    for length, scale in ((30, 0.125), (41, 0.125), (41, 0.25)):
+        config = AttentionConfig(softcap=50.0, scale=scale)
+        layer.config.query_pre_attn_scalar = scale**-2
+        x = make_qkv(Sizes(2, 4, 4, length, length))[0]
+        grad_out = torch.randn(x.shape)
+        out, got = gradients(compiled, (x,), grad_out)
+        want_out, want = gradients(
+            lambda x, c=config: expected(*[expected(x, x, x, c)] * 3, c), (x.double(),), grad_out
+        )
+        assert relative_error(out, want_out) <= 4e-6  # twice the one of a call
+        assert relative_error(got[0], want[0]) <= 6e-6
 
 
 def test_static_sizes_through_inductor(runtime: Runtime, seed: int) -> None:
