@@ -18,12 +18,12 @@ from softcap_runtime.torch_transforms import in_transform
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _NO_HOLES = (
-    "attention_mask: holes between visible keys, expected one run of 1 in each row inside a graph or torch.func on the CPU; "
-    "call it as it is, which serves holes, or leave the hidden tokens out"
+    "attention_mask: holes between visible keys, expected one run of 1 in each row, inside a graph or torch.func on "
+    "the CPU; call it as it is, which serves holes, or leave the hidden tokens out"
 )
 _SPANS = (
-    "spans: out of range or overlapping, expected disjoint ones, 0 <= start < end <= the number of keys, or start == end "
-    "for an unused slot"
+    "spans: out of range or overlapping, expected disjoint ones with 0 <= start < end <= the number of keys, or "
+    "start == end for an unused slot"
 )
 
 
@@ -41,7 +41,7 @@ def check_mask_arguments(
     spans: Tensor | None = None,
     cache_lengths: Tensor | None = None,
     query_positions: Tensor | None = None,
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """Check the arguments of ``intervals.row_intervals``, which says what each of them means, and hand them back.
 
     Go on with those: in a traced graph they are what the checks let through.
