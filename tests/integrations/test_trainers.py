@@ -82,7 +82,9 @@ def test_accumulated_gradients_of_flattened_batches_in_bf16(tmp_path: Path, seed
 
     def make(collator: Callable[..., Any]) -> Callable[[Any], Any]:
         arguments = transformers.TrainingArguments(**how)
-        return lambda model: transformers.Trainer(model, arguments, data_collator=collator, train_dataset=data)
+        return lambda model: transformers.Trainer(
+            model, arguments, data_collator=collator, train_dataset=data
+        )
 
     found = run(seed, NAME, make(transformers.DataCollatorWithFlattening()))
     assert_same_curve(found, run(seed, "eager", make(padded)))

@@ -19,6 +19,7 @@ from softcap_runtime import (
     Runtime,
     create_flex_attention_causal_mask,
     create_flex_attention_sliding_window_mask,
+    document_ids_from_cu_seqlens,
     slow_attention_softcapping,
 )
 
@@ -109,6 +110,19 @@ def test_data_that_no_mask_can_have_raises_inside_a_graph(
     assert relative_error(compiled(*inputs, mask), expected(*inputs, CONFIG, **{name: mask})) <= 2e-6
     with pytest.raises(RuntimeError, match=f"{name}: .*, expected"):
         compiled(*inputs, torch.tensor(bad))
+
+
+@pytest.mark.parametrize("bad", [[1, 20, 30], [0, 31, 30], [0, 20, 29]])
+def test_offsets_that_no_row_can_have_raise_inside_a_graph(bad: list[int]) -> None:
+    made = torch.compile(
+        lambda offsets, x: document_ids_from_cu_seqlens(offsets, x.shape[0]),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    x = torch.empty(30)
+    assert made(torch.tensor([0, 20, 30]), x).sum() == 10
+    with pytest.raises(RuntimeError, match=r"cu_seqlens: expected offsets that"):
+        made(torch.tensor(bad), x)
 
 
 @pytest.mark.parametrize("documented", [False, True])
