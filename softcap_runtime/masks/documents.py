@@ -14,7 +14,9 @@ from torch import Tensor
 from softcap_runtime.masks.graph_checks import checked
 from softcap_runtime.masks.validate import check_integers, data_is_readable
 
-_OFFSETS = "cu_seqlens: expected offsets that start at 0, never decrease and end at seq_len; make padding a document too"
+_OFFSETS = (
+    "cu_seqlens: expected offsets from 0 that never decrease and end at seq_len; make padding a document too"
+)
 
 
 def document_ids_from_cu_seqlens(cu_seqlens: Tensor, seq_len: int) -> Tensor:
