@@ -42,31 +42,36 @@ def read(case: ElementTree.Element) -> tuple[str, Result]:
     for outcome, tags in (("failed", ("failure", "error")), ("skipped", ("skipped",))):
         for tag in tags:
             if (found := case.find(tag)) is not None:
-                lines = (found.get("message") or found.text or "").strip().splitlines()
-                return name, Result(outcome, lines[-1].strip() if lines else "")
+                return name, Result(outcome, cause(found.get("message") or found.text or ""))
     return name, Result("passed")
 
 
-def compare(checkout: Path, model: str, options: list[str]) -> tuple[list[object], dict[str, str]]:
-    """A row of the table, and the causes of the tests that fail with softcap alone, also when they run again."""
+def cause(error: str) -> str:
+    """The last line of an error; of the compiler's, which end with hints, the one that says what stopped it."""
+    lines = [
+        line.strip() for line in error.strip().splitlines() if not line.startswith("Set TORCHDYNAMO_VERBOSE")
+    ]
+    context = [line for line in lines if line.startswith("Developer debug context:")]
+    return (context or lines or [""])[-1]
+
+
+def compare(checkout: Path, model: str, options: list[str]) -> tuple[list[object], list[str]]:
+    """A row of the table, and a line for each test that fails with softcap, also when it runs again."""
     path = f"tests/models/{model}/test_modeling_{model}.py"
     plain, ours = (run(checkout, [path], [*more, *options]) for more in ((), ("-p", "hf_suite_plugin")))
-    lost = [
-        name
-        for name, result in ours.items()
-        if result.outcome == "failed" and plain[name].outcome == "passed"
-    ]
-    if lost:
+    failed = [name for name, result in ours.items() if result.outcome == "failed"]
+    if failed:
         # Some of these tests draw random weights, and fail by chance.
-        again = run(checkout, [f"{path}::{name}" for name in lost], ["-p", "hf_suite_plugin", *options])
-        ours.update({name: again[name] for name in lost})
-        lost = [name for name in lost if ours[name].outcome == "failed"]
-    counts, before = (Counter(result.outcome for result in results.values()) for results in (ours, plain))
-    more = [name for name, result in ours.items() if result.outcome == "failed" and name not in lost]
-    failed = {name: ours[name].cause for name in lost}
-    failed |= {f"{name} ({plain[name].outcome} without softcap)": ours[name].cause for name in more}
-    row = [model, before["passed"], counts["passed"], len(lost), before["failed"], counts["failed"]]
-    return row, failed
+        again = [f"{path}::{name}" for name in failed]
+        ours |= run(checkout, again, ["-p", "hf_suite_plugin", *options])
+    lines, lost = [], 0
+    for name in failed:
+        if ours[name].outcome == "failed":
+            before = plain[name].outcome if name in plain else "not run"
+            lost += before == "passed"
+            lines.append(f"{model} {name} ({before} without softcap): {ours[name].cause}")
+    counts = [Counter(result.outcome for result in results.values())["passed"] for results in (plain, ours)]
+    return [model, *counts, lost], lines
 
 
 def main() -> None:
@@ -87,24 +92,20 @@ def main() -> None:
         parser.error(
             f"{arguments.checkout}: no clone of transformers with tests of {', '.join(unknown) or 'models'}"
         )
-    headings = (
-        "model",
-        "passed as it is",
-        "passed with softcap",
-        "lost",
-        "failed as it is",
-        "failed with softcap",
+    table, failures, lost = (
+        Table("model", "passed with sdpa or eager", "passed with softcap", "lost"),
+        [],
+        False,
     )
-    table, causes = Table(*headings), {}
     for model in arguments.models or MODELS:
-        row, causes[model] = compare(arguments.checkout, model, options)
+        row, lines = compare(arguments.checkout, model, options)
         table.add_row(*map(str, row))
+        failures += lines
+        lost |= bool(row[-1])
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(table)
-    for model, failed in causes.items():
-        for name, cause in failed.items():
-            console.print(f"{model} {name}: {cause}")
-    lost = any("without softcap)" not in name for failed in causes.values() for name in failed)
+    for line in failures:
+        console.print(line)
     sys.exit(lost)
 
 
