@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from softcap_runtime.compat.torch_private import constant_in_graphs
 from softcap_runtime.config import AttentionConfig
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+T = TypeVar("T")
 
 
 class Capped(Protocol):
@@ -30,6 +33,15 @@ class Cap(NamedTuple):
 
     softcap: float | None
     scale: float
+
+
+def constant_in_graph(number: T) -> T:
+    """``number``; where dynamo traces, as a constant of the graph, with a guard, as all that a set holds is.
+
+    With dynamic=True dynamo makes a float a symbol of the graph that meets it first, and fails at the next where that
+    is the body of a checkpoint (torch 2.13). The operator takes no symbols in any case.
+    """
+    return next(iter({number})) if torch.compiler.is_dynamo_compiling() else number
 
 
 def check_config(config: Any) -> None:

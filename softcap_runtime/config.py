@@ -27,7 +27,7 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 # Kernels compute in float32, which must hold a number, its inverse, and a few times either.
-SMALLEST, LARGEST = 1e-37, 1e37
+RANGE = "a number from 1e-37 to 1e+37"
 # Of a sequence to prewarm for: 16 million tokens, whose mask is still made in under a second.
 LONGEST = 2**24
 
@@ -38,22 +38,27 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _fits(value: float) -> bool:
+    # Literals: a float of the module is a symbol to dynamo, see ``checks.constant_in_graph``.
+    return 1e-37 <= value <= 1e37
+
+
 def _in_range(value: float) -> float:
-    if not SMALLEST <= value <= LARGEST:
-        raise ValueError(f"expected a number from {SMALLEST} to {LARGEST}")
+    if not _fits(value):
+        raise ValueError(f"expected {RANGE}")
     return value
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raise TypeError or ValueError unless ``value`` is None or a number from SMALLEST to LARGEST."""
+    """Raise TypeError or ValueError unless ``value`` is None or within RANGE."""
     is_number = not isinstance(value, bool)
     try:
-        fits = value is None or SMALLEST <= value <= LARGEST
+        fits = value is None or _fits(value)
     except TypeError:
         is_number = fits = False
     if not (is_number and fits):
         wrong = ValueError if is_number else TypeError
-        raise wrong(f"{name}: {value!r}, expected a number from {SMALLEST} to {LARGEST}")
+        raise wrong(f"{name}: {value!r}, expected {RANGE}")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import Cap
+from softcap_runtime.checks import Cap, constant_in_graph
 from softcap_runtime.compat import torch_features
 from softcap_runtime.config import EngineName, check_positive
 from softcap_runtime.engines.general import attend_block_mask, attend_elements, elements_of
@@ -145,8 +145,8 @@ def _layer(layer: Any, head_dim: int) -> Cap:
         raise TypeError(
             "self.config: dict, expected an object with attributes; pass SimpleNamespace(**config) or the model's"
         )
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    scalar = getattr(config, "query_pre_attn_scalar", None)
+    softcap = constant_in_graph(getattr(config, "attn_logit_softcapping", None))
+    scalar = constant_in_graph(getattr(config, "query_pre_attn_scalar", None))
     check_positive("self.config.attn_logit_softcapping", softcap)
     check_positive("self.config.query_pre_attn_scalar", scalar)
     scale = float(head_dim if scalar is None else scalar) ** -0.5

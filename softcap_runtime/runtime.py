@@ -345,15 +345,20 @@ def _intervals(
     """Check the config and the mask arguments, and intersect these with the config's."""
     check_config(config)
     q_len, kv_len = q.shape[2], k.shape[2]
-    given = {
-        "attention_mask": attention_mask,
-        "document_ids": document_ids,
-        "prefix_lengths": prefix_lengths,
-        "spans": spans,
-        "cache_lengths": cache_lengths,
-        "query_positions": query_positions,
-    }
-    check_mask_arguments(q_len, kv_len, q.shape[0], q.device, causal=config.causal, holes=True, **given)
+    given = check_mask_arguments(
+        q_len,
+        kv_len,
+        q.shape[0],
+        q.device,
+        causal=config.causal,
+        holes=True,
+        attention_mask=attention_mask,
+        document_ids=document_ids,
+        prefix_lengths=prefix_lengths,
+        spans=spans,
+        cache_lengths=cache_lengths,
+        query_positions=query_positions,
+    )
     if attention_mask is not None and (
         may_have_holes(attention_mask) or (data_is_readable(attention_mask) and bool(attention_mask.all()))
     ):

@@ -25,29 +25,6 @@ def in_transform(x: Tensor) -> bool:
     return wrapped is not None and not public_only() and bool(wrapped(x))
 
 
-def unwrapped(x: Tensor) -> Tensor:
-    """What is inside a tensor of torch.func's transforms, with the dimensions that vmap hides. Private: the same."""
-    while in_transform(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x
-
-
-def assert_in_graph(condition: Tensor, message: str) -> None:
-    """Have the program that is being traced raise RuntimeError(message) when it runs and ``condition`` is False.
-
-    Under torch.func, where nothing is traced, it raises here.
-
-    Private: ``torch._assert_async``; of the public checks none takes a tensor that nobody has read. Gone: bad data
-    inside a graph gives a wrong mask and no error, as with the Inductor of torch before 2.9, which drops the check.
-    """
-    check = getattr(torch, "_assert_async", None)
-    if not torch.compiler.is_compiling() and in_transform(condition):
-        if not bool(unwrapped(condition).all()):
-            raise RuntimeError(message)
-    elif check is not None and not public_only():
-        check(condition, message)
-
-
 def below_autograd(recording: bool) -> AbstractContextManager[object]:
     """A context in which an operator's call goes past its own autograd kernel, to what comes next.
 

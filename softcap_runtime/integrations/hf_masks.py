@@ -29,7 +29,7 @@ from softcap_runtime.masks.validate import data_is_readable
 
 MaskFunction = Callable[..., Any]
 _HOME = "transformers.masking_utils"
-_GEMMA3 = "transformers.models.gemma3.modeling_gemma3"
+_MODELS = "transformers.models."
 _INSTEAD = "use attn_implementation='eager' for this model"
 
 
@@ -59,10 +59,10 @@ def read(function: MaskFunction, place: Place) -> RowIntervals:
     home = getattr(function, "__module__", None)
     if _is_constant(function):
         return _constant(function, place)
-    if home != _HOME and (home, name.partition(".")[0]) != (_GEMMA3, "_bidirectional_window_overlay"):
-        raise ValueError(f"mask function {name} of {home}: no known row interval; {_INSTEAD}")
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     parts = {variable: cell.cell_contents for variable, cell in cells}
+    if home != _HOME:
+        return _of_a_model(str(home), name, parts, place)
     match name.partition(".")[0]:
         case "causal_mask_function":
             return _reach(place, -UNBOUNDED, 1)
@@ -70,8 +70,6 @@ def read(function: MaskFunction, place: Place) -> RowIntervals:
             return _reach(place, -UNBOUNDED, UNBOUNDED)
         case "sliding_window_overlay":
             return _reach(place, 1 - parts["sliding_window"], UNBOUNDED)
-        case "_bidirectional_window_overlay":  # EmbeddingGemma's own: the window counts the row's own key
-            return _reach(place, 1 - parts["sliding_window"], parts["sliding_window"])
         case "sliding_window_bidirectional_overlay":
             return _reach(place, -parts["sliding_window"], parts["sliding_window"] + 1)
         case "packed_sequence_mask_function":
@@ -89,6 +87,25 @@ def read(function: MaskFunction, place: Place) -> RowIntervals:
             )
         case _:
             raise ValueError(f"mask function {name}: no known row interval; {_INSTEAD}")
+
+
+def _of_a_model(home: str, name: str, parts: dict[str, Any], place: Place) -> RowIntervals:
+    """Parts that models have of their own; those of T5Gemma and of images up to transformers 5.0."""
+    match home.removeprefix(_MODELS).partition(".")[0], name.partition(".")[0], sorted(parts):
+        case ("gemma3", "_bidirectional_window_overlay", ["sliding_window"]) | (
+            "t5gemma",
+            "sliding_window_bidirectional_mask_function",
+            ["sliding_window"],
+        ):  # the window counts the row's own key
+            return _reach(place, 1 - parts["sliding_window"], parts["sliding_window"])
+        case "t5gemma", "bidirectional_mask_function", ["attention_mask"] if (
+            parts["attention_mask"] is None or place.padding is not None
+        ):
+            return _reach(place, -UNBOUNDED, UNBOUNDED)  # what it hides is ``place.padding``
+        case "gemma3" | "paligemma", "token_type_ids_mask_function", ["image_group_ids", "token_type_ids"]:
+            images = parts["token_type_ids"] == 1
+            return _spans(torch.where(images, parts["image_group_ids"], -1), place)
+    raise ValueError(f"mask function {name} of {home}: no known row interval; {_INSTEAD}")
 
 
 def _is_constant(function: MaskFunction) -> bool:
@@ -153,6 +170,9 @@ def _remapped(mask: RowIntervals, name: str) -> RowIntervals:
 def _spans(ids: Tensor, place: Place) -> RowIntervals:
     """Each row sees the keys of its own span both ways; a row outside spans (id -1) sees nothing."""
     ids = ids.to(place.device)[:, place.offset : place.offset + place.kv_len]
+    ids = torch.nn.functional.pad(
+        ids, (0, place.kv_len - ids.shape[1]), value=-1
+    )  # a static cache has room for more
     if place.padding is not None:
         ids = ids.masked_fill(~place.padding, -1)
     _check_pieces("block_sequence_ids", ids, least=0)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import Cap, check_qkv
+from softcap_runtime.checks import Cap, check_qkv, constant_in_graph
 from softcap_runtime.config import check_positive
 from softcap_runtime.engines.general import attend_elements
 from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, read
@@ -176,9 +176,9 @@ def interval_mask(
     if attention_mask is not None:
         padding = attention_mask[:, kv_offset : kv_offset + kv_length]
         padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
-        check_mask_arguments(
+        padding = check_mask_arguments(
             q_length, kv_length, batch_size, padding.device, causal=False, holes=True, attention_mask=padding
-        )
+        )["attention_mask"]
     place = Place(q_length, kv_length, end, kv_offset, padding, device)
     if torch.compiler.is_dynamo_compiling():
         if use_vmap is not False:  # transformers before 5 doesn't say; where the graph breaks, parts are read
@@ -239,9 +239,9 @@ def attention_forward(
     if attention_mask is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         packed = packed_arguments(query.shape[0], *lengths, causal, kwargs)
-        check_mask_arguments(*lengths, query.shape[0], query.device, causal=causal, **packed)
+        masks = check_mask_arguments(*lengths, query.shape[0], query.device, causal=causal, **packed)
         check_positive("sliding_window", sliding_window)
-        mask = row_intervals(*lengths, causal=causal, window=sliding_window, **packed)
+        mask = row_intervals(*lengths, causal=causal, window=sliding_window, **masks)
         return runtime.attend(query, key, value, cap, mask).transpose(1, 2), None
     if lengths != (attention_mask.q_len, attention_mask.kv_len):
         raise ValueError(
@@ -351,6 +351,7 @@ def serving_forward(
 
 
 def _cap(softcap: float | None, scaling: float | None, head_dim: int) -> Cap:
+    softcap, scaling = constant_in_graph(softcap), constant_in_graph(scaling)
     check_positive("softcap", softcap)
     check_positive("scaling", scaling)
     scale = head_dim**-0.5 if scaling is None else float(scaling)

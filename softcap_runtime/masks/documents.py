@@ -1,6 +1,7 @@
 """``document_ids`` from what users have: FlashAttention's ``cu_seqlens``, Hugging Face's ``position_ids``.
 
-What can only be seen in the data is checked for CPU tensors alone: reading a GPU's would wait for it.
+What can only be seen in the data is checked for CPU tensors alone, in a traced graph when it runs: reading a GPU's
+would wait for it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
+from softcap_runtime.masks.graph_checks import checked
 from softcap_runtime.masks.validate import check_integers, data_is_readable
+
+_OFFSETS = (
+    "cu_seqlens: expected offsets from 0 that never decrease and end at seq_len; make padding a document too"
+)
 
 
 def document_ids_from_cu_seqlens(cu_seqlens: Tensor, seq_len: int) -> Tensor:
@@ -30,6 +36,10 @@ def document_ids_from_cu_seqlens(cu_seqlens: Tensor, seq_len: int) -> Tensor:
         )
     if data_is_readable(cu_seqlens):
         _check_offsets(cu_seqlens, seq_len)
+    elif cu_seqlens.device.type == "cpu":
+        whole = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == seq_len)
+        rising = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+        cu_seqlens = checked(cu_seqlens, whole & rising, _OFFSETS)
     ends = cu_seqlens[1:].to(torch.int64).clamp(0, seq_len)
     marks = torch.zeros(seq_len + 1, dtype=torch.int32, device=ends.device)
     marks.scatter_add_(0, ends, torch.ones_like(ends, dtype=torch.int32))

@@ -2,7 +2,7 @@
 
 Shapes, dtypes and devices are always checked. What can only be seen in the data is checked for CPU tensors
 alone: reading a GPU's would wait for it. There, bad data gives a wrong mask, never a read out of bounds. In a
-graph that is traced the check is a part of it, less wordy, as under torch.func; that of spans is left out.
+graph that is traced the check is a part of it, less wordy, as under torch.func. docs/masks.md lists them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.compat.torch_transforms import assert_in_graph, in_transform
+from softcap_runtime.compat.torch_transforms import in_transform
+from softcap_runtime.masks.graph_checks import checked
 from softcap_runtime.masks.intervals import padding_edges
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_NO_HOLES = (
+    "attention_mask: holes between visible keys, expected one run of 1 in each row, inside a graph or torch.func on "
+    "the CPU; call it as it is, which serves holes, or leave the hidden tokens out"
+)
+_SPANS = (
+    "spans: out of range or overlapping, expected disjoint ones with 0 <= start < end <= the number of keys, or "
+    "start == end for an unused slot"
+)
 
 
 def check_mask_arguments(
@@ -32,9 +41,10 @@ def check_mask_arguments(
     spans: Tensor | None = None,
     cache_lengths: Tensor | None = None,
     query_positions: Tensor | None = None,
-) -> None:
-    """Check the arguments of ``intervals.row_intervals``, which says what each of them means.
+) -> dict[str, Any]:
+    """Check the arguments of ``intervals.row_intervals``, which says what each of them means, and hand them back.
 
+    Go on with those: in a traced graph they are what the checks let through.
     ``holes``: whether the caller serves an ``attention_mask`` of several runs of 1, which is no row interval.
 
     Raises TypeError for what is no tensor or has the wrong dtype, ValueError for all else: a shape other than
@@ -56,7 +66,7 @@ def check_mask_arguments(
         elif attention_mask.device.type == "cpu":
             first, last = padding_edges(attention_mask)
             whole = (attention_mask != 0).sum(1, keepdim=True) >= last - first
-            assert_in_graph(whole.all(), "attention_mask: holes, expected one run of 1")
+            attention_mask = checked(attention_mask, whole, _NO_HOLES)
     if document_ids is not None:
         _check_tensor("document_ids", document_ids, batch, (kv_len,), device, _INTEGERS)
         if q_len > kv_len and not placed:
@@ -68,26 +78,35 @@ def check_mask_arguments(
             _check_documents(document_ids)
         elif document_ids.device.type == "cpu":
             rises = document_ids.cummax(1).values == document_ids
-            assert_in_graph(rises.all(), "document_ids: decreasing, expected ids that never decrease")
+            message = (
+                "document_ids: decreasing, expected ids that never decrease; number them in the row's order"
+            )
+            document_ids = checked(document_ids, rises, message)
     if prefix_lengths is not None:
         _check_tensor("prefix_lengths", prefix_lengths, batch, (), device, _INTEGERS)
-        _check_range("prefix_lengths", prefix_lengths, 0, kv_len, "between 0 and the number of keys")
+        words = "between 0 and the number of keys"
+        prefix_lengths = _check_range("prefix_lengths", prefix_lengths, 0, kv_len, words)
     if spans is not None:
         slots = spans.shape[1] if isinstance(spans, Tensor) and spans.dim() == 3 else -1
         _check_tensor("spans", spans, batch, (slots, 2), device, _INTEGERS)
         if data_is_readable(spans):
             _check_spans(spans, kv_len)
+        elif spans.device.type == "cpu":
+            spans = checked(spans, _spans_fit(spans, kv_len), _SPANS)
     if cache_lengths is not None:
         _check_tensor("cache_lengths", cache_lengths, batch, (), device, _INTEGERS)
-        _check_range(
-            "cache_lengths",
-            cache_lengths,
-            0 if placed else q_len,
-            kv_len,
-            f"from {'0' if placed else 'the number of query rows'} to the number of keys",
-        )
+        words = f"from {'0' if placed else 'the number of query rows'} to the number of keys"
+        cache_lengths = _check_range("cache_lengths", cache_lengths, 0 if placed else q_len, kv_len, words)
     if query_positions is not None:
-        _check_query_positions(query_positions, q_len, kv_len, batch, device)
+        query_positions = _check_query_positions(query_positions, q_len, kv_len, batch, device)
+    return {
+        "attention_mask": attention_mask,
+        "document_ids": document_ids,
+        "prefix_lengths": prefix_lengths,
+        "spans": spans,
+        "cache_lengths": cache_lengths,
+        "query_positions": query_positions,
+    }
 
 
 def has_holes(attention_mask: Tensor) -> bool:
@@ -155,36 +174,38 @@ def _check_tensor(
         )
 
 
-def _check_range(name: str, lengths: Tensor, low: int, high: int, words: str) -> None:
+def _check_range(name: str, lengths: Tensor, low: int, high: int, words: str) -> Tensor:
     if lengths.device.type != "cpu":
-        return
+        return lengths
     if not data_is_readable(lengths):
-        assert_in_graph(
-            ((lengths >= low) & (lengths <= high)).all(), f"{name}: out of range, expected {words}"
+        return checked(
+            lengths, (lengths >= low) & (lengths <= high), f"{name}: out of range, expected {words}"
         )
-        return
     for row, length in enumerate(lengths.tolist()):
         if not low <= length <= high:
             raise ValueError(f"{name}: {length} in batch row {row}, expected {low} to {high}, {words}")
+    return lengths
 
 
 def _check_query_positions(
     positions: Tensor, q_len: int, kv_len: int, batch: int, device: torch.device
-) -> None:
+) -> Tensor:
     shared = isinstance(positions, Tensor) and positions.dim() == 1
     rows = positions[None] if shared else positions
     _check_tensor("query_positions", rows, batch, (q_len,), device, _INTEGERS)
     if device.type != "cpu":
-        return
+        return positions
     inside = (rows >= 0) & (rows < kv_len)
     if not data_is_readable(positions):
-        assert_in_graph(inside.all(), "query_positions: out of range, expected 0 to the number of keys - 1")
-    elif not bool(inside.all()):
+        message = "query_positions: out of range, expected 0 to the number of keys - 1"
+        return checked(positions, inside, message)
+    if not bool(inside.all()):
         row, index = (int(at) for at in (~inside).nonzero()[0])
         raise ValueError(
             f"query_positions: {int(rows[row, index])} for query row {index} of batch row {row}, expected 0 to "
             f"{kv_len - 1}, the place of the row's own key among the {kv_len} keys"
         )
+    return positions
 
 
 def _check_zeros_and_ones(attention_mask: Tensor) -> None:
@@ -231,3 +252,13 @@ def _check_spans(spans: Tensor, kv_len: int) -> None:
                     "disjoint spans; join them"
                 )
             past = end
+
+
+def _spans_fit(spans: Tensor, kv_len: int) -> Tensor:
+    """Whether ``_check_spans`` finds nothing, without a look at the data: bool ``[B]``."""
+    start, end = spans.to(torch.int64).unbind(-1)
+    used = start != end
+    start, order = torch.where(used, start, kv_len).sort(1)
+    end = torch.where(used, end, kv_len).gather(1, order)
+    inside = (start >= 0) & (start <= end) & (end <= kv_len)
+    return inside.all(1) & (start[:, 1:] >= end[:, :-1]).all(1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import check_qkv
+from softcap_runtime.checks import check_qkv, constant_in_graph
 from softcap_runtime.compat.torch_transforms import (
     apply_function,
     below_autograd,
@@ -244,6 +244,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tenso
     mask = call.mask
     left, right = (0, 0) if mask.left is None or mask.right is None else (mask.left, mask.right)
     _, scale, softcap, engine, train = call  # no slice of it: the compiler of torch 2.8 takes none
+    scale, softcap = constant_in_graph(scale), constant_in_graph(softcap)
     inputs = (q, k, v, mask.lo, mask.hi, left, right, scale, softcap, engine, train, number)
     if torch.compiler.is_compiling() or interpreters_active(*inputs[:5]):
         if not torch.compiler.is_dynamo_compiling():  # there the operator's own autograd kernel does it

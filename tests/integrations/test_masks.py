@@ -28,7 +28,7 @@ def config(**fields: Any) -> Gemma2Config:
 def visible(mask: Any, batch: int, q_len: int) -> Tensor:
     """Either kind of mask as bool ``[B, q_len, kv_len]``."""
     if isinstance(mask, Tensor):
-        return mask[:, 0] == 0
+        return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
     assert mask.q_len == q_len
     return dense(mask, "cpu").expand(batch, -1, -1)
 
@@ -190,6 +190,77 @@ def test_image_spans_inside_a_window(seed: int) -> None:
         and_mask_function=masking_utils.sliding_window_overlay(3),
     )
     assert mask.lo is not None
+
+
+# Parts that models of transformers before 5.1 have of their own: what they mean, under their names.
+
+
+def bidirectional_mask_function(attention_mask: Tensor | None) -> Any:
+    def inner_mask(batch: Any, head: Any, row: Any, key: Any) -> Any:
+        return (
+            torch.ones((), dtype=torch.bool) if attention_mask is None else attention_mask[batch, key].bool()
+        )
+
+    inner_mask.__module__ = "transformers.models.t5gemma.modeling_t5gemma"
+    return inner_mask
+
+
+def sliding_window_bidirectional_mask_function(sliding_window: int) -> Any:
+    def inner_mask(batch: Any, head: Any, row: Any, key: Any) -> Any:
+        return abs(row - key) < sliding_window
+
+    inner_mask.__module__ = "transformers.models.t5gemma.modeling_t5gemma"
+    return inner_mask
+
+
+def token_type_ids_mask_function(token_type_ids: Tensor, image_group_ids: Tensor) -> Any:
+    def inner_mask(batch: Any, head: Any, row: Any, key: Any) -> Any:
+        size = token_type_ids.shape[1]
+        groups = [
+            torch.where(
+                at < size,
+                torch.where(token_type_ids == 1, image_group_ids, -1)[batch, at.clamp(max=size - 1)],
+                -1,
+            )
+            for at in (row, key)
+        ]
+        return (groups[0] == groups[1]) & (groups[0] >= 0)
+
+    inner_mask.__module__ = "transformers.models.gemma3.modeling_gemma3"
+    return inner_mask
+
+
+@pytest.mark.parametrize("kind", ["none", "left", "right", "holes"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_an_encoder_of_older_t5gemmas(kind: str, window: int | None, seed: int) -> None:
+    mask = (torch.rand(BATCH, 12) < 0.6).long() if kind == "holes" else padding(kind, 12)
+    both_ways = bidirectional_mask_function(mask)
+    parts: dict[str, Any] = {"or_mask_function": both_ways}
+    if window is not None:
+        parts = {
+            "or_mask_function": sliding_window_bidirectional_mask_function(window),
+            "and_mask_function": both_ways,
+        }
+    make, given = masking_utils.create_causal_mask, {"past_key_values": None, "position_ids": None}
+    assert_equal_masks(make, 12, attention_mask=mask, **given, **parts)
+    if mask is not None:
+        with pytest.raises(ValueError, match=r"bidirectional_mask_function.* no known row interval"):
+            assert_equal_masks(make, 12, attention_mask=None, **given, **parts)
+
+
+@pytest.mark.parametrize("room", [0, 5])
+def test_images_of_older_gemma3s(room: int, seed: int) -> None:
+    """Also over a static cache, which has room for more keys than there are ids."""
+    groups = torch.tensor([[-1, 0, 0, -1, 1, 1, 1, -1, 2, -1]]).expand(BATCH, -1)
+    images = (groups >= 0).long()
+    cache = StaticCache(config=config(), max_cache_len=10 + room) if room else None
+    if cache is not None:
+        fill(cache, 0)
+    for make in MAKERS:
+        part = token_type_ids_mask_function(images, groups)
+        assert_equal_masks(
+            make, 10, attention_mask=None, past_key_values=cache, position_ids=None, or_mask_function=part
+        )
 
 
 def test_span_in_two_pieces_raises(seed: int) -> None:

@@ -12,15 +12,16 @@ import pytest
 import torch
 from helpers import HEAD_DIM, Backend, Sizes, expected, gradients, make_qkv, relative_error
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from softcap_runtime import (
     AttentionConfig,
     Runtime,
     create_flex_attention_causal_mask,
     create_flex_attention_sliding_window_mask,
+    document_ids_from_cu_seqlens,
     slow_attention_softcapping,
 )
-from softcap_runtime.compat import torch_features
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125, window=30)
 
@@ -88,6 +89,9 @@ def test_spans_inside_a_graph(runtime: Runtime, seed: int) -> None:
         ("document_ids", [[0, 0, 4, 5], [0, 1, 1, 1]], [[0, 0, 4, 5], [0, 1, 0, 0]]),
         ("cache_lengths", [4, 4], [4, 5]),
         ("prefix_lengths", [0, 4], [-1, 4]),
+        ("spans", [[[0, 2], [2, 4]], [[0, 0], [3, 4]]], [[[0, 2], [1, 4]], [[0, 0], [3, 4]]]),
+        ("spans", [[[2, 4], [0, 1]]], [[[2, 5], [0, 1]]]),
+        ("spans", [[[2, 4], [7, 7]]], [[[4, 2], [0, 0]]]),
         ("query_positions", [2, 0, 3, 1], [2, 0, 4, 1]),
         ("query_positions", [[2, 0, 3, 1], [0, 0, 1, 1]], [[2, 0, 3, 1], [0, 0, -1, 1]]),
     ],
@@ -95,8 +99,6 @@ def test_spans_inside_a_graph(runtime: Runtime, seed: int) -> None:
 def test_data_that_no_mask_can_have_raises_inside_a_graph(
     runtime: Runtime, backend: str, name: str, good: list[Any], bad: list[Any], seed: int
 ) -> None:
-    if backend == "inductor" and not torch_features.GRAPH_CHECKS:
-        pytest.skip("this torch's Inductor drops such checks")
     compiled = torch.compile(
         lambda q, k, v, m: runtime.attention(q, k, v, CONFIG, **{name: m}),
         fullgraph=True,
@@ -108,6 +110,52 @@ def test_data_that_no_mask_can_have_raises_inside_a_graph(
     assert relative_error(compiled(*inputs, mask), expected(*inputs, CONFIG, **{name: mask})) <= 2e-6
     with pytest.raises(RuntimeError, match=f"{name}: .*, expected"):
         compiled(*inputs, torch.tensor(bad))
+
+
+@pytest.mark.parametrize("bad", [[1, 20, 30], [0, 31, 30], [0, 20, 29]])
+def test_offsets_that_no_row_can_have_raise_inside_a_graph(bad: list[int]) -> None:
+    made = torch.compile(
+        lambda offsets, x: document_ids_from_cu_seqlens(offsets, x.shape[0]),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    x = torch.empty(30)
+    assert made(torch.tensor([0, 20, 30]), x).sum() == 10
+    with pytest.raises(RuntimeError, match=r"cu_seqlens: expected offsets from"):
+        made(torch.tensor(bad), x)
+
+
+@pytest.mark.parametrize("documented", [False, True])
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_one_checkpoint_after_another(
+    own_runtime: Runtime, documented: bool, dynamic: bool | None, seed: int
+) -> None:
+    """Their bodies are graphs of their own, which share no symbol: a config's floats are none."""
+    layer = SimpleNamespace(config=SimpleNamespace(attn_logit_softcapping=50.0, query_pre_attn_scalar=64))
+    config = AttentionConfig(softcap=50.0, scale=0.125)
+
+    def attend(x: Tensor) -> Tensor:
+        if not documented:
+            return own_runtime.attention(x, x, x, config)
+        out = slow_attention_softcapping(x, x, x, None, layer, x.shape[0], x.shape[2])
+        return out.view(x.shape[0], x.shape[2], *x.shape[1::2]).transpose(1, 2)
+
+    def twice(x: Tensor) -> Tensor:
+        return checkpoint(attend, checkpoint(attend, x, use_reentrant=False), use_reentrant=False)
+
+    backend = Backend()
+    compiled = torch.compile(twice, fullgraph=True, dynamic=dynamic, backend=backend)
+    for length, scale in ((30, 0.125), (41, 0.125), (41, 0.25)):
+        config = AttentionConfig(softcap=50.0, scale=scale)
+        layer.config.query_pre_attn_scalar = scale**-2
+        x = make_qkv(Sizes(2, 4, 4, length, length))[0]
+        grad_out = torch.randn(x.shape)
+        out, got = gradients(compiled, (x,), grad_out)
+        want_out, want = gradients(
+            lambda x, c=config: expected(*[expected(x, x, x, c)] * 3, c), (x.double(),), grad_out
+        )
+        assert relative_error(out, want_out) <= 4e-6  # twice the one of a call
+        assert relative_error(got[0], want[0]) <= 6e-6
 
 
 def test_static_sizes_through_inductor(runtime: Runtime, seed: int) -> None:
