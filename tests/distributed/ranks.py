@@ -171,8 +171,8 @@ def masks_of(name: str, batch: int, seq_len: int) -> dict[str, Tensor]:
     return kinds.get(name, {})
 
 
-def masks_layouts_methods_and_groups(ranks: Ranks, every: int) -> None:
-    """Each so-manieth combination; what one process computes is computed once for all layouts and methods."""
+def combinations(ranks: Ranks, every: int) -> None:
+    """Each ``every``-th of masks, layouts, methods, groups; one process computes once for all layouts and methods."""
     kinds = ("none", "padding", "right", "documents", "shared documents", "prefix", "spans", "all")
     ways = list(itertools.product(LAYOUTS, ("keys", "heads", "auto")))
     number, runtime = itertools.count(), ranks.runtime
@@ -207,14 +207,14 @@ def masks_layouts_methods_and_groups(ranks: Ranks, every: int) -> None:
 
 
 @case
-def every_mask_layout_method_and_group(ranks: Ranks) -> None:
-    masks_layouts_methods_and_groups(ranks, every=1)
+def masks_layouts_methods_and_groups(ranks: Ranks) -> None:
+    """Every combination of two once at least."""
+    combinations(ranks, every=7)
 
 
 @case_if_named
-def some_masks_layouts_methods_and_groups(ranks: Ranks) -> None:
-    """Every combination of two once at least."""
-    masks_layouts_methods_and_groups(ranks, every=7)
+def every_combination(ranks: Ranks) -> None:
+    combinations(ranks, every=1)
 
 
 @case

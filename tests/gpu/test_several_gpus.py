@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 RANKS = HERE.parent / "distributed" / "ranks.py"
 CASES = [
     "on_gpus_as_on_one",
-    "every_mask_layout_method_and_group",
+    "every_combination",
     "heads_without_repetition_are_bit_equal",
     "stages_and_half_precision",
     "bytes_on_the_wire",
