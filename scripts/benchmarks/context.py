@@ -43,7 +43,7 @@ def measure(report: Report) -> None:
         "context",
         rows,
         "ms: the slowest rank's; forward and both: each call waited for; queued: forward, calls in a row that are not; "
-        "x: against its own computing, all keys there; MB: received forward by the rank that receives most; pairs: "
-        "visible pairs of the busiest rank over the mean; GB: peak beyond what is held before; error: of the output, "
-        "relative, against one process",
+        "x: against its own computing, all keys there, in the same round; MB: received forward by the rank that "
+        "receives most; pairs: visible pairs of the busiest rank over the mean; GB: peak beyond what is held before; "
+        "error: of the output, relative, against one process",
     )

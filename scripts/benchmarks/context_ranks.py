@@ -35,6 +35,7 @@ SHAPE = (8, 4, 64) if DEVICE == "cpu" else (16, 8, 256)
 # How often each length is measured; every way at the shortest, the others' most telling ones.
 LENGTHS = {512: 2} if QUICK else {2048: 5} if DEVICE == "cpu" else {32_768: 7, 131_072: 3, 262_144: 1}
 SHORTEST = min(LENGTHS)
+QUEUED = 5  # calls in a row that are not waited for, as layers of a model: host time that a device hides is not seen
 # Length, packed, window: the most telling first, as the time may not be enough for all.
 CASES = [
     (length, packed, window)
@@ -65,29 +66,28 @@ def largest(value: float) -> float:
     return float(x)
 
 
-def milliseconds(call: Callable[[], object], rounds: int) -> float:
-    """Median over rounds of the slowest rank's time, all ranks starting together."""
-    took = []
-    for _ in range(rounds):
-        dist.barrier()
-        sync()
-        started = time.perf_counter()
+def milliseconds(call: Callable[[], object]) -> float:
+    """The slowest rank's time, all ranks starting together."""
+    dist.barrier()
+    sync()
+    started = time.perf_counter()
+    call()
+    sync()
+    return largest(time.perf_counter() - started) * 1e3
+
+
+def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Milliseconds of each and how many times those of the first they are: medians over rounds, in which all have
+    their turn, so that a noisy machine is noisy for all of them."""
+    took = [[milliseconds(call) for call in calls.values()] for _ in range(rounds)]
+    ratios = [[ms / row[0] for ms in row] for row in took]
+    medians = (map(statistics.median, zip(*table, strict=True)) for table in (took, ratios))
+    return dict(zip(calls, zip(*medians, strict=True), strict=True))
+
+
+def in_a_row(call: Callable[[], object]) -> None:
+    for _ in range(QUEUED):
         call()
-        sync()
-        took.append(largest(time.perf_counter() - started))
-    return statistics.median(took) * 1e3
-
-
-def queued(call: Callable[[], object], rounds: int) -> float:
-    """Milliseconds a call of several that are not waited for, as the layers of a model: time of the host that the
-    device's own hides is not seen."""
-    count = 2 * rounds + 1
-
-    def calls() -> None:
-        for _ in range(count):
-            call()
-
-    return milliseconds(calls, (rounds + 1) // 2) / count
 
 
 def both_ways(attend: Attend, inputs: list[Tensor], grad_out: Tensor) -> None:
@@ -237,46 +237,48 @@ def measure_case(
     made, rank = ways(config, ids, seq_len, mesh), mesh.get_local_rank()
     floor = alone(config, ids, made[0], inputs, mesh)
     made.insert(0, Way("the computing of keys alone", made[0].layout, floor, 0.0, made[0].pairs))
-    rows: list[dict[str, Any]] = []
+    case = f"S{seq_len:,} {'global' if config.window is None else f'window {config.window}'} "
+    case += "plain" if ids is None else "packed"
+    rows: dict[str, dict[str, Any]] = {}
+    calls: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "queued": {}, "both": {}}
     for way in made:
         mine = [in_model_order(way.layout.shard(x, 2, rank)) for x in inputs]
-        grad_out = torch.ones_like(mine[0])
-        row: dict[str, Any] = {
-            "case": f"S{seq_len:,} {'global' if config.window is None else f'window {config.window}'} "
-            f"{'plain' if ids is None else 'packed'}",
-            "who": way.name,
+        forward = torch.no_grad()(functools.partial(way.attend, *mine))
+        both = functools.partial(both_ways, way.attend, mine, torch.ones_like(mine[0]))
+        part = way.layout.shard(want, 2, rank).float()
+        error = float((forward().float() - part).norm() / part.norm())
+        calls["forward"][way.name] = forward
+        calls["queued"][way.name] = functools.partial(in_a_row, forward)
+        used = None
+        if DEVICE == "cuda" or not way.name.startswith("torch"):  # flex has no backward on the CPU
+            both()
+            calls["both"][way.name] = both
+            used = memory_of(both) if DEVICE == "cuda" else None
+        rows[way.name] = {
+            "MB": way.received / 1e6,
+            "pairs": way.pairs,
+            "GB": used,
+            "error": largest(error),
         }
-        try:
-            with torch.no_grad():
-                forward = functools.partial(way.attend, *mine)
-                out = forward()
-                part = way.layout.shard(want, 2, rank)
-                error = float((out.float() - part.float()).norm() / part.float().norm())
-                row["forward ms"] = milliseconds(forward, rounds)
-                row["queued ms"] = queued(forward, rounds)
-            row["both ms"] = None
-            if DEVICE == "cuda" or not way.name.startswith("torch"):  # flex has no backward on the CPU
-                both = functools.partial(both_ways, way.attend, mine, grad_out)
-                both()
-                if DEVICE == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                row["both ms"] = milliseconds(both, rounds)
-            for kind in ("forward", "queued", "both"):
-                took = row[f"{kind} ms"]
-                row[f"{kind} x"] = None if took is None else took / (rows or [row])[0][f"{kind} ms"]
-            row["MB"] = way.received / 1e6
-            row["pairs"] = way.pairs
-            row["GB"] = (
-                largest((torch.cuda.max_memory_allocated() - before) / 1e9) if DEVICE == "cuda" else None
-            )
-            row["error"] = largest(error)
-        except torch.OutOfMemoryError as error:
-            say(f"{row['case']}, {way.name}: {str(error)[:100]}")
-            continue
-        rows.append(row)
-        say("  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    return rows
+    found: list[dict[str, Any]] = []
+    took = {kind: in_turn(named, rounds) for kind, named in calls.items()}
+    for name, row in rows.items():
+        figures = {}
+        for kind, measured in took.items():
+            ms, ratio = measured.get(name, (None, None))
+            each = QUEUED if kind == "queued" else 1
+            figures |= {f"{kind} ms": None if ms is None else ms / each, f"{kind} x": ratio}
+        found.append({"case": case, "who": name, **figures, **row})
+        say("  ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in found[-1].values()))
+    return found
+
+
+def memory_of(call: Callable[[], object]) -> float:
+    """GB of the busiest rank at the peak, beyond what is held before."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return largest((torch.cuda.max_memory_allocated() - before) / 1e9)
 
 
 def main() -> None:

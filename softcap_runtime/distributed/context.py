@@ -159,14 +159,15 @@ def context_mask(
     try:
         if method not in get_args(Method):
             raise ValueError(f"method: {method!r}, expected one of {', '.join(get_args(Method))}")
-        whole = _whole(config, layout.seq_len, masks)
-        facts = {
-            "layout": digest(layout),
-            "mask": digest([whole.left, whole.right, *map(digest_of, whole.vectors)]),
-            "config": digest(config),
-            "method": digest(method),
-        }
-        made = _made(config, layout, mesh, rank, method, whole)
+        with torch.device("cpu"):  # plans are made there, whatever the default device is
+            whole = _whole(config, layout.seq_len, masks)
+            facts = {
+                "layout": digest(layout),
+                "mask": digest([whole.left, whole.right, *map(digest_of, whole.vectors)]),
+                "config": digest(config),
+                "method": digest(method),
+            }
+            made = _made(config, layout, mesh, rank, method, whole)
     except Exception as raised:  # whatever it is, the others are told before it is raised again
         error = raised
     agree("context_mask", mesh, facts, error)

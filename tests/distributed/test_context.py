@@ -15,7 +15,7 @@ NEEDS_GLOO = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 RANKS = Path(__file__).with_name("ranks.py")
 # What four ranks may get wrong where two do not, on a machine of two cores.
 OF_FOUR = (
-    "some_masks_layouts_methods_and_groups",
+    "masks_layouts_methods_and_groups",
     "heads_without_repetition_are_bit_equal",
     "stages_and_half_precision",
     "bytes_on_the_wire",
@@ -26,13 +26,19 @@ OF_FOUR = (
     "fully_sharded_parameters_beside_the_context",
     "dtensors",
 )
+OF_TWO = ("compiled_kernels", "under_compile_checkpoint_and_autocast", "a_hugging_face_model")
 
 
 @pytest.mark.slow
 @NEEDS_GLOO
 @pytest.mark.parametrize(
     ("ranks", "cases"),
-    [(2, ()), (4, OF_FOUR), pytest.param(4, (), marks=pytest.mark.every_combination)],
+    [
+        (2, ()),
+        (4, OF_FOUR),
+        pytest.param(2, ("every_combination",), marks=pytest.mark.every_combination),
+        pytest.param(4, ("every_combination", *OF_TWO), marks=pytest.mark.every_combination),
+    ],
 )
 def test_cases(ranks: int, cases: tuple[str, ...], warm_cache: Path) -> None:
     assert "passed" in launch(ranks, RANKS, *cases, cache=warm_cache)

@@ -175,6 +175,25 @@ def test_a_window_moves_few_keys() -> None:
         )  # bands: no vector is made, and kernels of bands serve
 
 
+def test_rows_computed_while_keys_travel() -> None:
+    """As many as see keys of their rank alone; where those see too little, or a rank has two chunks, none."""
+
+    def rows(rank: int, window: int, kind: str = "contiguous", causal: bool = False, **masks: Tensor) -> Any:
+        config = AttentionConfig(scale=1.0, window=window, causal=causal)
+        layout = getattr(SequenceLayout, kind)(90, 3)
+        whole = making._whole(config, 90, masks)
+        plan = making._made(config, layout, CPU_MESH, rank, "keys", whole).by_keys
+        assert plan is not None
+        return plan.rows
+
+    assert [rows(rank, 9) for rank in range(3)] == [(0, 22, 8), (8, 14, 8), (8, 22, 0)]
+    assert [rows(rank, 9, causal=True) for rank in range(3)] == [(0, 30, 0), (8, 22, 0), (8, 22, 0)]
+    assert rows(1, 9, "zigzag", causal=True) == (0, 0, 30)
+    assert rows(1, 29, causal=True) == (0, 0, 30)  # the last two rows: a fifteenth of the pairs
+    ids = (torch.arange(90) >= 40).long()[None]
+    assert rows(1, 90, causal=True, document_ids=ids) == (10, 20, 0)
+
+
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_plan_is_made_in_time(kind: str, packed: bool, seed: int) -> None:

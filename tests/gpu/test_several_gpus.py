@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 RANKS = HERE.parent / "distributed" / "ranks.py"
 CASES = [
     "on_gpus_as_on_one",
-    "every_mask_layout_method_and_group",
+    "every_combination",
     "heads_without_repetition_are_bit_equal",
     "stages_and_half_precision",
     "bytes_on_the_wire",
@@ -83,7 +83,7 @@ def test_a_killed_rank_ends_the_other(cache_dir: Path) -> None:
             rank.kill()
     assert ranks[1].returncode == -9
     assert ranks[0].returncode not in (0, -9), said[0]
-    words = ("Connection closed by peer", "remote process exited", "collective operation timeout")
+    words = ("closed by peer", "reset by peer", "remote process exited", "collective operation timeout")
     assert any(text in said[0] for text in words), said[0][-5000:]
 
 
