@@ -33,7 +33,7 @@ WINDOW = 256 if DEVICE == "cpu" else 4096
 # Gemma-2 9B's on a GPU.
 SHAPE = (8, 4, 64) if DEVICE == "cpu" else (16, 8, 256)
 # How often each length is measured; every way at the shortest, the others' most telling ones.
-LENGTHS = {512: 2} if QUICK else {2048: 5} if DEVICE == "cpu" else {32_768: 7, 131_072: 3, 262_144: 1}
+LENGTHS = {512: 2} if QUICK else {2048: 9} if DEVICE == "cpu" else {32_768: 7, 131_072: 3, 262_144: 1}
 SHORTEST = min(LENGTHS)
 QUEUED = 5  # calls in a row that are not waited for, as layers of a model: host time that a device hides is not seen
 # Length, packed, window: the most telling first, as the time may not be enough for all.

@@ -6,7 +6,6 @@ same way. An exchange is waited for where its result is first used.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -154,20 +153,7 @@ def _load_kernels(
 
 
 def _sent(x: Tensor, received: list[int], sent: list[int], mesh: DeviceMesh) -> Tensor:
-    x = x.contiguous()
-    if not (x.is_cuda and x.requires_grad) or torch.compiler.is_compiling():
-        return collectives.all_to_all_single_autograd(x, received, sent, mesh)
-    # The derivative of an exchange waits for it, on the stream on which it was sent: on one of its own kernels of the
-    # backward go on meanwhile. Memory of that stream is used anew by a later exchange, which waits for all before it.
-    stream, current = _exchange_stream(x.device), torch.cuda.current_stream(x.device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        return collectives.all_to_all_single_autograd(x, received, sent, mesh)
-
-
-@functools.cache
-def _exchange_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return collectives.all_to_all_single_autograd(x.contiguous(), received, sent, mesh)
 
 
 def _waited(x: Tensor) -> Tensor:
