@@ -31,10 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Tests that never came to softcap say nothing of it."""
+    """A file of tests that never comes to softcap says nothing of it."""
     from softcap_runtime import Runtime
 
     stats = Runtime.get().stats()
     print(f"\nsoftcap served {stats.hits + stats.misses} calls of attention")
-    if not stats.hits + stats.misses and exitstatus == 0:
+    if not stats.hits + stats.misses and session.testscollected > 20:
         session.exitstatus = pytest.ExitCode.INTERNAL_ERROR

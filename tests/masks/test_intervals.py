@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -94,3 +96,51 @@ def test_needs_no_data(seed: int) -> None:
         )
     assert made.lo is not None
     assert made.lo.shape == (3, 16)
+
+
+UNCHECKED = {
+    "prefix_lengths": ([[9], [-3]], [[4], [0]]),
+    "spans": ([[[[2, 9]]], [[[3, 1]]], [[[-2, 2]]]], [[[[2, 4]]], [[[0, 0]]], [[[0, 2]]]]),
+}
+
+
+@pytest.mark.parametrize("name", UNCHECKED)
+def test_what_nobody_checks_is_cut_to_the_keys(name: str) -> None:
+    """As docs/masks.md says of GPUs, where the contents of arguments aren't looked at."""
+    for pair in zip(*UNCHECKED[name], strict=True):
+        found, wanted = (
+            row_intervals(4, 4, causal=True, window=None, **{name: torch.tensor(x)}) for x in pair
+        )
+        assert torch.equal(dense(found, "cpu"), dense(wanted, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "seen"),
+    [
+        ("cache_lengths", [6], [[0, 4], [0, 4]]),
+        ("cache_lengths", [1], [[4, 0], [0, 1]]),
+        ("query_positions", [-1, 7], [[4, 0], [0, 4]]),
+    ],
+)
+def test_rows_that_stand_beside_the_keys(name: str, values: list[int], seen: list[list[int]]) -> None:
+    found = row_intervals(2, 4, causal=True, window=None, **{name: torch.tensor(values)})
+    assert torch.stack(found.vectors, -1)[0].tolist() == seen
+
+
+def test_nothing_that_is_in_an_argument_leads_out_of_the_keys(seed: int) -> None:
+    for _ in range(200):
+        rows, keys = random.randint(1, 9), random.randint(9, 20)
+        shapes = {
+            "attention_mask": (2, keys),
+            "document_ids": (2, keys),
+            "prefix_lengths": (2,),
+            "spans": (2, 3, 2),
+            "cache_lengths": (2,),
+            "query_positions": (2, rows),
+        }
+        chosen = random.sample(list(shapes), random.randint(1, 6))
+        masks = {name: torch.randint(-30, 30, shapes[name]) for name in chosen}
+        window = random.choice([None, 3])
+        found = row_intervals(rows, keys, causal=random.random() < 0.7, window=window, **masks)
+        lo, hi = found.vectors
+        assert bool(((lo >= 0) & (lo <= keys) & (hi >= 0) & (hi <= keys)).all())
