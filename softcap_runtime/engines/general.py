@@ -17,19 +17,27 @@ if TYPE_CHECKING:
 
 
 def attend_elements(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention under ``mask`` ``[B or 1, H or 1, Sq, Skv]``, bool (True: visible) or added after the softcap.
 
-    Differentiable plain torch, float32 at least; a row that sees nothing gives 0. Returns ``[B, Hq, Sq, D]`` in
-    q's dtype, laid out ``[B, Sq, Hq, D]`` in memory.
+    ``dropout``: the chance of each weight to be 0; the others grow by ``1 / (1 - dropout)``. Differentiable plain torch,
+    float32 at least; a row that sees nothing gives 0. Returns ``[B, Hq, Sq, D]`` in q's dtype, laid out
+    ``[B, Sq, Hq, D]`` in memory.
     """
     with torch.autocast(q.device.type, enabled=False):  # the inputs are cast already, the sums stay float32
-        return _attend_elements(q, k, v, mask, scale, softcap)
+        return _attend_elements(q, k, v, mask, scale, softcap, dropout)
 
 
 def _attend_elements(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, dropout: float
 ) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
@@ -45,6 +53,8 @@ def _attend_elements(
     empty = hidden.all(-1, keepdim=True)
     logits = logits.masked_fill(hidden, -torch.inf).masked_fill(empty, 0.0)
     weights = torch.softmax(logits, -1).masked_fill(empty, 0.0)
+    if dropout:
+        weights = torch.dropout(weights, dropout, True)
     return (weights @ values).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -223,11 +223,12 @@ def attention_forward(
     ``query`` ``[B, Hq, Sq, D]``, ``key`` and ``value`` ``[B, Hkv, Skv, D]``. ``attention_mask`` comes from
     ``interval_mask`` and holds the window already; without one (encoders, wrappers that drop it) ``is_causal``, else
     the module's, ``sliding_window`` and the documents of ``cu_seq_lens_q`` or ``position_ids`` count. A
-    tensor is the caller's own mask, ``[B, H, Sq, Skv]``, bool or additive, and stands for itself.
+    tensor is the caller's own mask, ``[B, H, Sq, Skv]``, bool or additive, and stands for itself. ``dropout``, the chance
+    of a weight to be 0, is served by plain torch, rows x keys at a time.
 
     Raises ValueError on what the kernels don't do, naming it and what to do, before anything runs.
     """
-    _refuse(module, attention_mask, dropout, kwargs)
+    _refuse(module, attention_mask, 0.0, kwargs)
     runtime = runtime or Runtime.get()
     cap = _cap(softcap, scaling, query.shape[-1])
     # Under autocast rotary embeddings leave query and key in float32 where value has autocast's dtype.
@@ -235,20 +236,28 @@ def attention_forward(
     check_qkv(query, key, value)
     lengths = query.shape[2], key.shape[2]
     if isinstance(attention_mask, Tensor):
-        return _by_elements(runtime, query, key, value, cap, attention_mask).transpose(1, 2), None
+        out = _by_elements(runtime, query, key, value, cap, attention_mask, dropout)
+        return out.transpose(1, 2), None
+    mask: RowIntervals
     if attention_mask is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         packed = packed_arguments(query.shape[0], *lengths, causal, kwargs)
         masks = check_mask_arguments(*lengths, query.shape[0], query.device, causal=causal, **packed)
         check_positive("sliding_window", sliding_window)
         mask = row_intervals(*lengths, causal=causal, window=sliding_window, **masks)
-        return runtime.attend(query, key, value, cap, mask).transpose(1, 2), None
-    if lengths != (attention_mask.q_len, attention_mask.kv_len):
+    elif lengths != (attention_mask.q_len, attention_mask.kv_len):
         raise ValueError(
             f"attention_mask: made for {attention_mask.q_len} rows over {attention_mask.kv_len} keys, but the "
             f"layer has {lengths[0]} over {lengths[1]}; its cache and its mask disagree"
         )
-    return runtime.attend(query, key, value, cap, attention_mask).transpose(1, 2), None
+    else:
+        mask = attention_mask
+    if dropout:
+        seen = dense(mask, query.device)[:, None]
+        out = _by_elements(runtime, query, key, value, cap, seen, dropout)
+    else:
+        out = runtime.attend(query, key, value, cap, mask)
+    return out.transpose(1, 2), None
 
 
 def no_mask(*_: Any, attention_mask: Tensor | None = None, **ignored: Any) -> None:
@@ -305,16 +314,25 @@ def context_forward(
 
 
 def _by_elements(
-    runtime: Runtime, query: Tensor, key: Tensor, value: Tensor, cap: Cap, attention_mask: Tensor
+    runtime: Runtime,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cap: Cap,
+    attention_mask: Tensor,
+    dropout: float,
 ) -> Tensor:
     mask = read_elements(attention_mask, query, key.shape[2], "attention_mask")
     if isinstance(mask, RowIntervals):
-        return runtime.attend(query, key, value, cap, mask)
+        if not dropout:
+            return runtime.attend(query, key, value, cap, mask)
+        mask = dense(mask, query.device)[:, None]
     if not torch.compiler.is_compiling():
-        _warn_once(
-            "attention_mask: no run of keys in each row; plain torch serves such masks, rows x keys at a time"
-        )
-    return attend_elements(query, key, value, mask, scale=cap.scale, softcap=cap.softcap)
+        what = "dropout: weights are dropped" if dropout else "attention_mask: no run of keys in each row"
+        _warn_once(f"{what}; plain torch serves this, rows x keys at a time")
+    return attend_elements(
+        query, key, value, mask, scale=cap.scale, softcap=cap.softcap, dropout=float(dropout)
+    )
 
 
 @functools.cache
@@ -362,7 +380,7 @@ def _refuse(module: Any, attention_mask: Any, dropout: float, kwargs: dict[str, 
     instead = "use attn_implementation='eager'"
     if dropout:
         raise ValueError(
-            f"dropout: {dropout} on attention weights has no kernel; set attention_dropout=0 in the config"
+            f"dropout: {dropout} of attention weights, which is not served here; set attention_dropout=0 in the config"
         )
     for name, why in _REFUSED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:

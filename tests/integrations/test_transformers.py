@@ -265,7 +265,6 @@ def test_output_is_laid_out_for_the_next_layer(runtime: Runtime, seed: int) -> N
 
 
 REFUSED = {
-    "dropout": ({"attention_dropout": 0.1}, {}, "dropout: 0.1 .*attention_dropout=0"),
     "head mask": ({}, {"head_mask": torch.ones(4)}, "head_mask: .*attn_implementation='eager'"),
     "sinks": ({}, {"s_aux": torch.ones(4)}, "s_aux: .*attn_implementation='eager'"),
     "own mask": ({}, {"attention_mask": torch.zeros(1, 1, 6, 5)}, "attention_mask: 6 rows and 5 keys"),
@@ -279,6 +278,25 @@ def test_refused_by_name(what: str, seed: int, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match=words) as raised:
         gemma(seed, attn_implementation=NAME, **fields).train()(tokens(1, 6), **inputs)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("own_mask", [False, True])
+def test_dropout_of_weights(own_mask: bool, runtime: Runtime, seed: int) -> None:
+    """By the same numbers of the generator as eager's: outputs and gradients are the same."""
+    model, ids = gemma(seed, attention_dropout=0.3).train(), tokens(2, 40)
+    hidden = torch.full((2, 1, 40, 40), torch.finfo(torch.float32).min).triu(1)
+    mask = hidden if own_mask else None
+    found = {}
+    for name in ("eager", NAME):
+        model.set_attn_implementation(name)
+        torch.manual_seed(seed)
+        logits = model(ids, attention_mask=mask).logits
+        found[name] = [logits, *torch.autograd.grad(logits.square().mean(), list(model.parameters()))]
+    model.eval()
+    still = model(ids, attention_mask=mask).logits
+    assert relative_error(still, found[NAME][0]) > 1e-3, "nothing was dropped"
+    for ours, theirs in zip(found[NAME], found["eager"], strict=True):
+        assert relative_error(ours, theirs) < 1e-5  # float32's rounding, over three layers
 
 
 def test_weights_are_none_and_told_once(
