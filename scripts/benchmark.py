@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from benchmarks import context, decode, forward, masks, overhead, startup, static, train
 from benchmarks.picture import draw
@@ -57,6 +58,7 @@ def main(
     report = Report(quick, device)
     report.environment()
     for name in PARTS if "all" in parts else parts:
+        torch.compiler.reset()  # the compiled peers of a part count no shapes of another against dynamo's limit
         PARTS[name](report)
     if json_file is not None:
         json_file.write_text(json.dumps(report.document(), indent=2) + "\n", encoding="utf-8")

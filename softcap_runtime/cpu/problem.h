@@ -9,7 +9,7 @@ struct Strides {
   int64_t batch, head, row;  // in elements; the last stride is 1
 };
 
-// softcap_runtime/cpu/library.py has the same fields in the same order.
+// CpuProblem, in Python, has the same fields in the same order.
 struct Problem {
   int64_t dtype;  // 0 float32, 1 bfloat16, 2 float16
   int64_t batch, heads, kv_heads, q_len, kv_len, dim;

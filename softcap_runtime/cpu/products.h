@@ -30,7 +30,10 @@ SOFTCAP_ONCE void register_block(float* c, int64_t ldc, const typename Arithmeti
   for (int64_t p = 0; p < k; p++) {
     Vec columns[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) columns[j] = load<Vec>(b + p * ldb + j * LANES);
+    for (int j = 0; j < NV; j++) {
+      columns[j] = load<Vec>(b + p * ldb + j * LANES);
+      keep_loaded(columns[j]);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++) {
       Vec row = Arithmetic::broadcast(a[i * lda + p]);

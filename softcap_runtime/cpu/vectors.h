@@ -46,6 +46,15 @@ inline void store(T* to, V value) {
   std::memcpy(to, &value, sizeof(V));
 }
 
+// Has a vector stay in its register. GCC would else load it again for each use, and be bound by its loads.
+inline void keep_loaded(Vec& x) {
+#if defined(__AVX2__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+}
+
 inline IVec splat(int32_t x) { return IVec{} + x; }
 inline Vec splat(float x) {
 #if defined(__AVX512F__)
