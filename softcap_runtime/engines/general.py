@@ -28,8 +28,8 @@ def attend_elements(
 ) -> Tensor:
     """Attention under ``mask`` ``[B or 1, H or 1, Sq, Skv]``, bool (True: visible) or added after the softcap.
 
-    ``dropout``: the chance of each weight to be 0; the others grow by ``1 / (1 - dropout)``. Differentiable plain torch,
-    float32 at least; a row that sees nothing gives 0. Returns ``[B, Hq, Sq, D]`` in q's dtype, laid out
+    ``dropout``: the chance of each weight to be 0; the others grow by ``1 / (1 - dropout)``. Differentiable plain
+    torch, float32 at least; a row that sees nothing gives 0. Returns ``[B, Hq, Sq, D]`` in q's dtype, laid out
     ``[B, Sq, Hq, D]`` in memory.
     """
     with torch.autocast(q.device.type, enabled=False):  # the inputs are cast already, the sums stay float32

@@ -223,8 +223,8 @@ def attention_forward(
     ``query`` ``[B, Hq, Sq, D]``, ``key`` and ``value`` ``[B, Hkv, Skv, D]``. ``attention_mask`` comes from
     ``interval_mask`` and holds the window already; without one (encoders, wrappers that drop it) ``is_causal``, else
     the module's, ``sliding_window`` and the documents of ``cu_seq_lens_q`` or ``position_ids`` count. A
-    tensor is the caller's own mask, ``[B, H, Sq, Skv]``, bool or additive, and stands for itself. ``dropout``, the chance
-    of a weight to be 0, is served by plain torch, rows x keys at a time.
+    tensor is the caller's own mask, ``[B, H, Sq, Skv]``, bool or additive, and stands for itself. ``dropout`` of
+    weights is served by plain torch, rows x keys at a time.
 
     Raises ValueError on what the kernels don't do, naming it and what to do, before anything runs.
     """
