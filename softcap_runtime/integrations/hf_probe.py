@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softcap_runtime.integrations.hf_masks import MaskFunction, Place
+from softcap_runtime.integrations.hf_mask_functions import MaskFunction, Place
 from softcap_runtime.masks.intervals import RowIntervals, clipped
 
 FAN = 64
@@ -20,7 +20,7 @@ STRIDES = tuple(FAN**power for power in (4, 3, 2, 1, 0))
 
 
 def probe(function: MaskFunction, batch: int, place: Place) -> RowIntervals:
-    """The intervals of ``function``, padding aside, as ``hf_masks.read`` finds them.
+    """The intervals of ``function``, padding aside, as ``hf_mask_functions.read`` finds them.
 
     ``function`` must be transformers' own: one whose visible keys have gaps is not noticed here.
     """

@@ -14,8 +14,6 @@ Rows of padding see nothing and give zeros, where eager attention gives the mean
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,15 +21,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import Cap, check_qkv, constant_in_graph
+from softcap_runtime.checks import Cap, check_qkv
 from softcap_runtime.config import check_positive
 from softcap_runtime.engines.general import attend_elements
-from softcap_runtime.integrations.hf_masks import MaskFunction, Place, check_readings, read
+from softcap_runtime.integrations.hf_checks import cap_of, refuse, warn_once
+from softcap_runtime.integrations.hf_mask import HfMask
+from softcap_runtime.integrations.hf_mask_functions import MaskFunction, Place, check_readings, read
 from softcap_runtime.integrations.hf_packed import packed_arguments
 from softcap_runtime.integrations.hf_probe import probe
 from softcap_runtime.integrations.hf_serving import admit, attend_paged
 from softcap_runtime.masks.elements import read_elements
-from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, combined, dense, row_intervals
+from softcap_runtime.masks.intervals import RowIntervals, combined, dense, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable, data_is_there, has_holes
 from softcap_runtime.ops.operator import autocast_inputs
 from softcap_runtime.runtime import Runtime
@@ -40,62 +40,6 @@ if TYPE_CHECKING:
     from softcap_runtime.distributed import ContextMask
 
 OLDEST = (4, 56)
-# What other attention functions take and no kernel here computes; False and None mean it isn't asked for.
-_REFUSED = {
-    "head_mask": "heads can't be masked",
-    "s_aux": "attention sinks have no kernel",
-    "sinks": "attention sinks have no kernel",
-    "position_bias": "a bias on the logits has no kernel",
-    "indices": "keys chosen for each row have no kernel",
-    "block_indices": "blocks of keys chosen for each row have no kernel",
-}
-_NO_TENSOR = "this model computes with its mask as with a tensor; use attn_implementation='eager'"
-
-
-class HfMask(RowIntervals):
-    """A mask on its way through a model, which hands it from its mask function to its attention function.
-
-    Models that compute with their mask as with a tensor are refused by name.
-    """
-
-    __slots__ = ()
-
-    @property
-    def ndim(self) -> int:
-        """4, as of every mask that is ready: models ask it of those that ``generate`` makes for a static cache."""
-        return 4
-
-    def contiguous(self) -> HfMask:
-        """Itself: ``generate`` asks it of the masks that it makes for a static cache."""
-        return self
-
-    def __getitem__(self, index: Any) -> Any:
-        """``[:, :, first:, :]`` are the last rows alone, which is what Gemma 4's layers that share keys run on."""
-        if not isinstance(index, tuple):
-            return super().__getitem__(index)
-        match index:
-            case (batch, heads, slice(start=first, stop=None, step=None), keys) if (
-                batch == heads == keys == slice(None)
-            ):
-                first = first or 0
-                return _last_rows(self, self.q_len - first if first >= 0 else min(self.q_len, -first))
-        raise ValueError(f"attention_mask: {_NO_TENSOR}")
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"attention_mask.{name}: {_NO_TENSOR}")
-
-    @classmethod
-    def __torch_function__(cls, *_: Any) -> Any:
-        raise ValueError(f"attention_mask: {_NO_TENSOR}")
-
-
-def _last_rows(mask: HfMask, count: int) -> HfMask:
-    first = mask.q_len - count
-    if mask.left is None or mask.right is None:
-        lo, hi = (edge[:, first:].contiguous() for edge in mask.vectors)
-        return mask._replace(q_len=count, lo=lo, hi=hi)
-    left = mask.left if mask.left <= -UNBOUNDED else mask.left + first
-    return mask._replace(q_len=count, left=left, right=min(mask.right + first, UNBOUNDED))
 
 
 def register(
@@ -228,9 +172,9 @@ def attention_forward(
 
     Raises ValueError on what the kernels don't do, naming it and what to do, before anything runs.
     """
-    _refuse(module, attention_mask, 0.0, kwargs)
+    refuse(module, attention_mask, 0.0, kwargs)
     runtime = runtime or Runtime.get()
-    cap = _cap(softcap, scaling, query.shape[-1])
+    cap = cap_of(softcap, scaling, query.shape[-1])
     # Under autocast rotary embeddings leave query and key in float32 where value has autocast's dtype.
     query, key, value = autocast_inputs(query, key, value)
     check_qkv(query, key, value)
@@ -291,7 +235,7 @@ def context_forward(
 
     Raises ValueError on what the kernels don't do, and where a layer is not what its ContextMask was made for.
     """
-    _refuse(module, attention_mask, dropout, kwargs)
+    refuse(module, attention_mask, dropout, kwargs)
     for name in ("attention_mask", "cu_seq_lens_q"):
         if (attention_mask if name == "attention_mask" else kwargs.get(name)) is not None:
             raise ValueError(
@@ -301,7 +245,7 @@ def context_forward(
     context = contexts.get(kind)
     if context is None:
         raise ValueError(f"context: {sorted(contexts)}, expected a ContextMask for {kind!r} layers too")
-    cap, config = _cap(softcap, scaling, query.shape[-1]), context.config
+    cap, config = cap_of(softcap, scaling, query.shape[-1]), context.config
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     layer, made = (*cap, sliding_window, causal), (config.softcap, config.scale, config.window, config.causal)
     if layer != made:
@@ -329,15 +273,10 @@ def _by_elements(
         mask = dense(mask, query.device)[:, None]
     if not torch.compiler.is_compiling():
         what = "dropout: weights are dropped" if dropout else "attention_mask: no run of keys in each row"
-        _warn_once(f"{what}; plain torch serves this, rows x keys at a time")
+        warn_once(f"{what}; plain torch serves this, rows x keys at a time")
     return attend_elements(
         query, key, value, mask, scale=cap.scale, softcap=cap.softcap, dropout=float(dropout)
     )
-
-
-@functools.cache
-def _warn_once(words: str) -> None:
-    logging.getLogger(__name__).warning(words)
 
 
 def serving_forward(
@@ -359,48 +298,10 @@ def serving_forward(
             runtime, module, query, key, value, attention_mask, dropout, scaling, softcap, sliding_window, **kwargs
         )  # fmt: skip
     # The mask that the model made is of the new tokens alone.
-    _refuse(module, None, dropout, kwargs)
+    refuse(module, None, dropout, kwargs)
     check_positive("sliding_window", sliding_window)
     query, key, value = autocast_inputs(query, key, value)
     check_qkv(query, key, value)
-    cap = _cap(softcap, scaling, query.shape[-1])
+    cap = cap_of(softcap, scaling, query.shape[-1])
     run = torch.compiler.disable(attend_paged)  # the cache is written in place
     return run(runtime or Runtime.get(), module, query, key, value, cap, sliding_window, kwargs), None
-
-
-def _cap(softcap: float | None, scaling: float | None, head_dim: int) -> Cap:
-    softcap, scaling = constant_in_graph(softcap), constant_in_graph(scaling)
-    check_positive("softcap", softcap)
-    check_positive("scaling", scaling)
-    scale = head_dim**-0.5 if scaling is None else float(scaling)
-    return Cap(None if softcap is None else float(softcap), scale)
-
-
-def _refuse(module: Any, attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
-    instead = "use attn_implementation='eager'"
-    if dropout:
-        raise ValueError(
-            f"dropout: {dropout} of attention weights, which is not served here; set attention_dropout=0 in the config"
-        )
-    for name, why in _REFUSED.items():
-        if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise ValueError(f"{name}: {why}; {instead}")
-    if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
-        _warn_once("output_attentions: no weights are computed, None is returned in their place; " + instead)
-    if attention_mask is not None and not isinstance(attention_mask, (HfMask, Tensor)):
-        shape = tuple(getattr(attention_mask, "shape", ()))
-        raise ValueError(
-            f"attention_mask: {type(attention_mask).__name__} {shape}, expected 2-D [batch, keys] of 0 and 1 where "
-            f"the model is called; {instead} for a mask of your own"
-        )
-    packed = kwargs.get("cu_seq_lens_q")
-    if (
-        packed is not None
-        and packed.shape[0] > 2
-        and isinstance(attention_mask, HfMask)
-        and attention_mask.lo is None
-    ):
-        raise ValueError(
-            f"cu_seq_lens_q: {packed.shape[0] - 1} packed sequences that the mask doesn't know; pass position_ids "
-            f"that restart at 0, no attention_mask, and use_cache=False"
-        )

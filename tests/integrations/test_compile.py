@@ -16,7 +16,7 @@ from helpers import Backend
 from transformers import masking_utils
 
 from softcap_runtime import Runtime
-from softcap_runtime.integrations.hf_masks import Place, read
+from softcap_runtime.integrations.hf_mask_functions import Place, read
 from softcap_runtime.integrations.hf_probe import probe
 from softcap_runtime.integrations.transformers import HfMask, attention_forward
 from softcap_runtime.masks.intervals import dense

@@ -12,7 +12,7 @@ from transformers import Gemma2Config, masking_utils
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from softcap_runtime import Runtime
-from softcap_runtime.integrations import hf_masks
+from softcap_runtime.integrations import hf_mask_functions
 from softcap_runtime.masks.intervals import dense
 
 from .conftest import NAME, NEEDS_TRANSFORMERS_5
@@ -315,7 +315,7 @@ def test_padding_with_holes_is_a_tensor(seed: int) -> None:
 
 
 def test_changed_meaning_is_found(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    hf_masks.check_readings(masking_utils)
+    hf_mask_functions.check_readings(masking_utils)
 
     # A version in which the window means another key more, though its parts have the same names.
     source = masking_utils.sliding_window_overlay
@@ -332,4 +332,4 @@ def test_changed_meaning_is_found(runtime: Runtime, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(masking_utils, "sliding_window_overlay", sliding_window_overlay)
     with pytest.raises(RuntimeError, match="sliding_window_causal_mask_function: means something else"):
-        hf_masks.check_readings(masking_utils)
+        hf_mask_functions.check_readings(masking_utils)

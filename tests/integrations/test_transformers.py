@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from softcap_runtime import AttentionConfig, Runtime
 from softcap_runtime.cpu.library import library
+from softcap_runtime.integrations import hf_checks
 from softcap_runtime.integrations import transformers as integration
 from softcap_runtime.masks.documents import document_ids_from_position_ids
 from softcap_runtime.reference import attention as reference
@@ -302,7 +303,7 @@ def test_dropout_of_weights(own_mask: bool, runtime: Runtime, seed: int) -> None
 def test_weights_are_none_and_told_once(
     runtime: Runtime, seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    integration._warn_once.cache_clear()
+    hf_checks.warn_once.cache_clear()
     model = gemma(seed)
     model.set_attn_implementation(NAME)
     for _ in range(2):
