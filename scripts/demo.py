@@ -27,7 +27,7 @@ from softcap_runtime.prewarm.rows import PrewarmResult
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (1024, 768, 512, 256)
 PAD = 256  # the token after the 256 bytes
-RUNS = 5
+RUNS = 3
 TOLERANCE = 1e-4
 
 

@@ -7,7 +7,8 @@
 // bfloat16 below 2.5e-3 (its own rounding of the output), gradients 3.5e-3.
 //
 // vectors.h: exponential, tanh, dtypes; products.h: matrix products; packing.h: their operands; problem.h: a call;
-// forward.h, backward.h, decode.h: the work on it; team.h: its threads; intervals.h: masks of tokens as ranges of keys. Nothing here knows of Python or torch.
+// forward.h, backward.h, decode.h: the work on it; team.h: its threads; intervals.h: masks of tokens as ranges of keys.
+// Nothing here knows of Python or torch.
 #include "backward.h"
 #include "decode.h"
 #include "intervals.h"
