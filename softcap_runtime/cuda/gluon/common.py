@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from softcap_runtime.cuda.triton import asm
 
@@ -25,6 +25,10 @@ WEIGHTS_ASM = gl.constexpr(asm.weights())
 TANH_WEIGHTS_ASM = gl.constexpr(asm.tanh_weights())
 FOUR = gl.constexpr("=f,=f,=f,=f,f,f,f,f")
 FOUR_OF_THREE = gl.constexpr("=f,=f,=f,=f,f,f,f,f,f,f,f,f,f,f,f,f")
+
+# A tile from global to shared memory and back, by tensor maps; the names of Triton 3.9, and those before.
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_tile = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 # Warpgroups that compute, as compile-time arguments.
 FIRST = gl.constexpr(0)

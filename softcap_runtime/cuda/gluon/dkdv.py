@@ -26,8 +26,10 @@ from softcap_runtime.cuda.gluon.common import (
     capped,
     exp2,
     hidden,
+    load_tile,
     ring,
     start_ring,
+    store_tile,
     tile_of,
 )
 
@@ -106,32 +108,24 @@ def _produce_dkdv(
             for c in gl.static_range(WARPGROUPS):
                 mbarrier.wait(own_empty.index(c), turn_phase)
                 mbarrier.expect(own_full.index(c), (2 if WANT_DK else 1) * N * DPAD * 2)
-                tma.async_copy_global_to_shared(K, [b, hk, start + c * N, 0], own_full.index(c), k_s.index(c))
+                load_tile(K, [b, hk, start + c * N, 0], own_full.index(c), k_s.index(c))
                 if WANT_DK:
-                    tma.async_copy_global_to_shared(
-                        V, [b, hk, start + c * N, 0], own_full.index(c), v_s.index(c)
-                    )
+                    load_tile(V, [b, hk, start + c * N, 0], own_full.index(c), v_s.index(c))
             for index in range(0, G * (end - first)):
                 h, block = _query_block_at(index, hk, G, first, full_first, full_end, end)
                 row = block * M
                 at = (b * Hq + h) * SqPad + row
                 mbarrier.wait(q_empty.index(q_slot), q_phase)
                 mbarrier.expect(q_full.index(q_slot), M * DPAD * 2 + 4 * M * (2 if BAND else 4))
-                tma.async_copy_global_to_shared(Shift, [at], q_full.index(q_slot), shift_s.index(q_slot))
-                tma.async_copy_global_to_shared(Delta, [at], q_full.index(q_slot), delta_s.index(q_slot))
+                load_tile(Shift, [at], q_full.index(q_slot), shift_s.index(q_slot))
+                load_tile(Delta, [at], q_full.index(q_slot), delta_s.index(q_slot))
                 if not BAND:
-                    tma.async_copy_global_to_shared(
-                        Lo, [b * slo_b + row], q_full.index(q_slot), lo_s.index(q_slot)
-                    )
-                    tma.async_copy_global_to_shared(
-                        Hi, [b * slo_b + row], q_full.index(q_slot), hi_s.index(q_slot)
-                    )
-                tma.async_copy_global_to_shared(Q, [b, h, row, 0], q_full.index(q_slot), q_s.index(q_slot))
+                    load_tile(Lo, [b * slo_b + row], q_full.index(q_slot), lo_s.index(q_slot))
+                    load_tile(Hi, [b * slo_b + row], q_full.index(q_slot), hi_s.index(q_slot))
+                load_tile(Q, [b, h, row, 0], q_full.index(q_slot), q_s.index(q_slot))
                 mbarrier.wait(do_empty.index(do_slot), do_phase)
                 mbarrier.expect(do_full.index(do_slot), M * DPAD * 2)
-                tma.async_copy_global_to_shared(
-                    DO, [b, h, row, 0], do_full.index(do_slot), do_s.index(do_slot)
-                )
+                load_tile(DO, [b, h, row, 0], do_full.index(do_slot), do_s.index(do_slot))
                 q_slot, q_phase = advance(q_slot, q_phase, Q_STAGES)
                 do_slot, do_phase = advance(do_slot, do_phase, DO_STAGES)
             turn_phase ^= 1
@@ -280,9 +274,9 @@ def _consume_dkdv(
                 v.store(dv.to(k.dtype))
             fence_async_shared()
             if WANT_DK:
-                tma.async_copy_shared_to_global(DK, [b, hk, start, 0], k_tile)
+                store_tile(DK, [b, hk, start, 0], k_tile)
             if WANT_DV:
-                tma.async_copy_shared_to_global(DV, [b, hk, start, 0], v_tile)
+                store_tile(DV, [b, hk, start, 0], v_tile)
             tma.store_wait(0)
             mbarrier.arrive(own_empty.index(C), count=1)
             turn_phase ^= 1

@@ -29,9 +29,11 @@ from softcap_runtime.cuda.gluon.common import (
     exp2,
     hidden,
     key_blocks,
+    load_tile,
     ring,
     row_intervals,
     start_ring,
+    store_tile,
     tile_of,
 )
 
@@ -63,18 +65,16 @@ def _produce_dq(
             for c in gl.static_range(WARPGROUPS):
                 mbarrier.wait(own_empty.index(c), turn_phase)
                 mbarrier.expect(own_full.index(c), 2 * M * DPAD * 2)
-                tma.async_copy_global_to_shared(Q, [b, h, start + c * M, 0], own_full.index(c), q_s.index(c))
-                tma.async_copy_global_to_shared(
-                    DO, [b, h, start + c * M, 0], own_full.index(c), do_s.index(c)
-                )
+                load_tile(Q, [b, h, start + c * M, 0], own_full.index(c), q_s.index(c))
+                load_tile(DO, [b, h, start + c * M, 0], own_full.index(c), do_s.index(c))
             for index in range(0, end - first):
                 key = block_at(index, first, full_first, full_end, end) * N
                 mbarrier.wait(k_empty.index(k_slot), k_phase)
                 mbarrier.expect(k_full.index(k_slot), N * DPAD * 2)
-                tma.async_copy_global_to_shared(K, [b, hk, key, 0], k_full.index(k_slot), k_s.index(k_slot))
+                load_tile(K, [b, hk, key, 0], k_full.index(k_slot), k_s.index(k_slot))
                 mbarrier.wait(v_empty.index(v_slot), v_phase)
                 mbarrier.expect(v_full.index(v_slot), N * DPAD * 2)
-                tma.async_copy_global_to_shared(V, [b, hk, key, 0], v_full.index(v_slot), v_s.index(v_slot))
+                load_tile(V, [b, hk, key, 0], v_full.index(v_slot), v_s.index(v_slot))
                 k_slot, k_phase = advance(k_slot, k_phase, K_STAGES)
                 v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
             turn_phase ^= 1
@@ -186,7 +186,7 @@ def _consume_dq(
             acc, s = warpgroup_mma_wait(0, deps=(acc, s))
             q.store((acc * gain).to(q.dtype))
             fence_async_shared()
-            tma.async_copy_shared_to_global(DQ, [b, h, start, 0], q_tile)
+            store_tile(DQ, [b, h, start, 0], q_tile)
             tma.store_wait(0)
             mbarrier.arrive(own_empty.index(C), count=1)
             turn_phase ^= 1

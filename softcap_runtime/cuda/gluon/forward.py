@@ -32,9 +32,11 @@ from softcap_runtime.cuda.gluon.common import (
     exp2,
     fixed_weights,
     key_blocks,
+    load_tile,
     ring,
     row_intervals,
     start_ring,
+    store_tile,
     tile_of,
 )
 
@@ -67,17 +69,15 @@ def _produce(
                 key = block_at(index, first, full_first, full_end, end) * N
                 mbarrier.wait(k_empty.index(slot), phase)
                 mbarrier.expect(k_full.index(slot), N * DPAD * 2)
-                tma.async_copy_global_to_shared(K, [b, hk, key, 0], k_full.index(slot), k_s.index(slot))
+                load_tile(K, [b, hk, key, 0], k_full.index(slot), k_s.index(slot))
                 if index == 0:
                     for c in gl.static_range(WARPGROUPS):
                         mbarrier.wait(q_empty.index(c), turn_phase)
                         mbarrier.expect(q_full.index(c), M * DPAD * 2)
-                        tma.async_copy_global_to_shared(
-                            Q, [b, h, start + c * M, 0], q_full.index(c), q_s.index(c)
-                        )
+                        load_tile(Q, [b, h, start + c * M, 0], q_full.index(c), q_s.index(c))
                 mbarrier.wait(v_empty.index(slot), phase)
                 mbarrier.expect(v_full.index(slot), N * DPAD * 2)
-                tma.async_copy_global_to_shared(V, [b, hk, key, 0], v_full.index(slot), v_s.index(slot))
+                load_tile(V, [b, hk, key, 0], v_full.index(slot), v_s.index(slot))
                 slot, phase = advance(slot, phase, STAGES)
             turn_phase ^= 1
 
@@ -236,7 +236,7 @@ def _consume(
             share = gl.convert_layout(share, gl.SliceLayout(1, O_L), assert_trivial=True)
             q.store((acc * gl.expand_dims(share, 1)).to(dtype))
             fence_async_shared()
-            tma.async_copy_shared_to_global(Out, [b, h, start, 0], q_tile)
+            store_tile(Out, [b, h, start, 0], q_tile)
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(C), count=1)
             turn_phase ^= 1

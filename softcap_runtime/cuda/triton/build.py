@@ -82,7 +82,8 @@ def _compile(spec: CubinSpec) -> Any:
     return triton.compile(
         ASTSource(kernel, signature, known, attributes),
         target=GPUTarget("cuda", spec.capability, 32),
-        options={"num_warps": spec.warps, "num_stages": spec.stages},
+        # Triton 3.10 will no longer fuse multiplications and additions by default.
+        options={"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": True},
     )
 
 
