@@ -91,12 +91,20 @@ def assembled(ptx: str) -> dict[str, Any]:
     """What ptxas says of serialised products, and the bytes that a thread spills."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     target = re.findall(r"\.target (\w+)", ptx)[0]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "kernel.ptx").write_text(ptx)
-        command = [tool, "-v", f"--gpu-name={target}", "kernel.ptx", "-o", "kernel.cubin"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        arguments = ["-v", f"--gpu-name={target}", "kernel.ptx", "-o", "kernel.cubin"]
+        for name in (
+            "ptxas",
+            "ptxas-blackwell",
+        ):  # Triton 3.9 takes the newer one, whose PTX the older can't read
+            command = [tools / name, *arguments]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+            if "Unsupported .version" not in done.stderr:
+                break
+        done.check_returncode()
     text = done.stdout + done.stderr
     spilled = re.findall(r"(\d+) bytes spill stores", text)
     return {"serialised": re.findall(r"C75\d\d", text), "spilled": max(map(int, spilled))}
