@@ -26,6 +26,11 @@ from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
 from softcap_runtime.masks import band, dense
 
 CAP = 50.0
+LEGEND = """# GPU report
+
+Written by `python scripts/gpu_report.py --out report`. B2 Hq16 Hkv8 D256 S8192 w4096: batch, query heads, key heads,
+head_dim, tokens, window (None: none). GEMM share: of the rate of a bf16 product of torch. error: relative, to float64.
+"""
 Call = Callable[[], Any]
 
 
@@ -100,7 +105,7 @@ class Report:
         """What was measured so far."""
         document = {"environment": self.environment, "rows": self.rows}
         out.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        lines = [f"- {name}: {value}" for name, value in self.environment.items()]
+        lines = [LEGEND, *(f"- {name}: {value}" for name, value in self.environment.items())]
         out.with_suffix(".md").write_text("\n".join([*lines, "", *self.tables]) + "\n", encoding="utf-8")
 
     def table(self, name: str, rows: list[dict[str, Any]]) -> None:

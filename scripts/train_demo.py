@@ -64,7 +64,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("train_demo.png"), help="where the picture goes")
     parser.add_argument("--seed", type=int, help="random and printed when not given")
-    parser.add_argument("--context-parallel", type=int, metavar="N", help="ranks; see above")
+    parser.add_argument(
+        "--context-parallel",
+        type=int,
+        metavar="N",
+        help="spread each row over N ranks, under torchrun --nproc-per-node N; needs --seed",
+    )
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps: {arguments.steps}, expected at least 1")
