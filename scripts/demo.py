@@ -21,6 +21,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime
 from softcap_runtime.cli import main as cli
+from softcap_runtime.cli.app import counted
 from softcap_runtime.integrations.transformers import register
 from softcap_runtime.prewarm.rows import PrewarmResult
 
@@ -148,11 +149,11 @@ def say_how_warm(console: Console, results: Sequence[PrewarmResult], seconds: fl
     built = sum(result.outcome == "built" for result in results)
     if built:
         console.print(
-            f"built {built} of {len(results)} kernels in {seconds:.1f} s; the next run finds them warm"
+            f"built {built} of {counted(len(results), 'kernel')} in {seconds:.1f} s; the next run finds them warm"
         )
     else:
         console.print(
-            f"[green]everything is warm[/green]: {len(results)} kernels loaded in {seconds * 1000:.0f} ms, "
+            f"[green]everything is warm[/green]: {counted(len(results), 'kernel')} loaded in {seconds * 1000:.0f} ms, "
             "nothing compiled"
         )
 

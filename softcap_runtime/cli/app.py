@@ -32,6 +32,13 @@ def fail(line: str, code: int) -> int:
     return code
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 entry``, ``2 entries``."""
+    if count != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{count} {noun}"
+
+
 def print_json(answer: BaseModel) -> None:
     """Print a document in ASCII, which every encoding of a terminal or pipe has."""
     print(json.dumps(json.loads(answer.model_dump_json()), indent=2))

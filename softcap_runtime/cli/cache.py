@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from softcap_runtime.checks import device_of
-from softcap_runtime.cli.app import UsageError, app, fail, print_json, store_of
+from softcap_runtime.cli.app import UsageError, app, counted, fail, print_json, store_of
 from softcap_runtime.config import RuntimeSettings
 from softcap_runtime.errors import SoftcapRuntimeError
 from softcap_runtime.store import Store, fingerprint
@@ -82,7 +82,8 @@ def verify(
     if problems:
         tables.console().print(tables.problems_table(problems))
         raise typer.Exit(1)
-    print(f"{len(store.entries())} entries are good in {store.folder}")
+    good = len(store.entries())
+    print(f"{counted(good, 'entry')} {'is' if good == 1 else 'are'} good in {store.folder}")
 
 
 @app.command()
@@ -97,7 +98,7 @@ def clear(context: typer.Context) -> None:
         raise SoftcapRuntimeError(f"not cleared: {store.fault}")
     if not store.database.writable:
         raise SoftcapRuntimeError(f"not cleared: {store.folder} is read-only")
-    print(f"removed {removed} entries from {store.folder}")
+    print(f"removed {counted(removed, 'entry')} from {store.folder}")
 
 
 @app.command("export")
@@ -124,7 +125,7 @@ def export_(
         raise SoftcapRuntimeError(
             store.fault or f"{store.folder} has nothing for this environment and {device}; prewarm first"
         )
-    print(f"exported {count} entries to {file}")
+    print(f"exported {counted(count, 'entry')} to {file}")
 
 
 @app.command("import")
@@ -142,7 +143,9 @@ def import_(
         done = store_of(context).import_bundle(file, expected)
     except ValueError as error:  # a bad bundle is not bad usage
         raise SoftcapRuntimeError(str(error)) from None
-    print(f"imported {done.imported} entries, {done.present} were present, {len(done.refused)} refused")
+    print(
+        f"imported {counted(done.imported, 'entry')}, {done.present} were present, {len(done.refused)} refused"
+    )
     for what, problems in itertools.groupby(done.refused, lambda problem: problem.what):
         where = [problem.where[:12] for problem in problems]
         fail(f"entry {where[0]} {what}" if len(where) == 1 else f"{len(where)} entries: {what}", 1)

@@ -11,6 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from softcap_runtime.cli.app import counted
 from softcap_runtime.engines.spec import KernelSpec
 from softcap_runtime.prewarm.rows import PrewarmResult, kernel_name
 from softcap_runtime.report.cache import CacheReport
@@ -54,14 +55,14 @@ def show_report(out: Console, report: CacheReport, counters: bool = False) -> No
     kernels = [info.fits for info in report.entries if info.fields.get("op") != "tuned_options"]
     wrong = _wrong(status)
     state = f"{len(wrong)} problem{'s' * (len(wrong) > 1)}:" if wrong else "nothing is wrong"
-    _say(out, f"{len(kernels)} kernels, {sum(kernels)} fit this environment; {state}")
+    _say(out, f"{counted(len(kernels), 'kernel')}, {sum(kernels)} fit this environment; {state}")
     for line in wrong:
         _say(out, line, "- ")
     access = "writable" if status.writable else "read-only" if status.exists else "none yet"
     network = ", a network filesystem" if status.network_filesystem else ""
     facts = {
         "folder": status.folder if status.exists else f"{status.folder} (does not exist)",
-        "size": f"{status.entries} entries, {decimal(status.bytes)} of {decimal(status.size_limit)}",
+        "size": f"{counted(status.entries, 'entry')}, {decimal(status.bytes)} of {decimal(status.size_limit)}",
         "access": f"{access}, {status.filesystem}{network}",
         "verdict": f"{status.verdict} (owner {status.owner or '-'}, mode {status.mode or '-'})",
         "authenticated": "yes" if status.authenticated else "no (SOFTCAP_CACHE_KEY_FILE is not set)",
@@ -87,7 +88,7 @@ def show_report(out: Console, report: CacheReport, counters: bool = False) -> No
 def _wrong(status: StoreStatus) -> list[str]:
     found = [status.fault or ("" if status.trusted else status.verdict)]
     if status.held_in_memory:
-        found.append(f"{status.held_in_memory} entries could not be written")
+        found.append(f"{counted(status.held_in_memory, 'entry')} could not be written")
     if status.quarantine:
         found.append(f"in quarantine, as they were damaged or not ours: {', '.join(status.quarantine)}")
     return [line for line in found if line]
