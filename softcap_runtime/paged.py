@@ -47,9 +47,11 @@ def paged_attention(
     """What ``Runtime.paged_attention`` documents."""
     check(q, pages, config, cu_seqlens_q)
     if _through_the_table(runtime, q, config):
-        return _on_gpu(runtime, q, pages, config, cu_seqlens_q)
-    out = _on_cpu(runtime, q, pages, config, cu_seqlens_q)
+        out: Tensor | None = _on_gpu(runtime, q, pages, config, cu_seqlens_q)
+    else:
+        out = _on_cpu(runtime, q, pages, config, cu_seqlens_q)
     if out is not None:
+        runtime.plans.paged_calls += 1
         return out
     k, v, mask = gathered(q, pages, config, cu_seqlens_q)
     return runtime.attend(q, k, v, config, mask)

@@ -78,11 +78,13 @@ class Plans:
 
     ``shortcuts``: by all of the arguments but those of masks, then by the batch of the mask's vectors, None for a band.
     ``passing``: the kinds of call that have none, as their kernel is not here yet.
+    ``paged_calls``: calls over a paged cache that were read through its table, which need none.
     """
 
     def __init__(self) -> None:
         self.shortcuts: dict[Hashable, dict[int | None, Plan]] = {}
         self.passing: dict[PlanKey, Passing] = {}
+        self.paged_calls = 0
         self.misses = 0
         self._plans: dict[PlanKey, Plan] = {}
         self._forgotten_hits = 0
@@ -150,6 +152,7 @@ class Server(Protocol):
 
     settings: RuntimeSettings
     supply: Supply
+    plans: Plans
     number: int
 
     def attend(

@@ -39,7 +39,10 @@ class KernelStats(_Frozen):
 
 
 class EngineStats(_Frozen):
-    """``plans`` kinds of call go to ``engine`` for ``reason``; ``calls`` after the first of each, as ``hits`` count."""
+    """``plans`` kinds of call go to ``engine`` for ``reason``; ``calls`` after the first of each, as ``hits`` count.
+
+    All calls over a paged cache that are read through its table are one kind, each of them counted.
+    """
 
     engine: str
     reason: str
@@ -93,7 +96,7 @@ def collect(all_plans: Plans, supply: Supply) -> RuntimeStats:
         package_bytes=package_bytes,
         mask_bytes=mask_bytes,
         kernels=_kernels(supplied, plans),
-        engines=_engines(plans, list(all_plans.passing.values())),
+        engines=_engines(plans, list(all_plans.passing.values()), all_plans.paged_calls),
         background_pending=supply.pending,
         background_failed={kernel_name(one.describe()): error for one, error in supply.failed.items()},
         cache_dir=str(supply.store.folder),
@@ -111,10 +114,12 @@ def _kernels(supplied: Mapping[Artifact, Supplied], plans: list[Plan]) -> list[K
     ]
 
 
-def _engines(plans: list[Plan], passing: list[Passing]) -> list[EngineStats]:
+def _engines(plans: list[Plan], passing: list[Passing], paged_calls: int) -> list[EngineStats]:
     kinds: Counter[tuple[str, str]] = Counter()
     calls: Counter[tuple[str, str]] = Counter()
     kept = [Passing(plan.engine.name, plan.reason, plan.hits) for plan in plans]
+    if paged_calls:
+        kept.append(Passing("blocked", "a paged cache, read through its table", paged_calls))
     for engine, reason, count in kept + passing:
         kinds[engine, reason] += 1
         calls[engine, reason] += count

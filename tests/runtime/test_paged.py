@@ -115,6 +115,17 @@ def test_the_library_reads_through_the_table(
     runtimes["auto"].paged_attention(q, cache.k, cache.v, config, cache.table, cache.lengths)
 
 
+def test_calls_are_counted(runtime: Runtime) -> None:
+    def counted() -> int:
+        return sum(row.calls for row in runtime.stats().engines if row.reason.startswith("a paged cache"))
+
+    cache, config, before = Cache([100, 33], 16), AttentionConfig(scale=0.1), counted()
+    q = torch.randn(2, HEADS, 1, HEAD_DIM)
+    for _ in range(3):
+        runtime.paged_attention(q, cache.k, cache.v, config, cache.table, cache.lengths)
+    assert counted() - before == 3
+
+
 def test_half_precision(served: Runtime, seed: int) -> None:
     config = AttentionConfig(softcap=30.0, scale=0.1)
     cache = Cache([100, 33], 16, torch.bfloat16)
