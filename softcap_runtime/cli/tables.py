@@ -54,7 +54,7 @@ def show_report(out: Console, report: CacheReport, counters: bool = False) -> No
     status = report.status
     kernels = [info.fits for info in report.entries if info.fields.get("op") != "tuned_options"]
     wrong = _wrong(status)
-    state = f"{len(wrong)} problem{'s' * (len(wrong) > 1)}:" if wrong else "nothing is wrong"
+    state = f"{counted(len(wrong), 'problem')}:" if wrong else "nothing is wrong"
     _say(out, f"{counted(len(kernels), 'kernel')}, {sum(kernels)} fit this environment; {state}")
     for line in wrong:
         _say(out, line, "- ")

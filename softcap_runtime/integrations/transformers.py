@@ -179,11 +179,10 @@ def attention_forward(
     query, key, value = autocast_inputs(query, key, value)
     check_qkv(query, key, value)
     lengths = query.shape[2], key.shape[2]
+    mask: RowIntervals | Tensor
     if isinstance(attention_mask, Tensor):
-        out = _by_elements(runtime, query, key, value, cap, attention_mask, dropout)
-        return out.transpose(1, 2), None
-    mask: RowIntervals
-    if attention_mask is None:
+        mask = read_elements(attention_mask, query, key.shape[2], "attention_mask")
+    elif attention_mask is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         packed = packed_arguments(query.shape[0], *lengths, causal, kwargs)
         masks = check_mask_arguments(*lengths, query.shape[0], query.device, causal=causal, **packed)
@@ -196,11 +195,12 @@ def attention_forward(
         )
     else:
         mask = attention_mask
-    if dropout:
-        seen = dense(mask, query.device)[:, None]
-        out = _by_elements(runtime, query, key, value, cap, seen, dropout)
-    else:
+    if dropout and isinstance(mask, RowIntervals):
+        mask = dense(mask, query.device)[:, None]
+    if isinstance(mask, RowIntervals):
         out = runtime.attend(query, key, value, cap, mask)
+    else:
+        out = _by_elements(query, key, value, cap, mask, dropout)
     return out.transpose(1, 2), None
 
 
@@ -257,20 +257,7 @@ def context_forward(
     return out.transpose(1, 2), None
 
 
-def _by_elements(
-    runtime: Runtime,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cap: Cap,
-    attention_mask: Tensor,
-    dropout: float,
-) -> Tensor:
-    mask = read_elements(attention_mask, query, key.shape[2], "attention_mask")
-    if isinstance(mask, RowIntervals):
-        if not dropout:
-            return runtime.attend(query, key, value, cap, mask)
-        mask = dense(mask, query.device)[:, None]
+def _by_elements(query: Tensor, key: Tensor, value: Tensor, cap: Cap, mask: Tensor, dropout: float) -> Tensor:
     if not torch.compiler.is_compiling():
         what = "dropout: weights are dropped" if dropout else "attention_mask: no run of keys in each row"
         warn_once(f"{what}; plain torch serves this, rows x keys at a time")
