@@ -16,7 +16,8 @@ from softcap_runtime.engines import blocked_cuda
 from softcap_runtime.engines.engine import Call, Problem
 from softcap_runtime.errors import EngineUnavailable
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, clipped
-from softcap_runtime.masks.validate import check_integers, data_is_readable
+from softcap_runtime.masks.readable import data_is_readable
+from softcap_runtime.masks.validate import check_integers
 from softcap_runtime.plans import Server
 
 PAGE_SIZES = (16, 32, 64, 128, 256)

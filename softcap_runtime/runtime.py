@@ -18,9 +18,10 @@ from softcap_runtime.compat.torch_transforms import interpreters_active
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
 from softcap_runtime.engines import blocked_cpu
 from softcap_runtime.engines.engine import Call
-from softcap_runtime.masks.holes import may_have_holes, without_hidden
+from softcap_runtime.engines.kept_keys import bind
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
-from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable
+from softcap_runtime.masks.readable import data_is_readable
+from softcap_runtime.masks.validate import check_mask_arguments, check_row_intervals
 from softcap_runtime.ops import operator, planned
 from softcap_runtime.ops.planned import rows_together
 from softcap_runtime.ops.sharding import whole
@@ -122,9 +123,7 @@ class Runtime:
         masks = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths, query_positions)
         given = [None if x is None else whole(x) for x in masks]
         mask = _intervals(q, k, config, *given)
-        if given[0] is not None and may_have_holes(given[0]):
-            k, v, mask = without_hidden(k, v, mask, given[0])
-        form = None if mask.lo is None else mask.lo.shape[0]
+        form = _form(mask)
         if known is not None and form in known and (mask.lo is None or type(mask.lo) is Tensor):
             return self._run(known[form], q, k, v, *mask.vectors)
         out = self.attend(q, k, v, config, mask)
@@ -277,15 +276,14 @@ class Runtime:
             plan.hits += 1
         else:
             self.plans.misses += 1
-            _check_mask(q, k, call.mask)
+            check_row_intervals(call.mask, q, k)
             call = call._replace(mask=call.mask.form)  # a plan keeps no mask's contents alive
             problem = call.problem(q, k, self.settings.softcap_approx)
             engine, reason, artifacts, lasting = self.supply.engine(problem, call.engine)
             kernels = self.supply.kernels(problem)
             if engine is blocked_cpu.ENGINE and self._find_intervals is None:
                 self._find_intervals = blocked_cpu.bind_intervals(kernels)
-            backward = engine.backward(problem, kernels) if call.train else None
-            plan = Plan(engine, reason, problem, artifacts, engine.forward(problem, kernels), backward)
+            plan = Plan(engine, reason, problem, artifacts, *bind(engine, problem, kernels))
             if lasting:
                 self.plans.remember(key, plan, self.supply.masks.evictions)
             else:
@@ -359,29 +357,16 @@ def _intervals(
         cache_lengths=cache_lengths,
         query_positions=query_positions,
     )
-    if attention_mask is not None and (
-        may_have_holes(attention_mask) or (data_is_readable(attention_mask) and bool(attention_mask.all()))
-    ):
-        given["attention_mask"] = None  # holes are taken out of the keys
+    if attention_mask is not None and data_is_readable(attention_mask) and bool(attention_mask.all()):
+        given["attention_mask"] = None
     return row_intervals(q_len, kv_len, causal=config.causal, window=config.window, **given)
 
 
-def _check_mask(q: Tensor, k: Tensor, mask: RowIntervals) -> None:
-    """Kernels read the interval vectors without looking at their sizes: a wrong one is memory out of bounds."""
-    lengths = (q.shape[2], k.shape[2])
-    if (mask.q_len, mask.kv_len) != lengths:
-        raise ValueError(
-            f"mask: made for {mask.q_len} queries over {mask.kv_len} keys, expected {lengths[0]} over {lengths[1]}"
-        )
-    wanted = list(dict.fromkeys([torch.Size((1, mask.q_len)), torch.Size((q.shape[0], mask.q_len))]))
-    if mask.lo is not None and mask.lo.shape in wanted:
-        wanted = [mask.lo.shape]  # hi is sized as lo is
-    for name, edge in zip(("lo", "hi"), mask.vectors, strict=False):
-        if edge.shape not in wanted or (edge.dtype, edge.device) != (torch.int32, q.device):
-            raise ValueError(
-                f"mask.{name}: {edge.dtype} {tuple(edge.shape)} on {edge.device}, expected int32 "
-                f"{' or '.join(str(tuple(shape)) for shape in wanted)} on {q.device}"
-            )
+def _form(mask: RowIntervals) -> int | None:
+    """What a plan depends on of a mask's vectors: their batch, negative with ``kept`` among them; None for a band."""
+    if mask.lo is None:
+        return None
+    return mask.lo.shape[0] if mask.kept is None else -mask.lo.shape[0]
 
 
 def _wants_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:

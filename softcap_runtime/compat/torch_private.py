@@ -37,6 +37,17 @@ def constant_in_graphs(function: Callable[[], bool]) -> Callable[[], bool]:
     return function
 
 
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Have the device of ``condition``, one bool, check it in order with its kernels; nothing waits.
+
+    Private: ``torch._assert_async``, CUDA's device-side assertion, which the next synchronisation reports.
+    Gone: data on a device aren't checked.
+    """
+    check = None if public_only() else getattr(torch, "_assert_async", None)
+    if check is not None and condition.device.type == "cuda":
+        check(condition, message)
+
+
 def count_threads_at_run_time() -> None:
     """Have flex kernels that this process compiles for the CPU size their buffers by the threads of the run.
 

@@ -3,7 +3,7 @@
 // For query row i and the keys j that it sees, with softmax in float32:
 //     s_ij = softcap * tanh(scale * <q_i, k_j> / softcap),  out_i = sum_j softmax_j(s_ij) v_j
 // Formula: Gemma 2 (Gemma Team, 2024), section 2. Every size, stride, cap and scale is a run-time argument; the mask is
-// a range of keys for each row. Relative error against float64 (Frobenius norm): float32 below 5e-7, gradients 7e-7;
+// a range of keys for each row, less the keys that are not kept. Relative error against float64 (Frobenius norm): float32 below 5e-7, gradients 7e-7;
 // bfloat16 below 2.5e-3 (its own rounding of the output), gradients 3.5e-3.
 //
 // vectors.h: exponential, tanh, dtypes; products.h: matrix products; packing.h: their operands; problem.h: a call;
@@ -91,9 +91,9 @@ static Problem with_threads(const Problem& p) {
 
 // Both return 0, or 1 when there is no memory for their scratch buffers.
 EXPORTED int64_t softcap_forward(const Problem* given, const void* q, const void* k, const void* v, void* out, float* lse,
-                                 const int32_t* lo, const int32_t* hi) {
+                                 const int32_t* lo, const int32_t* hi, const uint8_t* kept) {
   const Problem p = with_threads(*given);
-  Tensors t{q, k, v, out, lse, lo, hi, nullptr};
+  Tensors t{q, k, v, out, lse, lo, hi, kept, nullptr};
   bool done;
   if (p.heads / p.kv_heads * p.q_len <= FEW_ROWS)
     done = decode(p, t);
@@ -111,17 +111,17 @@ EXPORTED int64_t softcap_paged(const Problem* given, const void* q, const void* 
     Problem part = p;
     part.q_len = p.q_len - first < step ? p.q_len - first : step;
     Tensors t{static_cast<const char*>(q) + bytes * first * p.q.row, k, v,
-              static_cast<char*>(out) + bytes * first * p.out.row, nullptr, lo + first, hi + first, table};
+              static_cast<char*>(out) + bytes * first * p.out.row, nullptr, lo + first, hi + first, nullptr, table};
     if (!decode(part, t)) return 1;
   }
   return 0;
 }
 
 EXPORTED int64_t softcap_backward(const Problem* given, const void* q, const void* k, const void* v, const void* out,
-                                  const float* lse, const int32_t* lo, const int32_t* hi, const void* grad_out,
-                                  void* grad_q, void* grad_k, void* grad_v) {
+                                  const float* lse, const int32_t* lo, const int32_t* hi, const uint8_t* kept,
+                                  const void* grad_out, void* grad_q, void* grad_k, void* grad_v) {
   const Problem p = with_threads(*given);
-  Tensors t{q, k, v, const_cast<void*>(out), const_cast<float*>(lse), lo, hi, nullptr};
+  Tensors t{q, k, v, const_cast<void*>(out), const_cast<float*>(lse), lo, hi, kept, nullptr};
   Gradients g{grad_out, grad_q, grad_k, grad_v};
   return with_arithmetic(p, [&](auto a) { return backward<decltype(a)>(p, t, g); }) ? 0 : 1;
 }

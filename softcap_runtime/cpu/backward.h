@@ -41,10 +41,10 @@ SOFTCAP_ONCE inline void make_gradients(const Softcap& c, const float* s, const 
         }
         logit = logit - sum;
         // Hidden before the exponential: a hidden logit may lie far above the row's logsumexp, and inf * 0 is NaN.
-        if (MASKED) logit = hide(logit, first + j + i, lo, hi, splat(-INFINITY));
+        if (MASKED) logit = hide(logit, e.number(first + j + i), lo, hi, splat(-INFINITY));
         Vec weight = exponential(logit);
         Vec ds = weight * (load<Vec>(g + place) - mean) * slope;
-        if (MASKED) ds = hide(ds, first + j + i, lo, hi, Vec{});
+        if (MASKED) ds = hide(ds, e.number(first + j + i), lo, hi, Vec{});
         store_along(p + ((j + i) * lanes + v) / A::PAIR, weight);
         store_along(ds_along + ((j + i) * lanes + v) / A::PAIR, ds);
         if (A::PAIR == 2) slopes[i] = of_bits(rounded_to_bfloat16(ds));
@@ -119,7 +119,7 @@ class BackwardTask {
       if (lo >= hi) continue;
       int64_t lanes = round_up(block.lanes(), WHOLE);
       float *lse = numbers_, *delta = lse + most_;
-      Edges edges{reinterpret_cast<int32_t*>(delta + most_), reinterpret_cast<int32_t*>(delta + 2 * most_), {}, {}};
+      Edges edges{reinterpret_cast<int32_t*>(delta + most_), reinterpret_cast<int32_t*>(delta + 2 * most_), {}, {}, {}, {}};
       edges.read(p_, t_, block, lanes);
       pack_rows(block, lanes, lse, delta);
       differentiate(lanes, first, lo / STEP * STEP, round_up(hi, WHOLE), edges, lse, delta);
@@ -135,7 +135,7 @@ class BackwardTask {
   void pack_keys(int64_t batch, int64_t head, int64_t first) {
     const Range seen = seen_.of_batch(batch);
     auto row = [&](const void* base, const Strides& strides, int64_t j) -> const void* {
-      bool there = first + j >= seen.lo && first + j < seen.hi;
+      bool there = first + j >= seen.lo && first + j < seen.hi && is_kept(p_, t_, batch, first + j);
       return there ? at(base, p_, strides, batch, head, first + j) : nullptr;
     };
     for (int64_t j = 0; j < chunk; j++) {
@@ -183,8 +183,7 @@ class BackwardTask {
       int64_t count = hi - j < STEP ? hi - j : STEP;
       A::multiply(s_, lanes, k_ + j * words_, words_, q_, lanes, count, lanes, words_, false);
       A::multiply(dp_, lanes, v_ + j * words_, words_, grad_, lanes, count, lanes, words_, false);
-      bool whole = first + j >= e.all.lo && first + j + count <= e.all.hi;
-      auto make = whole ? make_gradients<A, false> : make_gradients<A, true>;
+      auto make = e.whole(first + j, first + j + count) ? make_gradients<A, false> : make_gradients<A, true>;
       make(cap_, s_, dp_, p, ds, ds_across, lanes, first + j, count, e, lse, delta);
       A::multiply(dv_ + j * dim_, dim_, p, lane_words, grad_across_, wide_, count, dim_, lane_words, true);
       A::multiply(dk_ + j * dim_, dim_, ds, lane_words, q_across_, wide_, count, dim_, lane_words, true);

@@ -129,11 +129,18 @@ inline void add_values(float* out, int64_t ld, const float* w, const T* v, int64
     }
 }
 
+// Which of the next `count` keys are kept, as lanes of all bits or none.
+inline IVec kept_lanes(const uint8_t* kept, int64_t count) {
+  int32_t lanes[LANES];
+  for (int64_t i = 0; i < LANES; i++) lanes[i] = i < count && kept[i] ? -1 : 0;
+  return load<IVec>(lanes);
+}
+
 // `ROWS` rows from `q` on, keys [first, first + keys): logits, weights, sums.
 template <int ROWS, class T>
 inline void decode_step(const Problem& p, const Softcap& c, const float* q, int64_t ld, const T* k, const T* v,
                         int64_t first, int64_t keys, const Ahead& values, const Ahead& next_keys, const int32_t* lo,
-                        const int32_t* hi, float* out, float* total, float* peak) {
+                        const int32_t* hi, const uint8_t* kept, float* out, float* total, float* peak) {
   alignas(64) float w[ROWS * DECODE_STEP];
   dot_keys<ROWS>(q, ld, k, p.k.row, keys, p.dim, w, values);
   for (int r = 0; r < ROWS; r++) {
@@ -143,6 +150,7 @@ inline void decode_step(const Problem& p, const Softcap& c, const float* q, int6
     for (int64_t j = 0; j < keys; j += LANES) {
       IVec number = lane_numbers() + int32_t(first + j);
       IVec shown = (number >= from) & (number < to) & (number < splat(int32_t(first + keys)));
+      if (kept) shown &= kept_lanes(kept + first + j, keys - j);
       Vec logit = select(shown, capped_logit(c, load<Vec>(x + j)), splat(-INFINITY));
       store(x + j, logit);
       most = select(logit > most, logit, most);
@@ -185,6 +193,7 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
                  const float* queries, float* sums, int64_t step) {
   int64_t rows = p.heads / p.kv_heads * p.q_len, ld = round_up(p.dim, WIDE);
   int32_t lo[FEW_ROWS], hi[FEW_ROWS];
+  const uint8_t* kept = t.kept ? t.kept + (p.edge_stride ? batch * p.kv_len : 0) : nullptr;
   // Outside of all rows' keys there is nothing to read.
   int64_t least = to, past = from;
   for (int64_t r = 0; r < rows; r++) {
@@ -223,7 +232,7 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
       PartialSums own(sums + head * step, rows, ld);
       for (int64_t r = 0; r < rows;) {
         auto take = [&](auto step, int64_t count) {
-          step(p, cap, queries + (head * rows + r) * ld, ld, k, v, j, keys, values, next_keys, lo + r, hi + r,
+          step(p, cap, queries + (head * rows + r) * ld, ld, k, v, j, keys, values, next_keys, lo + r, hi + r, kept,
                own.out + r * ld, own.total + r, own.peak + r);
           r += count;
           values.rows = next_keys.rows = 0;  // fetched

@@ -77,7 +77,7 @@ class PackedKeys {
     const Range seen = seen_.of_batch(batch);
     if (first >= seen.hi || first + size <= seen.lo) return;  // no task reads it
     auto row = [&](const void* base, const Strides& strides, int64_t j) -> const void* {
-      bool there = first + j >= seen.lo && first + j < seen.hi;
+      bool there = first + j >= seen.lo && first + j < seen.hi && is_kept(p_, t, batch, first + j);
       return there ? at(base, p_, strides, batch, head, first + j) : nullptr;
     };
     for (int64_t j = 0; j < size; j++) along(to + j * words, row(t.k, p_.k, j), p_.dtype, p_.dim, words);
@@ -100,8 +100,8 @@ inline Vec capped_logit(const Softcap& c, Vec s) {
   return c.capped ? c.cap * hyperbolic_tangent<false>(s * c.inner).value : s * c.inner;
 }
 
-inline Vec hide(Vec x, int64_t key, IVec lo, IVec hi, Vec otherwise) {
-  IVec j = splat(int32_t(key));
+inline Vec hide(Vec x, int32_t key, IVec lo, IVec hi, Vec otherwise) {
+  IVec j = splat(key);
   return select((j >= lo) & (j < hi), x, otherwise);
 }
 
@@ -112,7 +112,7 @@ SOFTCAP_ONCE inline void make_logits(const Softcap& c, float* s, int64_t lanes, 
     IVec lo = load<IVec>(e.lo + v), hi = load<IVec>(e.hi + v);
     Vec most = load<Vec>(peak + v);
     for (int64_t j = 0; j < keys; j++) {
-      Vec x = hide(capped_logit(c, load<Vec>(s + j * lanes + v)), first + j, lo, hi, splat(-INFINITY));
+      Vec x = hide(capped_logit(c, load<Vec>(s + j * lanes + v)), e.number(first + j), lo, hi, splat(-INFINITY));
       store(s + j * lanes + v, x);
       most = select(x > most, x, most);
     }
@@ -139,7 +139,7 @@ SOFTCAP_ONCE inline void make_weights(const Softcap& c, typename A::Word* to, co
       for (int i = 0; i < A::PAIR; i++) {
         Vec x = load<Vec>(s + (j + i) * lanes + v);
         Vec w = READY ? exponential(x - reference) : exponential(capped_logit(c, x));
-        if (MASKED) w = hide(w, first + j + i, lo, hi, Vec{});
+        if (MASKED) w = hide(w, e.number(first + j + i), lo, hi, Vec{});
         if (A::PAIR == 2) w = of_bits(rounded_to_bfloat16(w));
         weights[i] = w;
         sum += w;
@@ -177,7 +177,7 @@ class ForwardTask {
   void run(const RowBlock& block) {
     int64_t lanes = round_up(block.lanes(), A::PAD);
     float *total = numbers_, *peak = total + lanes, *shift = peak + lanes;
-    Edges edges{reinterpret_cast<int32_t*>(shift + lanes), reinterpret_cast<int32_t*>(shift + 2 * lanes), {}, {}};
+    Edges edges{reinterpret_cast<int32_t*>(shift + lanes), reinterpret_cast<int32_t*>(shift + 2 * lanes), {}, {}, {}, {}};
     edges.read(p_, t_, block, lanes);
     for (int64_t r = 0; r < lanes; r++) {
       total[r] = 0;
@@ -222,8 +222,7 @@ class ForwardTask {
       Word* to = weights + (j - lo) / A::PAIR * lanes;
       if (cap_.bounded) {
         A::multiply(s, lanes, k + j * keys_.words, keys_.words, q_, lanes, count, lanes, keys_.words, false);
-        bool whole = start + j >= e.all.lo && start + j + count <= e.all.hi;
-        auto make = whole ? make_weights<A, false, false> : make_weights<A, false, true>;
+        auto make = e.whole(start + j, start + j + count) ? make_weights<A, false, false> : make_weights<A, false, true>;
         make(cap_, to, s, lanes, start + j, count, e, peak, total);
       } else {
         make_weights<A, true, false>(cap_, to, s, lanes, start + j, count, e, shift, total);

@@ -29,6 +29,7 @@ struct Tensors {
   void* out;
   float* lse;  // [B, Hq, Sq] or null
   const int32_t *lo, *hi;  // or null
+  const uint8_t* kept;     // [B or 1, kv_len], B that of lo and hi: 0 hides a key from all rows; null: none are hidden
   const int32_t* table;    // [B, table_stride]: where a batch row's pages lie, in order; null: no pages
 };
 
@@ -53,6 +54,10 @@ inline Range visible(const Problem& p, const Tensors& t, int64_t batch, int64_t 
   }
   int64_t lo = row + p.left, hi = row + p.right;
   return {lo < 0 ? 0 : lo, hi < p.kv_len ? hi : p.kv_len};
+}
+
+inline bool is_kept(const Problem& p, const Tensors& t, int64_t batch, int64_t key) {
+  return !t.kept || t.kept[(p.edge_stride ? batch * p.kv_len : 0) + key];
 }
 
 // Row `row` of head `head` of a tensor in the call's dtype.
@@ -125,13 +130,23 @@ struct RowBlocks {
   }
 };
 
-// Which keys the lanes of a block see: of each lane, of any lane, and those that all lanes see.
+// Which keys the lanes of a block see: of each lane, of any lane, and those that all lanes see, of the keys that are kept.
 struct Edges {
   int32_t *lo, *hi;  // [lanes]
   Range any, all;
+  const uint8_t* kept;  // of the block's batch row; null: all are kept
+  // The number of a key to compare with lo and hi: of one that is not kept, or past the last, one that no lane sees.
+  int32_t number(int64_t key) const { return int32_t(!kept || (key < keys && kept[key]) ? key : -1); }
+  // Whether all lanes see the keys [from, to).
+  bool whole(int64_t from, int64_t to) const {
+    return from >= all.lo && to <= all.hi && (!kept || !std::memchr(kept + from, 0, size_t(to - from)));
+  }
+  int64_t keys;
   void read(const Problem& p, const Tensors& t, const RowBlock& block, int64_t padded) {
     any = {p.kv_len, 0};
     all = {0, p.kv_len};
+    keys = p.kv_len;
+    kept = t.kept ? t.kept + (p.edge_stride ? block.batch * p.kv_len : 0) : nullptr;
     for (int64_t i = 0; i < block.rows; i++) {
       Range r = visible(p, t, block.batch, block.first + i);
       if (r.lo < r.hi)

@@ -129,7 +129,7 @@ def _forward(problem: Problem, kernels: Kernels) -> Forward:
     def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> tuple[Tensor, Tensor | None]:
         out = q.new_empty_strided(shape, strides)
         lse = q.new_empty(shape[:3], dtype=torch.float32) if train else None
-        lo, hi = (edges[0].data_ptr(), edges[1].data_ptr()) if edges else (None, None)
+        lo, hi, kept = _addresses(edges)
         described = layout(q.stride(), k.stride(), v.stride(), strides)
         _check(
             attend(
@@ -141,6 +141,7 @@ def _forward(problem: Problem, kernels: Kernels) -> Forward:
                 None if lse is None else lse.data_ptr(),
                 lo,
                 hi,
+                kept,
             )
         )
         return out, lse
@@ -229,13 +230,12 @@ def _backward(problem: Problem, kernels: Kernels) -> Backward:
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads = empty_output(q), empty_output(k), empty_output(v)
         tensors = (q, k, v, out, grad_out, *grads)
-        given: list[int | None] = [x.data_ptr() for x in (q, k, v, out, lse, *edges)]
-        given += [None] * (7 - len(given))
         described = layout(*[x.stride() for x in tensors])
         _check(
             differentiate(
                 described[0],
-                *given,
+                *[x.data_ptr() for x in (q, k, v, out, lse)],
+                *_addresses(edges),
                 grad_out.data_ptr(),
                 *[grad.data_ptr() for grad in grads],
             )
@@ -243,6 +243,13 @@ def _backward(problem: Problem, kernels: Kernels) -> Backward:
         return grads
 
     return run
+
+
+def _addresses(edges: Sequence[Tensor]) -> tuple[int | None, int | None, int | None]:
+    """Of the vectors of a mask: ``lo``, ``hi``, ``kept``; None for those that it hasn't."""
+    if not edges:
+        return None, None, None
+    return edges[0].data_ptr(), edges[1].data_ptr(), edges[2].data_ptr() if len(edges) == 3 else None
 
 
 def _threads() -> int:
@@ -269,4 +276,4 @@ def _check(code: int) -> None:
         )
 
 
-ENGINE = Engine("blocked", _refuses, _artifacts, _forward, _backward)
+ENGINE = Engine("blocked", _refuses, _artifacts, _forward, _backward, reads_kept=lambda problem: True)

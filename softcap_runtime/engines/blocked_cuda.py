@@ -134,7 +134,7 @@ def _artifacts(problem: Problem, kernels: Kernels) -> list[GpuKernel]:
     q: Any = _Outline((batch, heads, mask.q_len, head_dim), problem.dtype, device)
     k: Any = _Outline((batch, kv_heads, mask.kv_len, head_dim), problem.dtype, device)
     lse: Any = _Outline(q.shape[:3], torch.float32, device)
-    edges: list[Any] = [_Outline(tuple(edge.shape), torch.int32, device) for edge in mask.vectors]
+    edges: list[Any] = [_Outline(tuple(edge.shape), torch.int32, device) for edge in mask.vectors[:2]]
     triton_attention.bind_forward(q, k, k, *edges, train=problem.train, **how)
     if problem.train:
         triton_gradient.bind_backward(q, q, k, k, q, lse, *edges, **how)

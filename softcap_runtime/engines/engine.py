@@ -17,7 +17,7 @@ Runner = Callable[[list[Tensor]], list[Tensor]]
 
 
 class Forward(Protocol):
-    """What computes attention; ``edges``: ``lo`` and ``hi`` of a mask of row intervals, nothing for a band."""
+    """What computes attention; ``edges``: ``RowIntervals.vectors``."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> tuple[Tensor, Tensor | None]:
         """Out and, for training, the logsumexp."""
@@ -93,6 +93,8 @@ class Engine(NamedTuple):
     others). ``forward`` and ``backward``: bind a problem to its kernels and return what computes it, under any
     intervals of the mask's form; ``q``, ``k``, ``v`` have last stride 1. ``alike``: problems that between them need
     every artifact that problems like this one may need, whatever their lengths; itself alone where these play no part.
+    ``reads_kept``: whether its kernels for a problem read ``RowIntervals.kept``; where not, it is only given masks that
+    keep all keys.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Engine(NamedTuple):
     forward: Callable[[Problem, Kernels], Forward]
     backward: Callable[[Problem, Kernels], Backward]
     alike: Callable[[Problem], Sequence[Problem]] = lambda problem: [problem]
+    reads_kept: Callable[[Problem], bool] = lambda problem: False
 
 
 MaskedForward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # of q, k, v

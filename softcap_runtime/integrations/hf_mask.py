@@ -49,7 +49,7 @@ class HfMask(RowIntervals):
 def _last_rows(mask: HfMask, count: int) -> HfMask:
     first = mask.q_len - count
     if mask.left is None or mask.right is None:
-        lo, hi = (edge[:, first:].contiguous() for edge in mask.vectors)
+        lo, hi = (edge[:, first:].contiguous() for edge in mask.vectors[:2])
         return mask._replace(q_len=count, lo=lo, hi=hi)
     left = mask.left if mask.left <= -UNBOUNDED else mask.left + first
     return mask._replace(q_len=count, left=left, right=min(mask.right + first, UNBOUNDED))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from softcap_runtime.masks.deferred_checks import checked
 from softcap_runtime.masks.intervals import (
     UNBOUNDED,
     RowIntervals,
@@ -25,7 +26,7 @@ from softcap_runtime.masks.intervals import (
     edges,
     row_intervals,
 )
-from softcap_runtime.masks.validate import data_is_readable
+from softcap_runtime.masks.readable import data_is_readable
 
 MaskFunction = Callable[..., Any]
 _HOME = "transformers.masking_utils"
@@ -185,6 +186,8 @@ def _spans(ids: Tensor, place: Place) -> RowIntervals:
 def _check_pieces(name: str, ids: Tensor, least: int | None = None) -> None:
     """Raise ValueError when what shares an id, of those from ``least`` on, doesn't stand side by side."""
     if not data_is_readable(ids):
+        message = f"{name}: a block is in two pieces, expected each in one; {_INSTEAD}"
+        checked(ids, lambda: _in_one_piece(ids, least), message, (least,))
         return
     for row, values in enumerate(ids):
         pieces = torch.unique_consecutive(values)
@@ -194,6 +197,18 @@ def _check_pieces(name: str, ids: Tensor, least: int | None = None) -> None:
             raise ValueError(
                 f"{name}: a block of batch row {row} is in two pieces, expected each in one; {_INSTEAD}"
             )
+
+
+def _in_one_piece(ids: Tensor, least: int | None) -> Tensor:
+    """Whether the pieces of each row, those of ids from ``least`` on, all have ids of their own."""
+    starts = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+    if least is not None:
+        starts &= ids >= least
+    count = ids.shape[1]
+    # What starts no piece gets a number that nothing else has: below all ids.
+    others = ids.amin(1, keepdim=True) - 1 - torch.arange(count, device=ids.device)
+    numbers = torch.where(starts, ids, others).sort(1).values
+    return numbers[:, 1:] != numbers[:, :-1]
 
 
 def check_readings(utils: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.masks.documents import document_ids_from_cu_seqlens, document_ids_from_position_ids
-from softcap_runtime.masks.validate import data_is_readable
+from softcap_runtime.masks.readable import data_is_readable
 
 _INSTEAD = "give the layer its mask (attention_mask)"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softcap_runtime.checks import Cap
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, clipped
-from softcap_runtime.masks.validate import data_is_readable
+from softcap_runtime.masks.readable import data_is_readable
 from softcap_runtime.runtime import Runtime
 
 

@@ -32,7 +32,9 @@ from softcap_runtime.integrations.hf_probe import probe
 from softcap_runtime.integrations.hf_serving import admit, attend_paged
 from softcap_runtime.masks.elements import read_elements
 from softcap_runtime.masks.intervals import RowIntervals, combined, dense, row_intervals
-from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable, data_is_there, has_holes
+from softcap_runtime.masks.padding import has_holes
+from softcap_runtime.masks.readable import data_is_readable, data_is_there
+from softcap_runtime.masks.validate import check_mask_arguments
 from softcap_runtime.ops.operator import autocast_inputs
 from softcap_runtime.runtime import Runtime
 
@@ -92,17 +94,15 @@ def interval_mask(
     cache_position: Tensor | None = None,
     use_vmap: bool | None = None,
     **ignored: Any,
-) -> HfMask | Tensor:
+) -> HfMask:
     """The mask function: row intervals from what transformers says about a forward pass.
-
-    Of padding with holes a bool mask ``[B, 1, q_length, kv_length]``.
 
     ``q_length`` rows from position ``q_offset`` on, ``kv_length`` keys from ``kv_offset`` on; ``attention_mask``
     bool ``[B, seen]``, True where a token is no padding, keys past its end hidden. Older versions give
     ``cache_position`` ``[q_length]`` in place of ``q_length`` and ``q_offset``. ``use_vmap`` False where every part
     of ``mask_function`` is transformers' own. An ``attention_mask`` that this function made comes back as it is.
 
-    Raises ValueError on a mask function or padding that is no row interval.
+    Raises ValueError on a mask function that is no row interval.
     """
     if isinstance(attention_mask, HfMask):
         return attention_mask
@@ -133,10 +133,10 @@ def interval_mask(
         mask = probe(mask_function, batch_size, place)
     else:
         mask = read(mask_function, place)
-    if padding is not None and data_is_there(padding) and has_holes(padding):
-        return dense(mask, device)[:, None] & padding.to(device)[:, None, None].bool()
     if padding is not None and not _shows_all(padding, mask):
         shown = row_intervals(q_length, kv_length, causal=False, window=None, attention_mask=padding)
+        if shown.kept is not None and data_is_there(padding) and not has_holes(padding):
+            shown = shown._replace(kept=None)  # once a forward pass a GPU is waited for, as transformers does
         mask = combined(mask, shown, device)
     return HfMask(*mask)
 

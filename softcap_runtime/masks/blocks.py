@@ -110,7 +110,7 @@ def key_ranges(intervals: RowIntervals, block: int) -> list[tuple[int, int]] | K
 
     Rows past ``q_len`` do not count. An empty block of a band is ``(0, 0)``.
     """
-    q_len, kv_len, left, right, lo, hi = intervals
+    q_len, kv_len, left, right, lo, hi, _ = intervals
     if lo is not None and hi is not None:
         lo, hi = _by_block(lo, block), _by_block(hi, block)
         return KeyRanges(lo.amin(-1), hi.amax(-1), lo.amax(-1), hi.amin(-1))

@@ -1,7 +1,7 @@
 """``document_ids`` from what users have: FlashAttention's ``cu_seqlens``, Hugging Face's ``position_ids``.
 
-What can only be seen in the data is checked for CPU tensors alone, in a traced graph when it runs: reading a GPU's
-would wait for it.
+What can only be seen in the data is checked where the data are: at once on the CPU, in a traced graph when that runs,
+and on a GPU by the GPU (``deferred_checks``).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from softcap_runtime.masks.graph_checks import checked
-from softcap_runtime.masks.validate import check_integers, data_is_readable
+from softcap_runtime.masks.deferred_checks import checked
+from softcap_runtime.masks.readable import data_is_readable
+from softcap_runtime.masks.validate import check_integers
 
 _OFFSETS = (
     "cu_seqlens: expected offsets from 0 that never decrease and end at seq_len; make padding a document too"
@@ -25,8 +26,8 @@ def document_ids_from_cu_seqlens(cu_seqlens: Tensor, seq_len: int) -> Tensor:
     ``cu_seqlens``: integers ``[documents + 1]``: 0, the end of the first document, ..., ``seq_len``; equal
     neighbours are empty documents.
 
-    Raises ValueError when it does not start at 0, does not end at ``seq_len`` or decreases (CPU tensors), or
-    is no vector of two entries at least; TypeError when it holds no integers.
+    Raises ValueError when it does not start at 0, does not end at ``seq_len`` or decreases, or is no vector of two
+    entries at least; TypeError when it holds no integers.
     """
     check_integers("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
@@ -36,10 +37,8 @@ def document_ids_from_cu_seqlens(cu_seqlens: Tensor, seq_len: int) -> Tensor:
         )
     if data_is_readable(cu_seqlens):
         _check_offsets(cu_seqlens, seq_len)
-    elif cu_seqlens.device.type == "cpu":
-        whole = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == seq_len)
-        rising = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
-        cu_seqlens = checked(cu_seqlens, whole & rising, _OFFSETS)
+    else:
+        cu_seqlens = checked(cu_seqlens, lambda: _offsets_fit(cu_seqlens, seq_len), _OFFSETS, (seq_len,))
     ends = cu_seqlens[1:].to(torch.int64).clamp(0, seq_len)
     marks = torch.zeros(seq_len + 1, dtype=torch.int32, device=ends.device)
     marks.scatter_add_(0, ends, torch.ones_like(ends, dtype=torch.int32))
@@ -62,6 +61,11 @@ def document_ids_from_position_ids(position_ids: Tensor) -> Tensor:
     positions = position_ids.to(torch.int64)
     restarts = positions[:, 1:] != positions[:, :-1] + 1
     return torch.nn.functional.pad(restarts, (1, 0)).cumsum(1, dtype=torch.int32)
+
+
+def _offsets_fit(cu_seqlens: Tensor, seq_len: int) -> Tensor:
+    rising = cu_seqlens[1:] >= cu_seqlens[:-1]
+    return rising.all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == seq_len)
 
 
 def _check_offsets(cu_seqlens: Tensor, seq_len: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.masks.intervals import RowIntervals
-from softcap_runtime.masks.validate import data_is_there
+from softcap_runtime.masks.readable import data_is_there
 
 
 def read_elements(mask: Tensor, q: Tensor, kv_len: int, name: str) -> RowIntervals | Tensor:

@@ -2,7 +2,8 @@
 
 Causal, sliding window, padding, packed documents, prefixes, bidirectional spans and per-row caches are all
 of that form and combine by intersection, in O(rows) and without looking at an S x S mask. Plain causal and
-window masks need no tensors at all: their rows are a band, two integers.
+window masks need no tensors at all: their rows are a band, two integers. Padding with holes adds a vector of the
+keys that are kept.
 
 Query row i stands at key position ``kv_len - q_len + i`` (bottom-right), or, with a cache of ``n`` valid
 keys, at ``n - q_len + i``, or wherever the caller says: no row depends on the rows beside it.
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softcap_runtime.masks.padding import may_have_holes, padding_edges
 from softcap_runtime.reference import visible
 
 # Stands for "no bound": far above any length, and adding a row to it still fits int32.
@@ -29,6 +31,8 @@ class RowIntervals(NamedTuple):
     ``lo``, ``hi``: the interval form; int32 ``[B, q_len]``, contiguous, within ``[0, kv_len]``, B may be 1. A
     row that sees nothing has ``lo == kv_len, hi == 0``, so it drops out of every minimum of ``lo`` and
     maximum of ``hi``. None in the band form.
+    ``kept``: bool ``[B, kv_len]``, contiguous, B that of ``lo``; no row sees a key that is False. None: all are kept.
+    Never in the band form.
     """
 
     q_len: int
@@ -37,18 +41,22 @@ class RowIntervals(NamedTuple):
     right: int | None
     lo: Tensor | None
     hi: Tensor | None
+    kept: Tensor | None = None
 
     @property
     def vectors(self) -> tuple[Tensor, ...]:
-        """``lo`` and ``hi``; nothing for a band."""
-        return () if self.lo is None or self.hi is None else (self.lo, self.hi)
+        """``lo``, ``hi`` and, where there is one, ``kept``; nothing for a band."""
+        if self.lo is None or self.hi is None:
+            return ()
+        return (self.lo, self.hi) if self.kept is None else (self.lo, self.hi, self.kept)
 
     @property
     def form(self) -> RowIntervals:
         """The same without contents: vectors on the meta device. All that outlives a call may know of its mask."""
         if self.lo is None or self.hi is None:
             return self
-        return self._replace(lo=self.lo.to("meta"), hi=self.hi.to("meta"))
+        kept = None if self.kept is None else self.kept.to("meta")
+        return self._replace(lo=self.lo.to("meta"), hi=self.hi.to("meta"), kept=kept)
 
 
 def band(q_len: int, kv_len: int, *, causal: bool, window: int | None) -> RowIntervals:
@@ -78,8 +86,8 @@ def row_intervals(
 ) -> RowIntervals:
     """The intersection of everything given; the band form when no tensor is given.
 
-    ``attention_mask``: ``[B, kv_len]``, bool or 0/1, the visible keys of a row one contiguous run (padding
-    left, right or both); a row of zeros sees nothing.
+    ``attention_mask``: ``[B, kv_len]``, bool or 0/1; no row sees a key that is 0. Padding left, right or both moves
+    ``lo`` and ``hi``; ``kept`` is made where there may be holes.
     ``document_ids``: ``[B, kv_len]``, non-decreasing integers; a position sees only keys with its own id.
     ``prefix_lengths``: ``[B]`` integers; the span ``[0, prefix)``.
     ``spans``: ``[B, N, 2]`` integers, half-open, disjoint, ``start == end`` for an unused slot; positions of
@@ -92,6 +100,7 @@ def row_intervals(
     O(B * kv_len), no host-device synchronisation, traceable by torch.compile. B may be 1 in any tensor.
     Nothing is checked here: see ``validate.check_mask_arguments``.
     """
+    kept = attention_mask if attention_mask is not None and may_have_holes(attention_mask) else None
     given = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths, query_positions)
     devices = [tensor.device for tensor in given if tensor is not None]
     if not devices:
@@ -137,12 +146,22 @@ def row_intervals(
         # Within its document a row sees itself and keys that are there: nothing to clip. Each operation counts, as
         # packed batches are masked anew for each call, and a GPU waits for the host.
         return _intervals(q_len, kv_len, *torch.broadcast_tensors(lo, hi))
-    return clipped(q_len, kv_len, torch.zeros_like(hi) if lo is None else lo, hi)
+    intervals = clipped(q_len, kv_len, torch.zeros_like(hi) if lo is None else lo, hi)
+    return intervals if kept is None else with_kept(intervals, kept)
+
+
+def with_kept(intervals: RowIntervals, kept: Tensor) -> RowIntervals:
+    """Only those keys that ``kept`` ``[B or 1, kv_len]``, bool or 0/1, shows too."""
+    kept = kept != 0 if intervals.kept is None else (kept != 0) & intervals.kept
+    lo, hi = edges(intervals, kept.device)
+    batch = max(lo.shape[0], kept.shape[0])
+    lo, hi, kept = (x.expand(batch, -1).contiguous() for x in (lo, hi, kept))
+    return RowIntervals(intervals.q_len, intervals.kv_len, None, None, lo, hi, kept)
 
 
 def edges(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """``lo`` and ``hi`` of either form: int32 ``[B or 1, q_len]``."""
-    q_len, kv_len, left, right, lo, hi = intervals
+    """``lo`` and ``hi`` of either form, whatever keys are kept: int32 ``[B or 1, q_len]``."""
+    q_len, kv_len, left, right, lo, hi, _ = intervals
     if lo is not None and hi is not None:
         return lo.to(device), hi.to(device)
     rows = torch.arange(q_len, dtype=torch.int32, device=device)[None]
@@ -151,13 +170,15 @@ def edges(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, 
 
 def dense(intervals: RowIntervals, device: torch.device | str) -> Tensor:
     """The mask element by element: bool ``[B or 1, q_len, kv_len]``, True where row i sees key j."""
-    return visible(*edges(intervals, device), intervals.kv_len)
+    shown = visible(*edges(intervals, device), intervals.kv_len)
+    return shown if intervals.kept is None else shown & intervals.kept.to(device)[:, None]
 
 
 def combined(a: RowIntervals, b: RowIntervals, device: torch.device, *, union: bool = False) -> RowIntervals:
     """The keys that both masks show, a band if both are bands.
 
-    With ``union`` each row from the earlier of the two beginnings to the later of the two ends.
+    With ``union``, of masks that keep all keys, each row from the earlier of the two beginnings to the later of the two
+    ends.
     """
     if a.left is not None and a.right is not None and b.left is not None and b.right is not None:
         # By name, here: torch.export has functions of its own in the place of min and max.
@@ -165,7 +186,10 @@ def combined(a: RowIntervals, b: RowIntervals, device: torch.device, *, union: b
         return a._replace(left=first(a.left, b.left), right=last(a.right, b.right))
     (a_lo, a_hi), (b_lo, b_hi) = edges(a, device), edges(b, device)
     lo, hi = (torch.minimum, torch.maximum) if union else (torch.maximum, torch.minimum)
-    return clipped(a.q_len, a.kv_len, lo(a_lo, b_lo), hi(a_hi, b_hi))
+    made = clipped(a.q_len, a.kv_len, lo(a_lo, b_lo), hi(a_hi, b_hi))
+    for kept in (a.kept, b.kept):
+        made = made if kept is None else with_kept(made, kept.to(device))
+    return made
 
 
 def clipped(q_len: int, kv_len: int, lo: Tensor, hi: Tensor) -> RowIntervals:
@@ -196,16 +220,6 @@ def _at_positions(values: Tensor, positions: Tensor, kv_len: int) -> Tensor:
     batch = max(values.shape[0], index.shape[0])
     found = values.expand(batch, -1).gather(1, index.expand(batch, -1))
     return found.masked_fill(positions < 0, 0)
-
-
-def padding_edges(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """First visible key and one past the last, int32 ``[B, 1]``; (kv_len, 0) where there is none."""
-    kv_len = attention_mask.shape[1]
-    keys = torch.arange(kv_len, dtype=torch.int32, device=attention_mask.device)
-    hidden = attention_mask == 0
-    first = keys.masked_fill(hidden, kv_len).amin(1, keepdim=True)
-    last = keys.masked_fill(hidden, -1).amax(1, keepdim=True) + 1
-    return first, last
 
 
 def _document_edges(document_ids: Tensor, *, ends: bool) -> tuple[Tensor, Tensor | None]:

@@ -1,8 +1,8 @@
 """Checks of mask arguments, before any kernel runs: one line that names the argument and its value.
 
-Shapes, dtypes and devices are always checked. What can only be seen in the data is checked for CPU tensors
-alone: reading a GPU's would wait for it. There, bad data gives a wrong mask, never a read out of bounds. In a
-graph that is traced the check is a part of it, less wordy, as under torch.func. docs/masks.md lists them.
+Shapes, dtypes and devices are always checked. What can only be seen in the data is checked where the data are: on the
+CPU at once; in a graph that is traced, and under torch.func, by a check that is a part of it, less wordy; on a GPU by
+the GPU, for which nothing waits (``deferred_checks``). docs/masks.md lists them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.compat.torch_transforms import in_transform
-from softcap_runtime.masks.graph_checks import checked
-from softcap_runtime.masks.intervals import padding_edges
+from softcap_runtime.masks.deferred_checks import checked
+from softcap_runtime.masks.intervals import RowIntervals
+from softcap_runtime.masks.padding import runs_of
+from softcap_runtime.masks.readable import data_is_readable
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_NO_HOLES = (
-    "attention_mask: holes between visible keys, expected one run of 1 in each row, inside a graph or torch.func on "
-    "the CPU; call it as it is, which serves holes, or leave the hidden tokens out"
-)
+_ZEROS_AND_ONES = "attention_mask: other numbers than 0 (padding) and 1; pass mask != 0 if that is meant"
+_DOCUMENTS = "document_ids: decreasing, expected ids that never decrease; number them in the row's order"
 _SPANS = (
     "spans: out of range or overlapping, expected disjoint ones with 0 <= start < end <= the number of keys, or "
     "start == end for an unused slot"
@@ -45,7 +44,8 @@ def check_mask_arguments(
     """Check the arguments of ``intervals.row_intervals``, which says what each of them means, and hand them back.
 
     Go on with those: in a traced graph they are what the checks let through.
-    ``holes``: whether the caller serves an ``attention_mask`` of several runs of 1, which is no row interval.
+    ``holes``: whether the caller serves an ``attention_mask`` of several runs of 1, which is no row interval; one that
+    doesn't gives masks on the CPU, outside of graphs.
 
     Raises TypeError for what is no tensor or has the wrong dtype, ValueError for all else: a shape other than
     the one named there (with one batch row or ``batch``), another device than ``device``, more queries than
@@ -63,10 +63,9 @@ def check_mask_arguments(
             _check_zeros_and_ones(attention_mask)
             if not holes:
                 _check_runs(attention_mask)
-        elif attention_mask.device.type == "cpu":
-            first, last = padding_edges(attention_mask)
-            whole = (attention_mask != 0).sum(1, keepdim=True) >= last - first
-            attention_mask = checked(attention_mask, whole, _NO_HOLES)
+        elif attention_mask.dtype != torch.bool:
+            shown = attention_mask
+            attention_mask = checked(shown, lambda: (shown == 0) | (shown == 1), _ZEROS_AND_ONES)
     if document_ids is not None:
         _check_tensor("document_ids", document_ids, batch, (kv_len,), device, _INTEGERS)
         if q_len > kv_len and not placed:
@@ -76,23 +75,21 @@ def check_mask_arguments(
             )
         if data_is_readable(document_ids):
             _check_documents(document_ids)
-        elif document_ids.device.type == "cpu":
-            rises = document_ids.cummax(1).values == document_ids
-            message = (
-                "document_ids: decreasing, expected ids that never decrease; number them in the row's order"
-            )
-            document_ids = checked(document_ids, rises, message)
+        else:
+            ids = document_ids
+            document_ids = checked(ids, lambda: ids[:, 1:] >= ids[:, :-1], _DOCUMENTS)
     if prefix_lengths is not None:
         _check_tensor("prefix_lengths", prefix_lengths, batch, (), device, _INTEGERS)
         words = "between 0 and the number of keys"
         prefix_lengths = _check_range("prefix_lengths", prefix_lengths, 0, kv_len, words)
     if spans is not None:
-        slots = spans.shape[1] if isinstance(spans, Tensor) and spans.dim() == 3 else -1
-        _check_tensor("spans", spans, batch, (slots, 2), device, _INTEGERS)
+        count = spans.shape[1] if isinstance(spans, Tensor) and spans.dim() == 3 else -1
+        _check_tensor("spans", spans, batch, (count, 2), device, _INTEGERS)
         if data_is_readable(spans):
             _check_spans(spans, kv_len)
-        elif spans.device.type == "cpu":
-            spans = checked(spans, _spans_fit(spans, kv_len), _SPANS)
+        else:
+            slots = spans
+            spans = checked(slots, lambda: _spans_fit(slots, kv_len), _SPANS, (kv_len,))
     if cache_lengths is not None:
         _check_tensor("cache_lengths", cache_lengths, batch, (), device, _INTEGERS)
         words = f"from {'0' if placed else 'the number of query rows'} to the number of keys"
@@ -109,35 +106,38 @@ def check_mask_arguments(
     }
 
 
-def has_holes(attention_mask: Tensor) -> bool:
-    """Whether any row of a mask ``[B, kv_len]`` shows more than one run of keys; looks at the data."""
-    return bool((_runs(attention_mask) > 1).any())
+def check_row_intervals(mask: RowIntervals, q: Tensor, k: Tensor) -> None:
+    """Raise ValueError unless the mask's lengths and vectors fit ``q`` and ``k`` ``[B, H, S, D]``.
 
+    Kernels read the vectors without looking at their sizes: a wrong one is memory out of bounds.
+    """
+    lengths = (q.shape[2], k.shape[2])
+    if (mask.q_len, mask.kv_len) != lengths:
+        raise ValueError(
+            f"mask: made for {mask.q_len} queries over {mask.kv_len} keys, expected {lengths[0]} over {lengths[1]}"
+        )
+    wanted = list(dict.fromkeys([torch.Size((1, mask.q_len)), torch.Size((q.shape[0], mask.q_len))]))
+    if mask.lo is not None and mask.lo.shape in wanted:
+        wanted = [mask.lo.shape]  # hi is sized as lo is
+    for name, edge in zip(("lo", "hi"), mask.vectors, strict=False):
+        if edge.shape not in wanted or (edge.dtype, edge.device) != (torch.int32, q.device):
+            raise ValueError(
+                f"mask.{name}: {edge.dtype} {tuple(edge.shape)} on {edge.device}, expected int32 "
+                f"{' or '.join(str(tuple(shape)) for shape in wanted)} on {q.device}"
+            )
 
-def _runs(attention_mask: Tensor) -> Tensor:
-    """Runs of visible keys of each row: those that begin behind a hidden key, and one at the very start."""
-    seen = attention_mask != 0
-    return (seen[:, 1:] & ~seen[:, :-1]).sum(1, dtype=torch.int32) + seen[:, 0]
+    if mask.kept is not None:
+        form = (mask.kept.shape, mask.kept.dtype, mask.kept.device)
+        if form != ((*wanted[0][:1], k.shape[2]), torch.bool, q.device):
+            raise ValueError(
+                f"mask.kept: {mask.kept.dtype} {tuple(mask.kept.shape)} on {mask.kept.device}, expected bool "
+                f"{(*wanted[0][:1], k.shape[2])} on {q.device}"
+            )
 
 
 def check_integers(name: str, tensor: Any) -> None:
     """Raise TypeError unless ``tensor`` is a tensor of integers."""
     _check_dtype(name, tensor, _INTEGERS)
-
-
-def data_is_readable(tensor: Tensor) -> bool:
-    """Whether looking at the data costs no wait: a CPU tensor that has data, nobody tracing."""
-    return tensor.device.type == "cpu" and data_is_there(tensor)
-
-
-def data_is_there(tensor: Tensor) -> bool:
-    """Whether there are data to look at (a fake tensor has none), and nobody traces what is done with them.
-
-    A tensor of a torch.func transform may stand for many, whose data have no one answer.
-    """
-    own = type(tensor) in (Tensor, torch.nn.Parameter)
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return own and not traced and not in_transform(tensor)
 
 
 def _check_dtype(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -175,12 +175,9 @@ def _check_tensor(
 
 
 def _check_range(name: str, lengths: Tensor, low: int, high: int, words: str) -> Tensor:
-    if lengths.device.type != "cpu":
-        return lengths
     if not data_is_readable(lengths):
-        return checked(
-            lengths, (lengths >= low) & (lengths <= high), f"{name}: out of range, expected {words}"
-        )
+        message = f"{name}: out of range, expected {words}"
+        return checked(lengths, lambda: (lengths >= low) & (lengths <= high), message, (low, high))
     for row, length in enumerate(lengths.tolist()):
         if not low <= length <= high:
             raise ValueError(f"{name}: {length} in batch row {row}, expected {low} to {high}, {words}")
@@ -193,12 +190,10 @@ def _check_query_positions(
     shared = isinstance(positions, Tensor) and positions.dim() == 1
     rows = positions[None] if shared else positions
     _check_tensor("query_positions", rows, batch, (q_len,), device, _INTEGERS)
-    if device.type != "cpu":
-        return positions
-    inside = (rows >= 0) & (rows < kv_len)
     if not data_is_readable(positions):
         message = "query_positions: out of range, expected 0 to the number of keys - 1"
-        return checked(positions, inside, message)
+        return checked(positions, lambda: (positions >= 0) & (positions < kv_len), message, (kv_len,))
+    inside = (rows >= 0) & (rows < kv_len)
     if not bool(inside.all()):
         row, index = (int(at) for at in (~inside).nonzero()[0])
         raise ValueError(
@@ -217,7 +212,7 @@ def _check_zeros_and_ones(attention_mask: Tensor) -> None:
 
 
 def _check_runs(attention_mask: Tensor) -> None:
-    runs = _runs(attention_mask)
+    runs = runs_of(attention_mask)
     if bool((runs > 1).any()):
         row = int(runs.argmax())
         raise ValueError(

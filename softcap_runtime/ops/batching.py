@@ -20,7 +20,7 @@ def register_rules(library: torch.library.Library) -> None:
 def _attention(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
     out, lse = torch.ops.softcap_runtime.attention(*_joined(info.batch_size, in_dims, inputs, 3))
     out = _split(out, info.batch_size)
-    train = inputs[-2]  # else there is no logsumexp
+    train = inputs[10]  # else there is no logsumexp
     return ((out, _split(lse, info.batch_size)), (0, 0)) if train else ((out, lse), (0, None))
 
 
@@ -30,17 +30,22 @@ def _attention_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any
 
 
 def _joined(samples: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...], count: int) -> list[Any]:
-    """An operator's inputs, ``samples`` times the batch: ``count`` tensors ``[B, ...]``, both edges, the numbers.
+    """An operator's inputs, ``samples`` times the batch: ``count`` tensors ``[B, ...]``, both edges, numbers, ``kept``.
 
-    Edges ``[1, S]`` that all samples share serve any batch, and stay as they are.
+    Edges and kept keys ``[1, S]`` that all samples share serve any batch, and stay as they are.
     """
     tensors = [_join(x, dim, samples) for x, dim in zip(inputs[:count], in_dims, strict=False)]
-    edges, dims = inputs[count : count + 2], in_dims[count : count + 2]
-    shared = edges[0] is None or (dims == (None, None) and edges[0].shape[0] == 1)
+    numbers = 7 if count == 3 else 6
+    places = [count, count + 1]
+    if len(inputs) > count + 2 + numbers and inputs[-1] is not None:
+        places.append(len(inputs) - 1)
+    made = [*tensors, *inputs[count:]]
+    shared = inputs[count] is None or all(in_dims[at] is None and inputs[at].shape[0] == 1 for at in places)
     if not shared:
         batch = tensors[0].shape[0] // samples
-        edges = tuple(_join(x, dim, samples, batch) for x, dim in zip(edges, dims, strict=True))
-    return [*tensors, *edges, *inputs[count + 2 :]]
+        for at in places:
+            made[at] = _join(inputs[at], in_dims[at], samples, batch)
+    return made
 
 
 def _join(x: Tensor, dim: int | None, samples: int, batch: int = -1) -> Tensor:

@@ -31,12 +31,14 @@ LIBRARY = torch.library.Library("softcap_runtime", "DEF")
 
 _MASK = "Tensor? lo, Tensor? hi, SymInt left, SymInt right"
 _HOW = "float scale, float? softcap, str engine"
+# ``kept`` came last, so that programs that were written before it go on.
+_LAST = "int runtime, Tensor? kept=None"
 LIBRARY.define(
-    f"attention(Tensor q, Tensor k, Tensor v, {_MASK}, {_HOW}, bool train, int runtime) -> (Tensor, Tensor)"
+    f"attention(Tensor q, Tensor k, Tensor v, {_MASK}, {_HOW}, bool train, {_LAST}) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     f"attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MASK}, {_HOW},"
-    " int runtime) -> (Tensor, Tensor, Tensor)"
+    f" {_LAST}) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -73,6 +75,7 @@ def _call(
     k: Tensor,
     lo: Tensor | None,
     hi: Tensor | None,
+    kept: Tensor | None,
     left: int,
     right: int,
     scale: float,
@@ -84,25 +87,41 @@ def _call(
     if lo is None or hi is None:
         mask = RowIntervals(*lengths, left, right, None, None)
     else:
-        mask = RowIntervals(*lengths, None, None, lo, hi)
+        mask = RowIntervals(*lengths, None, None, lo, hi, kept)
     return Call(mask, scale, softcap, engine, train)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+# Left, right, scale, softcap and engine of a call; and train, which a backward has not.
+_How = tuple[Any, Any, float, "float | None", str]
+_HowForward = tuple[Any, Any, float, "float | None", str, bool]
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, how: _HowForward, runtime: int, kept: Any
+) -> tuple[Tensor, Tensor]:
     if q.is_meta:
-        return _fake_forward(q, k, v, *rest)
-    *how, runtime = rest
-    out, lse = _server(runtime).forward(q, k, v, _call(q, k, *how))
-    return out, q.new_empty(0, dtype=torch.float32) if lse is None or not how[-1] else lse
+        return _fake_forward(q, k, v, lo, hi, *how, runtime=runtime, kept=kept)
+    out, lse = _server(runtime).forward(q, k, v, _call(q, k, lo, hi, kept, *how))
+    train = how[-1]
+    return out, q.new_empty(0, dtype=torch.float32) if lse is None or not train else lse
 
 
 def _backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lo: Any,
+    hi: Any,
+    how: _How,
+    runtime: int,
+    kept: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.is_meta:
-        return _fake_backward(grad_out, q, k, v, out, lse, *rest)
-    *how, runtime = rest
-    call = _call(q, k, *(*how, True))
+        return _fake_backward(grad_out, q, k, v, out, lse, lo, hi, *how, runtime=runtime, kept=kept)
+    call = _call(q, k, lo, hi, kept, *how, train=True)
     grads: tuple[Tensor, Tensor, Tensor] = _server(runtime).backward(grad_out, q, k, v, out, lse, call)
     return grads
 
@@ -116,9 +135,22 @@ def _check_no_other_is_meta(q: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name}: on meta, expected q's {q.device}; move one of them")
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, *rest: Any) -> tuple[Tensor, Tensor]:
-    _check_no_other_is_meta(q, k=k, v=v, lo=lo, hi=hi)
-    train = rest[-2]
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Any,
+    hi: Any,
+    left: Any,
+    right: Any,
+    scale: float,
+    softcap: float | None,
+    engine: str,
+    train: bool,
+    runtime: int,
+    kept: Any = None,
+) -> tuple[Tensor, Tensor]:
+    _check_no_other_is_meta(q, k=k, v=v, lo=lo, hi=hi, kept=kept)
     wide = torch.promote_types(q.dtype, torch.float32)
     return empty_output(q), q.new_empty(
         q.shape[:3] if train else (0,), dtype=wide if train else torch.float32
@@ -126,22 +158,65 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, *rest: Any)
 
 
 def _fake_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Any, hi: Any, *rest: Any
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lo: Any,
+    hi: Any,
+    left: Any,
+    right: Any,
+    scale: float,
+    softcap: float | None,
+    engine: str,
+    runtime: int,
+    kept: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_no_other_is_meta(q, grad_out=grad_out, k=k, v=v, out=out, lse=lse, lo=lo, hi=hi)
+    _check_no_other_is_meta(q, grad_out=grad_out, k=k, v=v, out=out, lse=lse, lo=lo, hi=hi, kept=kept)
     return empty_output(q), empty_output(k), empty_output(v)
 
 
 # Programs may call the operator by its name: it checks what the runtime's own door has made sure of.
 
 
-def _checked_forward(q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+def _checked_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Any,
+    hi: Any,
+    left: Any,
+    right: Any,
+    scale: float,
+    softcap: float | None,
+    engine: str,
+    train: bool,
+    runtime: int,
+    kept: Any = None,
+) -> tuple[Tensor, Tensor]:
     check_qkv(q, k, v)
-    return _forward(q, k, v, *_checked_edges(lo, hi, k.shape[2]), *rest)
+    lo, hi, kept = _checked_edges(lo, hi, kept, k.shape[2])
+    return _forward(q, k, v, lo, hi, (left, right, scale, softcap, engine, train), runtime, kept)
 
 
 def _checked_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Any, hi: Any, *rest: Any
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lo: Any,
+    hi: Any,
+    left: Any,
+    right: Any,
+    scale: float,
+    softcap: float | None,
+    engine: str,
+    runtime: int,
+    kept: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_qkv(q, k, v)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -155,16 +230,23 @@ def _checked_backward(
                 f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected {dtype} "
                 f"{tuple(shape)} on {q.device}, as the forward with train=True gave it"
             )
-    return _backward(grad_out, q, k, v, out, lse.contiguous(), *_checked_edges(lo, hi, k.shape[2]), *rest)
+    lo, hi, kept = _checked_edges(lo, hi, kept, k.shape[2])
+    how = (left, right, scale, softcap, engine)
+    return _backward(grad_out, q, k, v, out, lse.contiguous(), lo, hi, how, runtime, kept)
 
 
-def _checked_edges(lo: Tensor | None, hi: Tensor | None, kv_len: int) -> tuple[Tensor | None, Tensor | None]:
-    """Both or none, each key one that is there; sizes and dtype are checked where an engine is bound to them."""
+def _checked_edges(
+    lo: Tensor | None, hi: Tensor | None, kept: Tensor | None, kv_len: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Both edges or none, each key one that is there; sizes and dtype are checked where an engine is bound to them."""
     if lo is None or hi is None:
         if lo is not hi:
             raise ValueError(f"{'hi' if hi is None else 'lo'}: None, expected both edges of the rows or none")
-        return None, None
-    return lo.clamp(0, kv_len).contiguous(), hi.clamp(0, kv_len).contiguous()
+        if kept is not None:
+            raise ValueError("kept: a tensor without lo and hi, expected None for a band; give the edges too")
+        return None, None, None
+    edges = lo.clamp(0, kv_len).contiguous(), hi.clamp(0, kv_len).contiguous()
+    return *edges, None if kept is None else kept.contiguous()
 
 
 # The forwards below take ctx, since ``apply`` reads the signature of one without it at each call: 40 us.
@@ -175,13 +257,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, recording: bool, *inputs: Any) -> tuple[Tensor, Tensor]:
-        if interpreters_active(*inputs[:5]):
+        q, k, v, lo, hi, left, right, scale, softcap, engine, train, runtime, kept = inputs
+        how = (left, right, scale, softcap, engine)
+        if interpreters_active(q, k, v, lo, hi, kept):
             with below_autograd(recording):
                 output = torch.ops.softcap_runtime.attention(*inputs)
         else:
-            output = _forward(*inputs)
-        q, k, v, lo, hi, *how, _, runtime = inputs
-        ctx.save_for_backward(q, k, v, *output, lo, hi)
+            output = _forward(q, k, v, lo, hi, (*how, train), runtime, kept)
+        ctx.save_for_backward(q, k, v, *output, lo, hi, kept)
         ctx.how, ctx.runtime = how, runtime
         ctx.server = _servers.get(runtime)  # the backward is its too: it lives as long
         ctx.mark_non_differentiable(output[1])
@@ -190,15 +273,18 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        nothing = (None,) * 9
+        nothing = (None,) * 10
         if grad_out is None:
             return (None, None, None, None, *nothing)
-        q, k, v, out, lse, lo, hi = ctx.saved_tensors
+        *saved, lo, hi, kept = ctx.saved_tensors
         watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        watched = watched or interpreters_active(grad_out, q, k, v, out, lse, lo, hi)
-        direct = not (watched or is_batch_of_gradients(grad_out))
-        backward = _backward if direct else torch.ops.softcap_runtime.attention_backward
-        return (None, *backward(grad_out, q, k, v, out, lse, lo, hi, *ctx.how, ctx.runtime), *nothing)
+        watched = watched or interpreters_active(grad_out, *saved, lo, hi, kept)
+        if watched or is_batch_of_gradients(grad_out):
+            backward = torch.ops.softcap_runtime.attention_backward
+            return (None, *backward(grad_out, *saved, lo, hi, *ctx.how, ctx.runtime, kept), *nothing)
+        q, k, v, out, lse = saved
+        grads = _backward(grad_out, q, k, v, out, lse, lo, hi, ctx.how, ctx.runtime, kept)
+        return (None, *grads, *nothing)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -226,16 +312,29 @@ class _Backward(torch.autograd.Function):
     jvp = backward
 
 
-def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _differentiable(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lo: Any,
+    hi: Any,
+    left: Any,
+    right: Any,
+    scale: float,
+    softcap: float | None,
+    engine: str,
+    train: bool,
+    runtime: int,
+    kept: Any = None,
+) -> tuple[Tensor, Tensor]:
     # torch.func's levels and the compiler hide from a caller that gradients are wanted.
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3]):
-        inputs = (*inputs[:-2], True, inputs[-1])
-    if not interpreters_active(*inputs[:5]):
-        q, k, v, lo, hi, *rest = inputs
+    train = train or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+    if not interpreters_active(q, k, v, lo, hi, kept):
         check_qkv(q, k, v)
-        inputs = (q, k, v, *_checked_edges(lo, hi, k.shape[2]), *rest)
+        lo, hi, kept = _checked_edges(lo, hi, kept, k.shape[2])
     else:
-        inputs = (*sharded_inputs(*inputs[:5]), *inputs[5:])
+        q, k, v, lo, hi, kept = sharded_inputs(q, k, v, lo, hi, kept)
+    inputs = (q, k, v, lo, hi, left, right, scale, softcap, engine, train, runtime, kept)
     return apply_function(_Attention, *inputs)
 
 
@@ -245,13 +344,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tenso
     left, right = (0, 0) if mask.left is None or mask.right is None else (mask.left, mask.right)
     _, scale, softcap, engine, train = call  # no slice of it: the compiler of torch 2.8 takes none
     scale, softcap = constant_in_graph(scale), constant_in_graph(softcap)
-    inputs = (q, k, v, mask.lo, mask.hi, left, right, scale, softcap, engine, train, number)
-    if torch.compiler.is_compiling() or interpreters_active(*inputs[:5]):
+    lo, hi, kept = mask.lo, mask.hi, mask.kept
+    how = (left, right, scale, softcap, engine, train, number)
+    if torch.compiler.is_compiling() or interpreters_active(q, k, v, lo, hi, kept):
         if not torch.compiler.is_dynamo_compiling():  # there the operator's own autograd kernel does it
-            inputs = (*sharded_inputs(q, k, v, mask.lo, mask.hi), *inputs[5:])
-        output = torch.ops.softcap_runtime.attention(*inputs)
+            q, k, v, lo, hi, kept = sharded_inputs(q, k, v, lo, hi, kept)
+        output = torch.ops.softcap_runtime.attention(q, k, v, lo, hi, *how, kept)
     else:
-        output = _Attention.apply(True, *inputs)  # type: ignore[no-untyped-call]
+        output = _Attention.apply(True, q, k, v, lo, hi, *how, kept)  # type: ignore[no-untyped-call]
     out: Tensor = output[0]
     return out
 

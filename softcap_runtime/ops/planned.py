@@ -60,9 +60,9 @@ class _Planned(torch.autograd.Function):
         if watched or interpreters_active(grad_out, *saved) or is_batch_of_gradients(grad_out):
             problem = plan.problem
             left, right = problem.mask.left, problem.mask.right
-            edges = saved[5:] or (None, None)
+            lo, hi, kept = (*saved[5:], None, None, None)[:3]
             band = (0, 0) if left is None or right is None else (left, right)
-            how = (*edges, *band, problem.scale, problem.softcap, engine, server.number)
+            how = (lo, hi, *band, problem.scale, problem.softcap, engine, server.number, kept)
             grads = torch.ops.softcap_runtime.attention_backward(grad_out, *saved[:5], *how)
         else:
             plan.hits += 1

@@ -32,19 +32,17 @@ def whole(x: Tensor | None) -> Any:
     return x.full_tensor() if is_dtensor(x) else x  # type: ignore[union-attr]
 
 
-def sharded_inputs(
-    q: Tensor, k: Tensor, v: Tensor, lo: Tensor | None, hi: Tensor | None
-) -> tuple[Any, Any, Any, Any, Any]:
+def sharded_inputs(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor | None) -> tuple[Any, ...]:
     """A call's tensors as a rule has them; as they are where q, k and v are no DTensors.
 
-    A sharded sequence goes to heads, and plain edges are taken as replicated. Raises ValueError, naming the tensor and
-    its placement, where they are sharded as no rule has it.
+    A sharded sequence goes to heads, and plain ``edges`` (lo, hi, kept) are taken as replicated. Raises ValueError,
+    naming the tensor and its placement, where they are sharded as no rule has it.
     """
     if not (is_dtensor(q) or is_dtensor(k) or is_dtensor(v)):
-        return q, k, v, lo, hi
+        return q, k, v, *edges
     check_placements(q, k, v)
     _register_once()
-    return _by_heads(q), _by_heads(k), _by_heads(v), _replicated(lo, q), _replicated(hi, q)
+    return *map(_by_heads, (q, k, v)), *[_replicated(edge, q) for edge in edges]
 
 
 def _by_heads(x: Any) -> Any:
@@ -127,9 +125,9 @@ def _register_once() -> bool:
 
 
 def _forward(q: Any, k: Any, v: Any, lo: Any, hi: Any, *numbers: Any) -> list[tuple[list[Any], list[Any]]]:
-    train = numbers[-2]  # else the logsumexp is empty
+    train = numbers[5]  # else the logsumexp is empty
     return [
-        ([main, main if train else edge_of_none], [main] * 3 + edges + [None] * len(numbers))
+        ([main, main if train else edge_of_none], [main] * 3 + edges + _placed(numbers, edges))
         for main, edge_of_none, edges in _choices(lo)
     ]
 
@@ -137,7 +135,12 @@ def _forward(q: Any, k: Any, v: Any, lo: Any, hi: Any, *numbers: Any) -> list[tu
 def _backward(
     grad_out: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, lo: Any, hi: Any, *numbers: Any
 ) -> list[tuple[list[Any], list[Any]]]:
-    return [([main] * 3, [main] * 6 + edges + [None] * len(numbers)) for main, _, edges in _choices(lo)]
+    return [([main] * 3, [main] * 6 + edges + _placed(numbers, edges)) for main, _, edges in _choices(lo)]
+
+
+def _placed(numbers: tuple[Any, ...], edges: list[Any]) -> list[Any]:
+    """Of an operator's last arguments: none for numbers, the edges' for the kept keys."""
+    return [edges[0] if hasattr(one, "shape") else None for one in numbers]
 
 
 def _choices(lo: Any) -> list[tuple[Any, Any, list[Any]]]:

@@ -15,7 +15,7 @@ from cpu.kernels import NARROW, NATIVE, Kernel, Libraries
 from softcap_runtime import AttentionConfig, Runtime
 from softcap_runtime.engines.blocked_cpu import FindIntervals, bind_intervals
 from softcap_runtime.masks import check_mask_arguments, row_intervals
-from softcap_runtime.masks.validate import has_holes
+from softcap_runtime.masks.padding import has_holes
 
 CPU = torch.device("cpu")
 INTEGERS = (torch.int64, torch.int32, torch.int8, torch.uint8)
