@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.masks.readable import data_is_there
@@ -56,8 +57,8 @@ def as_additive(mask: Tensor, q_len: int, kv_len: int, name: str = "causal_mask"
 def intervals_of_elements(mask: Tensor) -> RowIntervals | None:
     """The row intervals of ``as_additive``'s result, or None when it is not that simple.
 
-    It is when each row sees one run of keys, no head differs and no visible element carries a bias. Costs one look
-    at every element and waits for the device.
+    It is when each row sees one run of the keys that any row sees, no head differs and no visible element carries a
+    bias. Costs one look at every element and waits for the device.
     """
     if mask.shape[1] > 1:
         return None
@@ -74,7 +75,12 @@ def intervals_of_elements(mask: Tensor) -> RowIntervals | None:
     lo = seen.argmax(-1).to(torch.int32)
     hi = kv_len - seen.flip(-1).argmax(-1).to(torch.int32)
     empty = count == 0
-    if not bool(((hi - lo == count) | empty).all()):
-        return None
     lo, hi = lo.masked_fill(empty, kv_len), hi.masked_fill(empty, 0)
-    return RowIntervals(q_len, kv_len, None, None, lo.contiguous(), hi.contiguous())
+    if bool(((hi - lo == count) | empty).all()):
+        return RowIntervals(q_len, kv_len, None, None, lo.contiguous(), hi.contiguous())
+    kept = visible.any(1)
+    before = pad(kept.cumsum(1, dtype=torch.int32), (1, 0))
+    between = before.gather(1, hi.to(torch.int64)) - before.gather(1, lo.to(torch.int64))
+    if not bool(((between == count) | empty).all()):
+        return None
+    return RowIntervals(q_len, kv_len, None, None, lo.contiguous(), hi.contiguous(), kept)
