@@ -73,6 +73,9 @@ def mask_of(kind: str, batch: int, rows: int, keys: int) -> tuple[dict[str, Any]
         lo[:, 5], hi[:, 5] = keys, 0
     elif kind == "shared":
         lo, hi = lo[:1], hi[:1]
+    elif kind == "kept":
+        kept = torch.rand(batch, keys) < 0.5
+        return {"lo": lo.contiguous(), "hi": hi.contiguous(), "kept": kept}, lo, hi
     return {"lo": lo.contiguous(), "hi": hi.contiguous()}, lo, hi
 
 
@@ -83,7 +86,7 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
     k, v = (torch.randn(batch, kv_heads, keys, dim).to(dtype) for _ in range(2))
     grad_out = torch.randn(batch, heads, rows, dim).to(dtype)
     how, lo, hi = mask_of(case["mask"], batch, rows, keys)
-    edges = [how.pop(name) for name in ("lo", "hi") if name in how]
+    edges = [how.pop(name) for name in ("lo", "hi", "kept") if name in how]
     how |= {"scale": dim**-0.5, "softcap": case["softcap"]}
     empty, empty_strided = torch.empty, torch.empty_strided
     torch.empty, torch.empty_strided = poisoned(empty), poisoned(empty_strided)
@@ -92,14 +95,16 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
         out, lse = forward(q, k, v, *edges)
         assert torch.equal(forward(q, k, v, *edges)[0], out)
         saved = (grad_out, q, k, v, out, lse, *edges)
-        grads = bind_backward(*saved, kernels=Kernels(), **how)(*saved)
+        kept = edges[2] if len(edges) == 3 else None  # decoding alone reads it, which has no backward
+        grads = () if kept is not None else bind_backward(*saved, kernels=Kernels(), **how)(*saved)
     finally:
         torch.empty, torch.empty_strided = empty, empty_strided
     wide = [x.double().requires_grad_() for x in (q, k, v)]
     mask = reference.visible(lo, hi, keys)
+    mask = mask if kept is None else mask & kept[:, None]
     want, want_lse = reference.attention(*wide, mask, scale=how["scale"], softcap=how["softcap"])
     exact = torch.autograd.grad(want, wide, grad_out.double())
-    pairs = zip(("out", "dq", "dk", "dv"), (out, *grads), (want, *exact), strict=True)
+    pairs = zip(("out", "dq", "dk", "dv"), (out, *grads), (want, *exact), strict=kept is None)
     found = {name: float((mine - true).norm() / true.norm()) for name, mine, true in pairs}
     seen = want_lse > -torch.inf
     found["lse"] = float((lse - want_lse)[seen].abs().max())

@@ -61,6 +61,7 @@ def bind_forward(
     ``q`` ``[B, Hq, Sq, D]``, ``k`` and ``v`` ``[B, Hkv, Skv, D]``, one of bfloat16, float16, float32, D up
     to 256, Hq a multiple of Hkv, on one CUDA device (current or not). Row i sees the keys
     ``i + left <= j < i + right`` or, with ``edges`` ``lo`` and ``hi`` (int32 ``[B or 1, Sq]``), ``lo_i <= j < hi_i``.
+    Decoding takes ``kept`` (bool ``[B or 1, Skv]``) after them.
     ``approx`` takes tanh from the ``tanh.approx.f32`` instruction (relative error
     2**-11, so up to ``softcap * 5e-4`` of a logit). ``train``: a backward follows, whose error depends on the output's
     where one key has nearly all the weight. ``gluon``: whether the Gluon kernel computes it, for tests; None leaves it
@@ -139,17 +140,22 @@ def _bind_decode(
         kernels,
         "decode_kernel",
         (batch * kv_heads * splits, 1, 1),
-        [half, half, half, single, single, edge, edge],
+        [half, half, half, single, single, edge, edge, None if mask.band else Pointer(torch.uint8)],
         [
             *strides(where.align, q.stride(), k.stride(), v.stride()), mask.batch_stride(rows),
-            heads, kv_heads, heads // kv_heads, rows, keys, splits, mask.left, mask.right,
+            heads, kv_heads, heads // kv_heads, rows, keys, splits, mask.left, mask.right, int(mask.kept),
             call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
         {"BAND": mask.band, "ONLINE": call.online, "TOTAL": total, "FORM": call.form,
          **constants(dim, q.dtype, options._replace(block_m=packed), where)},
         device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
-    return bind_shares(share, q, splits, where, kernels)
+
+    def launch(*tensors: Tensor | None) -> None:
+        # Where all keys are kept the kernel gets another address, which it doesn't read.
+        share(*tensors, *[tensors[-1]] * (8 - len(tensors)))
+
+    return bind_shares(launch, q, splits, where, kernels)
 
 
 def bind_shares(

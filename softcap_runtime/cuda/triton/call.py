@@ -23,11 +23,12 @@ LOG2E = 1.4426950408889634
 
 class Mask(NamedTuple):
     """A band (``left``, ``right``) or intervals of ``batch`` entries, 1 when all share one; what is in them comes with
-    each call."""
+    each call, and with ``kept`` which keys are kept."""
 
     left: int
     right: int
     batch: int | None
+    kept: bool = False
 
     @property
     def band(self) -> bool:
@@ -78,9 +79,9 @@ def multiply_adds(products: int, q: Tensor, k: Tensor, mask: Mask) -> int:
 
 
 def make_mask(left: int | None, right: int | None, edges: Sequence[Tensor]) -> Mask:
-    """The mask of a call; None bounds are none. ``edges``: its intervals, or nothing for a band."""
+    """The mask of a call; None bounds are none. ``edges``: ``RowIntervals.vectors``."""
     if edges:
-        return Mask(0, 0, edges[0].shape[0])
+        return Mask(0, 0, edges[0].shape[0], len(edges) == 3)
     return Mask(
         -UNBOUNDED if left is None else max(-UNBOUNDED, min(left, UNBOUNDED)),
         UNBOUNDED if right is None else max(-UNBOUNDED, min(right, UNBOUNDED)),

@@ -28,7 +28,7 @@ INTS = [
         for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "lo", "hull")
         for dim in "bhs"
     ),
-    *("Hq", "Hkv", "G", "Sq", "SqPad", "Skv", "left", "right", "splits", "blocks"),
+    *("Hq", "Hkv", "G", "Sq", "SqPad", "Skv", "left", "right", "splits", "blocks", "chosen"),
     *("inner", "coef", "bias", "reference", "gain"),
 ]
 
