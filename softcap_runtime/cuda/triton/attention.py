@@ -152,8 +152,8 @@ def _bind_decode(
     )  # fmt: skip
 
     def launch(*tensors: Tensor | None) -> None:
-        # Where all keys are kept the kernel gets another address, which it doesn't read.
-        share(*tensors, *[tensors[-1]] * (8 - len(tensors)))
+        last = tensors[-1]  # hi where all keys are kept, which the kernel doesn't read
+        share(*tensors[:7], None if last is None else last.view(torch.uint8))
 
     return bind_shares(launch, q, splits, where, kernels)
 
