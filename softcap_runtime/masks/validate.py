@@ -2,7 +2,7 @@
 
 Shapes, dtypes and devices are always checked. What can only be seen in the data is checked for CPU tensors
 alone: reading a GPU's would wait for it. There, bad data gives a wrong mask, never a read out of bounds. In a
-graph that is traced the check is a part of it, less wordy, as under torch.func. docs/masks.md lists them.
+graph that is traced the check is a part of it, less wordy, as under torch.func. docs/reference/masks.md lists them.
 """
 
 from __future__ import annotations
