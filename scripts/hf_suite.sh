@@ -10,6 +10,6 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 checkout="$(cd "${1:?which checkout of transformers?}" && pwd)"
 shift
 python="${PYTHON:-$here/../.venv/bin/python}"
-source "$here/clean_settings.sh"
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" PYTHONPATH="$checkout/src:$here"
-exec "$python" "$here/hf_suite.py" "$checkout" "$@"
+unset "${!SOFTCAP_@}"  # the user's own settings are not under test
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" PYTHONPATH="$checkout/src:$here/hf_suite"
+exec "$python" "$here/hf_suite/compare.py" "$checkout" "$@"

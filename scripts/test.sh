@@ -19,7 +19,6 @@ scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
 export TMPDIR="$scratch" XDG_CACHE_HOME="$scratch/cache" XDG_CONFIG_HOME="$scratch/config" HF_HUB_OFFLINE=1
 export TRITON_CACHE_DIR="$scratch/triton"
-source scripts/clean_settings.sh
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check softcap_runtime tests scripts  # the snippets of the README are laid out by hand

@@ -19,5 +19,4 @@ fi
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
 export TMPDIR="$scratch" XDG_CACHE_HOME="$scratch/cache"
-source scripts/clean_settings.sh
 "$home/bin/python" -m pytest -p no:cacheprovider "$@"

@@ -29,6 +29,11 @@ LACKING = [
 ]
 
 
+# The user's own settings are not under test.
+for name, field in RuntimeSettings.model_fields.items():
+    os.environ.pop(str(field.validation_alias or f"softcap_{name}").upper(), None)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """A test that asks for what an older torch lacks is skipped, with the package's own refusal."""

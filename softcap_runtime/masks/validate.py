@@ -2,7 +2,7 @@
 
 Shapes, dtypes and devices are always checked. What can only be seen in the data is checked where the data are: on the
 CPU at once; in a graph that is traced, and under torch.func, by a check that is a part of it, less wordy; on a GPU by
-the GPU, for which nothing waits (``deferred_checks``). docs/masks.md lists them.
+the GPU, for which nothing waits (``deferred_checks``). docs/reference/masks.md lists them.
 """
 
 from __future__ import annotations

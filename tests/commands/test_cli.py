@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM, NEEDS_FLEX
 from rich.console import Console
+from support.helpers import HEAD_DIM, NEEDS_FLEX
 
 from softcap_runtime import (
     AttentionConfig,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM, NEEDS_FLEX
+from support.helpers import HEAD_DIM, NEEDS_FLEX
 
 from softcap_runtime import (
     AttentionConfig,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import HEAD_DIM, NEEDS_FLEX
+from support.helpers import HEAD_DIM, NEEDS_FLEX
 
 from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettings
 from softcap_runtime.artifacts.lifecycle import Supplied

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from helpers import Sizes as Sizes
-from helpers import make_qkv
 from hypothesis import strategies as st
-from rounding import gradient_errors, output_error
+from support.helpers import Sizes as Sizes
+from support.helpers import make_qkv
+from support.rounding import gradient_errors, output_error
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, reference

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Sizes, gradients, hf_eager, make_qkv, relative_error, visible
-from helpers import expected as exact_attention
+from support.helpers import Sizes, gradients, hf_eager, make_qkv, relative_error, visible
+from support.helpers import expected as exact_attention
 from torch import Tensor
 
 from cpu.kernels import (

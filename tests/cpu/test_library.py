@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Sizes, expected, gradients, make_qkv, relative_error
-from workers import results_of
+from support.helpers import Sizes, expected, gradients, make_qkv, relative_error
+from support.workers import results_of
 
 from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettings, SoftcapRuntimeError
 from softcap_runtime.artifacts import sources

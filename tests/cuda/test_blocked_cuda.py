@@ -12,8 +12,8 @@ from typing import Any, cast
 
 import pytest
 import torch
-from helpers import Sizes, expected, gradients, make_qkv, relative_error
 from stand_in import tell_of
+from support.helpers import Sizes, expected, gradients, make_qkv, relative_error
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, reference

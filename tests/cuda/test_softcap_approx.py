@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Sizes, make_qkv
+from support.helpers import Sizes, make_qkv
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings

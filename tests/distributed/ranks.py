@@ -28,7 +28,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
-from helpers import gradients, in_model_order
+from support.helpers import gradients, in_model_order
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import init_device_mesh
@@ -481,7 +481,7 @@ def a_hugging_face_model(ranks: Ranks) -> None:
 @case
 def fully_sharded_parameters_beside_the_context(ranks: Ranks) -> None:
     """FSDP2 over dp x cp: gradients are averaged over both, so a sum over ranks comes out ranks times less."""
-    from helpers import Block
+    from support.helpers import Block
     from torch.distributed.fsdp import fully_shard
 
     for shape in {(1, ranks.count), (2, ranks.count // 2)}:

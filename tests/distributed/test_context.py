@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from workers import launch
+from support.workers import launch
 
 NEEDS_GLOO = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 RANKS = Path(__file__).with_name("ranks.py")

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import NEEDS_FLEX
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import NEEDS_FLEX
 
 from softcap_runtime import (
     AttentionConfig,

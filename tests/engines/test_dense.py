@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import HEAD_DIM, LAYOUTS, Sizes, dense_tolerance, expected, make_qkv, relative_error
+from support.helpers import HEAD_DIM, LAYOUTS, Sizes, dense_tolerance, expected, make_qkv, relative_error
 
 from softcap_runtime import AttentionConfig, KernelNotPrewarmed, PrewarmRequest, Runtime, RuntimeSettings
 from softcap_runtime.engines.spec import KernelSpec

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from masks.oracle import mask_cases, oracle
+from support.helpers import (
     FORWARD_TOLERANCE,
     HEAD_DIM,
     LAYOUTS,
@@ -24,10 +27,7 @@ from helpers import (
     relative_error,
     visible,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from masks.oracle import mask_cases, oracle
-from rounding import logsumexp_error, output_error
+from support.rounding import logsumexp_error, output_error
 
 from softcap_runtime import AttentionConfig, Runtime, reference
 from softcap_runtime.engines import flex_cpu as flex

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Sizes, expected, gradients, in_model_order, make_qkv, relative_error
+from support.helpers import Sizes, expected, gradients, in_model_order, make_qkv, relative_error
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from softcap_runtime import AttentionConfig

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.helpers import (
     GRADIENT_TOLERANCE,
     LAYOUTS,
     Case,
@@ -21,9 +23,7 @@ from helpers import (
     relative_error,
     visible,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from rounding import gradient_errors
+from support.rounding import gradient_errors
 
 from softcap_runtime import AttentionConfig, Runtime
 

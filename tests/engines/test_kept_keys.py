@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from softcap_runtime import AttentionConfig, Runtime, row_intervals
-from tests.helpers import (
+from tests.support.helpers import (
     FORWARD_TOLERANCE,
     GRADIENT_TOLERANCE,
     Sizes,

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM, NEEDS_FLEX, Sizes, expected, make_qkv, relative_error
+from support.helpers import HEAD_DIM, NEEDS_FLEX, Sizes, expected, make_qkv, relative_error
 
 from softcap_runtime import (
     AttentionConfig,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from data_parallel import CONFIG, WORLD, train
+from support.data_parallel import CONFIG, WORLD, train
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime, RuntimeSettings

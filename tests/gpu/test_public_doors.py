@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import (
+from hypothesis import given, settings
+from support.helpers import (
     Backend,
     Block,
     Case,
@@ -20,7 +21,6 @@ from helpers import (
     make_qkv,
     relative_error,
 )
-from hypothesis import given, settings
 
 from softcap_runtime import (
     AttentionConfig,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from workers import launch
+from support.workers import launch
 
 DEVICE = os.environ.get("SOFTCAP_TEST_SEVERAL", "cuda")
 pytestmark = [

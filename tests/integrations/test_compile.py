@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import Backend
+from support.helpers import Backend
 from transformers import masking_utils
 
 from softcap_runtime import Runtime

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import expected, relative_error
+from support.helpers import expected, relative_error
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings

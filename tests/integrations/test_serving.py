@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM
+from support.helpers import HEAD_DIM
 from torch import Tensor
 
 from softcap_runtime import Runtime

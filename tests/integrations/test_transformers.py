@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import relative_error
+from support.helpers import relative_error
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from softcap_runtime import AttentionConfig, Runtime

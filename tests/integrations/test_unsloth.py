@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM, Sizes, expected, make_qkv, relative_error
+from support.helpers import HEAD_DIM, Sizes, expected, make_qkv, relative_error
 from torch import Tensor
 
 import softcap_runtime

@@ -106,7 +106,7 @@ UNCHECKED = {
 
 @pytest.mark.parametrize("name", UNCHECKED)
 def test_what_nobody_checks_is_cut_to_the_keys(name: str) -> None:
-    """As docs/masks.md says of GPUs, where the contents of arguments aren't looked at."""
+    """As docs/reference/masks.md says of GPUs, where the contents of arguments aren't looked at."""
     for pair in zip(*UNCHECKED[name], strict=True):
         found, wanted = (
             row_intervals(4, 4, causal=True, window=None, **{name: torch.tensor(x)}) for x in pair

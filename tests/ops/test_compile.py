@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM, Backend, Sizes, expected, gradients, make_qkv, relative_error
+from support.helpers import HEAD_DIM, Backend, Sizes, expected, gradients, make_qkv, relative_error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

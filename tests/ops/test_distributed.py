@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from data_parallel import CONFIG, WORLD, train
-from helpers import package_of
+from support.data_parallel import CONFIG, WORLD, train
+from support.helpers import package_of
 
 from softcap_runtime import Runtime, RuntimeSettings
 from softcap_runtime.cpu.library import library

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import NEEDS_FLEX, Block, Sizes, expected, gradients, in_model_order, make_qkv, relative_error
+from support.helpers import (
+    NEEDS_FLEX,
+    Block,
+    Sizes,
+    expected,
+    gradients,
+    in_model_order,
+    make_qkv,
+    relative_error,
+)
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts

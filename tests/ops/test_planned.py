@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Sizes, expected, gradients, make_qkv, relative_error
+from support.helpers import Sizes, expected, gradients, make_qkv, relative_error
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
 from softcap_runtime.ops import planned

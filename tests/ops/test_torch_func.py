@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import NEEDS_FLEX, Sizes, expected, gradients, make_qkv, relative_error
+from support.helpers import NEEDS_FLEX, Sizes, expected, gradients, make_qkv, relative_error
 from torch import Tensor
 from torch.autograd import forward_ad
 

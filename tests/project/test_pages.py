@@ -24,7 +24,7 @@ from softcap_runtime.config import EngineName, RuntimeSettings
 from softcap_runtime.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # A comment above a block that can't run here: <!-- not run: why -->
 NOT_RUN = re.compile(r"^<!-- not run: .+ -->$")
 LANGUAGES = {"python", "bash", "text"}
@@ -209,7 +209,7 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    api = (tmp_path / "api.html").read_text()
+    api = (tmp_path / "reference/api.html").read_text()
     for name in ("Runtime.paged_attention", "AttentionConfig.from_hf", "stats.RuntimeStats", "patch"):
         assert re.search(rf'id="softcap_runtime[\w.]*{re.escape(name)}"', api), name
 
@@ -225,8 +225,10 @@ def public_names() -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize(("name", "value"), [*public_names()])
 def test_public_names_are_documented(name: str, value: Any) -> None:
     short = name.rpartition(".")[2]
-    api = (ROOT / "docs/api.md").read_text()
-    assert re.search(rf"^::: softcap_runtime[\w.]*\.{short}$", api, re.M), f"docs/api.md lacks {short}"
+    api = (ROOT / "docs/reference/api.md").read_text()
+    assert re.search(rf"^::: softcap_runtime[\w.]*\.{short}$", api, re.M), (
+        f"docs/reference/api.md lacks {short}"
+    )
     if isinstance(value, bool):
         return
     assert inspect.getdoc(value), name
@@ -238,9 +240,8 @@ def test_public_names_are_documented(name: str, value: Any) -> None:
 def test_the_readme_is_short_and_names_every_page() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.split()) <= 900
-    missing = [
-        page.name for page in PAGES if page.parent == ROOT / "docs" and f"docs/{page.name}" not in text
-    ]
+    pages = [page for page in PAGES if ROOT / "docs" in page.parents]
+    missing = [page.name for page in pages if f"({page.relative_to(ROOT)})" not in text]
     # Reached from their own pages: the report of a card, and the two that repeat files of the checkout.
     assert sorted(missing) == ["changelog.md", "contributing.md", "gpu_report.md"]
 
@@ -254,13 +255,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_setting_and_engine_and_preset_is_in_its_table() -> None:
-    settings, engines = (ROOT / "docs/settings.md").read_text(), (ROOT / "docs/engines.md").read_text()
+    reference = ROOT / "docs/reference"
+    settings, engines = (reference / "settings.md").read_text(), (reference / "engines.md").read_text()
     for name, field in RuntimeSettings.model_fields.items():
         variable = (field.validation_alias or name).upper().removeprefix("SOFTCAP_")  # type: ignore[union-attr]
         assert f"| `SOFTCAP_{variable}` |" in settings
     for engine in set(EngineName.__args__) - {"auto"}:  # type: ignore[attr-defined]
         assert f"| `{engine}` |" in engines
-    models = (ROOT / "docs/huggingface.md").read_text()
+    models = (ROOT / "docs/guides/huggingface.md").read_text()
     assert all(f"`{name}`" in models for name in PRESETS)
 
 

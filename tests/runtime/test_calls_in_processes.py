@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM, NEEDS_FLEX, Sizes, expected, make_qkv, package_of, relative_error
+from support.helpers import HEAD_DIM, NEEDS_FLEX, Sizes, expected, make_qkv, package_of, relative_error
+from support.workers import results_of
 from torch.utils.data import DataLoader, Dataset
-from workers import results_of
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
 from softcap_runtime.artifacts.artifact import Artifact

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Sizes, expected, make_qkv, package_of, relative_error
+from support.helpers import Sizes, expected, make_qkv, package_of, relative_error
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, SoftcapRuntimeError
 from softcap_runtime.cpu.library import CpuLibrary, library

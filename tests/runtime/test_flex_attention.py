@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HEAD_DIM, LAYOUTS, Sizes, expected, gradients, make_qkv, relative_error, visible
+from support.helpers import HEAD_DIM, LAYOUTS, Sizes, expected, gradients, make_qkv, relative_error, visible
 from torch import Tensor
 
 import softcap_runtime

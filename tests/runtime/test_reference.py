@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from helpers import Sizes, make_qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import Sizes, make_qkv
 
 from softcap_runtime import reference
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
+from support.helpers import (
     HEAD_DIM,
     NEEDS_FLEX,
     Sizes,

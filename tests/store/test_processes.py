@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workers import results_of
+from support.workers import results_of
 
 from softcap_runtime.store import Key, Store, database, schema
 

@@ -1,4 +1,4 @@
-"""A short run of scripts/stress.py; SOFTCAP_TEST_STRESS sets its seconds."""
+"""A short run of the folder stress beside it; SOFTCAP_TEST_STRESS sets its seconds."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import HEAD_DIM, NEEDS_FLEX
+from support.helpers import HEAD_DIM, NEEDS_FLEX
 
 from softcap_runtime import Runtime
 from softcap_runtime.engines.package import Package
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "stress.py"
+STRESS = Path(__file__).with_name("stress")
 
 
 @NEEDS_FLEX
@@ -24,7 +24,7 @@ def test_stress(base_seed: int, warm_cache: Path, runtimes: dict[str, Runtime]) 
     seconds = os.environ.get("SOFTCAP_TEST_STRESS", "6")
     options = {"--seconds": seconds, "--seed": str(base_seed), "--kernels": str(warm_cache)}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *(word for option in options.items() for word in option)],
+        [sys.executable, str(STRESS), *(word for option in options.items() for word in option)],
         capture_output=True,
         text=True,
         check=False,

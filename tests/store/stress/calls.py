@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from events import Note
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime, RuntimeSettings, reference
@@ -25,7 +26,6 @@ from softcap_runtime.cpu.library import CpuLibrary
 from softcap_runtime.engines.package import Package
 from softcap_runtime.prewarm.prewarm import artifacts_of
 from softcap_runtime.supply import Supply
-from stressing.events import Note
 
 HEAD_DIM = 64
 ENGINES = ("flex", "blocked")

@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import events
+from calls import Calls
+
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.store import Key, Store
-from stressing import events
-from stressing.calls import Calls
 
 NAMES = 40
 SIZES = (1_000, 400_000)
 SIZE_LIMIT = 10_000_000  # about two thirds of what names and kernels need: entries are evicted all the time
-FINGERPRINT = {"cpu": "any", "made by": "scripts/stress.py"}
+FINGERPRINT = {"cpu": "any", "made by": "tests/store/stress"}
 
 
 def key(name: int) -> Key:

@@ -1,6 +1,6 @@
 """A pytest plugin for the tests of a checkout of transformers: "sdpa", and what is the default, mean softcap.
 
-    python -m pytest -p hf_suite_plugin tests/models/gemma2/test_modeling_gemma2.py
+    python -m pytest -p softcap_as_sdpa tests/models/gemma2/test_modeling_gemma2.py
 
 ``scripts/hf_suite.sh`` runs it. Models whose attention sdpa does not do, as it has no cap, then take it too, so tests
 that compare eager attention with sdpa compare it with softcap, for them as well. What asks for eager stays eager.

@@ -1,4 +1,4 @@
-"""Hugging Face's tests with softcap in place of sdpa, compared with the same tests as they are; see hf_suite.sh."""
+"""Hugging Face's tests with softcap in place of sdpa, compared with the same tests as they are; see ../hf_suite.sh."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+PLUGIN = "softcap_as_sdpa"  # beside this file
 MODELS = ("gemma2", "gemma3", "vaultgemma", "t5gemma", "llama", "mistral")
 
 
@@ -58,12 +59,12 @@ def cause(error: str) -> str:
 def compare(checkout: Path, model: str, options: list[str]) -> tuple[list[object], list[str]]:
     """A row of the table, and a line for each test that fails with softcap, also when it runs again."""
     path = f"tests/models/{model}/test_modeling_{model}.py"
-    plain, ours = (run(checkout, [path], [*more, *options]) for more in ((), ("-p", "hf_suite_plugin")))
+    plain, ours = (run(checkout, [path], [*more, *options]) for more in ((), ("-p", PLUGIN)))
     failed = [name for name, result in ours.items() if result.outcome == "failed"]
     if failed:
         # Some of these tests draw random weights, and fail by chance.
         again = [f"{path}::{name}" for name in failed]
-        ours |= run(checkout, again, ["-p", "hf_suite_plugin", *options])
+        ours |= run(checkout, again, ["-p", PLUGIN, *options])
     lines, lost = [], 0
     for name in failed:
         if ours[name].outcome == "failed":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import NEEDS_FLEX
+from support.helpers import NEEDS_FLEX
 
 from softcap_runtime.artifacts import build, children
 

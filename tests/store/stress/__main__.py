@@ -1,11 +1,11 @@
 """Stress a cache: processes that call attention, build, load, evict and clear, are killed, and find random damage.
 
-    python scripts/stress.py --seconds 600
+    python tests/store/stress --seconds 600
 
 Half of the work is real calls of ``Runtime.attention`` (engines flex and blocked, some with gradients), each
 compared with the specification in float64; half is made-up bytes under made-up keys, compared with what they must
 be. Real kernels are compiled once before the run (``--kernels FOLDER`` keeps them); a build in the run publishes
-those bytes again, and one in a hundred compiles: see stressing/calls.py. The folder holds two thirds of what is
+those bytes again, and one in a hundred compiles: see calls.py. The folder holds two thirds of what is
 asked for.
 
 Every call must end within 30 s (180 s while a kernel is compiled, as its callers wait for it); after the run and
@@ -28,9 +28,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from stressing.calls import ONE_COMPILES_IN, kernels
-from stressing.events import Event, Reader
-from stressing.worker import SIZE_LIMIT, Worker
+from calls import ONE_COMPILES_IN, kernels
+from events import Event, Reader
+from worker import SIZE_LIMIT, Worker
 
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.store import Store

@@ -7,10 +7,10 @@ import os
 
 import torch
 import torch.distributed as dist
-from helpers import Block, relative_error
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
+from support.helpers import Block, relative_error
 
 WORLD = 2
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125, window=30)
