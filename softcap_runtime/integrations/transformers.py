@@ -74,10 +74,11 @@ def register(
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, interval_mask if context is None else no_mask)
     if context is None:
-        serving = f"{name}_flash"
-        admit(serving)
-        AttentionInterface.register(serving, partial(serving_forward, runtime))
-        AttentionMaskInterface.register(serving, interval_mask)
+        # generate_batch of transformers to 5.18 puts "paged|" before the name.
+        for serving in (f"{name}_flash", f"paged|{name}_flash"):
+            admit(serving)
+            AttentionInterface.register(serving, partial(serving_forward, runtime))
+            AttentionMaskInterface.register(serving, interval_mask)
 
 
 def interval_mask(
