@@ -44,6 +44,12 @@ class Layers(NamedTuple):
 _layers: WeakKeyDictionary[Any, Layers] = WeakKeyDictionary()
 
 
+@cached
+def outside_of_graphs() -> Callable[..., Tensor]:
+    """``attend_paged`` where no compiler looks at it: the cache is written in place."""
+    return torch.compiler.disable(attend_paged)
+
+
 def attend_paged(
     runtime: Runtime,
     module: Any,
@@ -150,19 +156,20 @@ def _attend(runtime: Runtime, query: Tensor, key: Tensor, value: Tensor, cap: Ca
     single = rest = None
     if batch.single_mask is not None:
         count = batch.single_mask.vectors[0].shape[0]
-        q = query if batch.single is None else query[:, :, batch.single]
+        q = query if batch.single is None else query.index_select(2, batch.single)
         k, v = (x.expand(count, -1, -1, -1) for x in (key, value))
         single = runtime.attend(q.transpose(0, 2), k, v, cap, batch.single_mask)[:, :, 0][None]
     if batch.rest_mask is not None:
-        q = query if batch.rest is None else query[:, :, batch.rest]
+        q = query if batch.rest is None else query.index_select(2, batch.rest)
         rest = runtime.attend(q, key, value, cap, batch.rest_mask).transpose(1, 2)
     if single is None or rest is None:
         out = rest if single is None else single
         assert out is not None
         return out
     out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-    out[:, batch.single], out[:, batch.rest] = single, rest
-    return out
+    assert batch.single is not None
+    assert batch.rest is not None
+    return out.index_copy_(1, batch.single, single).index_copy_(1, batch.rest, rest)
 
 
 def admit(name: str) -> None:

@@ -29,7 +29,7 @@ from softcap_runtime.integrations.hf_mask import HfMask
 from softcap_runtime.integrations.hf_mask_functions import MaskFunction, Place, check_readings, read
 from softcap_runtime.integrations.hf_packed import packed_arguments
 from softcap_runtime.integrations.hf_probe import probe
-from softcap_runtime.integrations.hf_serving import admit, attend_paged
+from softcap_runtime.integrations.hf_serving import admit, outside_of_graphs
 from softcap_runtime.masks.elements import read_elements
 from softcap_runtime.masks.intervals import RowIntervals, combined, dense, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments, data_is_readable, data_is_there, has_holes
@@ -291,5 +291,5 @@ def serving_forward(
     query, key, value = autocast_inputs(query, key, value)
     check_qkv(query, key, value)
     cap = cap_of(softcap, scaling, query.shape[-1])
-    run = torch.compiler.disable(attend_paged)  # the cache is written in place
-    return run(runtime or Runtime.get(), module, query, key, value, cap, sliding_window, kwargs), None
+    attend = outside_of_graphs()
+    return attend(runtime or Runtime.get(), module, query, key, value, cap, sliding_window, kwargs), None
