@@ -9,6 +9,7 @@ give the same tokens. At the end the runtime's Prometheus endpoint is scraped on
 from __future__ import annotations
 
 import argparse
+import inspect
 import random
 import time
 import urllib.request
@@ -155,7 +156,7 @@ def continuous(
     model.set_attn_implementation("softcap_flash")
     pages = sum(-(-(len(prompt) + greedy.max_new_tokens) // PAGE) for prompt in prompts)
     config = ContinuousBatchingConfig(
-        page_size=PAGE, num_blocks=pages, max_batch_tokens=512, max_blocks_per_request=0
+        **page_size(), num_blocks=pages, max_batch_tokens=512, max_blocks_per_request=0
     )
     manager = model.init_continuous_batching(generation_config=greedy, continuous_batching_config=config)
     manager.start()
@@ -174,15 +175,27 @@ def continuous(
     yield from (done[name] for name in names)
 
 
+def page_size() -> dict[str, int]:
+    """The argument for ``PAGE``, which transformers 5.17 calls a block."""
+    known = inspect.signature(ContinuousBatchingConfig).parameters
+    return {"page_size" if "page_size" in known else "block_size": PAGE}
+
+
+def pages_in_use(cache: Any) -> str:
+    """In the units of transformers: blocks of 5.17, sectors later."""
+    if hasattr(cache, "num_sectors"):
+        free, count = cache.pool.num_free_sectors, cache.num_sectors
+    else:
+        free, count = cache.get_num_free_blocks(), cache.num_blocks
+    return f"{count - free} of {count}"
+
+
 def state(manager: Any, done: Iterable[list[int]], requests: int, seconds: float) -> Table:
     finished = list(done)
     tokens = sum(map(len, finished))
     table = Table("requests done", "tokens of these", "tokens a second", "cache pages in use")
     processor = manager.batch_processor
-    used = "-"
-    if processor is not None:
-        pool = processor.cache.pool
-        used = f"{processor.cache.num_sectors - pool.num_free_sectors} of {processor.cache.num_sectors}"
+    used = "-" if processor is None else pages_in_use(processor.cache)
     table.add_row(f"{len(finished)} of {requests}", str(tokens), f"{tokens / seconds:.0f}", used)
     return table
 

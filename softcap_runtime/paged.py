@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.checks import FLOATS, check_config
+from softcap_runtime.compat.torch_transforms import interpreters_active
 from softcap_runtime.config import AttentionConfig
 from softcap_runtime.engines import blocked_cpu as blocked
 from softcap_runtime.engines import blocked_cuda
 from softcap_runtime.engines.engine import Call, Problem
 from softcap_runtime.errors import EngineUnavailable
+from softcap_runtime.masks.deferred_checks import checked
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, clipped
 from softcap_runtime.masks.readable import data_is_readable
 from softcap_runtime.masks.validate import check_integers
+from softcap_runtime.ops.planned import rows_together
 from softcap_runtime.plans import Server
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -27,6 +31,11 @@ MOST_ROWS = 64
 # Kinds of calls whose kernels are kept bound, of each runtime.
 MAX_BOUND = 1024
 _bound: WeakKeyDictionary[Server, dict[Any, Any]] = WeakKeyDictionary()
+# How kinds of calls on the CPU are served.
+_ways: WeakKeyDictionary[Server, dict[Any, Any]] = WeakKeyDictionary()
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_READ = (torch.int32, torch.int64)
+_OFFSETS = "cu_seqlens_q: expected 0 and then offsets that never decrease, up to the rows of q"
 
 
 class Pages(NamedTuple):
@@ -46,16 +55,50 @@ def paged_attention(
     runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
 ) -> Tensor:
     """What ``Runtime.paged_attention`` documents."""
-    check(q, pages, config, cu_seqlens_q)
-    if _through_the_table(runtime, q, config):
-        out: Tensor | None = _on_gpu(runtime, q, pages, config, cu_seqlens_q)
-    else:
-        out = _on_cpu(runtime, q, pages, config, cu_seqlens_q)
+    ways = _ways.get(runtime)
+    if ways is None:
+        ways = _ways.setdefault(runtime, {})
+    kind = _kind(q, pages, config, cu_seqlens_q)
+    way = ways.get(kind)
+    # The library looks at the contents of table, lengths and offsets itself, at each call.
+    out = None if way is None else way(q, pages, cu_seqlens_q)
+    if out is None:
+        check(q, pages, config, cu_seqlens_q)
+        if _through_the_table(runtime, q, config):
+            out = _on_gpu(runtime, q, pages, config, cu_seqlens_q)
+        elif way is None and (way := _on_cpu(runtime, q, pages, config, cu_seqlens_q)) is not None:
+            if kind is not None:
+                if len(ways) >= MAX_BOUND:
+                    ways.clear()
+                ways[kind] = way
+            out = way(q, pages, cu_seqlens_q)
     if out is not None:
         runtime.plans.paged_calls += 1
         return out
     k, v, mask = gathered(q, pages, config, cu_seqlens_q)
     return runtime.attend(q, k, v, config, mask)
+
+
+def _kind(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None) -> Hashable:
+    """All that a call on the CPU can differ in, contents aside; None where one goes the long way: under a transform, a
+    mode or autocast, or of anything but dense tensors of the CPU."""
+    k, v, table, lengths = pages
+    offsets = lengths if cu_seqlens_q is None else cu_seqlens_q
+    types = type(q), type(k), type(v), type(table), type(lengths), type(offsets)
+    if type(config) is not AttentionConfig or not _PLAIN.issuperset(types):
+        return None
+    if interpreters_active() or torch.compiler.is_compiling():
+        return None
+    for x in (q, k, v, table, lengths, offsets):
+        if not x.is_cpu or x.layout is not torch.strided or x.is_nested or x.is_neg():
+            return None
+    recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return (
+        config, recorded, cu_seqlens_q is None,
+        q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype,
+        table.shape, table.stride(), table.dtype, lengths.shape, lengths.stride(), lengths.dtype,
+        offsets.shape, offsets.stride(), offsets.dtype,
+    )  # fmt: skip
 
 
 def _through_the_table(runtime: Server, q: Tensor, config: AttentionConfig) -> bool:
@@ -111,32 +154,45 @@ def _on_gpu(
 
 def _on_cpu(
     runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
-) -> Tensor | None:
-    """By the C++ library, where it is what serves and the rows are few; else None."""
+) -> Callable[[Tensor, Pages, Tensor | None], Tensor | None] | None:
+    """The C++ library, where it is what serves and the rows are few; else None.
+
+    The result serves calls with as many rows in every sequence, and returns None for others and for wrong contents.
+    """
     sequences, group = pages.table.shape[0], q.shape[1] // pages.k.shape[2]
     each, spare = divmod(q.shape[2], sequences) if cu_seqlens_q is not None else (q.shape[2], 0)
-    if q.device.type != "cpu" or group > blocked.FEW_ROWS or each * group > MOST_ROWS or spare:
+    if q.device.type != "cpu" or group > blocked.FEW_ROWS or each * group > MOST_ROWS or spare or not each:
         return None
-    if cu_seqlens_q is not None:
-        if each == 0 or not torch.equal(cu_seqlens_q, each * torch.arange(sequences + 1)):
-            return None
-        # As many rows in each: every sequence a batch row.
-        rows = q[0].unflatten(1, (sequences, each)).transpose(0, 1)
-        out = _on_cpu(runtime, rows, pages, config, None)
-        return None if out is None else out.transpose(0, 1).flatten(1, 2)[None]
-    lo, hi = (edge.contiguous() for edge in _edges(q, pages, config, None))
-    k, v = (x.transpose(1, 2) for x in (pages.k, pages.v))
-    if k.stride(-1) != 1 or v.stride(-1) != 1:
+    contents = (pages.table, pages.lengths, cu_seqlens_q)
+    if not all(x is None or data_is_readable(x) for x in contents):
         return None
-    mask = RowIntervals(q.shape[2], pages.table.shape[1] * k.shape[2], None, None, lo, hi)
+    if pages.k.stride(-1) != 1 or pages.v.stride(-1) != 1 or pages.k.is_neg() or pages.v.is_neg():
+        return None
+    edges = torch.empty(sequences, each, dtype=torch.int32, device="meta")
+    mask = RowIntervals(each, pages.table.shape[1] * pages.k.shape[1], None, None, edges, edges)
     call = Call(mask, config.scale, config.softcap, runtime.settings.engine, False)
-    problem = call.problem(q, k)
-    chosen = runtime.supply.engine(problem, call.engine)
-    if chosen.engine is not blocked.ENGINE:
+    problem = call.problem(q, pages.k.transpose(1, 2))._replace(batch=sequences)
+    if runtime.supply.engine(problem, call.engine).engine is not blocked.ENGINE:
         return None
-    run = blocked.bind_paged(problem, runtime.supply.kernels(problem))
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    return run(q, k, v, lo, hi, pages.table.to(torch.int32).contiguous())
+    like = _as_read(q, pages, cu_seqlens_q)
+    run = blocked.bind_paged(
+        problem, runtime.supply.kernels(problem), *like, causal=config.causal, window=config.window
+    )
+    return lambda *given: run(*_as_read(*given))
+
+
+def _as_read(
+    q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """A call's tensors as the library takes them: copies where they lie otherwise."""
+    offsets = None if cu_seqlens_q is None else _integers(cu_seqlens_q)
+    return rows_together(q), pages.k, pages.v, _integers(pages.table), _integers(pages.lengths), offsets
+
+
+def _integers(x: Tensor) -> Tensor:
+    if x.dtype in _READ and x.stride(-1) == 1:
+        return x
+    return x.to(torch.int32).contiguous()
 
 
 def gathered(
@@ -203,7 +259,8 @@ def _sequence_of(q: Tensor, cu_seqlens_q: Tensor) -> Tensor:
 def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> None:
     """Raise TypeError or ValueError on what does not fit, naming the argument, its value and what was expected.
 
-    What can only be seen in the data is checked on the CPU alone; on a GPU kernels read no page outside of k and v.
+    What can only be seen in the data is checked on the CPU; a GPU checks the offsets, and its kernels give NaN where a
+    table or a length does not fit.
     """
     check_config(config)
     for name, x, words in (
@@ -236,6 +293,8 @@ def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> 
     _check_table(q, pages, cu_seqlens_q)
     if cu_seqlens_q is not None:
         _check_offsets(q, pages, cu_seqlens_q)
+        if q.is_cuda:
+            checked(cu_seqlens_q, lambda: _rising(cu_seqlens_q, q.shape[2]), _OFFSETS, (q.shape[2],))
     if data_is_readable(pages.table) and data_is_readable(pages.lengths):
         _check_contents(q, pages, cu_seqlens_q)
 
@@ -267,6 +326,10 @@ def _check_offsets(q: Tensor, pages: Pages, cu_seqlens_q: Tensor) -> None:
         )
     if cu_seqlens_q.device != q.device:
         raise ValueError(f"cu_seqlens_q: on {cu_seqlens_q.device}, expected q's {q.device}; move it")
+
+
+def _rising(offsets: Tensor, most: int) -> Tensor:
+    return (offsets[1:] >= offsets[:-1]).all() & (offsets[0] == 0) & (offsets[-1] <= most)
 
 
 def _check_contents(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> None:

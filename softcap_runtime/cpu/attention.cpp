@@ -7,11 +7,13 @@
 // bfloat16 below 2.5e-3 (its own rounding of the output), gradients 3.5e-3.
 //
 // vectors.h: exponential, tanh, dtypes; products.h: matrix products; packing.h: their operands; problem.h: a call;
-// forward.h, backward.h, decode.h: the work on it; team.h: its threads; intervals.h: masks of tokens as ranges of keys.
+// forward.h, backward.h, decode.h: the work on it; team.h: its threads; intervals.h, pages.h: masks of tokens and tables
+// of pages as ranges of keys.
 // Nothing here knows of Python or torch.
 #include "backward.h"
 #include "decode.h"
 #include "intervals.h"
+#include "pages.h"
 
 #include <ctime>
 
@@ -102,16 +104,25 @@ EXPORTED int64_t softcap_forward(const Problem* given, const void* q, const void
   return done ? 0 : 1;
 }
 
-// The same over keys in pages, for heads whose groups are no larger than FEW_ROWS: so many rows at a time.
-EXPORTED int64_t softcap_paged(const Problem* given, const void* q, const void* k, const void* v, void* out,
-                               const int32_t* lo, const int32_t* hi, const int32_t* table) {
-  const Problem p = with_threads(*given);
+// The same over keys in pages, for heads whose groups are no larger than FEW_ROWS: so many rows at a time. Returns 2,
+// and computes nothing, where the contents of table, lengths or offsets (or null) do not fit: see pages.h.
+EXPORTED int64_t softcap_paged(const Problem* given, const Pages* pages, const void* q, const void* k, const void* v,
+                               void* out, const void* table, const void* lengths, const void* offsets) {
+  Problem p = *given;
+  Scratch<int32_t> used(p.batch * p.table_stride), lo(p.batch * p.q_len), hi(p.batch * p.q_len);
+  if (used.missing() || lo.missing() || hi.missing()) return 1;
+  PagedInputs in{{table, pages->table_bytes, pages->table_step}, {lengths, pages->length_bytes, 0},
+                 {offsets, pages->offset_bytes, 0}, pages->causal, pages->window};
+  p.kv_len = read_pages(p, in, used, lo, hi);
+  if (p.kv_len == 0) return 2;
+  p.edge_stride = p.q_len;
+  p = with_threads(p);
   int64_t step = FEW_ROWS / (p.heads / p.kv_heads), bytes = p.dtype == FLOAT32 ? 4 : 2;
   for (int64_t first = 0; first < p.q_len; first += step) {
     Problem part = p;
     part.q_len = p.q_len - first < step ? p.q_len - first : step;
     Tensors t{static_cast<const char*>(q) + bytes * first * p.q.row, k, v,
-              static_cast<char*>(out) + bytes * first * p.out.row, nullptr, lo + first, hi + first, nullptr, table};
+              static_cast<char*>(out) + bytes * first * p.out.row, nullptr, lo + first, hi + first, nullptr, used};
     if (!decode(part, t)) return 1;
   }
   return 0;

@@ -28,6 +28,7 @@ HEADERS = (
     "forward.h",
     "intervals.h",
     "packing.h",
+    "pages.h",
     "problem.h",
     "products.h",
     "team.h",
@@ -130,7 +131,7 @@ class CpuLibrary(NamedTuple):
                 f"kernel attention cannot be loaded: {error}; raise this process's limits if it is out of file "
                 "descriptors or memory, else run: softcap-runtime clear"
             ) from error
-        for function, count in ((forward, 9), (paged, 8), (backward, 13)):
+        for function, count in ((forward, 9), (paged, 9), (backward, 13)):
             function.argtypes, function.restype = [ctypes.c_void_p] * count, ctypes.c_int64
         tokens: list[type[ctypes._SimpleCData[Any]]] = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         intervals.argtypes = [*tokens, *tokens, *[ctypes.c_int64] * 5, *[ctypes.c_void_p] * 2]

@@ -40,6 +40,8 @@ MAX_LAYOUTS = 64
 # Of the tokens that the library reads as a mask: as signed integers.
 _ID_BYTES = {torch.int64: 8, torch.int32: 4, torch.int8: 1}
 _MASK_BYTES = {**_ID_BYTES, torch.uint8: 1, torch.bool: 1}
+# What the library returns for a table, lengths or offsets that do not fit.
+_DOES_NOT_FIT = 2
 # Whether a call of this process used several threads; and whether this is a forked child of such a process.
 _threaded, _alone = False, False
 
@@ -62,6 +64,15 @@ class CpuProblem(ctypes.Structure):
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("page_size", "table_stride", "pages")),
+    ]
+
+
+class CpuPages(ctypes.Structure):
+    """``Pages`` of cpu/pages.h: the same fields in the same order."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("table_bytes", "table_step", "length_bytes", "offset_bytes", "causal", "window")
     ]
 
 
@@ -149,29 +160,67 @@ def _forward(problem: Problem, kernels: Kernels) -> Forward:
     return run
 
 
-def bind_paged(problem: Problem, kernels: Kernels) -> Callable[..., Tensor]:
+def bind_paged(
+    problem: Problem,
+    kernels: Kernels,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    offsets: Tensor | None,
+    *,
+    causal: bool,
+    window: int | None,
+) -> Callable[..., Tensor | None]:
     """Attention over keys in pages, for a problem whose groups are no larger than ``FEW_ROWS`` and few rows each.
 
-    The result takes q ``[B, Hq, Sq, D]``, k and v ``[num_pages, Hkv, page_size, D]`` with a last stride of 1, lo and hi
-    int32 ``[B, Sq]`` and the table, int32 ``[B, pages]``, the last three contiguous; it returns out.
+    ``q`` ``[B, Hq, Sq, D]``, or with ``offsets`` ``[1, Hq, B * Sq, D]``; ``k``, ``v`` ``[num_pages, page_size, Hkv,
+    D]``; ``table`` ``[B, pages]``, ``lengths`` ``[B]`` and ``offsets`` ``[B + 1]``, int32 or int64; last strides 1. The
+    result takes tensors laid out as these and returns out, or None where the contents of the last three do not fit, or
+    where the sequences have different numbers of rows.
     """
     loaded: Library = kernels.get(library())
+    attend, rows = loaded.paged, problem.mask.q_len
+    shape, strides = output_layout(*q.shape)
+    steps = [q.stride(), *[(page, head, row) for page, row, head, _ in (k.stride(), v.stride())], strides]
+    if offsets is not None:  # a sequence begins after the rows of the one before
+        for at in (0, 3):
+            steps[at] = (rows * steps[at][2], *steps[at][1:])
+    offset_bytes = 0 if offsets is None else offsets.element_size()
+    pages = CpuPages(
+        table.element_size(), table.stride(0), lengths.element_size(), offset_bytes, int(causal), window or 0
+    )
+    where, sizes = ctypes.addressof(pages), (k.shape[1], table.shape[1], k.shape[0])
+    described: dict[int, CpuProblem] = {}
 
-    def run(q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, table: Tensor) -> Tensor:
-        out = empty_output(q)
-        made = _described(
-            problem,
-            loaded.arithmetic,
-            _threads(),
-            q.stride(),
-            k.stride(),
-            v.stride(),
-            out.stride(),
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, offsets: Tensor | None
+    ) -> Tensor | None:
+        threads = _threads()
+        made = described.get(threads)
+        if made is None:
+            made = _described(problem, loaded.arithmetic, threads, *steps)
+            made.page_size, made.table_stride, made.pages = sizes
+            described[threads] = made
+        out = q.new_empty_strided(shape, strides)
+        code = attend(
+            ctypes.addressof(made),
+            where,
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            out.data_ptr(),
+            table.data_ptr(),
+            lengths.data_ptr(),
+            None if offsets is None else offsets.data_ptr(),
         )
-        made.page_size, made.table_stride, made.pages = k.shape[2], table.shape[1], k.shape[0]
-        _check(loaded.paged(ctypes.addressof(made), *[x.data_ptr() for x in (q, k, v, out, lo, hi, table)]))
+        if code == _DOES_NOT_FIT:
+            return None
+        _check(code)
         return out
 
+    run.pages = pages  # type: ignore[attr-defined]  # kept as long as its address is used
     return run
 
 

@@ -6,7 +6,9 @@ the paged cache hands out. A request's rows see one run of keys, so the whole ba
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import cache as cached
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -32,7 +34,20 @@ class Batch(NamedTuple):
     rest_mask: RowIntervals | None
 
 
-_batches: WeakKeyDictionary[Any, dict[str, Batch]] = WeakKeyDictionary()
+class Layers(NamedTuple):
+    """Of one cache: the kind of each layer and the first layer of that kind; by kind the batch that is under way."""
+
+    kinds: dict[int, tuple[str, int]]
+    batches: dict[str, Batch]
+
+
+_layers: WeakKeyDictionary[Any, Layers] = WeakKeyDictionary()
+
+
+@cached
+def outside_of_graphs() -> Callable[..., Tensor]:
+    """``attend_paged`` where no compiler looks at it: the cache is written in place."""
+    return torch.compiler.disable(attend_paged)
 
 
 def attend_paged(
@@ -48,25 +63,57 @@ def attend_paged(
     """Write the new keys and values to the paged cache, attend to it: ``[1, rows, Hq, D]``.
 
     ``query`` ``[1, Hq, rows, D]``, ``key`` and ``value`` ``[1, Hkv, rows, D]``; ``kwargs``: what continuous batching
-    gives attention functions (``cache``, ``cu_seq_lens_q``, ``cu_seq_lens_k`` by kind of layer, ``read_index``, ...).
+    gives attention functions (``cache``, ``cu_seq_lens_q``, ``cu_seq_lens_k``, by kind of layer where there are two,
+    ``read_index``, ...).
     """
     if kwargs.get("block_table") is not None:
         raise ValueError(
             "block_table: tables of transformers' decode fast path have no kernel; set max_blocks_per_request=0 in the "
             "continuous batching config"
         )
-    cache = kwargs["cache"]
-    allocator = cache.layer_to_allocator[module.layer_idx]
-    key, value = cache.update(
-        key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=dict(kwargs)
-    )
-    kinds = _batches.setdefault(cache, {})
-    kind = allocator.layer_type
+    cache, layer = kwargs["cache"], module.layer_idx
+    key, value = _updated(cache, layer, key, value, kwargs)
+    known = _layers.get(cache)
+    if known is None:
+        known = _layers[cache] = Layers(_kinds_of(cache), {})
+    kind, first = known.kinds[layer]
     # The first layer of a kind makes the batch for the others: in a CUDA graph too, where the tensors stay the same.
-    if module.layer_idx == allocator.layer_indices[0] or kind not in kinds:
-        offsets = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"][kind]
-        kinds[kind] = packed_batch(query.shape[2], key.shape[2], *offsets, kwargs["max_length_q"], window)
-    return _attend(runtime, query, key, value, cap, kinds[kind])
+    if layer == first or kind not in known.batches:
+        ends = kwargs["cu_seq_lens_k"]
+        offsets = kwargs["cu_seq_lens_q"], ends if isinstance(ends, Tensor) else ends[kind]
+        longest = kwargs.get("max_length_q") or kwargs["max_seqlen_q"]  # transformers to 5.18
+        known.batches[kind] = packed_batch(query.shape[2], key.shape[2], *offsets, longest, window)
+    return _attend(runtime, query, key, value, cap, known.batches[kind])
+
+
+def _updated(
+    cache: Any, layer: int, key: Tensor, value: Tensor, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The keys and values of all requests, ``[1, Hkv, keys, D]``, once the new ones are in the cache."""
+    given = {"key_states": key, "value_states": value, "layer_idx": layer}
+    if "kwargs" in _arguments_of(type(cache).update):
+        return cache.update(**given, kwargs=dict(kwargs))  # type: ignore[no-any-return]
+    # Until transformers 5.18, which returns them as they lie: [keys, Hkv, D].
+    indices = {name: kwargs[name] for name in ("read_index", "write_index")}
+    key, value = cache.update(**given, **indices)
+    return key.transpose(0, 1)[None], value.transpose(0, 1)[None]
+
+
+@cached
+def _arguments_of(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _kinds_of(cache: Any) -> dict[int, tuple[str, int]]:
+    """The kind of each layer, as ``cu_seq_lens_k`` names it, and the first layer of that kind."""
+    allocators = getattr(cache, "cache_allocators", None)
+    if allocators is not None:
+        kinds = {kind: allocator.layer_indices for kind, allocator in allocators.items()}
+    else:  # transformers 5.17: the window of each layer, 1 for none
+        kinds = {"full_attention": [], "sliding_attention": []}
+        for layer, window in cache.sliding_windows.items():
+            kinds["full_attention" if window == 1 else "sliding_attention"].append(layer)
+    return {layer: (kind, min(layers)) for kind, layers in kinds.items() for layer in layers}
 
 
 def packed_batch(
@@ -109,19 +156,20 @@ def _attend(runtime: Runtime, query: Tensor, key: Tensor, value: Tensor, cap: Ca
     single = rest = None
     if batch.single_mask is not None:
         count = batch.single_mask.vectors[0].shape[0]
-        q = query if batch.single is None else query[:, :, batch.single]
+        q = query if batch.single is None else query.index_select(2, batch.single)
         k, v = (x.expand(count, -1, -1, -1) for x in (key, value))
         single = runtime.attend(q.transpose(0, 2), k, v, cap, batch.single_mask)[:, :, 0][None]
     if batch.rest_mask is not None:
-        q = query if batch.rest is None else query[:, :, batch.rest]
+        q = query if batch.rest is None else query.index_select(2, batch.rest)
         rest = runtime.attend(q, key, value, cap, batch.rest_mask).transpose(1, 2)
     if single is None or rest is None:
         out = rest if single is None else single
         assert out is not None
         return out
     out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-    out[:, batch.single], out[:, batch.rest] = single, rest
-    return out
+    assert batch.single is not None
+    assert batch.rest is not None
+    return out.index_copy_(1, batch.single, single).index_copy_(1, batch.rest, rest)
 
 
 def admit(name: str) -> None:

@@ -29,7 +29,7 @@ from softcap_runtime.integrations.hf_mask import HfMask
 from softcap_runtime.integrations.hf_mask_functions import MaskFunction, Place, check_readings, read
 from softcap_runtime.integrations.hf_packed import packed_arguments
 from softcap_runtime.integrations.hf_probe import probe
-from softcap_runtime.integrations.hf_serving import admit, attend_paged
+from softcap_runtime.integrations.hf_serving import admit, outside_of_graphs
 from softcap_runtime.masks.elements import read_elements
 from softcap_runtime.masks.intervals import RowIntervals, combined, dense, row_intervals
 from softcap_runtime.masks.padding import has_holes
@@ -76,10 +76,11 @@ def register(
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, interval_mask if context is None else no_mask)
     if context is None:
-        serving = f"{name}_flash"
-        admit(serving)
-        AttentionInterface.register(serving, partial(serving_forward, runtime))
-        AttentionMaskInterface.register(serving, interval_mask)
+        # generate_batch of transformers to 5.18 puts "paged|" before the name.
+        for serving in (f"{name}_flash", f"paged|{name}_flash"):
+            admit(serving)
+            AttentionInterface.register(serving, partial(serving_forward, runtime))
+            AttentionMaskInterface.register(serving, interval_mask)
 
 
 def interval_mask(
@@ -290,5 +291,5 @@ def serving_forward(
     query, key, value = autocast_inputs(query, key, value)
     check_qkv(query, key, value)
     cap = cap_of(softcap, scaling, query.shape[-1])
-    run = torch.compiler.disable(attend_paged)  # the cache is written in place
-    return run(runtime or Runtime.get(), module, query, key, value, cap, sliding_window, kwargs), None
+    attend = outside_of_graphs()
+    return attend(runtime or Runtime.get(), module, query, key, value, cap, sliding_window, kwargs), None

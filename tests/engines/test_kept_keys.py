@@ -6,11 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-from softcap_runtime import AttentionConfig, Runtime, row_intervals
-from tests.support.helpers import (
+from support.helpers import (
     FORWARD_TOLERANCE,
     GRADIENT_TOLERANCE,
     Sizes,
@@ -19,6 +15,10 @@ from tests.support.helpers import (
     make_qkv,
     relative_error,
 )
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from softcap_runtime import AttentionConfig, Runtime, row_intervals
 
 # Decoding of one row and of several, prefill, lengths that are no multiple of anything, groups of 1 to 4.
 SIZES = (

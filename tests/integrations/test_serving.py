@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -21,6 +22,12 @@ from softcap_runtime.integrations.hf_serving import admit, packed_batch  # noqa:
 from softcap_runtime.masks.intervals import dense  # noqa: E402
 
 SERVING = f"{NAME}_flash"
+# transformers 5.17 calls a page a block.
+PAGE_SIZE = next(
+    name
+    for name in ("page_size", "block_size")
+    if name in inspect.signature(ContinuousBatchingConfig).parameters
+)
 WINDOW = 16
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -68,7 +75,7 @@ def batched(model: Any, requests: list[list[int]], **config: Any) -> list[list[i
     out = model.generate_batch(
         requests,
         generation_config=GREEDY,
-        continuous_batching_config=ContinuousBatchingConfig(page_size=16, **config),
+        continuous_batching_config=ContinuousBatchingConfig(**{PAGE_SIZE: 16}, **config),
         progress_bar=False,
     )
     names = sorted(out, key=lambda name: int(name.rpartition("_")[2]))

@@ -50,11 +50,12 @@ def served(runtimes: dict[str, Runtime], request: pytest.FixtureRequest) -> Runt
 
 @pytest.mark.parametrize("page_size", [16, 64, 256])
 @pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rows", [1, 4, 30])
 def test_as_many_rows_in_each(
-    served: Runtime, page_size: int, window: int | None, rows: int, seed: int
+    served: Runtime, page_size: int, window: int | None, causal: bool, rows: int, seed: int
 ) -> None:
-    config = AttentionConfig(softcap=30.0, scale=0.1, window=window)
+    config = AttentionConfig(softcap=30.0, scale=0.1, window=window, causal=causal)
     cache = Cache([rows, 33, 300, 64], page_size)
     q = torch.randn(4, HEADS, rows, HEAD_DIM)
     out = served.paged_attention(q, cache.k, cache.v, config, cache.table, cache.lengths)
@@ -113,6 +114,94 @@ def test_the_library_reads_through_the_table(
     q = torch.randn(2, HEADS, 1, HEAD_DIM)
     config = AttentionConfig(scale=0.1)
     runtimes["auto"].paged_attention(q, cache.k, cache.v, config, cache.table, cache.lengths)
+
+
+def test_changes_in_place_are_seen(runtime: Runtime, seed: int) -> None:
+    """Between two calls with the same tensors, as layers make them: by torch, and by numpy, which leaves no trace."""
+    config = AttentionConfig(softcap=30.0, scale=0.1, window=40)
+    cache = Cache([100, 33, 64], 16)
+    q, offsets = torch.randn(1, HEADS, 3, HEAD_DIM), torch.arange(4)
+    rows = q.transpose(0, 2)
+
+    def attend() -> tuple[Tensor, Tensor]:
+        given = cache.k, cache.v, config, cache.table, cache.lengths
+        packed = runtime.paged_attention(q, *given, cu_seqlens_q=offsets)
+        return runtime.paged_attention(rows, *given), packed.transpose(0, 2)
+
+    attend()
+    cache.lengths[0] = 90
+    cache.lengths.numpy()[1] = 20
+    cache.table[2, :2] = cache.table[2, :2].flip(0)
+    want = torch.cat([cache.want(rows[row : row + 1], row, config) for row in range(3)])
+    for out in attend():
+        assert relative_error(out, want) <= 2e-6
+    for x, at, bad, words in (
+        (cache.lengths, 1, 0, "cache_lengths: 0 of sequence 1, expected 1"),
+        (cache.lengths, 2, 10**6, "cache_lengths: 1000000 of sequence 2"),
+        (cache.table, (0, 1), 10**6, "page_table: 1000000 at place 1 of sequence 0"),
+        (cache.table, (2, 3), -1, "page_table: -1 at place 3 of sequence 2"),
+        (offsets, 0, 1, r"cu_seqlens_q: \[1, 1, 2, 3\], expected 0"),
+    ):
+        good = x[at].item()
+        x.numpy()[at] = bad
+        with pytest.raises(ValueError, match=words):
+            attend()
+        x.numpy()[at] = good
+        for out in attend():
+            assert relative_error(out, want) <= 2e-6
+    offsets[1], offsets[2] = 0, 2  # other rows of the same sequences
+    assert not torch.equal(*attend())
+
+
+def test_calls_of_one_kind_are_checked_by_kind(runtime: Runtime) -> None:
+    """What differs from a call before it in anything but contents is checked anew."""
+    cache, config = Cache([100, 33], 16), AttentionConfig(scale=0.1)
+    q = torch.randn(2, HEADS, 1, HEAD_DIM)
+    given = cache.k, cache.v, config, cache.table, cache.lengths
+    runtime.paged_attention(q, *given)
+    with pytest.raises(ValueError, match="q: requires a gradient"):
+        runtime.paged_attention(q.clone().requires_grad_(), *given)
+    with pytest.raises(ValueError, match=r"k: torch\.float32 on cpu"):
+        runtime.paged_attention(q.bfloat16(), *given)
+    with pytest.raises(TypeError, match=r"cache_lengths: torch\.float32"):
+        runtime.paged_attention(q, *given[:4], cache.lengths.float())
+    with pytest.raises(ValueError, match="page_table: 1 sequences, expected 2"):
+        runtime.paged_attention(q, *given[:3], cache.table[:1], cache.lengths)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_integers_of_any_dtype_and_layout(served: Runtime, dtype: torch.dtype, seed: int) -> None:
+    config, cache = AttentionConfig(softcap=30.0, scale=0.1), Cache([100, 33, 17], 16)
+    q = torch.randn(3, HEADS, 2, HEAD_DIM)
+    table = cache.table.clamp(min=0).to(dtype)
+    apart = torch.zeros(3, table.shape[1] * 2, dtype=dtype)[:, ::2].copy_(table)
+    lengths = torch.zeros(6, dtype=dtype)[::2].copy_(cache.lengths)
+    want = torch.cat([cache.want(q[row : row + 1], row, config) for row in range(3)])
+    for pages in (table, apart, table.t().contiguous().t()):
+        out = served.paged_attention(q, cache.k, cache.v, config, pages, lengths)
+        assert relative_error(out, want) <= 2e-6
+
+
+def test_tensors_that_lie_otherwise(served: Runtime, seed: int) -> None:
+    """Negated views, rows apart, pages of a larger tensor, heads before pages."""
+    config, cache = AttentionConfig(softcap=30.0, scale=0.1), Cache([100, 33], 16)
+    cache.k, cache.v = cache.k.nan_to_num(), cache.v.nan_to_num()
+    q = torch.randn(2, HEADS, 2, HEAD_DIM)
+    want = torch.cat([cache.want(q[row : row + 1], row, config) for row in range(2)])
+
+    def negated(x: Tensor) -> Tensor:
+        return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+    for make in (
+        negated,
+        lambda x: x.mT.contiguous().mT,
+        lambda x: torch.stack([x, x * 0], 1)[:, 0],
+        lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+    ):
+        given = [make(x) for x in (q, cache.k, cache.v)]
+        assert given[0].is_neg() == (make is negated)
+        out = served.paged_attention(*given, config, cache.table, cache.lengths)
+        assert relative_error(out, want) <= 2e-6
 
 
 def test_calls_are_counted(runtime: Runtime) -> None:

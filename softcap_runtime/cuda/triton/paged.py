@@ -14,13 +14,9 @@ from softcap_runtime.cuda.triton.forward import softmax_step
 
 
 @triton.jit
-def _load_keys(source, pages, stride_page, stride_s, keys, end, num_pages, page_bits, D: tl.constexpr,
-               DPAD: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
-    """Rows ``keys`` of one head of a sequence as ``[keys, DPAD]``; those from ``end`` on read as 0."""
-    inside = keys < end
-    page = tl.load(pages + (keys >> page_bits), mask=inside, other=0)
-    # A table that names no page reads another: memory outside of the cache is never touched.
-    page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
+def _load_keys(source, page, inside, stride_page, stride_s, keys, page_bits, D: tl.constexpr, DPAD: tl.constexpr,
+               ALIGN: tl.constexpr):  # fmt: skip
+    """Rows ``keys`` of one head, each in its ``page``, as ``[keys, DPAD]``; those not ``inside`` read as 0."""
     columns = tl.arange(0, DPAD)
     at = page.to(tl.int64) * stride_page + (keys & ((1 << page_bits) - 1)).to(tl.int64) * stride_s
     mask = inside[:, None]
@@ -43,6 +39,9 @@ def paged_kernel(
     ``Table`` int32 ``[sequences, pages]``, ``Lengths`` int32 ``[sequences]``; ``sk_b`` and ``sv_b`` lead from page to
     page, which holds ``1 << page_bits`` keys. RAGGED: the rows of all sequences lie in one batch row, where int32
     ``Offsets`` ``[sequences + 1]`` say; else a batch row is a sequence.
+
+    Rows that see a page that isn't there are NaN, and so are all of a sequence with more keys than its table holds or
+    fewer than it has rows; memory outside of the cache is never touched.
     """
     split = tl.program_id(0) % splits
     rest = tl.program_id(0) // splits
@@ -63,7 +62,8 @@ def paged_kernel(
     # Row by row, the heads of a group side by side: a block of rows sees few keys more than one row.
     h = hk * G + packed % G
     row = packed // G
-    length = tl.minimum(tl.load(Lengths + b), pages << page_bits)
+    said = tl.load(Lengths + b)
+    length = tl.minimum(said, pages << page_bits)
     place = length - count + row
     lo = tl.maximum(place + left, 0)
     hi = tl.minimum(place + right, length)
@@ -90,17 +90,22 @@ def paged_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     for step in tl.range(start, stop, num_stages=STAGES):
         keys = step * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = _load_keys(key_head, table, sk_b, sk_s, keys, length, num_pages, page_bits, D, DPAD, ALIGN)
+        inside_keys = keys < length
+        named = tl.load(table + (keys >> page_bits), mask=inside_keys, other=0)
+        page = tl.minimum(tl.maximum(named, 0), num_pages - 1)
+        k = _load_keys(key_head, page, inside_keys, sk_b, sk_s, keys, page_bits, D, DPAD, ALIGN)
         x = tl.dot(q, k.T, input_precision=PRECISION)
+        x = tl.where((page == named)[None, :], x, float("nan"))
         visible = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
         p, alpha, m, l, _ = softmax_step(
             x, visible, m, l, 0.0, inner, coef, bias, q.dtype, True, ONLINE, False, FORM, ASM
         )
         if ONLINE:
             acc = acc * alpha[:, None]
-        v = _load_keys(value_head, table, sv_b, sv_s, keys, length, num_pages, page_bits, D, DPAD, ALIGN)
+        v = _load_keys(value_head, page, inside_keys, sv_b, sv_s, keys, page_bits, D, DPAD, ALIGN)
         acc = tl.dot(p, v, acc, input_precision=PRECISION)
 
+    l = tl.where((said > length) | (said < count), float("nan"), l)
     seen = l != 0  # NaN is seen
     acc = acc * tl.where(seen, 1.0 / l, 0.0)[:, None]
     top = m if ONLINE else reference
