@@ -268,12 +268,28 @@ class Counted:
     """Counts the bytes that others send this rank."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.bytes, self.exchange = ranks, 0, collectives.all_to_all_single_autograd
+        self.ranks, self.bytes = ranks, 0
 
-    def __call__(self, x: Tensor, received: list[int], sent: list[int], group: Any) -> Tensor:
+    def __enter__(self) -> Counted:
+        self.alone, self.in_graph = dist.all_to_all_single, collectives.all_to_all_single_autograd
+
+        def alone(out: Tensor, x: Tensor, received: list[int], *rest: Any, **how: Any) -> Any:
+            self.count(x, received)
+            return self.alone(out, x, received, *rest, **how)
+
+        def in_graph(x: Tensor, received: list[int], *rest: Any) -> Tensor:
+            self.count(x, received)
+            return self.in_graph(x, received, *rest)
+
+        dist.all_to_all_single, collectives.all_to_all_single_autograd = alone, in_graph  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        dist.all_to_all_single, collectives.all_to_all_single_autograd = self.alone, self.in_graph
+
+    def count(self, x: Tensor, received: list[int]) -> None:
         rows = sum(received) - received[self.ranks.rank]
         self.bytes += rows * math.prod(x.shape[1:]) * x.element_size()
-        return self.exchange(x, received, sent, group)
 
 
 @case
@@ -288,11 +304,8 @@ def bytes_on_the_wire(ranks: Ranks) -> None:
             q, k, v, config, context
         )  # what is agreed on at first is not counted
         assert type(out) is Tensor
-        counted = collectives.all_to_all_single_autograd = Counted(ranks)  # type: ignore[assignment]
-        try:
+        with Counted(ranks) as counted:
             ranks.runtime.context_attention(q, k, v, config, context)
-        finally:
-            collectives.all_to_all_single_autograd = counted.exchange
         want = context.received_bytes(4, kv_heads, HEAD_DIM, torch.float32, batch=2)[ranks.rank]
         assert counted.bytes == want, (config, name, method, kv_heads, kind, counted.bytes, want)
 
@@ -419,12 +432,9 @@ def a_missing_kernel_raises_before_anything_is_sent(ranks: Ranks) -> None:
         context = context_mask(CAUSAL, layout, ranks.mesh)
         q, k, v = (layout.shard(x, 2, ranks.rank) for x in whole_inputs(1, 4, 4, 40))
         words = "prewarm" if last else f"failed on rank {ranks.count - 1}"
-        counted = collectives.all_to_all_single_autograd = Counted(ranks)  # type: ignore[assignment]
-        try:
+        with Counted(ranks) as counted:
             kind = KernelNotPrewarmed if last else RuntimeError
             expect(words, kind, lambda: runtime.context_attention(q, k, v, CAUSAL, context))
-        finally:
-            collectives.all_to_all_single_autograd = counted.exchange
         assert counted.bytes == 0
 
 
@@ -605,8 +615,9 @@ def on_gpus_as_on_one(ranks: Ranks) -> None:
         inputs = whole_inputs(1, 8, 4, length, torch.bfloat16)
         compare(ranks, context, inputs, masks, made, stages, tolerance=HALF_TOLERANCE)
         mine = [layout.shard(x, 2, ranks.rank) for x in inputs]
-        runs = [ranks.runtime.context_attention(*mine, made, context, stages=stages) for _ in range(3)]
-        assert all(torch.equal(run, runs[0]) for run in runs)
+        call = functools.partial(ranks.runtime.context_attention, config=made, context=context, stages=stages)
+        runs = [results(call, mine, mine[0]) for _ in range(3)]
+        assert all(torch.equal(x, y) for run in runs for x, y in zip(run, runs[0], strict=True))
 
 
 @case_if_named
