@@ -254,6 +254,33 @@ def stages_and_half_precision(ranks: Ranks) -> None:
 
 
 @case
+def inner_rows_between_outer_ones(ranks: Ranks) -> None:
+    """Keys come from both sides; also as parts of a graph, which a mode that looks on asks for."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layout = SequenceLayout.contiguous(40 * ranks.count, ranks.count)
+    for config, stages, kind in itertools.product((WINDOW, BOTH_WAYS), (1, 2), ("none", "documents")):
+        masks = masks_of(kind, 2, layout.seq_len)
+        context = context_mask(config, layout, ranks.mesh, **masks)
+        plan = context.by_keys
+        assert plan is not None
+        if ranks.count > 2 and config is BOTH_WAYS and ranks.rank == 1 and not masks:
+            assert all(plan.rows)
+        inputs = whole_inputs(2, 4, 2, layout.seq_len)
+        compare(ranks, context, inputs, masks, config, stages)
+        grad_out = torch.randn_like(inputs[0])
+        mine = [layout.shard(x, 2, ranks.rank) for x in (*inputs, grad_out)]
+        call = functools.partial(
+            ranks.runtime.context_attention, config=config, context=context, stages=stages
+        )
+        with FlopCounterMode(display=False) as seen:
+            watched = results(call, mine[:3], mine[3])
+        assert seen.get_total_flops() > 0
+        for a, b in zip(watched, results(call, mine[:3], mine[3]), strict=True):
+            assert float((a - b).norm()) <= TOLERANCE * float(b.norm())
+
+
+@case
 def compiled_kernels(ranks: Ranks) -> None:
     """The default choice of an engine, on rows enough for it to matter."""
     runtime, masks = Runtime.get(), masks_of("shared documents", 1, 700)
