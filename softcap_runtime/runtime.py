@@ -221,8 +221,8 @@ class Runtime:
         key. ``cu_seqlens_q`` ``[B + 1]``, integers: where the rows of each sequence begin in a q of ``[1, Hq, rows,
         D]``, for as many new rows in each as there are; rows past the last offset give 0.
 
-        Raises as ``attention`` does. On a GPU nothing waits for the contents of tables and lengths: rows that see a page
-        that isn't there are NaN, and so is a sequence whose length does not fit its table or its new rows.
+        Raises as ``attention`` does. On a GPU nothing waits for the contents of tables and lengths: rows that see a
+        page that isn't there are NaN, and so is a sequence whose length does not fit its table or its new rows.
         """
         from softcap_runtime.paged import Pages, paged_attention
 

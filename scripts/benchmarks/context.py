@@ -42,7 +42,7 @@ def measure(report: Report) -> None:
     report.table(
         "context",
         rows,
-        "ms: the slowest rank's; forward and both: each call waited for; queued: forward, calls in a row that are not; "
+        "ms: the slowest rank's; forward and both: each call waited for; queued: calls in a row that are not; "
         "x: against its own computing, all keys there, in the same round; MB: received forward by the rank that "
         "receives most; pairs: visible pairs of the busiest rank over the mean; GB: peak beyond what is held before; "
         "error: of the output, relative, against one process",

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -32,10 +33,15 @@ DEVICE, QUICK, OUT = sys.argv[1], sys.argv[2] == "quick", Path(sys.argv[3])
 WINDOW = 256 if DEVICE == "cpu" else 4096
 # Gemma-2 9B's on a GPU.
 SHAPE = (8, 4, 64) if DEVICE == "cpu" else (16, 8, 256)
-# How often each length is measured; every way at the shortest, the others' most telling ones.
+# How often each length is measured, window layers on a GPU, which are short, three times as often; every way at the
+# shortest, the others' most telling ones.
 LENGTHS = {512: 2} if QUICK else {2048: 9} if DEVICE == "cpu" else {32_768: 7, 131_072: 3, 262_144: 1}
 SHORTEST = min(LENGTHS)
 QUEUED = 5  # calls in a row that are not waited for, as layers of a model: host time that a device hides is not seen
+# Expressions that names of cases, and of ways beside computing alone, must match.
+WANTED_CASES, WANTED_WAYS = (
+    re.compile(os.environ.get(f"CONTEXT_BENCHMARK_{name}", "")) for name in ("CASES", "WAYS")
+)
 # Length, packed, window: the most telling first, as the time may not be enough for all.
 CASES = [
     (length, packed, window)
@@ -148,7 +154,10 @@ class Way:
         self.received, self.pairs = received, pairs
 
 
-def ways(config: AttentionConfig, ids: Tensor | None, seq_len: int, mesh: DeviceMesh) -> list[Way]:
+def ways(
+    config: AttentionConfig, ids: Tensor | None, seq_len: int, inputs: list[Tensor], mesh: DeviceMesh
+) -> list[Way]:
+    """Computing alone, then those that are wanted."""
     runtime, count = Runtime.get(), mesh.size()
     heads, kv_heads, head_dim = SHAPE
     masks = {} if ids is None else {"document_ids": ids}
@@ -156,9 +165,13 @@ def ways(config: AttentionConfig, ids: Tensor | None, seq_len: int, mesh: Device
     keys_layout = SequenceLayout.zigzag(seq_len, count) if config.window is None else contiguous
     by_keys = context_mask(config, keys_layout, mesh, method="keys", **masks)
     by_heads = context_mask(config, contiguous, mesh, method="heads", **masks)
-    found = []
+    floor = alone(config, ids, keys_layout, inputs, mesh)
+    pairs = max(by_keys.pairs) / (sum(by_keys.pairs) / count)
+    found = [Way("the computing of keys alone", keys_layout, floor, 0.0, pairs)]
 
     def add(name: str, context: ContextMask, attend: Attend, received: float | None = None) -> None:
+        if not WANTED_WAYS.search(name):
+            return
         moved = (
             max(context.received_bytes(heads, kv_heads, head_dim, DTYPE)) if received is None else received
         )
@@ -186,7 +199,7 @@ def ways(config: AttentionConfig, ids: Tensor | None, seq_len: int, mesh: Device
     rows = seq_len - contiguous.count(0)
     each = 2 * kv_heads * head_dim * DTYPE.itemsize
     add("gather k and v, our kernels", by_keys, gather, rows * each)
-    if DEVICE == "cuda" and (ids is not None or seq_len > SHORTEST):
+    if not WANTED_WAYS.search("flex") or (DEVICE == "cuda" and (ids is not None or seq_len > SHORTEST)):
         return found  # each mask and length is compiled anew: the rest would take longer than all else
     try:
         flex = torch_flex(config, ids, seq_len, mesh)
@@ -199,14 +212,18 @@ def ways(config: AttentionConfig, ids: Tensor | None, seq_len: int, mesh: Device
 
 
 def alone(
-    config: AttentionConfig, ids: Tensor | None, way: Way, inputs: list[Tensor], mesh: DeviceMesh
+    config: AttentionConfig,
+    ids: Tensor | None,
+    layout: SequenceLayout,
+    inputs: list[Tensor],
+    mesh: DeviceMesh,
 ) -> Attend:
-    """This rank's computing of a way of keys with all that it needs there already."""
+    """This rank's computing of its rows with all keys that they need there already."""
     masks = {} if ids is None else {"document_ids": ids}
     mask = row_intervals(inputs[0].shape[2], inputs[0].shape[2], causal=True, window=config.window, **masks)
     rank = mesh.get_local_rank()
-    keys = keys_seen(mask, way.layout.ranges[rank])
-    local = on_device(renumbered(mask, way.layout.ranges[rank], keys))
+    keys = keys_seen(mask, layout.ranges[rank])
+    local = on_device(renumbered(mask, layout.ranges[rank], keys))
     k, v = (in_model_order(torch.cat([x[:, :, start:end] for start, end in keys], 2)) for x in inputs[1:])
     runtime = Runtime.get()
 
@@ -215,6 +232,11 @@ def alone(
         return runtime.attend(q, keys, values, config, local)
 
     return attend
+
+
+def name_of(config: AttentionConfig, ids: Tensor | None) -> str:
+    window = "global" if config.window is None else f"window {config.window}"
+    return f"{window} {'plain' if ids is None else 'packed'}"
 
 
 def say(text: str) -> None:
@@ -234,13 +256,12 @@ def measure_case(
     whole_ids = {} if ids is None else {"document_ids": ids.to(DEVICE)}
     with torch.no_grad():
         want = Runtime.get().attention(*inputs, config, **whole_ids)
-    made, rank = ways(config, ids, seq_len, mesh), mesh.get_local_rank()
-    floor = alone(config, ids, made[0], inputs, mesh)
-    made.insert(0, Way("the computing of keys alone", made[0].layout, floor, 0.0, made[0].pairs))
-    case = f"S{seq_len:,} {'global' if config.window is None else f'window {config.window}'} "
-    case += "plain" if ids is None else "packed"
+    made, rank = ways(config, ids, seq_len, inputs, mesh), mesh.get_local_rank()
+    case = f"S{seq_len:,} {name_of(config, ids)}"
     rows: dict[str, dict[str, Any]] = {}
-    calls: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "queued": {}, "both": {}}
+    calls: dict[str, dict[str, Callable[[], object]]] = {
+        "forward": {}, "queued": {}, "both": {}, "queued both": {}
+    }  # fmt: skip
     for way in made:
         mine = [in_model_order(way.layout.shard(x, 2, rank)) for x in inputs]
         forward = torch.no_grad()(functools.partial(way.attend, *mine))
@@ -253,6 +274,8 @@ def measure_case(
         if DEVICE == "cuda" or not way.name.startswith("torch"):  # flex has no backward on the CPU
             both()
             calls["both"][way.name] = both
+            if config.window is not None:  # global layers take so long that the host is not seen
+                calls["queued both"][way.name] = functools.partial(in_a_row, both)
             used = memory_of(both) if DEVICE == "cuda" else None
         rows[way.name] = {
             "MB": way.received / 1e6,
@@ -261,12 +284,12 @@ def measure_case(
             "error": largest(error),
         }
     found: list[dict[str, Any]] = []
-    took = {kind: in_turn(named, rounds) for kind, named in calls.items()}
+    took = {kind: in_turn(named, rounds) for kind, named in calls.items() if named}
     for name, row in rows.items():
         figures = {}
         for kind, measured in took.items():
             ms, ratio = measured.get(name, (None, None))
-            each = QUEUED if kind == "queued" else 1
+            each = QUEUED if kind.startswith("queued") else 1
             figures |= {f"{kind} ms": None if ms is None else ms / each, f"{kind} x": ratio}
         found.append({"case": case, "who": name, **figures, **row})
         say("  ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in found[-1].values()))
@@ -285,6 +308,7 @@ def main() -> None:
     started = time.monotonic()
     if DEVICE == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")  # as the documentation advises
     else:
         torch.set_num_threads(1)
     heads, kv_heads, head_dim = SHAPE
@@ -308,7 +332,10 @@ def main() -> None:
         generator = torch.Generator().manual_seed(seq_len)
         ids = (torch.rand(1, seq_len, generator=generator) < 1 / DOCUMENT).cumsum(1) if packed else None
         config = AttentionConfig(softcap=50.0, scale=SHAPE[2] ** -0.5, window=window)
-        rows += measure_case(config, ids, seq_len, LENGTHS[seq_len], mesh)
+        if not WANTED_CASES.search(f"S{seq_len:,} {name_of(config, ids)}"):
+            continue
+        rounds = LENGTHS[seq_len] * (3 if DEVICE == "cuda" and window is not None else 1)
+        rows += measure_case(config, ids, seq_len, rounds, mesh)
         if dist.get_rank() == 0:
             OUT.write_text(json.dumps(rows))  # after each case, so that what was measured stays
     dist.destroy_process_group()

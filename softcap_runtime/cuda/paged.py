@@ -11,7 +11,7 @@ from softcap_runtime.cuda.cubin import GpuKernels, Pointer
 from softcap_runtime.cuda.options import decode_rows, device_limits, padded, split_count
 from softcap_runtime.cuda.triton.attention import bind_shares
 from softcap_runtime.cuda.triton.call import factors, make_mask
-from softcap_runtime.cuda.triton.launch import constants, launcher, layout, strides
+from softcap_runtime.cuda.triton.launch import Output, constants, launcher, layout, strides
 
 # Of q, k, v, the table, the lengths and, for ragged rows, their offsets, else None.
 PagedForward = Callable[..., Tensor]
@@ -68,5 +68,5 @@ def bind_paged(
         device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
     # Rows of no sequence are written by no share.
-    run = bind_shares(share, q, splits, where, kernels, clear=ragged)
+    run = bind_shares(share, q, splits, where, kernels, Output(q), clear=ragged)
     return lambda *tensors: run(*tensors)[0]

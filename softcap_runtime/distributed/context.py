@@ -21,6 +21,7 @@ from softcap_runtime.distributed.ranges import (
     length,
     merged,
     pairs_of,
+    placed,
     renumbered,
     rows_within,
 )
@@ -35,32 +36,41 @@ Method = Literal["auto", "keys", "heads"]
 LEAST_INNER = 1 / 8
 
 
+class Part(NamedTuple):
+    """Keys side by side: rows ``start`` to ``end`` of those that arrived, in the order of ranks, or of this rank's."""
+
+    arrived: bool
+    start: int
+    end: int
+
+
 class KeyPlan(NamedTuple):
-    """How one rank's keys travel: everything in pieces, rows of the sequence that go the same ways.
+    """How one rank's keys travel.
 
     Rows that see keys of this rank alone are its inner rows, computed while the others' keys, which the outer rows see
-    too, are on their way.
+    too, are on their way. The gradients of all rows are computed together.
 
-    ``own``: sizes of the pieces of this rank's rows. ``sent``: per rank, which of them go there. ``received``: per
-    rank, sizes of the pieces that come. ``silent``: whether no rank sends anything.
+    ``sent``: per rank, which of this rank's rows go there. ``received``: per rank, how many come. ``silent``: whether
+    no rank sends anything.
     ``rows``: how many outer, inner and again outer rows there are. ``inner``: the mask of the inner rows over all keys
-    of this rank. ``outer``: that of the outer rows over the keys they see, which ``order`` puts in the sequence's
-    order, by place among own and received pieces. Either is None where there are no such rows.
+    of this rank. ``outer``: that of the outer rows over ``outer_keys``, those they see in the sequence's order. Either
+    is None where there are no such rows. ``every``: the mask of all rows over ``keys``, which hold all that these see.
     """
 
-    own: list[int]
-    sent: list[list[int]]
-    received: list[list[int]]
+    sent: list[Ranges]
+    received: list[int]
     silent: bool
     rows: tuple[int, int, int]
     inner: RowIntervals | None
     outer: RowIntervals | None
-    order: list[int]
+    outer_keys: list[Part]
+    every: RowIntervals
+    keys: list[Part]
 
-    @property
-    def masks(self) -> tuple[RowIntervals, ...]:
+    def masks(self, train: bool) -> tuple[RowIntervals, ...]:
         """A mask for each kernel call."""
-        return tuple(mask for mask in (self.inner, self.outer) if mask is not None)
+        every = self.every if train else None
+        return tuple(mask for mask in (self.inner, self.outer, every) if mask is not None)
 
 
 class HeadPlan(NamedTuple):
@@ -251,28 +261,43 @@ def _key_plan(
     inner: Ranges = merged([(start + first, start + last)])
     outer: Ranges = merged([(start, start + first), (start + last, own[-1][1])]) if inner else own
     needed = seen[rank] if not inner else keys_seen(whole, outer) if outer else ()
-    wanted = [common(own, needed if to == rank else keys) for to, keys in enumerate(seen)]
-    cuts = sorted({edge for ranges in (own, *wanted) for part in ranges for edge in part})
-    held = [(a, b) for a, b in itertools.pairwise(cuts) if common(own, ((a, b),))]
-    place = {start: at for at, (start, _) in enumerate(held)}
-
-    def pieces(ranges: Ranges) -> list[int]:
-        return [at for first, last in ranges for at in range(place[first], len(held)) if held[at][0] < last]
-
-    sent = [[] if to == rank else pieces(ranges) for to, ranges in enumerate(wanted)]
     incoming = [() if source == rank else common(rows, needed) for source, rows in enumerate(layout.ranges)]
-    starts = [start for start, _ in held] + [start for part in incoming for start, _ in part]
-    chosen = pieces(wanted[rank]) + list(range(len(held), len(starts)))
+    inner_mask = _on(renumbered(whole, inner, own), device) if inner else None
+    outer_mask = _on(renumbered(whole, outer, needed), device) if outer else None
+    outer_keys = _parts(own, common(own, needed), incoming)
+    every, keys = outer_mask or inner_mask, outer_keys if outer else [Part(False, 0, rows)]
+    if inner and outer:
+        every = _on(renumbered(whole, own, merged(own + needed)), device)
+        keys = _parts(own, own, incoming)
+    assert every is not None
     return KeyPlan(
-        [end - start for start, end in held],
-        sent,
-        [[end - start for start, end in part] for part in incoming],
+        [() if to == rank else merged(placed(own, keys)) for to, keys in enumerate(seen)],
+        [length(part) for part in incoming],
         silent,
         (first, last - first, rows - last),
-        _on(renumbered(whole, inner, own), device) if inner else None,
-        _on(renumbered(whole, outer, needed), device) if outer else None,
-        sorted(chosen, key=starts.__getitem__),
+        inner_mask,
+        outer_mask,
+        outer_keys,
+        every,
+        keys,
     )
+
+
+def _parts(own: Ranges, kept: Ranges, incoming: list[Ranges]) -> list[Part]:
+    """Keys that are kept of a rank's own, and those that come, put in the sequence's order."""
+    found = [(start, Part(False, *at)) for (start, _), at in zip(kept, placed(own, kept), strict=True)]
+    here = 0
+    for start, end in itertools.chain(*incoming):
+        found.append((start, Part(True, here, here + end - start)))
+        here += end - start
+    parts: list[Part] = []
+    for _, part in sorted(found):
+        before = parts[-1] if parts else None
+        if before is not None and before.arrived == part.arrived and before.end == part.start:
+            parts[-1] = before._replace(end=part.end)
+        else:
+            parts.append(part)
+    return parts
 
 
 def _inner_rows(whole: RowIntervals, own: Ranges) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -42,6 +44,18 @@ def common(a: Ranges, b: Ranges) -> Ranges:
             i += 1
         else:
             j += 1
+    return tuple(found)
+
+
+def placed(own: Ranges, ranges: Ranges) -> Ranges:
+    """Of what both hold: where it stands among the rows of ``own``, counted from 0."""
+    starts = [start for start, _ in own]
+    before = list(itertools.accumulate((end - start for start, end in own), initial=0))
+    found = []
+    for start, end in common(own, ranges):
+        at = bisect.bisect_right(starts, start) - 1
+        shift = before[at] - starts[at]
+        found.append((start + shift, end + shift))
     return tuple(found)
 
 

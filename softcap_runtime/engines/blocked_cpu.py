@@ -21,6 +21,7 @@ from softcap_runtime.engines.engine import (
     Engine,
     Forward,
     Kernels,
+    KeysDone,
     Problem,
     empty_output,
     output_layout,
@@ -137,11 +138,13 @@ def _forward(problem: Problem, kernels: Kernels) -> Forward:
 
     shape, strides = output_layout(problem.batch, problem.num_heads, problem.mask.q_len, problem.head_dim)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> tuple[Tensor, Tensor | None]:
-        out = q.new_empty_strided(shape, strides)
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, *edges: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        out = q.new_empty_strided(shape, strides) if out is None else out
         lse = q.new_empty(shape[:3], dtype=torch.float32) if train else None
         lo, hi, kept = _addresses(edges)
-        described = layout(q.stride(), k.stride(), v.stride(), strides)
+        described = layout(q.stride(), k.stride(), v.stride(), out.stride())
         _check(
             attend(
                 described[0],
@@ -275,7 +278,14 @@ def _backward(problem: Problem, kernels: Kernels) -> Backward:
     differentiate, layout = loaded.backward, _layouts(problem, loaded.arithmetic)
 
     def run(
-        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *edges: Tensor,
+        keys_done: KeysDone | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads = empty_output(q), empty_output(k), empty_output(v)
         tensors = (q, k, v, out, grad_out, *grads)
@@ -289,6 +299,8 @@ def _backward(problem: Problem, kernels: Kernels) -> Backward:
                 *[grad.data_ptr() for grad in grads],
             )
         )
+        if keys_done is not None:
+            keys_done(*grads[1:])
         return grads
 
     return run
@@ -325,4 +337,6 @@ def _check(code: int) -> None:
         )
 
 
-ENGINE = Engine("blocked", _refuses, _artifacts, _forward, _backward, reads_kept=lambda problem: True)
+ENGINE = Engine(
+    "blocked", _refuses, _artifacts, _forward, _backward, reads_kept=lambda problem: True, parts=True
+)

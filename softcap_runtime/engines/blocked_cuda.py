@@ -194,17 +194,20 @@ def _how(problem: Problem, kernels: Kernels) -> dict[str, Any]:
 
 
 def _bound(bind: Callable[..., Any], **how: Any) -> Callable[..., Any]:
-    """A call that binds once for each layout of its tensors: their strides, and whether they are aligned."""
+    """A call that binds once for each layout of its tensors (``out`` too): their strides, whether they are aligned."""
     ready: dict[tuple[object, ...], Callable[..., Any]] = {}
 
-    def run(*tensors: Tensor) -> Any:
+    def run(*tensors: Tensor, out: Tensor | None = None, **late: Any) -> Any:
         key = (*[x.data_ptr() & 15 for x in tensors], *[x.stride() for x in tensors])
+        if out is not None:
+            key += (out.data_ptr() & 15, out.stride())
+            late["out"] = out
         bound = ready.get(key)
         if bound is None:
             if len(ready) >= MAX_LAYOUTS:
                 ready.clear()
-            bound = ready[key] = bind(*tensors, **how)
-        return bound(*tensors)
+            bound = ready[key] = bind(*tensors, **how, **({} if out is None else {"out": out}))
+        return bound(*tensors, **late)
 
     return run
 
@@ -212,13 +215,14 @@ def _bound(bind: Callable[..., Any], **how: Any) -> Callable[..., Any]:
 def _forward(problem: Problem, kernels: Kernels) -> Forward:
     from softcap_runtime.cuda.triton import attention as triton_attention
 
-    return _bound(triton_attention.bind_forward, train=problem.train, **_how(problem, kernels))
+    how = _how(problem, kernels)
+    return _bound(triton_attention.bind_forward, train=problem.train, beside=problem.beside, **how)
 
 
 def _backward(problem: Problem, kernels: Kernels) -> Backward:
     from softcap_runtime.cuda.triton import gradient as triton_gradient
 
-    return _bound(triton_gradient.bind_backward, **_how(problem, kernels))
+    return _bound(triton_gradient.bind_backward, beside=problem.beside, **_how(problem, kernels))
 
 
 def _reads_kept(problem: Problem) -> bool:
@@ -227,4 +231,4 @@ def _reads_kept(problem: Problem) -> bool:
     return rows <= decode_rows(problem.dtype) and not problem.train
 
 
-ENGINE = Engine("blocked", _refuses, _artifacts, _forward, _backward, _alike, _reads_kept)
+ENGINE = Engine("blocked", _refuses, _artifacts, _forward, _backward, _alike, _reads_kept, parts=True)

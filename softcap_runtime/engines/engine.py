@@ -23,6 +23,15 @@ class Forward(Protocol):
         """Out and, for training, the logsumexp."""
 
 
+class PartForward(Protocol):
+    """A ``Forward`` that can write to a part of a larger output."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``Forward``, its output in ``out`` where that is given: rows or heads of a ``[B, S, H, D]``."""
+
+
 class Backward(Protocol):
     """Its derivative; ``edges`` as in ``Forward``."""
 
@@ -32,11 +41,32 @@ class Backward(Protocol):
         """The gradients of q, k and v."""
 
 
+KeysDone = Callable[[Tensor, Tensor], None]  # of dk and dv
+
+
+class PartBackward(Protocol):
+    """A ``Backward`` that can hand over the gradients of k and v before it goes on to q's."""
+
+    def __call__(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *edges: Tensor,
+        keys_done: KeysDone | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``Backward``; calls ``keys_done`` as soon as the kernels of dk and dv are launched."""
+
+
 class Problem(NamedTuple):
     """One attention call, all but the contents of its tensors.
 
     ``mask`` holds the lengths, and of row intervals the form alone; ``train`` whether the logsumexp is wanted for a
-    backward to come; ``softcap_approx`` is that of the settings.
+    backward to come; ``softcap_approx`` is that of the settings; ``beside``: kernels of an exchange between ranks run
+    beside its own.
     """
 
     device: torch.device
@@ -50,6 +80,7 @@ class Problem(NamedTuple):
     mask: RowIntervals
     train: bool
     softcap_approx: bool = False
+    beside: bool = False
 
 
 class Call(NamedTuple):
@@ -60,13 +91,22 @@ class Call(NamedTuple):
     softcap: float | None
     engine: str
     train: bool
+    beside: bool = False
 
     def problem(self, q: Tensor, k: Tensor, softcap_approx: bool = False) -> Problem:
         """The call as an engine sees it."""
         batch, heads, _, head_dim = q.shape
         sizes = (batch, heads, k.shape[1], head_dim)
         return Problem(
-            q.device, q.dtype, *sizes, self.scale, self.softcap, self.mask, self.train, softcap_approx
+            q.device,
+            q.dtype,
+            *sizes,
+            self.scale,
+            self.softcap,
+            self.mask,
+            self.train,
+            softcap_approx,
+            self.beside,
         )
 
 
@@ -95,6 +135,7 @@ class Engine(NamedTuple):
     every artifact that problems like this one may need, whatever their lengths; itself alone where these play no part.
     ``reads_kept``: whether its kernels for a problem read ``RowIntervals.kept``; where not, it is only given masks that
     keep all keys.
+    ``parts``: whether they bind to a PartForward and a PartBackward.
     """
 
     name: str
@@ -104,6 +145,7 @@ class Engine(NamedTuple):
     backward: Callable[[Problem, Kernels], Backward]
     alike: Callable[[Problem], Sequence[Problem]] = lambda problem: [problem]
     reads_kept: Callable[[Problem], bool] = lambda problem: False
+    parts: bool = False
 
 
 MaskedForward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # of q, k, v

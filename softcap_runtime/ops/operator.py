@@ -342,7 +342,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tenso
     """The operator's output, for checked inputs of the runtime ``number``: directly where nobody looks on."""
     mask = call.mask
     left, right = (0, 0) if mask.left is None or mask.right is None else (mask.left, mask.right)
-    _, scale, softcap, engine, train = call  # no slice of it: the compiler of torch 2.8 takes none
+    _, scale, softcap, engine, train, _ = call  # no slice of it: the compiler of torch 2.8 takes none
     scale, softcap = constant_in_graph(scale), constant_in_graph(softcap)
     lo, hi, kept = mask.lo, mask.hi, mask.kept
     how = (left, right, scale, softcap, engine, train, number)

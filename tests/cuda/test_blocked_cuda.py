@@ -293,6 +293,43 @@ def test_a_long_training_call_on_hopper_is_computed_by_gluon(
     assert len(listed) == len(others) + (4 if head_dim == 256 else 3)
 
 
+class Launches:
+    """Notes the kernels that are launched, and with how many programs."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def function(self, spec: CubinSpec) -> Any:
+        def bind(grid: tuple[int, int, int], *_: Any) -> Callable[..., None]:
+            return lambda *tensors: self.seen.append((spec.kernel, grid[0]))
+
+        return SimpleNamespace(bind=bind)
+
+    def options(self, q: Tensor, direction: Direction) -> BlockOptions:
+        return choose(device_limits(0), q.dtype, q.shape[-1], direction)
+
+
+def test_gradients_of_keys_come_first_and_beside_an_exchange_a_program_is_a_tile(recorded: Recorded) -> None:
+    rows = 3000
+    q, k = (torch.empty(1, rows, heads, 256, dtype=BF16, device="meta").transpose(1, 2) for heads in (16, 8))
+    lse = torch.empty(1, 16, rows, device="meta")
+    how = {"scale": 0.1, "softcap": 50.0, "left": -400, "right": 1, "gluon": True}
+    for beside in (False, True):
+        kernels = Launches()
+        seen: Any = kernels.seen
+        triton_attention.bind_forward(q, k, k, kernels=kernels, beside=beside, **how)(q, k, k)
+        saved = (q, q, k, k, q, lse)
+        backward = triton_gradient.bind_backward(*saved, kernels=kernels, beside=beside, **how)
+        backward(*saved, keys_done=lambda *_: seen.append(("keys are done", 0)))  # noqa: B023
+        names = [name for name, _ in seen]
+        assert names[:1] == ["gluon_forward_kernel"]
+        assert names[2:] == ["gluon_dkdv_kernel"] * 2 + ["keys are done", "gluon_dq_kernel"]
+        programs = dict(seen)
+        tiles = 16 * -(-rows // 128)
+        assert programs["gluon_forward_kernel"] == programs["gluon_dq_kernel"] == (tiles if beside else 132)
+        assert programs["gluon_dkdv_kernel"] == 132
+
+
 def test_an_odd_layout_asks_for_kernels_of_its_own(recorded: Recorded) -> None:
     kernels: Any = recorded
     mask = band(300, 300, causal=True, window=None)

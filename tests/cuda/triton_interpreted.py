@@ -94,9 +94,21 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
         forward = bind_forward(q, k, v, *edges, kernels=Kernels(), **how)
         out, lse = forward(q, k, v, *edges)
         assert torch.equal(forward(q, k, v, *edges)[0], out)
+        # Rows and heads of a larger output.
+        larger = torch.empty(batch, rows + 8, heads + 2, dim, dtype=dtype)
+        part = larger[:, 8:, 1:-1].transpose(1, 2)
+        into = bind_forward(q, k, v, *edges, kernels=Kernels(), out=part, **how)(q, k, v, *edges, out=part)
+        assert into[0] is part
+        assert torch.equal(part, out)
+        assert int(larger.isnan().sum()) == larger.numel() - part.numel()
         saved = (grad_out, q, k, v, out, lse, *edges)
         kept = edges[2] if len(edges) == 3 else None  # decoding alone reads it, which has no backward
-        grads = () if kept is not None else bind_backward(*saved, kernels=Kernels(), **how)(*saved)
+        grads: tuple[Tensor, ...] = ()
+        if kept is None:
+            done: list[Tensor] = []
+            backward = bind_backward(*saved, kernels=Kernels(), **how)
+            grads = backward(*saved, keys_done=lambda *x: done.extend(x.clone() for x in x))
+            assert all(torch.equal(x, y) for x, y in zip(done, grads[1:], strict=True))
     finally:
         torch.empty, torch.empty_strided = empty, empty_strided
     wide = [x.double().requires_grad_() for x in (q, k, v)]

@@ -254,6 +254,33 @@ def stages_and_half_precision(ranks: Ranks) -> None:
 
 
 @case
+def inner_rows_between_outer_ones(ranks: Ranks) -> None:
+    """Keys come from both sides; also as parts of a graph, which a mode that looks on asks for."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layout = SequenceLayout.contiguous(40 * ranks.count, ranks.count)
+    for config, stages, kind in itertools.product((WINDOW, BOTH_WAYS), (1, 2), ("none", "documents")):
+        masks = masks_of(kind, 2, layout.seq_len)
+        context = context_mask(config, layout, ranks.mesh, **masks)
+        plan = context.by_keys
+        assert plan is not None
+        if ranks.count > 2 and config is BOTH_WAYS and ranks.rank == 1 and not masks:
+            assert all(plan.rows)
+        inputs = whole_inputs(2, 4, 2, layout.seq_len)
+        compare(ranks, context, inputs, masks, config, stages)
+        grad_out = torch.randn_like(inputs[0])
+        mine = [layout.shard(x, 2, ranks.rank) for x in (*inputs, grad_out)]
+        call = functools.partial(
+            ranks.runtime.context_attention, config=config, context=context, stages=stages
+        )
+        with FlopCounterMode(display=False) as seen:
+            watched = results(call, mine[:3], mine[3])
+        assert seen.get_total_flops() > 0
+        for a, b in zip(watched, results(call, mine[:3], mine[3]), strict=True):
+            assert float((a - b).norm()) <= TOLERANCE * float(b.norm())
+
+
+@case
 def compiled_kernels(ranks: Ranks) -> None:
     """The default choice of an engine, on rows enough for it to matter."""
     runtime, masks = Runtime.get(), masks_of("shared documents", 1, 700)
@@ -268,12 +295,28 @@ class Counted:
     """Counts the bytes that others send this rank."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.bytes, self.exchange = ranks, 0, collectives.all_to_all_single_autograd
+        self.ranks, self.bytes = ranks, 0
 
-    def __call__(self, x: Tensor, received: list[int], sent: list[int], group: Any) -> Tensor:
+    def __enter__(self) -> Counted:
+        self.alone, self.in_graph = dist.all_to_all_single, collectives.all_to_all_single_autograd
+
+        def alone(out: Tensor, x: Tensor, received: list[int], *rest: Any, **how: Any) -> Any:
+            self.count(x, received)
+            return self.alone(out, x, received, *rest, **how)
+
+        def in_graph(x: Tensor, received: list[int], *rest: Any) -> Tensor:
+            self.count(x, received)
+            return self.in_graph(x, received, *rest)
+
+        dist.all_to_all_single, collectives.all_to_all_single_autograd = alone, in_graph  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        dist.all_to_all_single, collectives.all_to_all_single_autograd = self.alone, self.in_graph
+
+    def count(self, x: Tensor, received: list[int]) -> None:
         rows = sum(received) - received[self.ranks.rank]
         self.bytes += rows * math.prod(x.shape[1:]) * x.element_size()
-        return self.exchange(x, received, sent, group)
 
 
 @case
@@ -288,11 +331,8 @@ def bytes_on_the_wire(ranks: Ranks) -> None:
             q, k, v, config, context
         )  # what is agreed on at first is not counted
         assert type(out) is Tensor
-        counted = collectives.all_to_all_single_autograd = Counted(ranks)  # type: ignore[assignment]
-        try:
+        with Counted(ranks) as counted:
             ranks.runtime.context_attention(q, k, v, config, context)
-        finally:
-            collectives.all_to_all_single_autograd = counted.exchange
         want = context.received_bytes(4, kv_heads, HEAD_DIM, torch.float32, batch=2)[ranks.rank]
         assert counted.bytes == want, (config, name, method, kv_heads, kind, counted.bytes, want)
 
@@ -419,12 +459,9 @@ def a_missing_kernel_raises_before_anything_is_sent(ranks: Ranks) -> None:
         context = context_mask(CAUSAL, layout, ranks.mesh)
         q, k, v = (layout.shard(x, 2, ranks.rank) for x in whole_inputs(1, 4, 4, 40))
         words = "prewarm" if last else f"failed on rank {ranks.count - 1}"
-        counted = collectives.all_to_all_single_autograd = Counted(ranks)  # type: ignore[assignment]
-        try:
+        with Counted(ranks) as counted:
             kind = KernelNotPrewarmed if last else RuntimeError
             expect(words, kind, lambda: runtime.context_attention(q, k, v, CAUSAL, context))
-        finally:
-            collectives.all_to_all_single_autograd = counted.exchange
         assert counted.bytes == 0
 
 
@@ -605,8 +642,9 @@ def on_gpus_as_on_one(ranks: Ranks) -> None:
         inputs = whole_inputs(1, 8, 4, length, torch.bfloat16)
         compare(ranks, context, inputs, masks, made, stages, tolerance=HALF_TOLERANCE)
         mine = [layout.shard(x, 2, ranks.rank) for x in inputs]
-        runs = [ranks.runtime.context_attention(*mine, made, context, stages=stages) for _ in range(3)]
-        assert all(torch.equal(run, runs[0]) for run in runs)
+        call = functools.partial(ranks.runtime.context_attention, config=made, context=context, stages=stages)
+        runs = [results(call, mine, mine[0]) for _ in range(3)]
+        assert all(torch.equal(x, y) for run in runs for x, y in zip(run, runs[0], strict=True))
 
 
 @case_if_named

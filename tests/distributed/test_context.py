@@ -18,6 +18,7 @@ OF_FOUR = (
     "masks_layouts_methods_and_groups",
     "heads_without_repetition_are_bit_equal",
     "stages_and_half_precision",
+    "inner_rows_between_outer_ones",
     "bytes_on_the_wire",
     "whole_again",
     "heads_as_dtensors_beside_the_context",

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from softcap_runtime import AttentionConfig
 from softcap_runtime.distributed import SequenceLayout
-from softcap_runtime.distributed import attention as moving
 from softcap_runtime.distributed import context as making
+from softcap_runtime.distributed import keys as moving
 from softcap_runtime.distributed.agree import digest_of
 from softcap_runtime.distributed.ranges import keys_seen, length, renumbered
 from softcap_runtime.masks import RowIntervals, band, dense, row_intervals
 
 CPU_MESH: Any = SimpleNamespace(device_type="cpu")
+NO_RUNTIME: Any = None
 LONG, RANKS = 131_072, 8
 
 
@@ -71,6 +72,19 @@ def test_any_rows_over_the_keys_they_see_are_row_intervals(case: MaskCase, data:
         assert sum(making.pairs_of(mask, ranges)) == int(counts[rows].sum())
 
 
+def rows_of(plan: making.KeyPlan, rows: Tensor) -> Tensor:
+    """Its outer rows."""
+    ahead, inner, _ = plan.rows
+    return torch.cat([rows[:ahead], rows[ahead + inner :]])
+
+
+def keys_of_rows(seen: Tensor, rows: Tensor) -> Tensor:
+    chosen = seen[:, rows].any(1).any(0)
+    if not chosen.any():
+        chosen[rows[0]] = True  # no kernel takes no keys
+    return chosen
+
+
 @given(case=mask_cases(), data=st.data(), heads=st.sampled_from([1, 2]))
 @settings(max_examples=150, deadline=None)
 def test_pieces_arrive_in_order(case: MaskCase, data: st.DataObject, heads: int) -> None:
@@ -82,27 +96,30 @@ def test_pieces_arrive_in_order(case: MaskCase, data: st.DataObject, heads: int)
     contexts = [making._made(config, layout, CPU_MESH, rank, "keys", mask) for rank in range(layout.ranks)]
     k = torch.randn(2, heads, mask.q_len, 3)
     sent: dict[int, tuple[Tensor, list[int], list[int]]] = {}
+    coming: dict[int, moving._Exchange] = {}
     for context in contexts:
         mine = layout.shard(k, 2, context.rank)
 
-        def exchange(
-            x: Tensor, received: list[int], out: list[int], _: Any, rank: int = context.rank
-        ) -> Tensor:
+        def start(
+            _: Tensor, x: Tensor, received: list[int], out: list[int], mesh: Any, rank: int = context.rank
+        ) -> None:
             sent[rank] = (x, received, out)
-            return x
 
-        moving._sent, real = exchange, moving._sent
+        plan = context.by_keys
+        assert plan is not None
+        layer = moving._Layer(NO_RUNTIME, config, plan, context.mesh, 1)
+        moving._start, real = start, moving._start  # type: ignore[assignment]
         try:
-            assert context.by_keys is not None
-            moving._send_keys(mine, -mine, context.by_keys, context.mesh)
+            coming[context.rank] = moving._send_keys(layer, mine, -mine)
         finally:
-            moving._sent = real
+            moving._start = real
     for context in contexts:
-        rank, mine, arrived = context.rank, layout.shard(k, 2, context.rank), None
+        rank, mine = context.rank, layout.shard(k, 2, context.rank)
+        arrived = coming[rank].arrived
         if sent:
             parts = [sent[source][0].split(sent[source][2])[rank] for source in range(layout.ranks)]
             assert [len(part) for part in parts] == sent[rank][1]
-            arrived = torch.cat(parts)
+            torch.cat(parts, out=arrived)
         plan = context.by_keys
         assert plan is not None
         if plan.inner is not None:
@@ -111,18 +128,29 @@ def test_pieces_arrive_in_order(case: MaskCase, data: st.DataObject, heads: int)
             others = torch.ones(mask.kv_len, dtype=torch.bool)
             others[layout.rows(rank)] = False
             assert not seen[:, inner][:, :, others].any()
-        assert 2 * context.key_rows[rank] == (0 if arrived is None else len(arrived))
+        assert context.key_rows[rank] == len(arrived)
+        everything = torch.zeros(mask.kv_len, dtype=torch.bool)
+        everything[layout.rows(rank)] = plan.outer is None or plan.inner is not None
+        if plan.outer is not None:
+            everything |= keys_of_rows(seen, rows_of(plan, layout.rows(rank)))
+        found = moving._together(mine, -mine, arrived, plan.keys)
+        assert torch.equal(found[0], k[:, :, everything])
+        assert torch.equal(found[1], -k[:, :, everything])
+        assert torch.equal(dense(plan.every, "cpu"), seen[:, layout.rows(rank)][:, :, everything])
+        # Gradients: of others' keys as these came, of own ones at their rows.
+        places = moving._arrival(plan.keys)
+        assert torch.equal(
+            torch.cat([mine[:, :, :0], *(found[0][:, :, a:b] for a, b in places)], 2),
+            arrived[:, 0].permute(1, 2, 0, 3),
+        )
+        kept = everything[layout.rows(rank)][:, None]
+        assert torch.equal(moving._own_rows(found[0], plan.keys, mine.shape[2]), mine.where(kept, 0.0))
         if plan.outer is None:
             assert plan.inner is not None
             continue
-        own = (x.permute(2, 0, 1, 3).split(plan.own) for x in (mine, -mine))
-        keys, values = moving._outer_keys(*own, arrived, plan)
-        ahead, inner, _ = plan.rows
-        rows = layout.rows(rank)
-        outer = torch.cat([rows[:ahead], rows[ahead + inner :]])
-        chosen = seen[:, outer].any(1).any(0)
-        if not chosen.any():
-            chosen[rows[0]] = True  # no kernel takes no keys
+        keys, values = moving._outer_keys(mine, -mine, coming[rank], plan)
+        outer = rows_of(plan, layout.rows(rank))
+        chosen = keys_of_rows(seen, outer)
         assert torch.equal(keys, k[:, :, chosen])
         assert torch.equal(values, -k[:, :, chosen])
         assert torch.equal(dense(plan.outer, "cpu"), seen[:, outer][:, :, chosen])
@@ -171,7 +199,7 @@ def test_a_window_moves_few_keys() -> None:
         assert plan is not None
         assert plan.rows == ((4095 if rank else 0), LONG // RANKS - (4095 if rank else 0), 0)
         assert all(
-            mask.lo is None for mask in plan.masks
+            mask.lo is None for mask in plan.masks(train=True)
         )  # bands: no vector is made, and kernels of bands serve
 
 

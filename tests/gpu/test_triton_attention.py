@@ -328,6 +328,33 @@ def test_every_element_that_is_read_is_written(seed: int, dtype: torch.dtype, di
         check(case)
 
 
+@pytest.mark.parametrize("gluon", [False, pytest.param(True, marks=on_hopper)])
+@pytest.mark.parametrize("kind", ["window", "documents"])
+@pytest.mark.parametrize("rows", [300, 3000])  # fewer and more tiles than multiprocessors
+def test_parts_of_an_output_beside_an_exchange(seed: int, gluon: bool, kind: str, rows: int) -> None:
+    """Bit for bit as alone, wherever the output lies and however many programs there are."""
+    case = make(dim=256, rows=rows, keys=rows, heads=8, kv_heads=4, kind=kind, gluon=gluon)
+    q, k, v, grad, options, _ = case
+    how = {**options, "kernels": Kernels(0), "beside": True}
+    edges = how.pop("edges", ())
+    out, lse = forward(q, k, v, **options)
+    larger = torch.full((2, rows + 8, 10, 256), float("nan"), device="cuda", dtype=q.dtype)
+    part = larger[:, 8:, 1:-1].transpose(1, 2)
+    side_by_side = torch.stack([x.permute(2, 0, 1, 3) for x in (k, v)], 1)  # as they travel
+    keys, values = (x.permute(1, 2, 0, 3) for x in side_by_side.unbind(1))
+    run = bind_forward(q, keys, values, *edges, out=part, train=True, **how)
+    _, found = run(q, keys, values, *edges, out=part)
+    assert torch.equal(part, out)
+    assert torch.equal(found, lse)
+    assert int(larger.isnan().sum()) == larger.numel() - part.numel()
+    want = backward(grad, q, k, v, out, lse, **options)
+    done: list[Tensor] = []
+    given = (grad, q, k, v, out, lse, *edges)
+    grads = bind_backward(*given, **how)(*given, keys_done=lambda *x: done.extend(x.clone() for x in x))
+    for mine, alone in zip((*grads, *done), (*want, *want[1:]), strict=True):
+        assert torch.equal(mine, alone)
+
+
 def test_expanded_keys_are_not_copied(seed: int) -> None:
     case = make(batch=1, rows=1, keys=4096, dim=128)
     q = case.q.expand(8, -1, -1, -1).contiguous()

@@ -15,19 +15,20 @@ from softcap_runtime.cuda.triton.launch import Output, attending, launcher, tile
 
 
 def bind_gluon_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, total: bool, kernels: GpuKernels
-) -> Callable[..., tuple[Tensor, Tensor]]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, total: bool, kernels: GpuKernels, output: Output,
+    beside: bool,
+) -> Callable[..., tuple[Tensor, Tensor]]:  # fmt: skip
     """As ``triton.attention.bind_forward``, for tensors that tensor maps can describe."""
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     options = forward_options(dim, call, total)
-    device, output = q.device, Output(q)
+    device = q.device
     tiles = batch * heads * -(-rows // options.block_m)
     edge = None if mask.band else Pointer(torch.int32)
     kernel = launcher(
         kernels,
         "gluon_forward_kernel",
-        programs(device_limits(device.index), tiles, mask.band),
+        programs(device_limits(device.index), tiles, mask.band, beside),
         [
             tile(q, WARPGROUP_ROWS, True), tile(k, options.block_n, True), tile(v, options.block_n, True),
             output_tile(output), Pointer(torch.float32), edge, edge,

@@ -33,6 +33,7 @@ def bind_gluon_backward(
     call: Factors,
     kernels: GpuKernels,
     bind_hull: Callable[[int], Hull],
+    beside: bool,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """As ``triton.gradient.bind_backward``, for tensors that tensor maps can describe.
 
@@ -43,22 +44,25 @@ def bind_gluon_backward(
     outputs = [Output(x) for x in (q, k, v)]
     padded = padded_rows(rows)
     run_statistics = _bind_statistics(grad, out, padded, call, kernels)
-    run_dq = _bind_dq(q, k, v, grad, outputs[0], padded, mask, call, kernels)
+    run_dq = _bind_dq(q, k, v, grad, outputs[0], padded, mask, call, kernels, beside)
     directions = key_directions(dim)
     run_dkdv = [_bind_dkdv(q, k, v, grad, outputs, padded, mask, call, kernels, each) for each in directions]
     hull = bind_hull(backward_options(directions[0], dim).own)
 
     def run(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor,
+        keys_done: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         dq, dk, dv = (output.empty() for output in outputs)
         shift, delta = torch.empty((2, batch, heads, padded), dtype=torch.float32, device=device)
         with on(device):
             run_statistics(grad, out, lse, shift, delta)
-            run_dq(q, k, v, grad, shift, delta, dq, *(edges or NO_EDGES))
             intervals = hull(*edges)
             for one in run_dkdv:
                 one(q, k, v, grad, shift, delta, dk, dv, *intervals)
+            if keys_done is not None:
+                keys_done(dk, dv)
+            run_dq(q, k, v, grad, shift, delta, dq, *(edges or NO_EDGES))
         return dq, dk, dv
 
     return run
@@ -82,7 +86,7 @@ def _bind_statistics(
 
 def _bind_dq(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, output: Output, padded: int, mask: Mask, call: Factors,
-    kernels: GpuKernels,
+    kernels: GpuKernels, beside: bool,
 ) -> Callable[..., None]:  # fmt: skip
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
@@ -92,7 +96,7 @@ def _bind_dq(
     return launcher(
         kernels,
         "gluon_dq_kernel",
-        programs(device_limits(q.device.index), batch * heads * -(-rows // options.own), mask.band),
+        programs(device_limits(q.device.index), batch * heads * -(-rows // options.own), mask.band, beside),
         [
             tile(q, WARPGROUP_ROWS, True), tile(k, options.block, True), tile(v, options.block, True),
             tile(grad, WARPGROUP_ROWS, True), single, single, output_tile(output), edge, edge,
@@ -124,7 +128,8 @@ def _bind_dkdv(
     return launcher(
         kernels,
         "gluon_dkdv_kernel",
-        programs(device_limits(q.device.index), batch * kv_heads * blocks, mask.band),
+        # Their exchange comes after them.
+        programs(device_limits(q.device.index), batch * kv_heads * blocks, mask.band, beside=False),
         [
             tile(q, options.block, True), tile(k, WARPGROUP_ROWS, True), tile(v, WARPGROUP_ROWS, True),
             tile(grad, options.block, True), statistic, statistic, *map(output_tile, outputs[1:]), *intervals,

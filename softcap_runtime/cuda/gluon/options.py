@@ -109,11 +109,12 @@ def backward_options(direction: Direction, head_dim: int) -> BackwardOptions:
     return _BACKWARD[direction, tile_width(head_dim)]
 
 
-def programs(limits: DeviceLimits, tiles: int, band: bool) -> tuple[int, int, int]:
+def programs(limits: DeviceLimits, tiles: int, band: bool, beside: bool) -> tuple[int, int, int]:
     """The grid for a number of tiles.
 
     A program a multiprocessor, which takes tiles until none is left; with intervals a program a tile, since tiles then
     differ in ways that no fixed order balances (packed, head_dim 256: 0.87 and 0.82 ms forward, 4.63 and 4.52
-    backward).
+    backward). So too ``beside`` an exchange, which holds some multiprocessors: those of a program each would only start
+    when it ends, or it would wait for them all.
     """
-    return (min(tiles, limits.multiprocessors) if band else tiles), 1, 1
+    return (min(tiles, limits.multiprocessors) if band and not beside else tiles), 1, 1

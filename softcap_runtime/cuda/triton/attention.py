@@ -55,6 +55,8 @@ def bind_forward(
     approx: bool = False,
     train: bool = False,
     gluon: bool | None = None,
+    out: Tensor | None = None,
+    beside: bool = False,
 ) -> Forward:
     """Softcapped attention and its logsumexp, for tensors that lie as these do.
 
@@ -65,11 +67,11 @@ def bind_forward(
     ``approx`` takes tanh from the ``tanh.approx.f32`` instruction (relative error
     2**-11, so up to ``softcap * 5e-4`` of a logit). ``train``: a backward follows, whose error depends on the output's
     where one key has nearly all the weight. ``gluon``: whether the Gluon kernel computes it, for tests; None leaves it
-    to ``cuda.gluon.options``.
+    to ``cuda.gluon.options``. ``beside``: an exchange between ranks runs beside it.
 
     The result takes tensors with the shapes, dtype, strides, and 16-byte alignment of these. It returns out
     ``[B, Hq, Sq, D]`` in q's dtype, a view of ``[B, Sq, Hq, D]`` memory, and the natural logsumexp float32
-    ``[B, Hq, Sq]``; a row that sees nothing gives 0 and -inf.
+    ``[B, Hq, Sq]``; a row that sees nothing gives 0 and -inf. Given an ``out`` that lies as this one, it writes there.
     """
     mask = make_mask(left, right, edges)
     call = factors(q.dtype, scale, softcap, approx)
@@ -77,16 +79,16 @@ def bind_forward(
     # float32 rounds no weights.
     total = train and not call.online and q.dtype != torch.float32
     if q.shape[2] * (q.shape[1] // k.shape[1]) <= decode_rows(q.dtype):
-        run = _bind_decode(*read, mask, call, total, kernels)
+        run = _bind_decode(*read, mask, call, total, kernels, Output(q, out))
         return reading(run, (q, k, v, *edges))
     where = layout(multiply_adds(2, q, k, mask), *read)
     if gluon is None:
         served = serves(device_limits(q.device.index), q.dtype, call, where.tma)
         gluon = served and faster_forward(q.shape[-1], mask.band, call, total)
     if gluon:
-        run = bind_gluon_forward(*read, mask, call, total, kernels)
+        run = bind_gluon_forward(*read, mask, call, total, kernels, Output(q, out), beside)
     else:
-        run = _bind_forward(*read, mask, call, total, where, kernels)
+        run = _bind_forward(*read, mask, call, total, where, kernels, Output(q, out))
     return reading(run, (q, k, v, *edges))
 
 
@@ -99,10 +101,11 @@ def _bind_forward(
     total: bool,
     where: Layout,
     kernels: GpuKernels,
+    output: Output,
 ) -> Forward:
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    options, output = kernels.options(q, "forward"), Output(q)
+    options = kernels.options(q, "forward")
     edge = None if mask.band else Pointer(torch.int32)
     kernel = launcher(
         kernels,
@@ -125,7 +128,14 @@ def _bind_forward(
 
 
 def _bind_decode(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, total: bool, kernels: GpuKernels
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    call: Factors,
+    total: bool,
+    kernels: GpuKernels,
+    output: Output,
 ) -> Forward:
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
@@ -155,7 +165,7 @@ def _bind_decode(
         last = tensors[-1]  # hi where all keys are kept, which the kernel doesn't read
         share(*tensors[:7], None if last is None else last.view(torch.uint8))
 
-    return bind_shares(launch, q, splits, where, kernels)
+    return bind_shares(launch, q, splits, where, kernels, output)
 
 
 def bind_shares(
@@ -164,6 +174,7 @@ def bind_shares(
     splits: int,
     where: Layout,
     kernels: GpuKernels,
+    output: Output,
     clear: bool = False,
 ) -> Forward:
     """The forward of a kernel ``share``, which writes ``splits`` shares of out and logsumexp: it, then their sum.
@@ -172,7 +183,7 @@ def bind_shares(
     see nothing.
     """
     batch, heads, rows, dim = q.shape
-    device, output = q.device, Output(q)
+    device = q.device
     half, single = Pointer(q.dtype), Pointer(torch.float32)
     combine = launcher(
         kernels,
@@ -184,8 +195,10 @@ def bind_shares(
         device=device, dtype=q.dtype, warps=4, aligned=where.align > 1,
     )  # fmt: skip
 
-    def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
-        out = output.empty()
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        out = output.empty() if out is None else out
         lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
         shape = (splits, batch, heads, rows)
         part_out = torch.empty((*shape, tile_width(dim)), dtype=torch.float32, device=device)

@@ -47,13 +47,15 @@ def bind_backward(
     right: int | None = None,
     approx: bool = False,
     gluon: bool | None = None,
+    beside: bool = False,
 ) -> Backward:
     """The gradients ``(dq, dk, dv)`` of ``attention.bind_forward``'s results, for tensors that lie as these do.
 
     ``grad_out`` like out, out and lse as the forward returned them, the rest as it was given to the forward. The
     result takes the same tensors; its gradients are shaped as q, k and v, in their dtype, views of ``[B, S, H, D]``
     memory. It holds one float32 per query row beyond its inputs and outputs. Sums run in a fixed order: two runs agree
-    bit for bit.
+    bit for bit. ``keys_done(dk, dv)`` is called when their kernels are launched: where the Gluon kernels serve before
+    that of dq, which then runs ``beside`` an exchange.
     """
     mask = make_mask(left, right, edges)
     call = factors(q.dtype, scale, softcap, approx)
@@ -67,7 +69,7 @@ def bind_backward(
         def bind_hull(block_n: int) -> Callable[..., tuple[Tensor | None, ...]]:
             return _bind_query_hull(mask, q.shape[2], k.shape[2], block_n, kernels, q.device)
 
-        run: Backward = bind_gluon_backward(*read, mask, call, kernels, bind_hull)
+        run: Backward = bind_gluon_backward(*read, mask, call, kernels, bind_hull, beside)
     else:
         run = _bind_backward(*read, mask, call, where, kernels)
     return reading(run, (grad_out, q, k, v, out, lse, *edges))
@@ -90,8 +92,9 @@ def _bind_backward(
     ]
 
     def run(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor,
+        keys_done: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         dq, dk, dv = (output.empty() for output in outputs)
         stats = torch.empty(stats_shape, dtype=torch.float32, device=device)
         shift, delta = stats
@@ -103,6 +106,8 @@ def _bind_backward(
             run_dq(q, k, v, grad, out, lse, shift, delta, dq, *(edges or NO_EDGES))
             for one in run_dkdv:
                 one(q, k, v, grad, shift, delta, dk, dv, *edges)
+        if keys_done is not None:
+            keys_done(dk, dv)
         return dq, dk, dv
 
     return run

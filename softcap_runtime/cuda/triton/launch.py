@@ -128,7 +128,7 @@ def reading(run: Callable[..., Any], tensors: tuple[Tensor, ...]) -> Callable[..
     """``run`` for tensors that lie as these: itself where kernels can read them, else one that makes copies."""
     if all(map(_is_readable, tensors)):
         return run
-    return lambda *given: run(*map(readable, given))
+    return lambda *given, **how: run(*map(readable, given), **how)
 
 
 def readable(tensor: Tensor) -> Tensor:
@@ -144,12 +144,15 @@ def _is_readable(tensor: Tensor) -> bool:
 
 
 class Output:
-    """Makes uninitialised ``[B, H, S, D]`` tensors like x that lie as ``[B, S, H, D]``, in one call of torch."""
+    """Makes uninitialised ``[B, H, S, D]`` tensors like x that lie as ``[B, S, H, D]``, in one call of torch.
 
-    def __init__(self, x: Tensor) -> None:
+    ``given``: one that is there already, a part of a larger one, of whose like none is made.
+    """
+
+    def __init__(self, x: Tensor, given: Tensor | None = None) -> None:
         self.shape = x.shape
         _, heads, length, dim = x.shape
-        self.steps = (length * heads * dim, dim, heads * dim, 1)
+        self.steps = (length * heads * dim, dim, heads * dim, 1) if given is None else given.stride()
         self.dtype, self.device = x.dtype, x.device
 
     def empty(self) -> Tensor:
@@ -161,8 +164,10 @@ def attending(kernel: Callable[..., None], output: Output) -> Callable[..., tupl
     """The forward of a ``kernel`` that takes q, k, v, out, the logsumexp and the mask's edges."""
     device, rows = output.device, output.shape[:3]
 
-    def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor | None) -> tuple[Tensor, Tensor]:
-        out = output.empty()
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, *edges: Tensor | None, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        out = output.empty() if out is None else out
         lse = torch.empty(rows, dtype=torch.float32, device=device)
         with on(device):
             kernel(q, k, v, out, lse, *(edges or NO_EDGES))
