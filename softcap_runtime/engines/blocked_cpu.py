@@ -337,6 +337,4 @@ def _check(code: int) -> None:
         )
 
 
-ENGINE = Engine(
-    "blocked", _refuses, _artifacts, _forward, _backward, reads_kept=lambda problem: True, parts=True
-)
+ENGINE = Engine("blocked", _refuses, _artifacts, _forward, _backward, reads_kept=True, parts=True)

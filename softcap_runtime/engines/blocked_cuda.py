@@ -225,10 +225,4 @@ def _backward(problem: Problem, kernels: Kernels) -> Backward:
     return _bound(triton_gradient.bind_backward, beside=problem.beside, **_how(problem, kernels))
 
 
-def _reads_kept(problem: Problem) -> bool:
-    """Decoding does, which reads keys and values once and so would be slowed by copies; training is not decoding."""
-    rows = problem.mask.q_len * (problem.num_heads // problem.num_kv_heads)
-    return rows <= decode_rows(problem.dtype) and not problem.train
-
-
-ENGINE = Engine("blocked", _refuses, _artifacts, _forward, _backward, _alike, _reads_kept, parts=True)
+ENGINE = Engine("blocked", _refuses, _artifacts, _forward, _backward, _alike, reads_kept=True, parts=True)

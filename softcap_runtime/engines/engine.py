@@ -133,8 +133,7 @@ class Engine(NamedTuple):
     others). ``forward`` and ``backward``: bind a problem to its kernels and return what computes it, under any
     intervals of the mask's form; ``q``, ``k``, ``v`` have last stride 1. ``alike``: problems that between them need
     every artifact that problems like this one may need, whatever their lengths; itself alone where these play no part.
-    ``reads_kept``: whether its kernels for a problem read ``RowIntervals.kept``; where not, it is only given masks that
-    keep all keys.
+    ``reads_kept``: whether its kernels read ``RowIntervals.kept``; where not, it is only given masks without.
     ``parts``: whether they bind to a PartForward and a PartBackward.
     """
 
@@ -144,7 +143,7 @@ class Engine(NamedTuple):
     forward: Callable[[Problem, Kernels], Forward]
     backward: Callable[[Problem, Kernels], Backward]
     alike: Callable[[Problem], Sequence[Problem]] = lambda problem: [problem]
-    reads_kept: Callable[[Problem], bool] = lambda problem: False
+    reads_kept: bool = False
     parts: bool = False
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from softcap_runtime.engines.engine import Backward, Engine, Forward, Kernels, Problem, empty_output
+from softcap_runtime.masks.intervals import HIDDEN
 
 
 def bind(engine: Engine, problem: Problem, kernels: Kernels) -> tuple[Forward, Backward | None]:
     """The engine's forward and, for training, backward, which take the vectors of the problem's mask."""
-    gathers = problem.mask.kept is not None and not engine.reads_kept(problem)
+    gathers = problem.mask.kept is not None and not engine.reads_kept
     if gathers:
         problem = problem._replace(mask=problem.mask._replace(kept=None))
     forward = engine.forward(problem, kernels)
@@ -49,8 +50,9 @@ def _gathering_backward(backward: Backward) -> Backward:
 
 def _kept_first(lo: Tensor, hi: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The keys with the kept ones first, int64 ``[B or 1, kv_len]``; and the edges in that numbering."""
-    order = torch.argsort((~kept).to(torch.uint8), dim=1, stable=True)
-    before = pad(kept.cumsum(1, dtype=torch.int32), (1, 0))
+    hidden = kept == HIDDEN
+    order = torch.argsort(hidden.to(torch.uint8), dim=1, stable=True)
+    before = pad((~hidden).cumsum(1, dtype=torch.int32), (1, 0))
     # A row that sees nothing has lo == kv_len and hi == 0, which stay apart.
     lo, hi = (before.gather(1, edge.to(torch.int64)) for edge in (lo, hi))
     empty = lo >= hi

@@ -147,7 +147,7 @@ def _positions(place: Place) -> Tensor:
 
 def _same_run(ids: Tensor, place: Place) -> RowIntervals:
     """Each row sees the keys whose id is its own; equal ids stand side by side."""
-    end = place.end if isinstance(place.end, Tensor) else torch.tensor([place.end], device=place.device)
+    end = place.end if isinstance(place.end, Tensor) else torch.full((1,), place.end, device=place.device)
     behind = isinstance(place.end, Tensor) or place.end != place.kv_len
     cache_lengths = end if behind else None
     runs = (ids != ids.roll(1, 1)).cumsum(1, dtype=torch.int32)  # ids may fall, document ids may not

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from softcap_runtime.masks.intervals import RowIntervals
+from softcap_runtime.masks.intervals import RowIntervals, with_kept
 from softcap_runtime.masks.readable import data_is_there
 
 
@@ -83,4 +83,4 @@ def intervals_of_elements(mask: Tensor) -> RowIntervals | None:
     between = before.gather(1, hi.to(torch.int64)) - before.gather(1, lo.to(torch.int64))
     if not bool(((between == count) | empty).all()):
         return None
-    return RowIntervals(q_len, kv_len, None, None, lo.contiguous(), hi.contiguous(), kept)
+    return with_kept(RowIntervals(q_len, kv_len, None, None, lo.contiguous(), hi.contiguous()), kept)

@@ -21,6 +21,7 @@ from softcap_runtime.cuda.cubin import CubinSpec, Number, Parameter
 from softcap_runtime.cuda.triton.attention import bind_forward
 from softcap_runtime.cuda.triton.build import kernel_of
 from softcap_runtime.cuda.triton.gradient import bind_backward
+from softcap_runtime.masks.intervals import RowIntervals, with_kept
 
 LIMITS = gpu_options.DeviceLimits(227 * 1024, (9, 0), 132)
 stand_in.tell_of(LIMITS)
@@ -68,14 +69,20 @@ def mask_of(kind: str, batch: int, rows: int, keys: int) -> tuple[dict[str, Any]
         left, right = keys - rows - 20, keys - rows + 1
         return {"left": left, "right": right}, at + left, at + right
     lo, hi = at // 23 * 23, at + 1
+    if kind == "kept":  # whole blocks that need no mask but for the keys
+        lo = torch.zeros_like(lo)
+        hi = (at + keys - rows + 1).contiguous()
     if kind == "a row of nothing":
         lo, hi = lo.clone(), hi.clone()
         lo[:, 5], hi[:, 5] = keys, 0
     elif kind == "shared":
         lo, hi = lo[:1], hi[:1]
     elif kind == "kept":
-        kept = torch.rand(batch, keys) < 0.5
-        return {"lo": lo.contiguous(), "hi": hi.contiguous(), "kept": kept}, lo, hi
+        # One row of keys without holes, others with few or many.
+        share = torch.tensor([1.0, 0.98, 0.5])[:batch, None]
+        made = RowIntervals(rows, keys, None, None, lo.contiguous(), hi.contiguous())
+        made = with_kept(made, torch.rand(batch, keys) < share)
+        return dict(zip(("lo", "hi", "kept"), made.vectors, strict=True)), lo, hi
     return {"lo": lo.contiguous(), "hi": hi.contiguous()}, lo, hi
 
 
@@ -102,21 +109,19 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
         assert torch.equal(part, out)
         assert int(larger.isnan().sum()) == larger.numel() - part.numel()
         saved = (grad_out, q, k, v, out, lse, *edges)
-        kept = edges[2] if len(edges) == 3 else None  # decoding alone reads it, which has no backward
-        grads: tuple[Tensor, ...] = ()
-        if kept is None:
-            done: list[Tensor] = []
-            backward = bind_backward(*saved, kernels=Kernels(), **how)
-            grads = backward(*saved, keys_done=lambda *x: done.extend(x.clone() for x in x))
-            assert all(torch.equal(x, y) for x, y in zip(done, grads[1:], strict=True))
+        done: list[Tensor] = []
+        backward = bind_backward(*saved, kernels=Kernels(), **how)
+        grads = backward(*saved, keys_done=lambda *x: done.extend(x.clone() for x in x))
+        assert all(torch.equal(x, y) for x, y in zip(done, grads[1:], strict=True))
     finally:
         torch.empty, torch.empty_strided = empty, empty_strided
     wide = [x.double().requires_grad_() for x in (q, k, v)]
     mask = reference.visible(lo, hi, keys)
-    mask = mask if kept is None else mask & kept[:, None]
+    if len(edges) == 3:
+        mask = mask & (edges[2] != 0)[:, None]
     want, want_lse = reference.attention(*wide, mask, scale=how["scale"], softcap=how["softcap"])
     exact = torch.autograd.grad(want, wide, grad_out.double())
-    pairs = zip(("out", "dq", "dk", "dv"), (out, *grads), (want, *exact), strict=kept is None)
+    pairs = zip(("out", "dq", "dk", "dv"), (out, *grads), (want, *exact), strict=True)
     found = {name: float((mine - true).norm() / true.norm()) for name, mine, true in pairs}
     seen = want_lse > -torch.inf
     found["lse"] = float((lse - want_lse)[seen].abs().max())

@@ -11,7 +11,7 @@ from softcap_runtime.cuda.cubin import GpuKernels, Parameter, Pointer, Tile
 from softcap_runtime.cuda.gluon.options import WARPGROUP_ROWS, forward_options, programs
 from softcap_runtime.cuda.options import device_limits, tile_width
 from softcap_runtime.cuda.triton.call import Factors, Mask
-from softcap_runtime.cuda.triton.launch import Output, attending, launcher, tile
+from softcap_runtime.cuda.triton.launch import Output, attending, edge_parameters, launcher, tile
 
 
 def bind_gluon_forward(
@@ -24,18 +24,17 @@ def bind_gluon_forward(
     options = forward_options(dim, call, total)
     device = q.device
     tiles = batch * heads * -(-rows // options.block_m)
-    edge = None if mask.band else Pointer(torch.int32)
     kernel = launcher(
         kernels,
         "gluon_forward_kernel",
         programs(device_limits(device.index), tiles, mask.band, beside),
         [
             tile(q, WARPGROUP_ROWS, True), tile(k, options.block_n, True), tile(v, options.block_n, True),
-            output_tile(output), Pointer(torch.float32), edge, edge,
+            output_tile(output), Pointer(torch.float32), *edge_parameters(mask),
         ],
         [
             mask.batch_stride(rows), batch, heads, heads // kv_heads, rows, keys, mask.left, mask.right,
-            call.inner, call.coef, call.bias - call.reference, call.reference,
+            mask.marks(keys), call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
         {"BAND": mask.band, "ONLINE": call.online, "TOTAL": total, "FORM": call.form, "BLOCK_M": options.block_m,
          "BLOCK_N": options.block_n, "D": dim, "DPAD": tile_width(dim), "STAGES": options.stages,

@@ -26,15 +26,18 @@ from softcap_runtime.cuda.gluon.common import (
     capped,
     exp2,
     hidden,
+    kept_keys,
+    kept_row,
     load_tile,
     ring,
     start_ring,
     store_tile,
     tile_of,
+    whole_keys,
 )
 
 NUMBERS = [
-    *("slo_b", "shull_b", "B", "Hq", "Hkv", "G", "Sq", "SqPad", "Skv", "left", "right"),
+    *("slo_b", "shull_b", "B", "Hq", "Hkv", "G", "Sq", "SqPad", "Skv", "left", "right", "marks"),
     *("inner", "coef", "gain"),
 ]
 
@@ -91,7 +94,7 @@ def _produce_dkdv(
 ):  # fmt: skip
     own_full, own_empty, q_full, q_empty, do_full, do_empty = bars
     shift_s, delta_s, lo_s, hi_s = rows_s
-    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right = sizes
+    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, marks = sizes
     KEYS: gl.constexpr = N * WARPGROUPS
     blocks = gl.cdiv(Skv, KEYS)
     tiles = B * Hkv * blocks
@@ -199,12 +202,12 @@ def _step_dkdv(
 
 @gluon.jit
 def _consume_dkdv(
-    C: gl.constexpr, DK, DV, First, Last, LoMost, HiLeast, k_s, v_s, q_s, do_s, rows_s, bars, sizes, factors,
+    C: gl.constexpr, DK, DV, First, Last, LoMost, HiLeast, Kept, k_s, v_s, q_s, do_s, rows_s, bars, sizes, factors,
     BAND: gl.constexpr, FORM: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr, M: gl.constexpr,
     N: gl.constexpr, DPAD: gl.constexpr, WARPGROUPS: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
     own_full, own_empty, q_full, q_empty, do_full, do_empty = bars
-    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right = sizes
+    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, marks = sizes
     inner, coef, gain = factors
     KEYS: gl.constexpr = N * WARPGROUPS
     S_L: gl.constexpr = gl.NVMMADistributedLayout(
@@ -234,6 +237,12 @@ def _consume_dkdv(
                 place * KEYS, First, Last, b * shull_b + place, left, right, Sq, BAND, M, KEYS
             )
             keys = start + gl.arange(0, N, layout=gl.SliceLayout(1, S_L))
+            kept = kept_row(Kept, b, slo_b, Skv, BAND)
+            keys = kept_keys(keys, kept, marks, BAND)
+            whole = True
+            if not BAND:
+                # Keys past the last are seen by no row.
+                whole = whole_keys(start, start + N, kept, marks)
             dk = none
             dv = none
             if WANT_DK:
@@ -252,7 +261,8 @@ def _consume_dkdv(
                 if not BAND:
                     # Whether some of the rows do not see some of this warpgroup's keys.
                     group = b * (slo_b // M) + block
-                    some_hidden = (gl.load(LoMost + group) > start) | (gl.load(HiLeast + group) < start + N)
+                    all_seen = (gl.load(LoMost + group) <= start) & (gl.load(HiLeast + group) >= start + N)
+                    some_hidden = not (all_seen & whole)
                 s, dk, dv, slots = _step_dkdv(
                     C, k_s, v_s, q_s, do_s, rows_s, q_full, q_empty, do_full, do_empty, slots, s, dk, dv, none,
                     keys, block * M, some_hidden, index + 1 < many, left, right, inner, coef,
@@ -284,15 +294,16 @@ def _consume_dkdv(
 
 @gluon.jit(do_not_specialize=NUMBERS)
 def gluon_dkdv_kernel(
-    Q, K, V, DO, Shift, Delta, DK, DV, Lo, Hi, First, Last, LoMost, HiLeast,
-    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, inner, coef, gain,
+    Q, K, V, DO, Shift, Delta, DK, DV, Lo, Hi, First, Last, LoMost, HiLeast, Kept,
+    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, marks, inner, coef, gain,
     BAND: gl.constexpr, FORM: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, DPAD: gl.constexpr,
     Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
     """DK and DV (or one of them) of BLOCK_N keys, summed over the query heads of their group.
 
-    Shift, Delta, Lo and Hi are tensor maps of BLOCK_M elements; Lo to HiLeast are ``query_hull_kernel``'s.
+    Shift, Delta, Lo and Hi are tensor maps of BLOCK_M elements; Lo to HiLeast are ``query_hull_kernel``'s. Kept and
+    ``marks``: as ``triton.forward``'s.
     """
     WARPGROUPS: gl.constexpr = 2
     N: gl.constexpr = 64
@@ -318,14 +329,14 @@ def gluon_dkdv_kernel(
     fence_async_shared()
     bars = (own_full, own_empty, q_full, q_empty, do_full, do_empty)
     rows_s = (shift_s, delta_s, lo_s, hi_s)
-    sizes = (slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right)
+    sizes = (slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, marks)
     factors = (inner, coef, gain)
     gl.warp_specialize(
         [
-            (_consume_dkdv, (FIRST, DK, DV, First, Last, LoMost, HiLeast, k_s, v_s, q_s, do_s, rows_s, bars,
+            (_consume_dkdv, (FIRST, DK, DV, First, Last, LoMost, HiLeast, Kept, k_s, v_s, q_s, do_s, rows_s, bars,
                              sizes, factors, BAND, FORM, WANT_DK, WANT_DV, BLOCK_M, N, DPAD, WARPGROUPS,
                              Q_STAGES, DO_STAGES)),
-            (_consume_dkdv, (SECOND, DK, DV, First, Last, LoMost, HiLeast, k_s, v_s, q_s, do_s, rows_s, bars,
+            (_consume_dkdv, (SECOND, DK, DV, First, Last, LoMost, HiLeast, Kept, k_s, v_s, q_s, do_s, rows_s, bars,
                              sizes, factors, BAND, FORM, WANT_DK, WANT_DV, BLOCK_M, N, DPAD, WARPGROUPS,
                              Q_STAGES, DO_STAGES)),
             (_produce_dkdv, (Q, K, V, DO, Shift, Delta, Lo, Hi, First, Last, k_s, v_s, q_s, do_s, rows_s, bars, sizes,

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from softcap_runtime.cuda.gluon.common import (
     FIRST,
+    HIDDEN,
     LN2,
     PRODUCER_REGISTERS,
     SECOND,
@@ -31,6 +32,7 @@ from softcap_runtime.cuda.gluon.common import (
     capped,
     exp2,
     fixed_weights,
+    kept_row,
     key_blocks,
     load_tile,
     ring,
@@ -40,17 +42,31 @@ from softcap_runtime.cuda.gluon.common import (
     tile_of,
 )
 
-NUMBERS = ["slo_b", "B", "Hq", "G", "Sq", "Skv", "left", "right", "inner", "coef", "bias", "reference"]
+NUMBERS = [
+    "slo_b",
+    "B",
+    "Hq",
+    "G",
+    "Sq",
+    "Skv",
+    "left",
+    "right",
+    "marks",
+    "inner",
+    "coef",
+    "bias",
+    "reference",
+]
 
 
 @gluon.jit
 def _produce(
-    Q, K, V, Lo, Hi, q_s, k_s, v_s, bars, sizes,
+    Q, K, V, Lo, Hi, Kept, q_s, k_s, v_s, bars, sizes,
     BAND: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr, WARPGROUPS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
-    slo_b, B, Hq, G, Sq, Skv, left, right = sizes
+    slo_b, B, Hq, G, Sq, Skv, left, right, marks = sizes
     ROWS: gl.constexpr = M * WARPGROUPS
     blocks = gl.cdiv(Sq, ROWS)
     tiles = B * Hq * blocks
@@ -62,8 +78,9 @@ def _produce(
             h = head % Hq
             hk = h // G
             start = (blocks - 1 - place) * ROWS
+            kept = kept_row(Kept, b, slo_b, Skv, BAND)
             first, full_first, full_end, end = key_blocks(
-                start, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 1
+                start, Lo, Hi, kept, slo_b, b, left, right, Sq, Skv, marks, BAND, ROWS, N, 1
             )
             for index in range(0, end - first):
                 key = block_at(index, first, full_first, full_end, end) * N
@@ -90,9 +107,9 @@ def _sums(p, M: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def _softmax(
-    s, key, lo, hi, m, l, inner, coef, bias,
-    MASKED: gl.constexpr, START: gl.constexpr, ONLINE: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr,
-    N: gl.constexpr, S_L: gl.constexpr,
+    s, key, lo, hi, kept, marks, m, l, inner, coef, bias,
+    MASKED: gl.constexpr, BAND: gl.constexpr, START: gl.constexpr, ONLINE: gl.constexpr, FORM: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
     """Weights of a block of raw products and the statistics after it: ``(p, alpha, m, l)``.
 
@@ -107,6 +124,11 @@ def _softmax(
         at = gl.expand_dims(keys, 0)
         visible = (at >= gl.expand_dims(lo, 1)) & (at < gl.expand_dims(hi, 1))
         p = gl.where(visible, p, float("-inf") if ONLINE else 0.0)
+        if not BAND:  # noqa: SIM102
+            # A branch: the registers of the marks would be spilled in all other calls too.
+            if marks != 0:
+                mark = gl.load(kept + keys, mask=keys < marks, other=0)
+                p = gl.where(gl.expand_dims(mark != HIDDEN, 0), p, float("-inf") if ONLINE else 0.0)
     if ONLINE:
         most = gl.max(p, 1)
         if not START:
@@ -129,12 +151,12 @@ def _softmax(
 
 @gluon.jit
 def _consume(
-    C: gl.constexpr, Out, Lse, Lo, Hi, ones, q_s, k_s, v_s, bars, sizes, factors,
+    C: gl.constexpr, Out, Lse, Lo, Hi, Kept, ones, q_s, k_s, v_s, bars, sizes, factors,
     BAND: gl.constexpr, ONLINE: gl.constexpr, TOTAL: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
     DPAD: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
-    slo_b, B, Hq, G, Sq, Skv, left, right = sizes
+    slo_b, B, Hq, G, Sq, Skv, left, right, marks = sizes
     inner, coef, bias, reference = factors
     ROWS: gl.constexpr = M * WARPGROUPS
     dtype: gl.constexpr = q_s.dtype
@@ -161,8 +183,9 @@ def _consume(
             b = head // Hq
             h = head % Hq
             block = (blocks - 1 - place) * ROWS
+            kept = kept_row(Kept, b, slo_b, Skv, BAND)
             first, full_first, full_end, end = key_blocks(
-                block, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 4
+                block, Lo, Hi, kept, slo_b, b, left, right, Sq, Skv, marks, BAND, ROWS, N, 4
             )
             start = block + C * M
             rows = start + gl.arange(0, M, layout=ROW_L)
@@ -185,7 +208,25 @@ def _consume(
             m = gl.full([M], float("-inf"), gl.float32, ROW_L)
             key = block_at(skip, first, full_first, full_end, end) * N
             p, _, m, l = _softmax(
-                s, key, lo, hi, m, 0.0, inner, coef, bias, True, True, ONLINE, FORM, M, N, S_L
+                s,
+                key,
+                lo,
+                hi,
+                kept,
+                marks,
+                m,
+                0.0,
+                inner,
+                coef,
+                bias,
+                True,
+                BAND,
+                True,
+                ONLINE,
+                FORM,
+                M,
+                N,
+                S_L,
             )
             p = gl.convert_layout(p.to(dtype), P_L, assert_trivial=True)
             total = 0.0
@@ -199,16 +240,16 @@ def _consume(
                 key = block_at(index, first, full_first, full_end, end) * N
                 acc, p, m, l, total = _step(
                     q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m,
-                    l, total, none, key, lo, hi, inner, coef, bias, True, ONLINE, TOTAL, FORM, M, N, DPAD,
-                    S_L, O_L, P_L, T_L,
+                    l, total, none, key, lo, hi, kept, marks, inner, coef, bias, True, BAND, ONLINE, TOTAL, FORM,
+                    M, N, DPAD, S_L, O_L, P_L, T_L,
                 )  # fmt: skip
                 last_slot, last_phase = slot, phase
                 slot, phase = advance(slot, phase, STAGES)
             for _ in range(gl.maximum(skip + 1, partial), end - first):
                 acc, p, m, l, total = _step(
                     q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m,
-                    l, total, none, 0, lo, hi, inner, coef, bias, False, ONLINE, TOTAL, FORM, M, N, DPAD,
-                    S_L, O_L, P_L, T_L,
+                    l, total, none, 0, lo, hi, kept, marks, inner, coef, bias, False, BAND, ONLINE, TOTAL, FORM,
+                    M, N, DPAD, S_L, O_L, P_L, T_L,
                 )  # fmt: skip
                 last_slot, last_phase = slot, phase
                 slot, phase = advance(slot, phase, STAGES)
@@ -253,9 +294,10 @@ def _add_weights(total, p, ones, T_L: gl.constexpr):
 @gluon.jit
 def _step(
     q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m, l, total,
-    none, key, lo, hi, inner, coef, bias,
-    MASKED: gl.constexpr, ONLINE: gl.constexpr, TOTAL: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr,
-    N: gl.constexpr, DPAD: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr, P_L: gl.constexpr, T_L: gl.constexpr,
+    none, key, lo, hi, kept, marks, inner, coef, bias,
+    MASKED: gl.constexpr, BAND: gl.constexpr, ONLINE: gl.constexpr, TOTAL: gl.constexpr, FORM: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr, P_L: gl.constexpr,
+    T_L: gl.constexpr,
 ):  # fmt: skip
     """The product of the next keys, that of the last weights with their values, then the next weights."""
     mbarrier.wait(k_full.index(slot), phase)
@@ -271,7 +313,7 @@ def _step(
         s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(slot), count=1)
     weights, alpha, m, l = _softmax(
-        s, key, lo, hi, m, l, inner, coef, bias, MASKED, False, ONLINE, FORM, M, N, S_L
+        s, key, lo, hi, kept, marks, m, l, inner, coef, bias, MASKED, BAND, False, ONLINE, FORM, M, N, S_L
     )
     weights = gl.convert_layout(weights.to(q.dtype), P_L, assert_trivial=True)
     # The last weights pass through the wait: their registers are read until then.
@@ -290,8 +332,8 @@ def _step(
 
 @gluon.jit(do_not_specialize=NUMBERS)
 def gluon_forward_kernel(
-    Q, K, V, Out, Lse, Lo, Hi,
-    slo_b, B, Hq, G, Sq, Skv, left, right, inner, coef, bias, reference,
+    Q, K, V, Out, Lse, Lo, Hi, Kept,
+    slo_b, B, Hq, G, Sq, Skv, left, right, marks, inner, coef, bias, reference,
     BAND: gl.constexpr, ONLINE: gl.constexpr, TOTAL: gl.constexpr, FORM: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, DPAD: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr,
@@ -299,7 +341,7 @@ def gluon_forward_kernel(
     """Out ``[B, Hq, Sq, D]`` and Lse ``[B, Hq, Sq]`` float32; a program takes tiles until none is left.
 
     Q, K, V and Out are tensor maps of tiles ``[1, 1, rows, DPAD]``. Lo and Hi int32 ``[B or 1, Sq]``, none for a band.
-    TOTAL: as ``triton.forward``'s.
+    Kept, ``marks``, TOTAL: as ``triton.forward``'s.
     """
     M: gl.constexpr = 64
     gl.static_assert(BLOCK_M == M * WARPGROUPS)
@@ -320,16 +362,17 @@ def gluon_forward_kernel(
     start_ring(v_full, v_empty, STAGES, WARPGROUPS)
     fence_async_shared()
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    sizes = (slo_b, B, Hq, G, Sq, Skv, left, right)
+    sizes = (slo_b, B, Hq, G, Sq, Skv, left, right, marks)
     factors = (inner, coef, bias, reference)
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (FIRST, Out, Lse, Lo, Hi, ones, q_s, k_s, v_s, bars, sizes, factors,
+                (_consume, (FIRST, Out, Lse, Lo, Hi, Kept, ones, q_s, k_s, v_s, bars, sizes, factors,
                             BAND, ONLINE, TOTAL, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
-                (_consume, (SECOND, Out, Lse, Lo, Hi, ones, q_s, k_s, v_s, bars, sizes, factors,
+                (_consume, (SECOND, Out, Lse, Lo, Hi, Kept, ones, q_s, k_s, v_s, bars, sizes, factors,
                             BAND, ONLINE, TOTAL, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
-                (_produce, (Q, K, V, Lo, Hi, q_s, k_s, v_s, bars, sizes, BAND, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
+                (_produce, (Q, K, V, Lo, Hi, Kept, q_s, k_s, v_s, bars, sizes,
+                            BAND, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
             ],
             [4, 1],
             [240, PRODUCER_REGISTERS],
@@ -337,13 +380,14 @@ def gluon_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (FIRST, Out, Lse, Lo, Hi, ones, q_s, k_s, v_s, bars, sizes, factors,
+                (_consume, (FIRST, Out, Lse, Lo, Hi, Kept, ones, q_s, k_s, v_s, bars, sizes, factors,
                             BAND, ONLINE, TOTAL, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
-                (_consume, (SECOND, Out, Lse, Lo, Hi, ones, q_s, k_s, v_s, bars, sizes, factors,
+                (_consume, (SECOND, Out, Lse, Lo, Hi, Kept, ones, q_s, k_s, v_s, bars, sizes, factors,
                             BAND, ONLINE, TOTAL, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
-                (_consume, (THIRD, Out, Lse, Lo, Hi, ones, q_s, k_s, v_s, bars, sizes, factors,
+                (_consume, (THIRD, Out, Lse, Lo, Hi, Kept, ones, q_s, k_s, v_s, bars, sizes, factors,
                             BAND, ONLINE, TOTAL, FORM, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
-                (_produce, (Q, K, V, Lo, Hi, q_s, k_s, v_s, bars, sizes, BAND, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
+                (_produce, (Q, K, V, Lo, Hi, Kept, q_s, k_s, v_s, bars, sizes,
+                            BAND, M, BLOCK_N, DPAD, WARPGROUPS, STAGES)),
             ],
             [4, 4, 1],
             [160, 160, PRODUCER_REGISTERS],

@@ -18,7 +18,16 @@ from softcap_runtime.cuda.options import (
     tile_width,
 )
 from softcap_runtime.cuda.triton.call import Factors, Mask
-from softcap_runtime.cuda.triton.launch import NO_EDGES, Output, launcher, on, strides, tile, vector
+from softcap_runtime.cuda.triton.launch import (
+    Output,
+    as_edges,
+    edge_parameters,
+    launcher,
+    on,
+    strides,
+    tile,
+    vector,
+)
 
 Hull = Callable[..., tuple[Tensor | None, ...]]
 
@@ -57,12 +66,13 @@ def bind_gluon_backward(
         shift, delta = torch.empty((2, batch, heads, padded), dtype=torch.float32, device=device)
         with on(device):
             run_statistics(grad, out, lse, shift, delta)
-            intervals = hull(*edges)
+            lo, hi, kept = as_edges(edges)
+            intervals = hull(lo, hi)
             for one in run_dkdv:
-                one(q, k, v, grad, shift, delta, dk, dv, *intervals)
+                one(q, k, v, grad, shift, delta, dk, dv, *intervals, kept)
             if keys_done is not None:
                 keys_done(dk, dv)
-            run_dq(q, k, v, grad, shift, delta, dq, *(edges or NO_EDGES))
+            run_dq(q, k, v, grad, shift, delta, dq, lo, hi, kept)
         return dq, dk, dv
 
     return run
@@ -91,7 +101,6 @@ def _bind_dq(
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     options = backward_options("dq", dim)
-    edge = None if mask.band else Pointer(torch.int32)
     single = Pointer(torch.float32)
     return launcher(
         kernels,
@@ -99,11 +108,11 @@ def _bind_dq(
         programs(device_limits(q.device.index), batch * heads * -(-rows // options.own), mask.band, beside),
         [
             tile(q, WARPGROUP_ROWS, True), tile(k, options.block, True), tile(v, options.block, True),
-            tile(grad, WARPGROUP_ROWS, True), single, single, output_tile(output), edge, edge,
+            tile(grad, WARPGROUP_ROWS, True), single, single, output_tile(output), *edge_parameters(mask),
         ],
         [
             mask.batch_stride(rows), batch, heads, heads // kv_heads, rows, padded, keys, mask.left, mask.right,
-            call.inner, call.coef, call.gain,
+            mask.marks(keys), call.inner, call.coef, call.gain,
         ],
         {"BAND": mask.band, "FORM": call.form, "BLOCK_M": options.own, "BLOCK_N": options.block, "D": dim,
          "DPAD": tile_width(dim), "K_STAGES": options.stages[0], "V_STAGES": options.stages[1]},
@@ -121,10 +130,10 @@ def _bind_dkdv(
     blocks = -(-keys // options.own)
     several = mask.batch_stride(rows) > 0  # batch rows have intervals of their own
     statistic = vector(torch.float32, batch * heads * padded, options.block, True)
-    intervals: list[Parameter] = [None] * 6
+    intervals: list[Parameter] = [None] * 7
     if mask.batch is not None:
         interval = vector(torch.int32, mask.batch * padded, options.block, True)
-        intervals = [interval, interval, *[Pointer(torch.int32)] * 4]
+        intervals = [interval, interval, *[Pointer(torch.int32)] * 4, Pointer(torch.uint8)]
     return launcher(
         kernels,
         "gluon_dkdv_kernel",
@@ -136,7 +145,7 @@ def _bind_dkdv(
         ],
         [
             padded if several else 0, blocks if several else 0, batch, heads, kv_heads, heads // kv_heads, rows, padded,
-            keys, mask.left, mask.right, call.inner, call.coef, call.gain,
+            keys, mask.left, mask.right, mask.marks(keys), call.inner, call.coef, call.gain,
         ],
         {"BAND": mask.band, "FORM": call.form, "WANT_DK": direction != "dv", "WANT_DV": direction != "dk",
          "BLOCK_M": options.block, "BLOCK_N": options.own, "D": dim, "DPAD": tile_width(dim),

@@ -25,11 +25,12 @@ from softcap_runtime.cuda.options import (
 )
 from softcap_runtime.cuda.triton.call import Factors, Mask, factors, make_mask, multiply_adds
 from softcap_runtime.cuda.triton.launch import (
-    NO_EDGES,
     Layout,
     Output,
+    as_edges,
     attending,
     constants,
+    edge_parameters,
     launcher,
     layout,
     on,
@@ -62,8 +63,8 @@ def bind_forward(
 
     ``q`` ``[B, Hq, Sq, D]``, ``k`` and ``v`` ``[B, Hkv, Skv, D]``, one of bfloat16, float16, float32, D up
     to 256, Hq a multiple of Hkv, on one CUDA device (current or not). Row i sees the keys
-    ``i + left <= j < i + right`` or, with ``edges`` ``lo`` and ``hi`` (int32 ``[B or 1, Sq]``), ``lo_i <= j < hi_i``.
-    Decoding takes ``kept`` (bool ``[B or 1, Skv]``) after them.
+    ``i + left <= j < i + right`` or, with ``edges`` ``lo`` and ``hi`` (int32 ``[B or 1, Sq]``), ``lo_i <= j < hi_i``;
+    with ``kept`` (uint8 ``[B or 1, Skv]``) after them only keys that are not 0 there.
     ``approx`` takes tanh from the ``tanh.approx.f32`` instruction (relative error
     2**-11, so up to ``softcap * 5e-4`` of a logit). ``train``: a backward follows, whose error depends on the output's
     where one key has nearly all the weight. ``gluon``: whether the Gluon kernel computes it, for tests; None leaves it
@@ -106,18 +107,17 @@ def _bind_forward(
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     options = kernels.options(q, "forward")
-    edge = None if mask.band else Pointer(torch.int32)
     kernel = launcher(
         kernels,
         "forward_kernel",
         (batch * heads * -(-rows // options.block_m), 1, 1),
         [
             tile(q, options.block_m, where.tma), tile(k, options.block_n, where.tma),
-            tile(v, options.block_n, where.tma), Pointer(q.dtype), Pointer(torch.float32), edge, edge,
+            tile(v, options.block_n, where.tma), Pointer(q.dtype), Pointer(torch.float32), *edge_parameters(mask),
         ],
         [
             *strides(where.align, q.stride(), k.stride(), v.stride(), output.steps), mask.batch_stride(rows),
-            heads, heads // kv_heads, rows, keys, mask.left, mask.right,
+            heads, heads // kv_heads, rows, keys, mask.left, mask.right, mask.marks(keys),
             call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
         {"BAND": mask.band, "ONLINE": call.online, "TOTAL": total, "FORM": call.form,
@@ -144,16 +144,15 @@ def _bind_decode(
     limits = device_limits(q.device.index)
     splits = split_count(limits, batch * kv_heads, mask.width(rows, keys), options.block_n)
     where = layout(0, q, k, v)
-    edge = None if mask.band else Pointer(torch.int32)
     half, single = Pointer(q.dtype), Pointer(torch.float32)
     share = launcher(
         kernels,
         "decode_kernel",
         (batch * kv_heads * splits, 1, 1),
-        [half, half, half, single, single, edge, edge, None if mask.band else Pointer(torch.uint8)],
+        [half, half, half, single, single, *edge_parameters(mask)],
         [
             *strides(where.align, q.stride(), k.stride(), v.stride()), mask.batch_stride(rows),
-            heads, kv_heads, heads // kv_heads, rows, keys, splits, mask.left, mask.right, int(mask.kept),
+            heads, kv_heads, heads // kv_heads, rows, keys, splits, mask.left, mask.right, mask.marks(keys),
             call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
         {"BAND": mask.band, "ONLINE": call.online, "TOTAL": total, "FORM": call.form,
@@ -161,9 +160,8 @@ def _bind_decode(
         device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
 
-    def launch(*tensors: Tensor | None) -> None:
-        last = tensors[-1]  # hi where all keys are kept, which the kernel doesn't read
-        share(*tensors[:7], None if last is None else last.view(torch.uint8))
+    def launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor) -> None:
+        share(q, k, v, out, lse, *as_edges(edges))
 
     return bind_shares(launch, q, splits, where, kernels, output)
 
@@ -207,7 +205,7 @@ def bind_shares(
             part_lse.fill_(-torch.inf)
             part_out.zero_()
         with on(device):
-            share(q, k, v, part_out, part_lse, *(rest or NO_EDGES))
+            share(q, k, v, part_out, part_lse, *rest)
             combine(part_out, part_lse, out, lse)
         return out, lse
 

@@ -19,6 +19,8 @@ from softcap_runtime.cuda.triton.common import (
     block_ranges,
     capped,
     exp2,
+    kept_keys,
+    kept_row,
     load_rows,
     load_tile,
     row_intervals,
@@ -28,9 +30,10 @@ from softcap_runtime.cuda.triton.common import (
 
 @triton.jit
 def _dq_step(
-    q, do, dq, shift, delta, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, n, Skv, inner, coef,
-    MASKED: tl.constexpr, FORM: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
+    q, do, dq, shift, delta, lo, hi, K, V, kept, marks, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, n, Skv,
+    inner, coef,
+    MASKED: tl.constexpr, BAND: tl.constexpr, FORM: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+    DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     k = load_tile(K, sk_b, sk_h, sk_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA, ALIGN)
     x = tl.dot(q, k.T, input_precision=PRECISION)
@@ -38,7 +41,7 @@ def _dq_step(
     dp = tl.dot(do, v.T, input_precision=PRECISION)
     z, slope = capped(x, inner, coef, shift[:, None], FORM, ASM)
     if MASKED:
-        keys = n + tl.arange(0, BLOCK_N)
+        keys = kept_keys(n + tl.arange(0, BLOCK_N), kept, marks, BAND)
         z = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), z, float("-inf"))
         p = exp2(z, ASM)
     else:
@@ -49,10 +52,10 @@ def _dq_step(
 
 @triton.jit(do_not_specialize=INTS)
 def dq_kernel(
-    Q, K, V, DO, Out, Lse, Shift, Delta, DQ, Lo, Hi,
+    Q, K, V, DO, Out, Lse, Shift, Delta, DQ, Lo, Hi, Kept,
     sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, sdo_b, sdo_h, sdo_s, so_b, so_h, so_s,
     sdq_b, sdq_h, sdq_s, slo_b,
-    Hq, G, Sq, SqPad, Skv, left, right, inner, coef, bias, gain,
+    Hq, G, Sq, SqPad, Skv, left, right, marks, inner, coef, bias, gain,
     BAND: tl.constexpr, FORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
@@ -60,7 +63,8 @@ def dq_kernel(
     """DQ of one block of query rows; and for the kernel that comes after, Shift and Delta.
 
     Both float32 ``[B, Hq, SqPad]``: what brings a logit to the log2 of its weight, and rowsum(dO * O). Rows past
-    the end and rows that see nothing get -inf and 0, so that their weights are 0 there without a mask.
+    the end and rows that see nothing get -inf and 0, so that their weights are 0 there without a mask. Kept and
+    ``marks``: as ``forward_kernel``'s.
     """
     blocks = tl.cdiv(Sq, BLOCK_M)
     pid = tl.program_id(0)
@@ -71,7 +75,8 @@ def dq_kernel(
     hk = h // G
     rows = start + tl.arange(0, BLOCK_M)
     lo, hi = row_intervals(rows, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND)
-    first, full_first, full_end, end = block_ranges(lo, hi, BLOCK_N)
+    kept = kept_row(Kept, b, slo_b, Skv, BAND)
+    first, full_first, full_end, end = block_ranges(lo, hi, kept, marks, BLOCK_N, BAND)
 
     do = load_tile(DO, sdo_b, sdo_h, sdo_s, b, h, start, Sq, BLOCK_M, D, DPAD, TMA, ALIGN)
     out = load_tile(Out, so_b, so_h, so_s, b, h, start, Sq, BLOCK_M, D, DPAD, False, ALIGN)
@@ -86,15 +91,15 @@ def dq_kernel(
     dq = tl.zeros([BLOCK_M, DPAD], tl.float32)
     for block in tl.range(full_first, full_end, num_stages=STAGES):
         dq = _dq_step(
-            q, do, dq, shift, delta, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, block * BLOCK_N,
-            Skv, inner, coef, False, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ALIGN, ASM,
+            q, do, dq, shift, delta, lo, hi, K, V, kept, marks, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk,
+            block * BLOCK_N, Skv, inner, coef, False, BAND, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ALIGN, ASM,
         )  # fmt: skip
     before = full_first - first
     for edge in tl.range(0, before + end - full_end, num_stages=STAGES):
         block = tl.where(edge < before, first + edge, full_end + edge - before)
         dq = _dq_step(
-            q, do, dq, shift, delta, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, block * BLOCK_N,
-            Skv, inner, coef, True, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ALIGN, ASM,
+            q, do, dq, shift, delta, lo, hi, K, V, kept, marks, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk,
+            block * BLOCK_N, Skv, inner, coef, True, BAND, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ALIGN, ASM,
         )  # fmt: skip
     store_tile(DQ, sdq_b, sdq_h, sdq_s, b, h, start, Sq, dq * gain, BLOCK_M, D, DPAD, ALIGN)
 
@@ -150,7 +155,7 @@ def _query_ranges(
 
 @triton.jit
 def _dkdv_step(
-    k, v, dk, dv, Q, DO, Shift, Delta, Lo, Hi, sq_b, sq_h, sq_s, sdo_b, sdo_h, sdo_s, slo_b, b, h, Hq, n, m,
+    k, v, dk, dv, Q, DO, Shift, Delta, Lo, Hi, sq_b, sq_h, sq_s, sdo_b, sdo_h, sdo_s, slo_b, b, h, Hq, keys, m,
     Sq, SqPad, Skv, left, right, inner, coef,
     MASKED: tl.constexpr, BAND: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr,
@@ -174,7 +179,6 @@ def _dkdv_step(
     z, slope = capped(x, inner, coef, shift[None, :], FORM, ASM)
     if MASKED:
         # Masking z, not p: a select on p is moved behind its rounding, where ptxas serialises the product after it.
-        keys = n + tl.arange(0, BLOCK_N)
         z = tl.where((keys[:, None] >= lo[None, :]) & (keys[:, None] < hi[None, :]), z, float("-inf"))
         p = exp2(z, ASM)
     else:
@@ -191,10 +195,10 @@ def _dkdv_step(
 
 @triton.jit(do_not_specialize=INTS)
 def dkdv_kernel(
-    Q, K, V, DO, Shift, Delta, DK, DV, Lo, Hi, First, Last,
+    Q, K, V, DO, Shift, Delta, DK, DV, Lo, Hi, First, Last, Kept,
     sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, sdo_b, sdo_h, sdo_s,
     sdk_b, sdk_h, sdk_s, sdv_b, sdv_h, sdv_s, slo_b, shull_b,
-    Hq, Hkv, G, Sq, SqPad, Skv, left, right, inner, coef, gain,
+    Hq, Hkv, G, Sq, SqPad, Skv, left, right, marks, inner, coef, gain,
     BAND: tl.constexpr, FORM: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
@@ -202,6 +206,7 @@ def dkdv_kernel(
     """DK and DV (or one of them) of one block of keys, summed over the query heads of its group.
 
     Shift and Delta are ``dq_kernel``'s; Lo, Hi, First, Last those of ``query_hull_kernel`` (not read for a band).
+    Kept and ``marks``: as ``forward_kernel``'s.
     """
     blocks = tl.cdiv(Skv, BLOCK_N)
     pid = tl.program_id(0)
@@ -216,6 +221,7 @@ def dkdv_kernel(
     v = load_tile(V, sv_b, sv_h, sv_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA, ALIGN)
     dk = tl.zeros([BLOCK_N, DPAD], tl.float32)
     dv = tl.zeros([BLOCK_N, DPAD], tl.float32)
+    keys = kept_keys(n + tl.arange(0, BLOCK_N), kept_row(Kept, b, slo_b, Skv, BAND), marks, BAND)
     # One loop over (query head, block) keeps the pipeline full across the heads of a group.
     # With intervals no block is known to be full and this loop is empty. It stays all the same: without it ptxas
     # serialises the products of the other. Its divisor is kept off 0, from which the compiler would conclude that
@@ -226,7 +232,7 @@ def dkdv_kernel(
         m = (full_first + index % tl.maximum(full, 1)) * BLOCK_M
         dk, dv = _dkdv_step(
             k, v, dk, dv, Q, DO, Shift, Delta, Lo, Hi, sq_b, sq_h, sq_s, sdo_b, sdo_h, sdo_s, slo_b, b, h, Hq,
-            n, m, Sq, SqPad, Skv, left, right, inner, coef, False, BAND, FORM, BLOCK_M, BLOCK_N, D, DPAD, PRECISION,
+            keys, m, Sq, SqPad, Skv, left, right, inner, coef, False, BAND, FORM, BLOCK_M, BLOCK_N, D, DPAD, PRECISION,
             TMA, ALIGN, ASM, WANT_DK, WANT_DV,
         )  # fmt: skip
     before = full_first - first
@@ -237,7 +243,7 @@ def dkdv_kernel(
         m = tl.where(edge < before, first + edge, full_end + edge - before) * BLOCK_M
         dk, dv = _dkdv_step(
             k, v, dk, dv, Q, DO, Shift, Delta, Lo, Hi, sq_b, sq_h, sq_s, sdo_b, sdo_h, sdo_s, slo_b, b, h, Hq,
-            n, m, Sq, SqPad, Skv, left, right, inner, coef, True, BAND, FORM, BLOCK_M, BLOCK_N, D, DPAD, PRECISION,
+            keys, m, Sq, SqPad, Skv, left, right, inner, coef, True, BAND, FORM, BLOCK_M, BLOCK_N, D, DPAD, PRECISION,
             TMA, ALIGN, ASM, WANT_DK, WANT_DV,
         )  # fmt: skip
     if WANT_DK:

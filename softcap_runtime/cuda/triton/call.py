@@ -39,6 +39,10 @@ class Mask(NamedTuple):
         """Keys a row may see at most, as far as the host knows."""
         return max(1, min(keys, rows + self.right - self.left)) if self.band else keys
 
+    def marks(self, keys: int) -> int:
+        """How many of a row of ``kept`` kernels read."""
+        return keys if self.kept else 0
+
     def batch_stride(self, rows: int) -> int:
         """Elements from one batch entry's intervals to the next; 0 when they share one."""
         return 0 if self.batch is None or self.batch == 1 else rows

@@ -28,12 +28,15 @@ INTS = [
         for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "lo", "hull")
         for dim in "bhs"
     ),
-    *("Hq", "Hkv", "G", "Sq", "SqPad", "Skv", "left", "right", "splits", "blocks", "chosen"),
+    *("Hq", "Hkv", "G", "Sq", "SqPad", "Skv", "left", "right", "splits", "blocks", "marks"),
     *("inner", "coef", "bias", "reference", "gain"),
 ]
 
 # An interval that excludes every key: a row that sees nothing, and no sum of two such leaves int32.
 FAR = tl.constexpr(1 << 29)
+# Marks of a key in Kept, as in ``masks.intervals``.
+HIDDEN = tl.constexpr(0)
+CLEAN = tl.constexpr(3)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOGISTIC_ASM = tl.constexpr(asm.logistic())
@@ -193,7 +196,33 @@ def row_intervals(rows, lo_ptr, hi_ptr, stride_b, b, left, right, Sq, Skv, BAND:
 
 
 @triton.jit
-def block_ranges(lo, hi, N: tl.constexpr):
+def kept_row(Kept, b, stride_b, Skv, BAND: tl.constexpr):
+    """The marks of batch entry b, ``[Skv]``; as intervals do, entries have their own or share one."""
+    if BAND:
+        return Kept
+    else:
+        return Kept + tl.where(stride_b != 0, b, 0).to(tl.int64) * Skv
+
+
+@triton.jit
+def kept_keys(keys, kept, marks, BAND: tl.constexpr):
+    """``keys``, -1 in the place of those that no row sees; ``marks``: how many of ``kept`` there are to read."""
+    if not BAND:
+        mark = tl.load(kept + keys, mask=keys < marks, other=1)
+        keys = tl.where(mark != HIDDEN, keys, -1)
+    return keys
+
+
+@triton.jit
+def whole_keys(first, end, kept, marks):
+    """Whether all keys from first to end - 1, at least one, are kept."""
+    begins = tl.load(kept + first, mask=first < marks, other=CLEAN)
+    ends = tl.load(kept + (end - 1), mask=end <= marks, other=CLEAN)
+    return (begins == CLEAN) & (ends == CLEAN)
+
+
+@triton.jit
+def block_ranges(lo, hi, kept, marks, N: tl.constexpr, BAND: tl.constexpr):
     """What rows of intervals ``lo, hi`` need of the keys, in blocks of N: ``(first, full_first, full_end, end)``.
 
     Blocks first...end hold every visible key; full_first...full_end of them are visible to every row and need
@@ -206,4 +235,8 @@ def block_ranges(lo, hi, N: tl.constexpr):
     first = tl.minimum(first, end)
     full_first = tl.minimum(full_first, end)
     full_end = tl.maximum(full_end, full_first)
+    if not BAND:
+        asked = tl.where(full_end > full_first, marks, 0)
+        whole = whole_keys(full_first * N, full_end * N, kept, asked)
+        full_end = tl.where(whole, full_end, full_first)
     return first, full_first, full_end, end

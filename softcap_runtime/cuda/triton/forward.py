@@ -18,6 +18,8 @@ from softcap_runtime.cuda.triton.common import (
     capped,
     exp2,
     fixed_weights,
+    kept_keys,
+    kept_row,
     load_tile,
     row_intervals,
     store_tile,
@@ -59,14 +61,17 @@ def softmax_step(
 
 @triton.jit
 def _step(
-    q, acc, m, l, total, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, n, Skv, inner, coef, bias,
-    MASKED: tl.constexpr, ONLINE: tl.constexpr, TOTAL: tl.constexpr, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
-    D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr,
-    ASM: tl.constexpr,
+    q, acc, m, l, total, lo, hi, K, V, kept, marks, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, n, Skv,
+    inner, coef, bias,
+    MASKED: tl.constexpr, BAND: tl.constexpr, ONLINE: tl.constexpr, TOTAL: tl.constexpr, FORM: tl.constexpr,
+    BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     k = load_tile(K, sk_b, sk_h, sk_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA, ALIGN)
     x = tl.dot(q, k.T, input_precision=PRECISION)
     keys = n + tl.arange(0, BLOCK_N)
+    if MASKED:
+        keys = kept_keys(keys, kept, marks, BAND)
     visible = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
     p, alpha, m, l, total = softmax_step(
         x, visible, m, l, total, inner, coef, bias, q.dtype, MASKED, ONLINE, TOTAL, FORM, ASM
@@ -79,15 +84,16 @@ def _step(
 
 @triton.jit(do_not_specialize=INTS)
 def forward_kernel(
-    Q, K, V, Out, Lse, Lo, Hi,
+    Q, K, V, Out, Lse, Lo, Hi, Kept,
     sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, so_b, so_h, so_s, slo_b,
-    Hq, G, Sq, Skv, left, right, inner, coef, bias, reference,
+    Hq, G, Sq, Skv, left, right, marks, inner, coef, bias, reference,
     BAND: tl.constexpr, ONLINE: tl.constexpr, TOTAL: tl.constexpr, FORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Out ``[B, Hq, Sq, D]`` (any strides) and Lse ``[B, Hq, Sq]`` float32 for one block of query rows.
 
+    No row sees a key that is 0 in Kept, uint8 ``[B or 1, Skv]``, of which ``marks`` of a row are read: Skv or 0.
     Programs of one head follow each other with the longest rows first: the head's keys stay in L2, and the
     short blocks fill the gaps at the end.
     """
@@ -100,7 +106,8 @@ def forward_kernel(
     hk = h // G
     rows = start + tl.arange(0, BLOCK_M)
     lo, hi = row_intervals(rows, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND)
-    first, full_first, full_end, end = block_ranges(lo, hi, BLOCK_N)
+    kept = kept_row(Kept, b, slo_b, Skv, BAND)
+    first, full_first, full_end, end = block_ranges(lo, hi, kept, marks, BLOCK_N, BAND)
 
     q = load_tile(Q, sq_b, sq_h, sq_s, b, h, start, Sq, BLOCK_M, D, DPAD, TMA, ALIGN)
     acc = tl.zeros([BLOCK_M, DPAD], tl.float32)
@@ -109,15 +116,17 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for block in tl.range(full_first, full_end, num_stages=STAGES):
         acc, m, l, total = _step(
-            q, acc, m, l, total, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, block * BLOCK_N, Skv,
-            inner, coef, bias, False, ONLINE, TOTAL, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ALIGN, ASM,
+            q, acc, m, l, total, lo, hi, K, V, kept, marks, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk,
+            block * BLOCK_N, Skv, inner, coef, bias, False, BAND, ONLINE, TOTAL, FORM, BLOCK_N, D, DPAD, PRECISION,
+            TMA, ALIGN, ASM,
         )  # fmt: skip
     before = tl.minimum(full_first, end) - first
     for edge in tl.range(0, before + end - full_end, num_stages=STAGES):
         block = tl.where(edge < before, first + edge, full_end + edge - before)
         acc, m, l, total = _step(
-            q, acc, m, l, total, lo, hi, K, V, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, block * BLOCK_N, Skv,
-            inner, coef, bias, True, ONLINE, TOTAL, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ALIGN, ASM,
+            q, acc, m, l, total, lo, hi, K, V, kept, marks, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk,
+            block * BLOCK_N, Skv, inner, coef, bias, True, BAND, ONLINE, TOTAL, FORM, BLOCK_N, D, DPAD, PRECISION,
+            TMA, ALIGN, ASM,
         )  # fmt: skip
 
     seen = l != 0  # NaN is seen

@@ -13,10 +13,11 @@ from softcap_runtime.cuda.gluon.options import serves
 from softcap_runtime.cuda.options import Direction, device_limits, key_directions, padded_rows
 from softcap_runtime.cuda.triton.call import Factors, Mask, factors, make_mask, multiply_adds
 from softcap_runtime.cuda.triton.launch import (
-    NO_EDGES,
     Layout,
     Output,
+    as_edges,
     constants,
+    edge_parameters,
     launcher,
     layout,
     on,
@@ -103,9 +104,10 @@ def _bind_backward(
             delta.zero_()
         with on(device):
             # dq first: it leaves what dk and dv need of every row in shift and delta.
-            run_dq(q, k, v, grad, out, lse, shift, delta, dq, *(edges or NO_EDGES))
+            lo, hi, kept = as_edges(edges)
+            run_dq(q, k, v, grad, out, lse, shift, delta, dq, lo, hi, kept)
             for one in run_dkdv:
-                one(q, k, v, grad, shift, delta, dk, dv, *edges)
+                one(q, k, v, grad, shift, delta, dk, dv, lo, hi, kept)
         if keys_done is not None:
             keys_done(dk, dv)
         return dq, dk, dv
@@ -120,7 +122,6 @@ def _bind_dq(
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     options = kernels.options(q, "dq")
-    edge = None if mask.band else Pointer(torch.int32)
     single = Pointer(torch.float32)
     return launcher(
         kernels,
@@ -129,11 +130,11 @@ def _bind_dq(
         [
             tile(q, options.block_m, where.tma), tile(k, options.block_n, where.tma),
             tile(v, options.block_n, where.tma), tile(grad, options.block_m, where.tma), Pointer(out.dtype),
-            single, single, single, Pointer(q.dtype), edge, edge,
+            single, single, single, Pointer(q.dtype), *edge_parameters(mask),
         ],
         [
             *strides(where.align, *(x.stride() for x in (q, k, v, grad, out)), output.steps), mask.batch_stride(rows),
-            heads, heads // kv_heads, rows, padded_rows(rows), keys, mask.left, mask.right,
+            heads, heads // kv_heads, rows, padded_rows(rows), keys, mask.left, mask.right, mask.marks(keys),
             call.inner, call.coef, call.bias, call.gain,
         ],
         {"BAND": mask.band, "FORM": call.form, **constants(dim, q.dtype, options, where)},
@@ -155,9 +156,13 @@ def _bind_dkdv(
     def statistic(dtype: torch.dtype, of: int) -> Parameter:
         return vector(dtype, of * padded, block_m, where.tma)
 
-    intervals: list[Parameter] = [None] * 4
+    intervals: list[Parameter] = [None] * 5
     if mask.batch is not None:
-        intervals = [*[statistic(torch.int32, mask.batch)] * 2, *[Pointer(torch.int32)] * 2]
+        intervals = [
+            *[statistic(torch.int32, mask.batch)] * 2,
+            *[Pointer(torch.int32)] * 2,
+            Pointer(torch.uint8),
+        ]
     kernel = launcher(
         kernels,
         "dkdv_kernel",
@@ -170,7 +175,7 @@ def _bind_dkdv(
         [
             *strides(where.align, *(x.stride() for x in (q, k, v, grad)), outputs[1].steps, outputs[2].steps),
             padded if several else 0, blocks if several else 0,
-            heads, kv_heads, heads // kv_heads, rows, padded, keys, mask.left, mask.right,
+            heads, kv_heads, heads // kv_heads, rows, padded, keys, mask.left, mask.right, mask.marks(keys),
             call.inner, call.coef, call.gain,
         ],
         {"BAND": mask.band, "FORM": call.form, "WANT_DK": direction != "dv", "WANT_DV": direction != "dk",
@@ -179,8 +184,9 @@ def _bind_dkdv(
     )  # fmt: skip
     hull = _bind_query_hull(mask, rows, keys, block_n, kernels, q.device)
 
-    def run(*tensors: Tensor) -> None:
-        kernel(*tensors[:8], *hull(*tensors[8:])[:4])
+    def run(*tensors: Tensor | None) -> None:
+        *given, lo, hi, kept = tensors
+        kernel(*given, *hull(lo, hi)[:4], kept)
 
     return run
 
@@ -194,7 +200,7 @@ def _bind_query_hull(
     and the smallest hi; flat. Six None for a band.
     """
     if mask.batch is None:
-        return lambda: (None,) * 6
+        return lambda *edges: (None,) * 6
     batch = mask.batch
     padded, blocks = padded_rows(rows), -(-keys // block_n)
     each = _whole_blocks(batch * blocks, 4)  # addresses are multiples of 16 bytes

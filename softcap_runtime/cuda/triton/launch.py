@@ -7,7 +7,7 @@ found by its key, once for each layout of a call's tensors, and launched directl
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -22,13 +22,14 @@ from softcap_runtime.cuda.options import (
     tile_width,
     triton_version,
 )
+from softcap_runtime.cuda.triton.call import Mask
 
 # Triton's interpreter runs the kernels on the CPU, for tests; it knows no inline assembly.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Elements that all strides must be multiples of for 16-byte loads of every dtype served.
 ALIGNED = 8
 # What a kernel for a band is given in place of a mask's vectors.
-NO_EDGES = (None, None)
+NO_EDGES = (None, None, None)
 # Multiply-adds from which a call runs long enough (33 us) to hide the descriptors' cost on the host (2 us each).
 TMA_FROM = 2**30
 
@@ -165,15 +166,32 @@ def attending(kernel: Callable[..., None], output: Output) -> Callable[..., tupl
     device, rows = output.device, output.shape[:3]
 
     def run(
-        q: Tensor, k: Tensor, v: Tensor, *edges: Tensor | None, out: Tensor | None = None
+        q: Tensor, k: Tensor, v: Tensor, *edges: Tensor, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         out = output.empty() if out is None else out
         lse = torch.empty(rows, dtype=torch.float32, device=device)
         with on(device):
-            kernel(q, k, v, out, lse, *(edges or NO_EDGES))
+            kernel(q, k, v, out, lse, *as_edges(edges))
         return out, lse
 
     return run
+
+
+def as_edges(vectors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """``RowIntervals.vectors`` as kernels take them: lo, hi and kept.
+
+    Where all keys are kept another address stands in for the last, which is not read.
+    """
+    if not vectors:
+        return NO_EDGES
+    return tuple(vectors) if len(vectors) == 3 else (*vectors, vectors[1].view(torch.uint8))
+
+
+def edge_parameters(mask: Mask) -> list[Parameter]:
+    """Those of ``as_edges``."""
+    if mask.band:
+        return [None, None, None]
+    return [Pointer(torch.int32), Pointer(torch.int32), Pointer(torch.uint8)]
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
