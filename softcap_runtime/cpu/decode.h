@@ -15,9 +15,9 @@
 
 namespace softcap {
 
-// Rows (query heads of a group times query rows) that are taken here. Keys whose logits are made at once, at most, and
+// Rows (query heads of a group times query rows) that are always taken here, and at most. Keys whose logits are made at once, at most, and
 // the bytes of theirs that make fewer do.
-constexpr int64_t FEW_ROWS = 8, DECODE_STEP = 64, STEP_BYTES = 8192;
+constexpr int64_t FEW_ROWS = 8, MOST_ROWS = 64, DECODE_STEP = 64, STEP_BYTES = 8192;
 // Keys whose products are summed side by side, for sums enough to hide the adders' latency.
 constexpr int TOGETHER = 4;
 // Rows that are taken at once, so that their sums stay in registers.
@@ -192,7 +192,7 @@ template <class T>
 void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t batch, int64_t from, int64_t to,
                  const float* queries, float* sums, int64_t step) {
   int64_t rows = p.heads / p.kv_heads * p.q_len, ld = round_up(p.dim, WIDE);
-  int32_t lo[FEW_ROWS], hi[FEW_ROWS];
+  int32_t lo[MOST_ROWS], hi[MOST_ROWS];
   // Outside of all rows' keys there is nothing to read.
   int64_t least = to, past = from;
   for (int64_t r = 0; r < rows; r++) {
@@ -295,19 +295,24 @@ void lay_out(float* to, const T* row, int64_t dim, int64_t ld) {
   }
 }
 
-template <class T>
-bool decode(const Problem& p, const Tensors& t) {
-  const Softcap cap(p);
-  int64_t group = p.heads / p.kv_heads, rows = group * p.q_len, places = p.batch * p.kv_heads;
-  int64_t ld = round_up(p.dim, WIDE), one = PartialSums::size(rows, ld);
-  // The keys that any row may see.
+// The keys that any row may see.
+inline Range seen_by_any(const Problem& p, const Tensors& t) {
   Range span{p.kv_len, 0};
   for (int64_t batch = 0; batch < (t.lo ? p.batch : 1); batch++)
     for (int64_t row = 0; row < p.q_len; row++) {
       Range seen = visible(p, t, batch, row);
       if (seen.lo < seen.hi) span.include(seen);
     }
-  if (span.hi < span.lo) span = {0, 0};
+  return span.lo < span.hi ? span : Range{0, 0};
+}
+
+// For problems of at most MOST_ROWS rows.
+template <class T>
+bool decode(const Problem& p, const Tensors& t) {
+  const Softcap cap(p);
+  int64_t group = p.heads / p.kv_heads, rows = group * p.q_len, places = p.batch * p.kv_heads;
+  int64_t ld = round_up(p.dim, WIDE), one = PartialSums::size(rows, ld);
+  const Range span = seen_by_any(p, t);
   // Parts enough for the threads, none of them too short to be worth its sums.
   int64_t most = ((span.hi - span.lo) * p.kv_heads + 4 * DECODE_STEP - 1) / (4 * DECODE_STEP);
   int64_t parts = (4 * p.threads + p.batch - 1) / p.batch;
