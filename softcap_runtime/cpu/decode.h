@@ -5,8 +5,8 @@
 // walks over its keys step by step, all key heads of a step before the next: in a cache [B, S, H, D] those are
 // neighbours. While it multiplies a step's keys it fetches their values, and with the values the next keys: into the
 // first cache, with steps short enough for both to stay there. (Into the second, or by longer steps, or not at all, the
-// same keys took 1.1 to 1.7 times as long on a core with 48 KiB.) Only rows that lie apart in one long run go to the
-// second by long steps: they fall on few sets of the first, and took 0.85 to 1.2 times as long from there.
+// same keys took 1.1 to 1.7 times as long on a core with 48 KiB.) Only long rows, and rows that lie apart in one long
+// run, which fall on few sets of the first, go to the second by long steps.
 #pragma once
 
 #include <type_traits>
@@ -15,8 +15,8 @@
 
 namespace softcap {
 
-// Rows (query heads of a group times query rows) that are always taken here, and at most. Keys whose logits are made at once, at most, and
-// the bytes of theirs that make fewer do.
+// Rows (query heads of a group times query rows) that are always taken here, and at most. Keys whose logits are made at
+// once, at most, and the bytes of theirs that make fewer do.
 constexpr int64_t FEW_ROWS = 8, MOST_ROWS = 64, DECODE_STEP = 64, STEP_BYTES = 8192;
 // Keys whose products are summed side by side, for sums enough to hide the adders' latency.
 constexpr int TOGETHER = 4;
@@ -210,9 +210,8 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
     std::memset(own.out, 0, rows * (ld + 1) * sizeof(float));
     for (int64_t r = 0; r < rows; r++) own.peak[r] = cap.bounded ? 0 : -INFINITY;
   }
-  const bool near = t.table || (p.k.row == p.dim && p.v.row == p.dim);
   int64_t step_keys = STEP_BYTES / (p.dim * int64_t(sizeof(T))) / LANES * LANES;
-  step_keys = step_keys < LANES ? LANES : step_keys;
+  const bool near = step_keys > 0 && (t.table || (p.k.row == p.dim && p.v.row == p.dim));
   if (!near || step_keys > DECODE_STEP) step_keys = DECODE_STEP;
   // Keys [j, j + keys) of one head, one page.
   auto keys_from = [&](int64_t j) {
