@@ -25,9 +25,6 @@ from softcap_runtime.ops.planned import rows_together
 from softcap_runtime.plans import Server
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
-# Query rows of a group's heads up to which the CPU's decoding reads pages as they lie; more are worth a copy, since
-# products of whole blocks then serve them.
-MOST_ROWS = 64
 # Kinds of calls whose kernels are kept bound, of each runtime.
 MAX_BOUND = 1024
 _bound: WeakKeyDictionary[Server, dict[Any, Any]] = WeakKeyDictionary()
@@ -161,7 +158,7 @@ def _on_cpu(
     """
     sequences, group = pages.table.shape[0], q.shape[1] // pages.k.shape[2]
     each, spare = divmod(q.shape[2], sequences) if cu_seqlens_q is not None else (q.shape[2], 0)
-    if q.device.type != "cpu" or group > blocked.FEW_ROWS or each * group > MOST_ROWS or spare or not each:
+    if q.device.type != "cpu" or not 0 < each * group <= blocked.MOST_ROWS or spare:
         return None
     contents = (pages.table, pages.lengths, cu_seqlens_q)
     if not all(x is None or data_is_readable(x) for x in contents):

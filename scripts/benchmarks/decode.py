@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.report import Report, side_by_side
+from benchmarks.report import Report, Timed, side_by_side
+from softcap_runtime import AttentionConfig
 from softcap_runtime.engines.spec import dtype_name
 
 # Batch and keys in the cache; Hq8 Hkv4 D256.
 SHAPES = ((1, 512), (1, 4096), (1, 32768), (8, 2048))
+PAGE = 16
 
 
 def measure(report: Report) -> None:
@@ -28,7 +31,8 @@ def _rows(report: Report, batch: int, keys: int, dtype: torch.dtype) -> list[dic
     k, v = (torch.randn(batch, 4, keys, 256).to(dtype) for _ in range(2))  # as caches lie in memory
     mask = torch.zeros(1, 1, 1, keys, dtype=dtype)
     with torch.no_grad():
-        times = side_by_side(peers.inference(q, k, v, mask), report.rounds(25))
+        ways = {**peers.inference(q, k, v, mask), f"softcap_runtime, pages of {PAGE}": _paged(q, k, v)}
+        times = side_by_side(ways, report.rounds(25))
     read = (k.numel() + v.numel()) * k.element_size()
     return [
         {
@@ -40,3 +44,16 @@ def _rows(report: Report, batch: int, keys: int, dtype: torch.dtype) -> list[dic
         }
         for who, seconds in times.items()
     ]
+
+
+def _paged(q: Tensor, k: Tensor, v: Tensor) -> Timed:
+    """The same over the keys in pages that lie in any order."""
+    batch, _, keys, head_dim = k.shape
+    table = torch.randperm(batch * keys // PAGE).view(batch, -1)
+    pages = []
+    for x in (k, v):
+        rows = x.transpose(1, 2).reshape(-1, PAGE, *x.shape[1::2])
+        pages.append(torch.empty_like(rows).index_copy_(0, table.flatten(), rows))
+    config = AttentionConfig(softcap=peers.SOFTCAP, scale=head_dim**-0.5)
+    lengths = torch.full((batch,), keys)
+    return lambda: peers.runtime().paged_attention(q, *pages, config, table, lengths)

@@ -19,10 +19,16 @@ def measure(report: Report) -> None:
         runtime = peers.runtime()
         runtime.attention(q, k, v, config)
         (plan,) = [plan for key, plan in runtime.plans.items() if key.q_shape == q.shape and not key.train]
+        # Four sequences of 20 keys in pages.
+        new_rows, pages = torch.randn(4, 8, 1, 64), torch.randn(2, 8, 16, 4, 64)
+        table, lengths = torch.arange(8).view(4, 2), torch.full((4,), 20)
         with torch.no_grad():
             times = side_by_side(
                 {
                     "softcap_runtime": lambda: runtime.attention(q, k, v, config),
+                    "softcap_runtime, paged": lambda: runtime.paged_attention(
+                        new_rows, *pages, config, table, lengths
+                    ),
                     "the same kernel alone": lambda: plan.forward(q, k, v),
                     "stock compiled flex": lambda: peers.stock_flex(q, k, v),
                 },

@@ -82,6 +82,16 @@ static bool decode(const Problem& p, const Tensors& t) {
   return p.dtype == FLOAT32 ? decode<float>(p, t) : p.dtype == BFLOAT16 ? decode<BFloat16>(p, t) : decode<Float16>(p, t);
 }
 
+// Whether keys are read as they lie, not packed into blocks first. Packing costs as much as the products of some 16 rows;
+// those of whole blocks are cheap in pairs and tiles. Where the rows are an eighth of the keys, a causal mask hides little.
+static bool decodes(const Problem& p, const Tensors& t) {
+  int64_t rows = p.heads / p.kv_heads * p.q_len;
+  if (rows <= FEW_ROWS) return true;
+  if (rows > (chosen(p) == SINGLE ? MOST_ROWS : MOST_ROWS / 2)) return false;
+  Range seen = seen_by_any(p, t);
+  return seen.hi - seen.lo >= 8 * p.q_len;
+}
+
 // Below this many multiply-adds a second thread costs more to wake than it saves (some microseconds).
 constexpr int64_t WORTH_A_THREAD = 1 << 18;
 
@@ -97,15 +107,15 @@ EXPORTED int64_t softcap_forward(const Problem* given, const void* q, const void
   const Problem p = with_threads(*given);
   Tensors t{q, k, v, out, lse, lo, hi, kept, nullptr};
   bool done;
-  if (p.heads / p.kv_heads * p.q_len <= FEW_ROWS)
+  if (decodes(p, t))
     done = decode(p, t);
   else
     done = with_arithmetic(p, [&](auto a) { return forward<decltype(a)>(p, t); });
   return done ? 0 : 1;
 }
 
-// The same over keys in pages, for heads whose groups are no larger than FEW_ROWS: so many rows at a time. Returns 2,
-// and computes nothing, where the contents of table, lengths or offsets (or null) do not fit: see pages.h.
+// The same over keys in pages, for at most MOST_ROWS rows of a group's heads. Returns 2, and computes nothing, where the
+// contents of table, lengths or offsets (or null) do not fit: see pages.h.
 EXPORTED int64_t softcap_paged(const Problem* given, const Pages* pages, const void* q, const void* k, const void* v,
                                void* out, const void* table, const void* lengths, const void* offsets) {
   Problem p = *given;
@@ -117,15 +127,7 @@ EXPORTED int64_t softcap_paged(const Problem* given, const Pages* pages, const v
   if (p.kv_len == 0) return 2;
   p.edge_stride = p.q_len;
   p = with_threads(p);
-  int64_t step = FEW_ROWS / (p.heads / p.kv_heads), bytes = p.dtype == FLOAT32 ? 4 : 2;
-  for (int64_t first = 0; first < p.q_len; first += step) {
-    Problem part = p;
-    part.q_len = p.q_len - first < step ? p.q_len - first : step;
-    Tensors t{static_cast<const char*>(q) + bytes * first * p.q.row, k, v,
-              static_cast<char*>(out) + bytes * first * p.out.row, nullptr, lo + first, hi + first, nullptr, used};
-    if (!decode(part, t)) return 1;
-  }
-  return 0;
+  return decode(p, Tensors{q, k, v, out, nullptr, lo, hi, nullptr, used}) ? 0 : 1;
 }
 
 EXPORTED int64_t softcap_backward(const Problem* given, const void* q, const void* k, const void* v, const void* out,

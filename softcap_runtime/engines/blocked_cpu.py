@@ -34,8 +34,8 @@ _STRIDES = [
     for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
     for dim in "bhs"
 ]
-# Rows that decoding takes at a time: query heads of a group times query rows (cpu/decode.h).
-FEW_ROWS = 8
+# Rows that decoding takes at most: query heads of a group times query rows (cpu/decode.h).
+MOST_ROWS = 64
 # A plan's tensors have one layout or a few; more than this number is a caller that invents them.
 MAX_LAYOUTS = 64
 # Of the tokens that the library reads as a mask: as signed integers.
@@ -176,7 +176,7 @@ def bind_paged(
     causal: bool,
     window: int | None,
 ) -> Callable[..., Tensor | None]:
-    """Attention over keys in pages, for a problem whose groups are no larger than ``FEW_ROWS`` and few rows each.
+    """Attention over keys in pages, for a problem of at most ``MOST_ROWS`` (new rows x heads of a group).
 
     ``q`` ``[B, Hq, Sq, D]``, or with ``offsets`` ``[1, Hq, B * Sq, D]``; ``k``, ``v`` ``[num_pages, page_size, Hkv,
     D]``; ``table`` ``[B, pages]``, ``lengths`` ``[B]`` and ``offsets`` ``[B + 1]``, int32 or int64; last strides 1. The
