@@ -269,7 +269,9 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("setting", "artifact"), [("nowhere g++", library()), ("bin/clang++", BAND)], ids=str)
+@pytest.mark.parametrize(
+    ("setting", "artifact"), [("nowhere g++", library()), ("bin/clang++", BAND)], ids=str
+)
 def test_a_builder_runs_the_compiler_that_was_found_and_minds_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, artifact: CpuLibrary | Package
 ) -> None:
