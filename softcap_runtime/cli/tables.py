@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from softcap_runtime.cli.app import counted
-from softcap_runtime.engines.spec import KernelSpec
-from softcap_runtime.prewarm.rows import PrewarmResult, kernel_name
+from softcap_runtime.engines.spec import KernelSpec, kernel_name
+from softcap_runtime.prewarm.rows import PrewarmResult
 from softcap_runtime.report.cache import CacheReport
 from softcap_runtime.report.gpus import Gpu
 from softcap_runtime.store.entry import printable

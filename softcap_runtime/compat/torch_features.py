@@ -15,9 +15,6 @@ MASK_LENGTHS: bool = torch.__version__ >= "2.6"
 # flex compiled ahead of time with every size dynamic, on the CPU, and loaded without the compiler: 2.6 cannot trace it,
 # 2.7 and 2.8 fail in the compiler (an assertion on its buffers).
 FLEX_PACKAGES: bool = torch.__version__ >= "2.9"
-# A compiled tanh on the CPU that keeps its small values; up to 2.6 it is 2 / (1 + exp(-2x)) - 1, which is off by
-# float32's step at 1, so the dense engine's logits by 1.2e-7 of the cap (2.7 was not looked at).
-EXACT_TANH: bool = torch.__version__ >= "2.8"
 # flex trained on CUDA through its own forward and backward (run with 2.11; older than 2.7 never tried).
 FLEX_ON_CUDA: bool = torch.__version__ >= "2.7"
 # flex's kernels for GPUs read the full blocks' list with its own strides, not with those of the partial ones.

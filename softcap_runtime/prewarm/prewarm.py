@@ -57,7 +57,7 @@ def prewarm(
         )
     total = len(_distinct(needed)) + len(shapes)
     builders = Children()
-    pool = ThreadPoolExecutor(_cores(), initializer=builders.adopt_thread)
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=builders.adopt_thread)
     with shown_work(total, progress and total > 0) as shown:
         try:
             tuned = [measure(supply, *one, pool, shown) for one in shapes.items()]
@@ -177,10 +177,3 @@ def _bind_lengths(
         mask = band(length, length, causal=config.causal, window=config.window)
         for train in (False, True) if request.train else (False,):
             bind(q, k, Call(mask, config.scale, config.softcap, engine, train))
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from pydantic import BaseModel, ConfigDict
-
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.cpu.library import library
 from softcap_runtime.engines.package import Package
@@ -15,7 +13,7 @@ from softcap_runtime.store import Store, fingerprint
 from softcap_runtime.store.entry import Sealed
 from softcap_runtime.store.inspection import rows
 from softcap_runtime.store.key import FieldValue
-from softcap_runtime.store.report import EntryInfo, Explanation, StoreStatus
+from softcap_runtime.store.report import EntryInfo, Explanation, Frozen, StoreStatus
 from softcap_runtime.supply import Supply
 
 Fields = Mapping[str, FieldValue]
@@ -31,14 +29,12 @@ _KNOWN: dict[str, tuple[tuple[str, ...], str]] = {
 _DEFAULTS = Package("flex_forward", "cpu", "float32", 256, True, "band")
 
 
-class CacheReport(BaseModel):
+class CacheReport(Frozen):
     """The document of ``inspect --json``; ``CacheReport.model_json_schema()`` gives its JSON schema.
 
     ``status``: the folder and the counters of every process. ``fingerprint``: of this environment, for the CPU.
     ``entries``: least recently used first. ``gpus``: the CUDA devices here and the options of their kernels.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     status: StoreStatus
     fingerprint: dict[str, str]

@@ -6,20 +6,16 @@ import functools
 from collections.abc import Callable
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from softcap_runtime.cuda import options as gpu_options
 from softcap_runtime.cuda import tuned
 from softcap_runtime.cuda.options import BlockOptions, DeviceLimits, Direction
 from softcap_runtime.engines.spec import dtype_name
 from softcap_runtime.store import Store
+from softcap_runtime.store.report import Frozen
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class GpuKernel(_Frozen):
+class GpuKernel(Frozen):
     """One Triton kernel's options on a device; Triton compiles one kernel for each, they are part of its key.
 
     ``block_m`` query rows and ``block_n`` keys a block, ``shared_bytes`` of shared memory at most. ``tuned``: they were
@@ -37,7 +33,7 @@ class GpuKernel(_Frozen):
     tuned: bool
 
 
-class Gpu(_Frozen):
+class Gpu(Frozen):
     """A device: ``shared_bytes`` a block may have; ``tanh`` is ``approximate`` under ``SOFTCAP_APPROX``."""
 
     device: str

@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict
-
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.artifacts.lifecycle import Supplied
 from softcap_runtime.engines.spec import kernel_name
 from softcap_runtime.plans import Passing, Plan, Plans
+from softcap_runtime.store.report import Frozen
 from softcap_runtime.supply import Supply
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class KernelStats(_Frozen):
+class KernelStats(Frozen):
     """One kernel of this process.
 
     ``op`` to ``mask``: what it was compiled for (see ``KernelSpec``). ``source``: ``built``, ``disk``, ``memory``
@@ -38,7 +33,7 @@ class KernelStats(_Frozen):
     plans: int
 
 
-class EngineStats(_Frozen):
+class EngineStats(Frozen):
     """``plans`` kinds of call go to ``engine`` for ``reason``; ``calls`` after the first of each, as ``hits`` count.
 
     All calls over a paged cache that are read through its table are one kind, each of them counted.
@@ -50,7 +45,7 @@ class EngineStats(_Frozen):
     calls: int
 
 
-class RuntimeStats(_Frozen):
+class RuntimeStats(Frozen):
     """``hits`` and ``misses``: look-ups that found their plan, and those that had to make one. A call is one, its
     backward another, prewarming a length one as well.
     ``builds`` and ``loads``: kernels that were compiled, and that came from the cache, with the seconds each

@@ -11,11 +11,13 @@ Text = Annotated[str, Field(strict=True, max_length=4000)]
 Seconds = Annotated[float, Field(ge=0, le=2**40, allow_inf_nan=False)]
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """The base of all reports."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Document(_Frozen):
+class Document(Frozen):
     """The document of an entry, as read from disk or from a bundle."""
 
     format: Literal[1]
@@ -27,7 +29,7 @@ class Document(_Frozen):
     provenance: dict[Name, Text]
 
 
-class EntryInfo(_Frozen):
+class EntryInfo(Frozen):
     """One entry. Times in seconds since the epoch, ``build_seconds`` in seconds, ``bytes`` of its payload.
 
     ``hits``: how often a process loaded it; a process does so once, and then calls it from its memory.
@@ -47,7 +49,7 @@ class EntryInfo(_Frozen):
     differs: list[str]
 
 
-class StoreStatus(_Frozen):
+class StoreStatus(Frozen):
     """The state of a cache folder. ``fault``: why the disk is not used, or what last went wrong with it.
 
     ``owner`` and ``mode`` are the folder's, ``verdict`` what the check of owners and modes says (``trusted``,
@@ -77,7 +79,7 @@ class StoreStatus(_Frozen):
     counters: dict[str, int]
 
 
-class Problem(_Frozen):
+class Problem(Frozen):
     """Something that ``verify`` found: ``where`` (an entry's digest, a row or a file) and ``what``.
 
     ``repaired``: whether it was put into quarantine.
@@ -88,7 +90,7 @@ class Problem(_Frozen):
     repaired: bool
 
 
-class Difference(_Frozen):
+class Difference(Frozen):
     """A field whose value is not the one asked for; None where a side has no such field."""
 
     field: str
@@ -96,7 +98,7 @@ class Difference(_Frozen):
     stored: bool | int | str | None
 
 
-class Explanation(_Frozen):
+class Explanation(Frozen):
     """Whether the key of ``fields`` would hit, and if not how the nearest entry differs (None: the cache is empty).
 
     An entry that is there and must not be used is its own nearest; ``reason`` then says what is wrong with it.
@@ -110,7 +112,7 @@ class Explanation(_Frozen):
     differences: list[Difference]
 
 
-class ImportReport(_Frozen):
+class ImportReport(Frozen):
     """What an import did: entries ``imported``, already ``present``, and ``refused`` with the reason."""
 
     imported: int

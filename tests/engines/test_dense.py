@@ -23,15 +23,16 @@ def dense(cache_dir: Path) -> Iterator[Runtime]:
     torch._dynamo.reset()
 
 
+NEW = torch.__version__ >= "2.7"  # older ones name both otherwise
+LIMIT = "recompile_limit" if NEW else "cache_size_limit"
+
+
 def test_a_recompile_limit_raises(dense: Runtime, seed: int) -> None:
-    # torch 2.6 and older name both otherwise.
-    new = torch.__version__ >= "2.7"
-    error = torch._dynamo.exc.FailOnRecompileLimitHit if new else torch._dynamo.exc.Unsupported
-    limit = "recompile_limit" if new else "cache_size_limit"
-    with torch._dynamo.config.patch({limit: 1}):
+    error = torch._dynamo.exc.FailOnRecompileLimitHit if NEW else torch._dynamo.exc.Unsupported
+    with torch._dynamo.config.patch({LIMIT: 1}):
         inputs = make_qkv(Sizes(2, 4, 2, 20, 20))
         assert relative_error(dense.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
-        with pytest.raises(error, match=None if new else "limit"):
+        with pytest.raises(error, match=None if NEW else "limit"):
             dense.attention(*make_qkv(Sizes(2, 4, 2, 15, 20)), CONFIG)  # rows and keys were one number before
 
 
@@ -54,21 +55,18 @@ def test_lengths_windows_and_caps_share_one_compilation(dense: Runtime, seed: in
 
 
 def test_every_size_of_one_together(dense: Runtime, seed: int) -> None:
-    """Sizes of 1 and every layout are compiled anew, and torch stops after eight of one code object."""
-    for sizes in (
-        Sizes(2, 4, 2, 20, 20),
-        Sizes(1, 4, 2, 20, 20),
-        Sizes(1, 4, 2, 1, 20),
-        Sizes(2, 4, 2, 1, 20),
-        Sizes(2, 4, 1, 20, 20),
-        Sizes(1, 4, 1, 20, 20),
-        Sizes(1, 4, 1, 1, 20),
-        Sizes(1, 1, 1, 20, 20),
-        Sizes(2, 4, 1, 1, 1),
-        Sizes(1, 1, 1, 1, 1),
-    ):
-        inputs = make_qkv(sizes, layout=random.choice(LAYOUTS))
-        assert relative_error(dense.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
+    """torch compiles sizes of 1 anew, and stops after eight of one code object: here each has one of its own, which no
+    layout compiles again."""
+    with torch._dynamo.config.patch({LIMIT: 1}):
+        for sizes in (
+            Sizes(2, 4, 2, 20, 20),
+            Sizes(1, 4, 1, 20, 20),
+            Sizes(2, 4, 2, 1, 20),
+            Sizes(1, 1, 1, 1, 1),
+        ):
+            for layout in LAYOUTS:
+                inputs = make_qkv(sizes, layout=layout)
+                assert relative_error(dense.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6
 
 
 def test_prewarming_tells_that_its_kernels_are_compiled_here(tmp_path: Path) -> None:

@@ -95,7 +95,6 @@ class Started:
     ("number", "code", "engine", "compilers"),
     [
         (signal.SIGTERM, 143, "blocked", 1),
-        (signal.SIGINT, 130, "blocked", 1),
         pytest.param(signal.SIGINT, 130, "flex", 2, marks=NEEDS_FLEX),  # two at once, each below a builder
     ],
 )

@@ -448,8 +448,12 @@ def test_masks_with_holes(runtimes: dict[str, Runtime], window: int | None, rows
         assert relative_error(run(q, k, v), out) <= 2e-6  # inference has other kernels
 
 
-def test_a_plan_serves_every_mask_of_its_form(runtimes: dict[str, Runtime], seed: int) -> None:
+def test_a_plan_serves_every_mask_of_its_form(
+    runtimes: dict[str, Runtime], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     """Contents come with the call: none is kept, and each is the one that is seen."""
+    # What dense compiles is compared over many masks in tests/engines; here it is what binds it that may keep one.
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     for engine in ("flex", "blocked", "dense", "eager"):
         runtime = Runtime(runtimes[engine].settings)
         inputs = [x.requires_grad_(engine != "flex") for x in make_qkv(Sizes(2, 4, 2, 70, 70))]

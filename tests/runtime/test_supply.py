@@ -164,8 +164,10 @@ def test_a_cache_that_is_empty_and_read_only_is_told_with_the_command(
 
 
 def test_a_warning_of_a_kernel_that_no_command_can_prewarm(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The words come before it compiles, which would take seconds.
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     caplog.set_level(logging.WARNING, "softcap_runtime")
     q = torch.randn(1, 2, 8, 64)
     settings = RuntimeSettings(cache_dir=tmp_path, engine="dense", jit="warn")
