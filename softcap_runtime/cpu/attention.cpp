@@ -103,7 +103,7 @@ static Problem with_threads(const Problem& p) {
 
 // Both return 0, or 1 when there is no memory for their scratch buffers.
 EXPORTED int64_t softcap_forward(const Problem* given, const void* q, const void* k, const void* v, void* out, float* lse,
-                                 const int32_t* lo, const int32_t* hi, const uint8_t* kept) {
+                                 const int32_t* lo, const int32_t* hi, const int32_t* kept) {
   const Problem p = with_threads(*given);
   Tensors t{q, k, v, out, lse, lo, hi, kept, nullptr};
   bool done;
@@ -131,7 +131,7 @@ EXPORTED int64_t softcap_paged(const Problem* given, const Pages* pages, const v
 }
 
 EXPORTED int64_t softcap_backward(const Problem* given, const void* q, const void* k, const void* v, const void* out,
-                                  const float* lse, const int32_t* lo, const int32_t* hi, const uint8_t* kept,
+                                  const float* lse, const int32_t* lo, const int32_t* hi, const int32_t* kept,
                                   const void* grad_out, void* grad_q, void* grad_k, void* grad_v) {
   const Problem p = with_threads(*given);
   Tensors t{q, k, v, const_cast<void*>(out), const_cast<float*>(lse), lo, hi, kept, nullptr};

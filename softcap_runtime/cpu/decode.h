@@ -138,17 +138,18 @@ inline void add_values(float* out, int64_t ld, const float* w, const T* v, int64
 }
 
 // Which of the next `count` keys are kept, as lanes of all bits or none.
-inline IVec kept_lanes(const uint8_t* kept, int64_t count) {
-  int32_t lanes[LANES];
-  for (int64_t i = 0; i < LANES; i++) lanes[i] = i < count && kept[i] ? -1 : 0;
-  return load<IVec>(lanes);
+inline IVec kept_lanes(const int32_t* kept, int64_t count) {
+  if (count >= LANES) return load<IVec>(kept) != splat(0);
+  int32_t lanes[LANES] = {};
+  for (int64_t i = 0; i < count; i++) lanes[i] = kept[i];
+  return load<IVec>(lanes) != splat(0);
 }
 
 // `ROWS` rows from `q` on, keys [first, first + keys): logits, weights, sums.
 template <int ROWS, class T>
 inline void decode_step(const Problem& p, const Softcap& c, const float* q, int64_t ld, const T* k, const T* v,
                         int64_t first, int64_t keys, const Ahead& values, const Ahead& next_keys, const int32_t* lo,
-                        const int32_t* hi, const uint8_t* kept, float* out, float* total, float* peak) {
+                        const int32_t* hi, const int32_t* kept, float* out, float* total, float* peak) {
   alignas(64) float w[ROWS * DECODE_STEP];
   dot_keys<ROWS>(q, ld, k, p.k.row, keys, p.dim, w, values);
   for (int r = 0; r < ROWS; r++) {
@@ -201,7 +202,7 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
                  const float* queries, float* sums, int64_t step) {
   int64_t rows = p.heads / p.kv_heads * p.q_len, ld = round_up(p.dim, WIDE);
   int32_t lo[MOST_ROWS], hi[MOST_ROWS];
-  const uint8_t* kept = t.kept ? t.kept + (p.edge_stride ? batch * p.kv_len : 0) : nullptr;
+  const int32_t* kept = t.kept ? t.kept + (p.edge_stride ? batch * p.kv_len : 0) : nullptr;
   // Outside of all rows' keys there is nothing to read.
   int64_t least = to, past = from;
   for (int64_t r = 0; r < rows; r++) {

@@ -29,7 +29,9 @@ struct Tensors {
   void* out;
   float* lse;  // [B, Hq, Sq] or null
   const int32_t *lo, *hi;  // or null
-  const uint8_t* kept;     // [B or 1, kv_len], B that of lo and hi: 0 hides a key from all rows; null: none are hidden
+  // [B or 1, kv_len], B that of lo and hi: how many keys up to this one are kept without a gap, 0: no row sees it; or
+  // null: all are kept.
+  const int32_t* kept;
   const int32_t* table;    // [B, table_stride]: where a batch row's pages lie, in order; null: no pages
 };
 
@@ -134,12 +136,12 @@ struct RowBlocks {
 struct Edges {
   int32_t *lo, *hi;  // [lanes]
   Range any, all;
-  const uint8_t* kept;  // of the block's batch row; null: all are kept
+  const int32_t* kept;  // of the block's batch row; null: all are kept
   // The number of a key to compare with lo and hi: of one that is not kept, or past the last, one that no lane sees.
   int32_t number(int64_t key) const { return int32_t(!kept || (key < keys && kept[key]) ? key : -1); }
   // Whether all lanes see the keys [from, to).
   bool whole(int64_t from, int64_t to) const {
-    return from >= all.lo && to <= all.hi && (!kept || !std::memchr(kept + from, 0, size_t(to - from)));
+    return from >= all.lo && to <= all.hi && (!kept || kept[to - 1] >= to - from);
   }
   int64_t keys;
   void read(const Problem& p, const Tensors& t, const RowBlock& block, int64_t padded) {

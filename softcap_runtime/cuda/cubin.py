@@ -16,13 +16,7 @@ from softcap_runtime.cuda.options import BlockOptions, Direction
 from softcap_runtime.engines.spec import KernelSpec, MaskKind, dtype_name
 
 # Triton's names of the dtypes that kernels point to.
-TRITON_NAMES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.uint8: "u8",
-}
+TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
 
 
 class Pointer(NamedTuple):

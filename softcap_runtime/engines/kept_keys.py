@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from softcap_runtime.engines.engine import Backward, Engine, Forward, Kernels, Problem, empty_output
-from softcap_runtime.masks.intervals import HIDDEN
 
 
 def bind(engine: Engine, problem: Problem, kernels: Kernels) -> tuple[Forward, Backward | None]:
@@ -50,7 +49,7 @@ def _gathering_backward(backward: Backward) -> Backward:
 
 def _kept_first(lo: Tensor, hi: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The keys with the kept ones first, int64 ``[B or 1, kv_len]``; and the edges in that numbering."""
-    hidden = kept == HIDDEN
+    hidden = kept == 0
     order = torch.argsort(hidden.to(torch.uint8), dim=1, stable=True)
     before = pad((~hidden).cumsum(1, dtype=torch.int32), (1, 0))
     # A row that sees nothing has lo == kv_len and hi == 0, which stay apart.

@@ -21,9 +21,6 @@ from softcap_runtime.reference import visible
 
 # Stands for "no bound": far above any length, and adding a row to it still fits int32.
 UNBOUNDED = 2**30
-# Of a key: no row sees it, rows may see it, and rows may see it and all others back to the first such key. So kernels
-# tell from the first and the last key of a block whether it has holes.
-HIDDEN, KEPT, CLEAN = 0, 1, 3
 
 
 class RowIntervals(NamedTuple):
@@ -34,8 +31,9 @@ class RowIntervals(NamedTuple):
     ``lo``, ``hi``: the interval form; int32 ``[B, q_len]``, contiguous, within ``[0, kv_len]``, B may be 1. A
     row that sees nothing has ``lo == kv_len, hi == 0``, so it drops out of every minimum of ``lo`` and
     maximum of ``hi``. None in the band form.
-    ``kept``: uint8 ``[B, kv_len]``, contiguous, B that of ``lo``: no row sees a key that is ``HIDDEN``. The others are
-    ``CLEAN`` up to the first hole behind a kept key, ``KEPT`` from there on. None: all are kept, as in the band form.
+    ``kept``: int32 ``[B, kv_len]``, contiguous, B that of ``lo``: how many keys up to this one, itself among them, are
+    kept without a gap; no row sees a key of 0. So one number tells whether a range of keys has holes. None: all are
+    kept, as in the band form.
     """
 
     q_len: int
@@ -158,11 +156,9 @@ def with_kept(intervals: RowIntervals, kept: Tensor) -> RowIntervals:
     shown = kept != 0 if intervals.kept is None else (kept != 0) & (intervals.kept != 0)
     lo, hi = edges(intervals, shown.device)
     keys = torch.arange(intervals.kv_len, dtype=torch.int32, device=shown.device)
-    first = keys.masked_fill(~shown, intervals.kv_len).amin(1, keepdim=True)
-    hole = keys.masked_fill(shown | (keys < first), intervals.kv_len).amin(1, keepdim=True)
-    marks = shown.to(torch.uint8) * torch.where(keys < hole, CLEAN, KEPT).to(torch.uint8)
-    lo, hi, marks = (x.expand(max(len(lo), len(marks)), -1).contiguous() for x in (lo, hi, marks))
-    return RowIntervals(intervals.q_len, intervals.kv_len, None, None, lo, hi, marks)
+    runs = keys - torch.where(shown, -1, keys).cummax(1).values
+    lo, hi, runs = (x.expand(max(len(lo), len(runs)), -1).contiguous() for x in (lo, hi, runs))
+    return RowIntervals(intervals.q_len, intervals.kv_len, None, None, lo, hi, runs)
 
 
 def edges(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -177,7 +173,7 @@ def edges(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, 
 def dense(intervals: RowIntervals, device: torch.device | str) -> Tensor:
     """The mask element by element: bool ``[B or 1, q_len, kv_len]``, True where row i sees key j."""
     shown = visible(*edges(intervals, device), intervals.kv_len)
-    return shown if intervals.kept is None else shown & (intervals.kept.to(device) != HIDDEN)[:, None]
+    return shown if intervals.kept is None else shown & (intervals.kept.to(device) != 0)[:, None]
 
 
 def combined(a: RowIntervals, b: RowIntervals, device: torch.device, *, union: bool = False) -> RowIntervals:

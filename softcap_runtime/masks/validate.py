@@ -128,9 +128,9 @@ def check_row_intervals(mask: RowIntervals, q: Tensor, k: Tensor) -> None:
 
     if mask.kept is not None:
         form = (mask.kept.shape, mask.kept.dtype, mask.kept.device)
-        if form != ((*wanted[0][:1], k.shape[2]), torch.uint8, q.device):
+        if form != ((*wanted[0][:1], k.shape[2]), torch.int32, q.device):
             raise ValueError(
-                f"mask.kept: {mask.kept.dtype} {tuple(mask.kept.shape)} on {mask.kept.device}, expected uint8 "
+                f"mask.kept: {mask.kept.dtype} {tuple(mask.kept.shape)} on {mask.kept.device}, expected int32 "
                 f"{(*wanted[0][:1], k.shape[2])} on {q.device}"
             )
 

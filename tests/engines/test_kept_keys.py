@@ -164,8 +164,8 @@ def test_wrong_kept_keys_are_refused(own_runtime: Runtime) -> None:
     config = AttentionConfig(softcap=None, scale=1.0)
     mask = row_intervals(4, 4, causal=True, window=None, attention_mask=torch.tensor([[1, 0, 1, 1]]))
     assert mask.kept is not None
-    for kept in (mask.kept[:, :3], mask.kept.int(), mask.kept.expand(2, 4)):
-        with pytest.raises(ValueError, match=r"mask.kept: .*, expected uint8 \(1, 4\)"):
+    for kept in (mask.kept[:, :3], mask.kept.long(), mask.kept.expand(2, 4)):
+        with pytest.raises(ValueError, match=r"mask.kept: .*, expected int32 \(1, 4\)"):
             own_runtime.attend(q, q, q, config, mask._replace(kept=kept))
 
 

@@ -34,7 +34,7 @@ def bind_gluon_forward(
         ],
         [
             mask.batch_stride(rows), batch, heads, heads // kv_heads, rows, keys, mask.left, mask.right,
-            mask.marks(keys), call.inner, call.coef, call.bias - call.reference, call.reference,
+            mask.kept_len(keys), call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
         {"BAND": mask.band, "ONLINE": call.online, "TOTAL": total, "FORM": call.form, "BLOCK_M": options.block_m,
          "BLOCK_N": options.block_n, "D": dim, "DPAD": tile_width(dim), "STAGES": options.stages,

@@ -18,9 +18,6 @@ TANH_APPROX = gl.constexpr(2)
 
 # An interval that excludes every key: a row that sees nothing, and no sum of two such leaves int32.
 FAR = gl.constexpr(1 << 29)
-# Marks of a key in Kept, as in ``masks.intervals``.
-HIDDEN = gl.constexpr(0)
-CLEAN = gl.constexpr(3)
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 LOGISTIC_ASM = gl.constexpr(asm.logistic())
@@ -155,34 +152,36 @@ def row_intervals(rows, Lo, Hi, stride_b, b, left, right, Sq, Skv, BAND: gl.cons
 
 
 @gluon.jit
-def kept_row(Kept, b, stride_b, Skv, BAND: gl.constexpr):
-    """The marks of batch entry b, ``[Skv]``; as intervals do, entries have their own or share one."""
-    if BAND:
-        return Kept
-    else:
-        return Kept + gl.where(stride_b != 0, b, 0).to(gl.int64) * Skv
+def kept_row(b, stride_b, Skv):
+    """Where the numbers of batch entry b begin in Kept; as intervals do, entries have their own or share one."""
+    return gl.where(stride_b != 0, b, 0).to(gl.int64) * Skv
 
 
 @gluon.jit
-def kept_keys(keys, kept, marks, BAND: gl.constexpr):
-    """``keys``, -1 in the place of those that no row sees; ``marks``: how many of ``kept`` there are to read."""
+def kept_keys(keys, Kept, kept_at, kept_len, BAND: gl.constexpr):
+    """``keys``, -1 in the place of those that no row sees; ``kept_len``: how many numbers of Kept are read."""
     if not BAND:
-        mark = gl.load(kept + keys, mask=keys < marks, other=1)
-        keys = gl.where(mark != HIDDEN, keys, -1)
+        kept = gl.load(Kept + kept_at + keys, mask=keys < kept_len, other=1)
+        keys = gl.where(kept != 0, keys, -1)
     return keys
 
 
 @gluon.jit
-def whole_keys(first, end, kept, marks):
-    """Whether all keys from first to end - 1, at least one, are kept."""
-    begins = gl.load(kept + first, mask=first < marks, other=CLEAN)
-    ends = gl.load(kept + (end - 1), mask=end <= marks, other=CLEAN)
-    return (begins == CLEAN) & (ends == CLEAN)
+def after_holes(first, end, Kept, kept_at, kept_len):
+    """The key from which on all up to end - 1 are kept, at least first; with ``kept_len`` 0 that is first."""
+    run = gl.load(Kept + kept_at + (end - 1), mask=(first < end) & (end <= kept_len), other=FAR)
+    return gl.maximum(end - run, first)
+
+
+@gluon.jit
+def some_hidden(first, Kept, kept_at, kept_len, N: gl.constexpr):
+    """Whether some of N keys from first on are not kept; those past the last don't count."""
+    return after_holes(first, gl.minimum(first + N, kept_len), Kept, kept_at, kept_len) > first
 
 
 @gluon.jit
 def key_blocks(
-    start, Lo, Hi, kept, stride_b, b, left, right, Sq, Skv, marks,
+    start, Lo, Hi, Kept, kept_at, kept_len, stride_b, b, left, right, Sq, Skv,
     BAND: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """What query rows ``start`` to ``start + ROWS`` need of the keys, in blocks of N.
@@ -207,9 +206,8 @@ def key_blocks(
     full_first = gl.minimum(gl.cdiv(lo_most, N), end)
     full_end = gl.maximum(gl.maximum(hi_least, 0) // N, full_first)
     if not BAND:
-        asked = gl.where(full_end > full_first, marks, 0)
-        whole = whole_keys(full_first * N, full_end * N, kept, asked)
-        full_end = gl.where(whole, full_end, full_first)
+        clean = after_holes(full_first * N, full_end * N, Kept, kept_at, kept_len)
+        full_first = gl.minimum(gl.cdiv(clean, N), full_end)
     return first, full_first, full_end, gl.maximum(end, first + 1)
 
 

@@ -30,14 +30,14 @@ from softcap_runtime.cuda.gluon.common import (
     kept_row,
     load_tile,
     ring,
+    some_hidden,
     start_ring,
     store_tile,
     tile_of,
-    whole_keys,
 )
 
 NUMBERS = [
-    *("slo_b", "shull_b", "B", "Hq", "Hkv", "G", "Sq", "SqPad", "Skv", "left", "right", "marks"),
+    *("slo_b", "shull_b", "B", "Hq", "Hkv", "G", "Sq", "SqPad", "Skv", "left", "right", "kept_len"),
     *("inner", "coef", "gain"),
 ]
 
@@ -94,7 +94,7 @@ def _produce_dkdv(
 ):  # fmt: skip
     own_full, own_empty, q_full, q_empty, do_full, do_empty = bars
     shift_s, delta_s, lo_s, hi_s = rows_s
-    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, marks = sizes
+    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, kept_len = sizes
     KEYS: gl.constexpr = N * WARPGROUPS
     blocks = gl.cdiv(Skv, KEYS)
     tiles = B * Hkv * blocks
@@ -137,7 +137,7 @@ def _produce_dkdv(
 @gluon.jit
 def _step_dkdv(
     C: gl.constexpr, k_s, v_s, q_s, do_s, rows_s, q_full, q_empty, do_full, do_empty, slots, s, dk, dv, none,
-    keys, row, some_hidden, more, left, right, inner, coef,
+    keys, row, masked, more, left, right, inner, coef,
     MASKED: gl.constexpr, BAND: gl.constexpr, FORM: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     S_L: gl.constexpr, P_L: gl.constexpr,
@@ -161,7 +161,7 @@ def _step_dkdv(
                 z, gl.expand_dims(keys, 1), gl.expand_dims(rows + left, 0), gl.expand_dims(rows + right, 0)
             )
     else:
-        if some_hidden:
+        if masked:
             lo, hi = lo_s.index(q_slot).load(COLUMN_L), hi_s.index(q_slot).load(COLUMN_L)
             z = hidden(z, gl.expand_dims(keys, 1), gl.expand_dims(lo, 0), gl.expand_dims(hi, 0))
     p = exp2(z)
@@ -207,7 +207,7 @@ def _consume_dkdv(
     N: gl.constexpr, DPAD: gl.constexpr, WARPGROUPS: gl.constexpr, Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
     own_full, own_empty, q_full, q_empty, do_full, do_empty = bars
-    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, marks = sizes
+    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, kept_len = sizes
     inner, coef, gain = factors
     KEYS: gl.constexpr = N * WARPGROUPS
     S_L: gl.constexpr = gl.NVMMADistributedLayout(
@@ -237,12 +237,11 @@ def _consume_dkdv(
                 place * KEYS, First, Last, b * shull_b + place, left, right, Sq, BAND, M, KEYS
             )
             keys = start + gl.arange(0, N, layout=gl.SliceLayout(1, S_L))
-            kept = kept_row(Kept, b, slo_b, Skv, BAND)
-            keys = kept_keys(keys, kept, marks, BAND)
-            whole = True
+            kept_at = kept_row(b, slo_b, Skv)
+            keys = kept_keys(keys, Kept, kept_at, kept_len, BAND)
+            holes = False
             if not BAND:
-                # Keys past the last are seen by no row.
-                whole = whole_keys(start, start + N, kept, marks)
+                holes = some_hidden(start, Kept, kept_at, kept_len, N)
             dk = none
             dv = none
             if WANT_DK:
@@ -257,15 +256,15 @@ def _consume_dkdv(
             s = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
             for index in range(0, masked):
                 _, block = _query_block_at(index, hk, G, first, full_first, full_end, end)
-                some_hidden = True
+                some_masked = True
                 if not BAND:
                     # Whether some of the rows do not see some of this warpgroup's keys.
                     group = b * (slo_b // M) + block
                     all_seen = (gl.load(LoMost + group) <= start) & (gl.load(HiLeast + group) >= start + N)
-                    some_hidden = not (all_seen & whole)
+                    some_masked = (not all_seen) | holes
                 s, dk, dv, slots = _step_dkdv(
                     C, k_s, v_s, q_s, do_s, rows_s, q_full, q_empty, do_full, do_empty, slots, s, dk, dv, none,
-                    keys, block * M, some_hidden, index + 1 < many, left, right, inner, coef,
+                    keys, block * M, some_masked, index + 1 < many, left, right, inner, coef,
                     True, BAND, FORM, WANT_DK, WANT_DV, M, N, DPAD, Q_STAGES, DO_STAGES, S_L, P_L,
                 )  # fmt: skip
             if BAND:
@@ -295,7 +294,7 @@ def _consume_dkdv(
 @gluon.jit(do_not_specialize=NUMBERS)
 def gluon_dkdv_kernel(
     Q, K, V, DO, Shift, Delta, DK, DV, Lo, Hi, First, Last, LoMost, HiLeast, Kept,
-    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, marks, inner, coef, gain,
+    slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, kept_len, inner, coef, gain,
     BAND: gl.constexpr, FORM: gl.constexpr, WANT_DK: gl.constexpr, WANT_DV: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, DPAD: gl.constexpr,
     Q_STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
@@ -303,7 +302,7 @@ def gluon_dkdv_kernel(
     """DK and DV (or one of them) of BLOCK_N keys, summed over the query heads of their group.
 
     Shift, Delta, Lo and Hi are tensor maps of BLOCK_M elements; Lo to HiLeast are ``query_hull_kernel``'s. Kept and
-    ``marks``: as ``triton.forward``'s.
+    ``kept_len``: as ``triton.forward``'s.
     """
     WARPGROUPS: gl.constexpr = 2
     N: gl.constexpr = 64
@@ -329,7 +328,7 @@ def gluon_dkdv_kernel(
     fence_async_shared()
     bars = (own_full, own_empty, q_full, q_empty, do_full, do_empty)
     rows_s = (shift_s, delta_s, lo_s, hi_s)
-    sizes = (slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, marks)
+    sizes = (slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, kept_len)
     factors = (inner, coef, gain)
     gl.warp_specialize(
         [

@@ -39,7 +39,21 @@ from softcap_runtime.cuda.gluon.common import (
     tile_of,
 )
 
-NUMBERS = ["slo_b", "B", "Hq", "G", "Sq", "SqPad", "Skv", "left", "right", "marks", "inner", "coef", "gain"]
+NUMBERS = [
+    "slo_b",
+    "B",
+    "Hq",
+    "G",
+    "Sq",
+    "SqPad",
+    "Skv",
+    "left",
+    "right",
+    "kept_len",
+    "inner",
+    "coef",
+    "gain",
+]
 
 
 @gluon.jit
@@ -49,7 +63,7 @@ def _produce_dq(
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     own_full, own_empty, k_full, k_empty, v_full, v_empty = bars
-    slo_b, B, Hq, G, Sq, SqPad, Skv, left, right, marks = sizes
+    slo_b, B, Hq, G, Sq, SqPad, Skv, left, right, kept_len = sizes
     ROWS: gl.constexpr = M * WARPGROUPS
     blocks = gl.cdiv(Sq, ROWS)
     tiles = B * Hq * blocks
@@ -61,9 +75,9 @@ def _produce_dq(
             h = head % Hq
             hk = h // G
             start = (blocks - 1 - place) * ROWS
-            kept = kept_row(Kept, b, slo_b, Skv, BAND)
+            kept_at = kept_row(b, slo_b, Skv)
             first, full_first, full_end, end = key_blocks(
-                start, Lo, Hi, kept, slo_b, b, left, right, Sq, Skv, marks, BAND, ROWS, N, 1
+                start, Lo, Hi, Kept, kept_at, kept_len, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 1
             )
             for c in gl.static_range(WARPGROUPS):
                 mbarrier.wait(own_empty.index(c), turn_phase)
@@ -86,7 +100,7 @@ def _produce_dq(
 @gluon.jit
 def _step_dq(
     C: gl.constexpr, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
-    key, lo, hi, kept, marks, more, inner, coef,
+    key, lo, hi, Kept, kept_at, kept_len, more, inner, coef,
     MASKED: gl.constexpr, BAND: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, S_L: gl.constexpr, P_L: gl.constexpr,
 ):  # fmt: skip
@@ -105,7 +119,7 @@ def _step_dq(
     z, slope = capped(s, inner, coef, gl.expand_dims(shift, 1), FORM)
     if MASKED:
         keys = key + gl.arange(0, N, layout=gl.SliceLayout(0, S_L))
-        keys = kept_keys(keys, kept, marks, BAND)
+        keys = kept_keys(keys, Kept, kept_at, kept_len, BAND)
         z = hidden(z, gl.expand_dims(keys, 0), gl.expand_dims(lo, 1), gl.expand_dims(hi, 1))
     p = exp2(z)
     steep = p * slope
@@ -135,7 +149,7 @@ def _consume_dq(
     WARPGROUPS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     own_full, own_empty, k_full, k_empty, v_full, v_empty = bars
-    slo_b, B, Hq, G, Sq, SqPad, Skv, left, right, marks = sizes
+    slo_b, B, Hq, G, Sq, SqPad, Skv, left, right, kept_len = sizes
     inner, coef, gain = factors
     ROWS: gl.constexpr = M * WARPGROUPS
     S_L: gl.constexpr = gl.NVMMADistributedLayout(
@@ -159,9 +173,9 @@ def _consume_dq(
             b = head // Hq
             h = head % Hq
             block = (blocks - 1 - place) * ROWS
-            kept = kept_row(Kept, b, slo_b, Skv, BAND)
+            kept_at = kept_row(b, slo_b, Skv)
             first, full_first, full_end, end = key_blocks(
-                block, Lo, Hi, kept, slo_b, b, left, right, Sq, Skv, marks, BAND, ROWS, N, 4
+                block, Lo, Hi, Kept, kept_at, kept_len, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 4
             )
             start = block + C * M
             rows = start + gl.arange(0, M, layout=ROW_L)
@@ -179,13 +193,13 @@ def _consume_dq(
                 key = block_at(index, first, full_first, full_end, end) * N
                 s, acc, slots = _step_dq(
                     C, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
-                    key, lo, hi, kept, marks, index + 1 < end - first, inner, coef,
+                    key, lo, hi, Kept, kept_at, kept_len, index + 1 < end - first, inner, coef,
                     True, BAND, FORM, M, N, DPAD, K_STAGES, V_STAGES, S_L, P_L,
                 )  # fmt: skip
             for index in range(partial, end - first):
                 s, acc, slots = _step_dq(
                     C, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
-                    0, lo, hi, kept, marks, index + 1 < end - first, inner, coef,
+                    0, lo, hi, Kept, kept_at, kept_len, index + 1 < end - first, inner, coef,
                     False, BAND, FORM, M, N, DPAD, K_STAGES, V_STAGES, S_L, P_L,
                 )  # fmt: skip
             acc, s = warpgroup_mma_wait(0, deps=(acc, s))
@@ -200,14 +214,14 @@ def _consume_dq(
 @gluon.jit(do_not_specialize=NUMBERS)
 def gluon_dq_kernel(
     Q, K, V, DO, Shift, Delta, DQ, Lo, Hi, Kept,
-    slo_b, B, Hq, G, Sq, SqPad, Skv, left, right, marks, inner, coef, gain,
+    slo_b, B, Hq, G, Sq, SqPad, Skv, left, right, kept_len, inner, coef, gain,
     BAND: gl.constexpr, FORM: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, DPAD: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
 ):  # fmt: skip
     """DQ ``[B, Hq, Sq, D]``; Shift and Delta float32 ``[B, Hq, SqPad]``; a program takes tiles until none is left.
 
-    Kept and ``marks``: as ``triton.forward``'s.
+    Kept and ``kept_len``: as ``triton.forward``'s.
     """
     WARPGROUPS: gl.constexpr = 2
     M: gl.constexpr = 64
@@ -224,7 +238,7 @@ def gluon_dq_kernel(
     start_ring(v_full, v_empty, V_STAGES, WARPGROUPS)
     fence_async_shared()
     bars = (own_full, own_empty, k_full, k_empty, v_full, v_empty)
-    sizes = (slo_b, B, Hq, G, Sq, SqPad, Skv, left, right, marks)
+    sizes = (slo_b, B, Hq, G, Sq, SqPad, Skv, left, right, kept_len)
     factors = (inner, coef, gain)
     gl.warp_specialize(
         [

@@ -22,7 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from softcap_runtime.cuda.gluon.common import (
     FIRST,
-    HIDDEN,
     LN2,
     PRODUCER_REGISTERS,
     SECOND,
@@ -37,6 +36,7 @@ from softcap_runtime.cuda.gluon.common import (
     load_tile,
     ring,
     row_intervals,
+    some_hidden,
     start_ring,
     store_tile,
     tile_of,
@@ -51,7 +51,7 @@ NUMBERS = [
     "Skv",
     "left",
     "right",
-    "marks",
+    "kept_len",
     "inner",
     "coef",
     "bias",
@@ -66,7 +66,7 @@ def _produce(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
-    slo_b, B, Hq, G, Sq, Skv, left, right, marks = sizes
+    slo_b, B, Hq, G, Sq, Skv, left, right, kept_len = sizes
     ROWS: gl.constexpr = M * WARPGROUPS
     blocks = gl.cdiv(Sq, ROWS)
     tiles = B * Hq * blocks
@@ -78,9 +78,9 @@ def _produce(
             h = head % Hq
             hk = h // G
             start = (blocks - 1 - place) * ROWS
-            kept = kept_row(Kept, b, slo_b, Skv, BAND)
+            kept_at = kept_row(b, slo_b, Skv)
             first, full_first, full_end, end = key_blocks(
-                start, Lo, Hi, kept, slo_b, b, left, right, Sq, Skv, marks, BAND, ROWS, N, 1
+                start, Lo, Hi, Kept, kept_at, kept_len, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 1
             )
             for index in range(0, end - first):
                 key = block_at(index, first, full_first, full_end, end) * N
@@ -107,7 +107,7 @@ def _sums(p, M: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def _softmax(
-    s, key, lo, hi, kept, marks, m, l, inner, coef, bias,
+    s, key, lo, hi, Kept, kept_at, kept_len, m, l, inner, coef, bias,
     MASKED: gl.constexpr, BAND: gl.constexpr, START: gl.constexpr, ONLINE: gl.constexpr, FORM: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
@@ -125,10 +125,10 @@ def _softmax(
         visible = (at >= gl.expand_dims(lo, 1)) & (at < gl.expand_dims(hi, 1))
         p = gl.where(visible, p, float("-inf") if ONLINE else 0.0)
         if not BAND:  # noqa: SIM102
-            # A branch: the registers of the marks would be spilled in all other calls too.
-            if marks != 0:
-                mark = gl.load(kept + keys, mask=keys < marks, other=0)
-                p = gl.where(gl.expand_dims(mark != HIDDEN, 0), p, float("-inf") if ONLINE else 0.0)
+            # A branch: registers for these numbers would be spilled in all other calls too.
+            if some_hidden(key, Kept, kept_at, kept_len, N):
+                run = gl.load(Kept + kept_at + keys, mask=keys < kept_len, other=0)
+                p = gl.where(gl.expand_dims(run != 0, 0), p, float("-inf") if ONLINE else 0.0)
     if ONLINE:
         most = gl.max(p, 1)
         if not START:
@@ -156,7 +156,7 @@ def _consume(
     DPAD: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
-    slo_b, B, Hq, G, Sq, Skv, left, right, marks = sizes
+    slo_b, B, Hq, G, Sq, Skv, left, right, kept_len = sizes
     inner, coef, bias, reference = factors
     ROWS: gl.constexpr = M * WARPGROUPS
     dtype: gl.constexpr = q_s.dtype
@@ -183,9 +183,9 @@ def _consume(
             b = head // Hq
             h = head % Hq
             block = (blocks - 1 - place) * ROWS
-            kept = kept_row(Kept, b, slo_b, Skv, BAND)
+            kept_at = kept_row(b, slo_b, Skv)
             first, full_first, full_end, end = key_blocks(
-                block, Lo, Hi, kept, slo_b, b, left, right, Sq, Skv, marks, BAND, ROWS, N, 4
+                block, Lo, Hi, Kept, kept_at, kept_len, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 4
             )
             start = block + C * M
             rows = start + gl.arange(0, M, layout=ROW_L)
@@ -208,26 +208,9 @@ def _consume(
             m = gl.full([M], float("-inf"), gl.float32, ROW_L)
             key = block_at(skip, first, full_first, full_end, end) * N
             p, _, m, l = _softmax(
-                s,
-                key,
-                lo,
-                hi,
-                kept,
-                marks,
-                m,
-                0.0,
-                inner,
-                coef,
-                bias,
-                True,
-                BAND,
-                True,
-                ONLINE,
-                FORM,
-                M,
-                N,
-                S_L,
-            )
+                s, key, lo, hi, Kept, kept_at, kept_len, m, 0.0, inner, coef, bias,
+                True, BAND, True, ONLINE, FORM, M, N, S_L,
+            )  # fmt: skip
             p = gl.convert_layout(p.to(dtype), P_L, assert_trivial=True)
             total = 0.0
             if TOTAL:
@@ -240,16 +223,16 @@ def _consume(
                 key = block_at(index, first, full_first, full_end, end) * N
                 acc, p, m, l, total = _step(
                     q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m,
-                    l, total, none, key, lo, hi, kept, marks, inner, coef, bias, True, BAND, ONLINE, TOTAL, FORM,
-                    M, N, DPAD, S_L, O_L, P_L, T_L,
+                    l, total, none, key, lo, hi, Kept, kept_at, kept_len, inner, coef, bias,
+                    True, BAND, ONLINE, TOTAL, FORM, M, N, DPAD, S_L, O_L, P_L, T_L,
                 )  # fmt: skip
                 last_slot, last_phase = slot, phase
                 slot, phase = advance(slot, phase, STAGES)
             for _ in range(gl.maximum(skip + 1, partial), end - first):
                 acc, p, m, l, total = _step(
                     q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m,
-                    l, total, none, 0, lo, hi, kept, marks, inner, coef, bias, False, BAND, ONLINE, TOTAL, FORM,
-                    M, N, DPAD, S_L, O_L, P_L, T_L,
+                    l, total, none, 0, lo, hi, Kept, kept_at, kept_len, inner, coef, bias,
+                    False, BAND, ONLINE, TOTAL, FORM, M, N, DPAD, S_L, O_L, P_L, T_L,
                 )  # fmt: skip
                 last_slot, last_phase = slot, phase
                 slot, phase = advance(slot, phase, STAGES)
@@ -294,7 +277,7 @@ def _add_weights(total, p, ones, T_L: gl.constexpr):
 @gluon.jit
 def _step(
     q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m, l, total,
-    none, key, lo, hi, kept, marks, inner, coef, bias,
+    none, key, lo, hi, Kept, kept_at, kept_len, inner, coef, bias,
     MASKED: gl.constexpr, BAND: gl.constexpr, ONLINE: gl.constexpr, TOTAL: gl.constexpr, FORM: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr, P_L: gl.constexpr,
     T_L: gl.constexpr,
@@ -313,8 +296,8 @@ def _step(
         s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(slot), count=1)
     weights, alpha, m, l = _softmax(
-        s, key, lo, hi, kept, marks, m, l, inner, coef, bias, MASKED, BAND, False, ONLINE, FORM, M, N, S_L
-    )
+        s, key, lo, hi, Kept, kept_at, kept_len, m, l, inner, coef, bias, MASKED, BAND, False, ONLINE, FORM, M, N, S_L,
+    )  # fmt: skip
     weights = gl.convert_layout(weights.to(q.dtype), P_L, assert_trivial=True)
     # The last weights pass through the wait: their registers are read until then.
     if TOTAL:
@@ -333,7 +316,7 @@ def _step(
 @gluon.jit(do_not_specialize=NUMBERS)
 def gluon_forward_kernel(
     Q, K, V, Out, Lse, Lo, Hi, Kept,
-    slo_b, B, Hq, G, Sq, Skv, left, right, marks, inner, coef, bias, reference,
+    slo_b, B, Hq, G, Sq, Skv, left, right, kept_len, inner, coef, bias, reference,
     BAND: gl.constexpr, ONLINE: gl.constexpr, TOTAL: gl.constexpr, FORM: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, DPAD: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr,
@@ -341,7 +324,7 @@ def gluon_forward_kernel(
     """Out ``[B, Hq, Sq, D]`` and Lse ``[B, Hq, Sq]`` float32; a program takes tiles until none is left.
 
     Q, K, V and Out are tensor maps of tiles ``[1, 1, rows, DPAD]``. Lo and Hi int32 ``[B or 1, Sq]``, none for a band.
-    Kept, ``marks``, TOTAL: as ``triton.forward``'s.
+    Kept, ``kept_len``, TOTAL: as ``triton.forward``'s.
     """
     M: gl.constexpr = 64
     gl.static_assert(BLOCK_M == M * WARPGROUPS)
@@ -362,7 +345,7 @@ def gluon_forward_kernel(
     start_ring(v_full, v_empty, STAGES, WARPGROUPS)
     fence_async_shared()
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    sizes = (slo_b, B, Hq, G, Sq, Skv, left, right, marks)
+    sizes = (slo_b, B, Hq, G, Sq, Skv, left, right, kept_len)
     factors = (inner, coef, bias, reference)
     if WARPGROUPS == 2:
         gl.warp_specialize(

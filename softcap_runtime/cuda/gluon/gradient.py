@@ -112,7 +112,7 @@ def _bind_dq(
         ],
         [
             mask.batch_stride(rows), batch, heads, heads // kv_heads, rows, padded, keys, mask.left, mask.right,
-            mask.marks(keys), call.inner, call.coef, call.gain,
+            mask.kept_len(keys), call.inner, call.coef, call.gain,
         ],
         {"BAND": mask.band, "FORM": call.form, "BLOCK_M": options.own, "BLOCK_N": options.block, "D": dim,
          "DPAD": tile_width(dim), "K_STAGES": options.stages[0], "V_STAGES": options.stages[1]},
@@ -133,7 +133,7 @@ def _bind_dkdv(
     intervals: list[Parameter] = [None] * 7
     if mask.batch is not None:
         interval = vector(torch.int32, mask.batch * padded, options.block, True)
-        intervals = [interval, interval, *[Pointer(torch.int32)] * 4, Pointer(torch.uint8)]
+        intervals = [interval, interval, *[Pointer(torch.int32)] * 4, Pointer(torch.int32)]
     return launcher(
         kernels,
         "gluon_dkdv_kernel",
@@ -145,7 +145,7 @@ def _bind_dkdv(
         ],
         [
             padded if several else 0, blocks if several else 0, batch, heads, kv_heads, heads // kv_heads, rows, padded,
-            keys, mask.left, mask.right, mask.marks(keys), call.inner, call.coef, call.gain,
+            keys, mask.left, mask.right, mask.kept_len(keys), call.inner, call.coef, call.gain,
         ],
         {"BAND": mask.band, "FORM": call.form, "WANT_DK": direction != "dv", "WANT_DV": direction != "dk",
          "BLOCK_M": options.block, "BLOCK_N": options.own, "D": dim, "DPAD": tile_width(dim),

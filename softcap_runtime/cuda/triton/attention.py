@@ -64,7 +64,7 @@ def bind_forward(
     ``q`` ``[B, Hq, Sq, D]``, ``k`` and ``v`` ``[B, Hkv, Skv, D]``, one of bfloat16, float16, float32, D up
     to 256, Hq a multiple of Hkv, on one CUDA device (current or not). Row i sees the keys
     ``i + left <= j < i + right`` or, with ``edges`` ``lo`` and ``hi`` (int32 ``[B or 1, Sq]``), ``lo_i <= j < hi_i``;
-    with ``kept`` (uint8 ``[B or 1, Skv]``) after them only keys that are not 0 there.
+    with ``kept`` (int32 ``[B or 1, Skv]``) after them only keys that are not 0 there.
     ``approx`` takes tanh from the ``tanh.approx.f32`` instruction (relative error
     2**-11, so up to ``softcap * 5e-4`` of a logit). ``train``: a backward follows, whose error depends on the output's
     where one key has nearly all the weight. ``gluon``: whether the Gluon kernel computes it, for tests; None leaves it
@@ -117,7 +117,7 @@ def _bind_forward(
         ],
         [
             *strides(where.align, q.stride(), k.stride(), v.stride(), output.steps), mask.batch_stride(rows),
-            heads, heads // kv_heads, rows, keys, mask.left, mask.right, mask.marks(keys),
+            heads, heads // kv_heads, rows, keys, mask.left, mask.right, mask.kept_len(keys),
             call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
         {"BAND": mask.band, "ONLINE": call.online, "TOTAL": total, "FORM": call.form,
@@ -152,7 +152,7 @@ def _bind_decode(
         [half, half, half, single, single, *edge_parameters(mask)],
         [
             *strides(where.align, q.stride(), k.stride(), v.stride()), mask.batch_stride(rows),
-            heads, kv_heads, heads // kv_heads, rows, keys, splits, mask.left, mask.right, mask.marks(keys),
+            heads, kv_heads, heads // kv_heads, rows, keys, splits, mask.left, mask.right, mask.kept_len(keys),
             call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
         {"BAND": mask.band, "ONLINE": call.online, "TOTAL": total, "FORM": call.form,

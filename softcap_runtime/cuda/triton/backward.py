@@ -30,7 +30,7 @@ from softcap_runtime.cuda.triton.common import (
 
 @triton.jit
 def _dq_step(
-    q, do, dq, shift, delta, lo, hi, K, V, kept, marks, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, n, Skv,
+    q, do, dq, shift, delta, lo, hi, K, V, Kept, kept_at, kept_len, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, n, Skv,
     inner, coef,
     MASKED: tl.constexpr, BAND: tl.constexpr, FORM: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
     DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
@@ -41,7 +41,7 @@ def _dq_step(
     dp = tl.dot(do, v.T, input_precision=PRECISION)
     z, slope = capped(x, inner, coef, shift[:, None], FORM, ASM)
     if MASKED:
-        keys = kept_keys(n + tl.arange(0, BLOCK_N), kept, marks, BAND)
+        keys = kept_keys(n + tl.arange(0, BLOCK_N), Kept, kept_at, kept_len, BAND)
         z = tl.where((keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None]), z, float("-inf"))
         p = exp2(z, ASM)
     else:
@@ -55,7 +55,7 @@ def dq_kernel(
     Q, K, V, DO, Out, Lse, Shift, Delta, DQ, Lo, Hi, Kept,
     sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, sdo_b, sdo_h, sdo_s, so_b, so_h, so_s,
     sdq_b, sdq_h, sdq_s, slo_b,
-    Hq, G, Sq, SqPad, Skv, left, right, marks, inner, coef, bias, gain,
+    Hq, G, Sq, SqPad, Skv, left, right, kept_len, inner, coef, bias, gain,
     BAND: tl.constexpr, FORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
@@ -64,7 +64,7 @@ def dq_kernel(
 
     Both float32 ``[B, Hq, SqPad]``: what brings a logit to the log2 of its weight, and rowsum(dO * O). Rows past
     the end and rows that see nothing get -inf and 0, so that their weights are 0 there without a mask. Kept and
-    ``marks``: as ``forward_kernel``'s.
+    ``kept_len``: as ``forward_kernel``'s.
     """
     blocks = tl.cdiv(Sq, BLOCK_M)
     pid = tl.program_id(0)
@@ -75,8 +75,8 @@ def dq_kernel(
     hk = h // G
     rows = start + tl.arange(0, BLOCK_M)
     lo, hi = row_intervals(rows, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND)
-    kept = kept_row(Kept, b, slo_b, Skv, BAND)
-    first, full_first, full_end, end = block_ranges(lo, hi, kept, marks, BLOCK_N, BAND)
+    kept_at = kept_row(b, slo_b, Skv)
+    first, full_first, full_end, end = block_ranges(lo, hi, Kept, kept_at, kept_len, BLOCK_N, BAND)
 
     do = load_tile(DO, sdo_b, sdo_h, sdo_s, b, h, start, Sq, BLOCK_M, D, DPAD, TMA, ALIGN)
     out = load_tile(Out, so_b, so_h, so_s, b, h, start, Sq, BLOCK_M, D, DPAD, False, ALIGN)
@@ -91,14 +91,14 @@ def dq_kernel(
     dq = tl.zeros([BLOCK_M, DPAD], tl.float32)
     for block in tl.range(full_first, full_end, num_stages=STAGES):
         dq = _dq_step(
-            q, do, dq, shift, delta, lo, hi, K, V, kept, marks, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk,
+            q, do, dq, shift, delta, lo, hi, K, V, Kept, kept_at, kept_len, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk,
             block * BLOCK_N, Skv, inner, coef, False, BAND, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ALIGN, ASM,
         )  # fmt: skip
     before = full_first - first
     for edge in tl.range(0, before + end - full_end, num_stages=STAGES):
         block = tl.where(edge < before, first + edge, full_end + edge - before)
         dq = _dq_step(
-            q, do, dq, shift, delta, lo, hi, K, V, kept, marks, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk,
+            q, do, dq, shift, delta, lo, hi, K, V, Kept, kept_at, kept_len, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk,
             block * BLOCK_N, Skv, inner, coef, True, BAND, FORM, BLOCK_N, D, DPAD, PRECISION, TMA, ALIGN, ASM,
         )  # fmt: skip
     store_tile(DQ, sdq_b, sdq_h, sdq_s, b, h, start, Sq, dq * gain, BLOCK_M, D, DPAD, ALIGN)
@@ -198,7 +198,7 @@ def dkdv_kernel(
     Q, K, V, DO, Shift, Delta, DK, DV, Lo, Hi, First, Last, Kept,
     sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, sdo_b, sdo_h, sdo_s,
     sdk_b, sdk_h, sdk_s, sdv_b, sdv_h, sdv_s, slo_b, shull_b,
-    Hq, Hkv, G, Sq, SqPad, Skv, left, right, marks, inner, coef, gain,
+    Hq, Hkv, G, Sq, SqPad, Skv, left, right, kept_len, inner, coef, gain,
     BAND: tl.constexpr, FORM: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
@@ -206,7 +206,7 @@ def dkdv_kernel(
     """DK and DV (or one of them) of one block of keys, summed over the query heads of its group.
 
     Shift and Delta are ``dq_kernel``'s; Lo, Hi, First, Last those of ``query_hull_kernel`` (not read for a band).
-    Kept and ``marks``: as ``forward_kernel``'s.
+    Kept and ``kept_len``: as ``forward_kernel``'s.
     """
     blocks = tl.cdiv(Skv, BLOCK_N)
     pid = tl.program_id(0)
@@ -221,7 +221,8 @@ def dkdv_kernel(
     v = load_tile(V, sv_b, sv_h, sv_s, b, hk, n, Skv, BLOCK_N, D, DPAD, TMA, ALIGN)
     dk = tl.zeros([BLOCK_N, DPAD], tl.float32)
     dv = tl.zeros([BLOCK_N, DPAD], tl.float32)
-    keys = kept_keys(n + tl.arange(0, BLOCK_N), kept_row(Kept, b, slo_b, Skv, BAND), marks, BAND)
+    keys = n + tl.arange(0, BLOCK_N)
+    keys = kept_keys(keys, Kept, kept_row(b, slo_b, Skv), kept_len, BAND)
     # One loop over (query head, block) keeps the pipeline full across the heads of a group.
     # With intervals no block is known to be full and this loop is empty. It stays all the same: without it ptxas
     # serialises the products of the other. Its divisor is kept off 0, from which the compiler would conclude that

@@ -39,8 +39,8 @@ class Mask(NamedTuple):
         """Keys a row may see at most, as far as the host knows."""
         return max(1, min(keys, rows + self.right - self.left)) if self.band else keys
 
-    def marks(self, keys: int) -> int:
-        """How many of a row of ``kept`` kernels read."""
+    def kept_len(self, keys: int) -> int:
+        """How many numbers of a row of ``kept`` kernels read."""
         return keys if self.kept else 0
 
     def batch_stride(self, rows: int) -> int:

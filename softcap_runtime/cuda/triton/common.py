@@ -28,15 +28,12 @@ INTS = [
         for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv", "lo", "hull")
         for dim in "bhs"
     ),
-    *("Hq", "Hkv", "G", "Sq", "SqPad", "Skv", "left", "right", "splits", "blocks", "marks"),
+    *("Hq", "Hkv", "G", "Sq", "SqPad", "Skv", "left", "right", "splits", "blocks", "kept_len"),
     *("inner", "coef", "bias", "reference", "gain"),
 ]
 
 # An interval that excludes every key: a row that sees nothing, and no sum of two such leaves int32.
 FAR = tl.constexpr(1 << 29)
-# Marks of a key in Kept, as in ``masks.intervals``.
-HIDDEN = tl.constexpr(0)
-CLEAN = tl.constexpr(3)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOGISTIC_ASM = tl.constexpr(asm.logistic())
@@ -196,33 +193,29 @@ def row_intervals(rows, lo_ptr, hi_ptr, stride_b, b, left, right, Sq, Skv, BAND:
 
 
 @triton.jit
-def kept_row(Kept, b, stride_b, Skv, BAND: tl.constexpr):
-    """The marks of batch entry b, ``[Skv]``; as intervals do, entries have their own or share one."""
-    if BAND:
-        return Kept
-    else:
-        return Kept + tl.where(stride_b != 0, b, 0).to(tl.int64) * Skv
+def kept_row(b, stride_b, Skv):
+    """Where the numbers of batch entry b begin in Kept; as intervals do, entries have their own or share one."""
+    return tl.where(stride_b != 0, b, 0).to(tl.int64) * Skv
 
 
 @triton.jit
-def kept_keys(keys, kept, marks, BAND: tl.constexpr):
-    """``keys``, -1 in the place of those that no row sees; ``marks``: how many of ``kept`` there are to read."""
+def kept_keys(keys, Kept, kept_at, kept_len, BAND: tl.constexpr):
+    """``keys``, -1 in the place of those that no row sees; ``kept_len``: how many numbers of Kept are read."""
     if not BAND:
-        mark = tl.load(kept + keys, mask=keys < marks, other=1)
-        keys = tl.where(mark != HIDDEN, keys, -1)
+        kept = tl.load(Kept + kept_at + keys, mask=keys < kept_len, other=1)
+        keys = tl.where(kept != 0, keys, -1)
     return keys
 
 
 @triton.jit
-def whole_keys(first, end, kept, marks):
-    """Whether all keys from first to end - 1, at least one, are kept."""
-    begins = tl.load(kept + first, mask=first < marks, other=CLEAN)
-    ends = tl.load(kept + (end - 1), mask=end <= marks, other=CLEAN)
-    return (begins == CLEAN) & (ends == CLEAN)
+def after_holes(first, end, Kept, kept_at, kept_len):
+    """The key from which on all up to end - 1 are kept, at least first; with ``kept_len`` 0 that is first."""
+    run = tl.load(Kept + kept_at + (end - 1), mask=(first < end) & (end <= kept_len), other=FAR)
+    return tl.maximum(end - run, first)
 
 
 @triton.jit
-def block_ranges(lo, hi, kept, marks, N: tl.constexpr, BAND: tl.constexpr):
+def block_ranges(lo, hi, Kept, kept_at, kept_len, N: tl.constexpr, BAND: tl.constexpr):
     """What rows of intervals ``lo, hi`` need of the keys, in blocks of N: ``(first, full_first, full_end, end)``.
 
     Blocks first...end hold every visible key; full_first...full_end of them are visible to every row and need
@@ -236,7 +229,6 @@ def block_ranges(lo, hi, kept, marks, N: tl.constexpr, BAND: tl.constexpr):
     full_first = tl.minimum(full_first, end)
     full_end = tl.maximum(full_end, full_first)
     if not BAND:
-        asked = tl.where(full_end > full_first, marks, 0)
-        whole = whole_keys(full_first * N, full_end * N, kept, asked)
-        full_end = tl.where(whole, full_end, full_first)
+        clean = after_holes(full_first * N, full_end * N, Kept, kept_at, kept_len)
+        full_first = tl.minimum(tl.cdiv(clean, N), full_end)
     return first, full_first, full_end, end

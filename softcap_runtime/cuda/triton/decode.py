@@ -19,14 +19,14 @@ from softcap_runtime.cuda.triton.forward import softmax_step
 def decode_kernel(
     Q, K, V, Out, Lse, Lo, Hi, Kept,
     sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, slo_b,
-    Hq, Hkv, G, Sq, Skv, splits, left, right, marks, inner, coef, bias, reference,
+    Hq, Hkv, G, Sq, Skv, splits, left, right, kept_len, inner, coef, bias, reference,
     BAND: tl.constexpr, ONLINE: tl.constexpr, TOTAL: tl.constexpr, FORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Out ``[splits, B, Hq, Sq, DPAD]`` and Lse ``[splits, B, Hq, Sq]`` float32, contiguous, of one share.
 
-    Kept and ``marks``: as ``forward_kernel``'s.
+    Kept and ``kept_len``: as ``forward_kernel``'s.
     """
     # One dimension, as the others have no room for any batch; the shares of a head side by side.
     split = tl.program_id(0) % splits
@@ -45,7 +45,7 @@ def decode_kernel(
     start = first + split * share
     stop = tl.minimum(start + share, end)
 
-    kept = kept_row(Kept, b, slo_b, Skv, BAND)
+    kept_at = kept_row(b, slo_b, Skv)
     columns = tl.arange(0, DPAD)
     q_at = (b.to(tl.int64) * sq_b + h.to(tl.int64) * sq_h + row.to(tl.int64) * sq_s) * ALIGN
     q = tl.load(
@@ -60,7 +60,7 @@ def decode_kernel(
         k = load_tile(K, sk_b, sk_h, sk_s, b, hk, n, Skv, BLOCK_N, D, DPAD, False, ALIGN)
         x = tl.dot(q, k.T, input_precision=PRECISION)
         keys = n + tl.arange(0, BLOCK_N)
-        keys = kept_keys(keys, kept, marks, BAND)
+        keys = kept_keys(keys, Kept, kept_at, kept_len, BAND)
         visible = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
         p, alpha, m, l, total = softmax_step(
             x, visible, m, l, total, inner, coef, bias, q.dtype, True, ONLINE, TOTAL, FORM, ASM

@@ -61,7 +61,7 @@ def softmax_step(
 
 @triton.jit
 def _step(
-    q, acc, m, l, total, lo, hi, K, V, kept, marks, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, n, Skv,
+    q, acc, m, l, total, lo, hi, K, V, Kept, kept_at, kept_len, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk, n, Skv,
     inner, coef, bias,
     MASKED: tl.constexpr, BAND: tl.constexpr, ONLINE: tl.constexpr, TOTAL: tl.constexpr, FORM: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
@@ -71,7 +71,7 @@ def _step(
     x = tl.dot(q, k.T, input_precision=PRECISION)
     keys = n + tl.arange(0, BLOCK_N)
     if MASKED:
-        keys = kept_keys(keys, kept, marks, BAND)
+        keys = kept_keys(keys, Kept, kept_at, kept_len, BAND)
     visible = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
     p, alpha, m, l, total = softmax_step(
         x, visible, m, l, total, inner, coef, bias, q.dtype, MASKED, ONLINE, TOTAL, FORM, ASM
@@ -86,14 +86,15 @@ def _step(
 def forward_kernel(
     Q, K, V, Out, Lse, Lo, Hi, Kept,
     sq_b, sq_h, sq_s, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, so_b, so_h, so_s, slo_b,
-    Hq, G, Sq, Skv, left, right, marks, inner, coef, bias, reference,
+    Hq, G, Sq, Skv, left, right, kept_len, inner, coef, bias, reference,
     BAND: tl.constexpr, ONLINE: tl.constexpr, TOTAL: tl.constexpr, FORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr, DPAD: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Out ``[B, Hq, Sq, D]`` (any strides) and Lse ``[B, Hq, Sq]`` float32 for one block of query rows.
 
-    No row sees a key that is 0 in Kept, uint8 ``[B or 1, Skv]``, of which ``marks`` of a row are read: Skv or 0.
+    No row sees a key that is 0 in Kept, int32 ``[B or 1, Skv]`` as ``masks.RowIntervals`` has it; ``kept_len`` is Skv,
+    or 0 where Kept is not read.
     Programs of one head follow each other with the longest rows first: the head's keys stay in L2, and the
     short blocks fill the gaps at the end.
     """
@@ -106,8 +107,8 @@ def forward_kernel(
     hk = h // G
     rows = start + tl.arange(0, BLOCK_M)
     lo, hi = row_intervals(rows, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND)
-    kept = kept_row(Kept, b, slo_b, Skv, BAND)
-    first, full_first, full_end, end = block_ranges(lo, hi, kept, marks, BLOCK_N, BAND)
+    kept_at = kept_row(b, slo_b, Skv)
+    first, full_first, full_end, end = block_ranges(lo, hi, Kept, kept_at, kept_len, BLOCK_N, BAND)
 
     q = load_tile(Q, sq_b, sq_h, sq_s, b, h, start, Sq, BLOCK_M, D, DPAD, TMA, ALIGN)
     acc = tl.zeros([BLOCK_M, DPAD], tl.float32)
@@ -116,7 +117,7 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for block in tl.range(full_first, full_end, num_stages=STAGES):
         acc, m, l, total = _step(
-            q, acc, m, l, total, lo, hi, K, V, kept, marks, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk,
+            q, acc, m, l, total, lo, hi, K, V, Kept, kept_at, kept_len, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk,
             block * BLOCK_N, Skv, inner, coef, bias, False, BAND, ONLINE, TOTAL, FORM, BLOCK_N, D, DPAD, PRECISION,
             TMA, ALIGN, ASM,
         )  # fmt: skip
@@ -124,7 +125,7 @@ def forward_kernel(
     for edge in tl.range(0, before + end - full_end, num_stages=STAGES):
         block = tl.where(edge < before, first + edge, full_end + edge - before)
         acc, m, l, total = _step(
-            q, acc, m, l, total, lo, hi, K, V, kept, marks, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk,
+            q, acc, m, l, total, lo, hi, K, V, Kept, kept_at, kept_len, sk_b, sk_h, sk_s, sv_b, sv_h, sv_s, b, hk,
             block * BLOCK_N, Skv, inner, coef, bias, True, BAND, ONLINE, TOTAL, FORM, BLOCK_N, D, DPAD, PRECISION,
             TMA, ALIGN, ASM,
         )  # fmt: skip

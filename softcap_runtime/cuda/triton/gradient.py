@@ -134,7 +134,7 @@ def _bind_dq(
         ],
         [
             *strides(where.align, *(x.stride() for x in (q, k, v, grad, out)), output.steps), mask.batch_stride(rows),
-            heads, heads // kv_heads, rows, padded_rows(rows), keys, mask.left, mask.right, mask.marks(keys),
+            heads, heads // kv_heads, rows, padded_rows(rows), keys, mask.left, mask.right, mask.kept_len(keys),
             call.inner, call.coef, call.bias, call.gain,
         ],
         {"BAND": mask.band, "FORM": call.form, **constants(dim, q.dtype, options, where)},
@@ -161,7 +161,7 @@ def _bind_dkdv(
         intervals = [
             *[statistic(torch.int32, mask.batch)] * 2,
             *[Pointer(torch.int32)] * 2,
-            Pointer(torch.uint8),
+            Pointer(torch.int32),
         ]
     kernel = launcher(
         kernels,
@@ -175,7 +175,7 @@ def _bind_dkdv(
         [
             *strides(where.align, *(x.stride() for x in (q, k, v, grad)), outputs[1].steps, outputs[2].steps),
             padded if several else 0, blocks if several else 0,
-            heads, kv_heads, heads // kv_heads, rows, padded, keys, mask.left, mask.right, mask.marks(keys),
+            heads, kv_heads, heads // kv_heads, rows, padded, keys, mask.left, mask.right, mask.kept_len(keys),
             call.inner, call.coef, call.gain,
         ],
         {"BAND": mask.band, "FORM": call.form, "WANT_DK": direction != "dv", "WANT_DV": direction != "dk",

@@ -184,14 +184,12 @@ def as_edges(vectors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """
     if not vectors:
         return NO_EDGES
-    return tuple(vectors) if len(vectors) == 3 else (*vectors, vectors[1].view(torch.uint8))
+    return tuple(vectors) if len(vectors) == 3 else (*vectors, vectors[1])
 
 
 def edge_parameters(mask: Mask) -> list[Parameter]:
     """Those of ``as_edges``."""
-    if mask.band:
-        return [None, None, None]
-    return [Pointer(torch.int32), Pointer(torch.int32), Pointer(torch.uint8)]
+    return [None if mask.band else Pointer(torch.int32)] * 3
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
