@@ -66,8 +66,8 @@ def test_a_killed_rank_ends_the_other(cache_dir: Path) -> None:
         "SOFTCAP_TEST_DEVICE": DEVICE,
         "SOFTCAP_TEST_COLLECTIVE_SECONDS": "20",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # the process ends where a collective failed, and cleans nothing up
-        # Without it torch waits another minute after the timeout, for what it writes of the collectives before.
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        # Else torch waits another minute after the timeout, for what it writes of the collectives before.
+        "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1000",
     }
     ranks = [
         subprocess.Popen(
