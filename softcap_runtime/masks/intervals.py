@@ -157,7 +157,8 @@ def with_kept(intervals: RowIntervals, kept: Tensor) -> RowIntervals:
     lo, hi = edges(intervals, shown.device)
     keys = torch.arange(intervals.kv_len, dtype=torch.int32, device=shown.device)
     runs = keys - torch.where(shown, -1, keys).cummax(1).values
-    lo, hi, runs = (x.expand(max(len(lo), len(runs)), -1).contiguous() for x in (lo, hi, runs))
+    # Added to zeros of each other, to have as many rows: a size of its own for one row would be one in a graph too.
+    lo, hi, runs = lo + 0 * runs[:, :1], hi + 0 * runs[:, :1], runs + 0 * lo[:, :1]
     return RowIntervals(intervals.q_len, intervals.kv_len, None, None, lo, hi, runs)
 
 

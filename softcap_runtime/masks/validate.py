@@ -77,7 +77,7 @@ def check_mask_arguments(
             _check_documents(document_ids)
         else:
             ids = document_ids
-            document_ids = checked(ids, lambda: ids[:, 1:] >= ids[:, :-1], _DOCUMENTS)
+            document_ids = checked(ids, lambda: _rising(ids), _DOCUMENTS)
     if prefix_lengths is not None:
         _check_tensor("prefix_lengths", prefix_lengths, batch, (), device, _INTEGERS)
         words = "between 0 and the number of keys"
@@ -230,6 +230,12 @@ def _check_documents(document_ids: Tensor) -> None:
             f"document_ids: {after} after {before} at position {key + 1} of batch row {row}, expected ids "
             "that never decrease; number the documents in the order of the row"
         )
+
+
+def _rising(ids: Tensor) -> Tensor:
+    """Whether each id is at least the one before: bool ``[B, S]``. Whole, as a graph of any length has no S - 1."""
+    first = torch.arange(ids.shape[1], device=ids.device) == 0
+    return (ids >= ids.roll(1, 1)) | first
 
 
 def _check_spans(spans: Tensor, kv_len: int) -> None:

@@ -284,6 +284,36 @@ def test_export_and_run_at_another_length(
     assert any("softcap_runtime.attention" in str(node.target) for node in program.graph.nodes)
 
 
+MASKS: dict[str, Any] = {
+    "attention_mask": lambda batch, length: (torch.arange(length) % 7 != 3).expand(batch, -1).contiguous(),
+    "document_ids": lambda batch, length: (torch.arange(length) // 9).expand(batch, -1).contiguous(),
+    "cache_lengths": lambda batch, length: torch.full((batch,), length),
+    "prefix_lengths": lambda batch, length: torch.full((batch,), min(4, length)),
+    "spans": lambda batch, length: torch.tensor([[[1, 2]]]).expand(batch, 1, 2).contiguous(),
+    "query_positions": lambda batch, length: torch.arange(length).expand(batch, -1).contiguous(),
+}
+
+
+@pytest.mark.parametrize("name", list(MASKS))
+def test_export_of_any_batch_and_length(own_runtime: Runtime, name: str, seed: int) -> None:
+    """Neither is a case of its own at 1 or 2: the checks of the values in a graph slice nothing."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            return own_runtime.attention(q, k, v, CONFIG, **{name: mask})
+
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=4096)
+    by_both = {0: batch, 2: length}
+    of_mask = {0: batch} if "lengths" in name or name == "spans" else {0: batch, 1: length}
+    shapes = (by_both, by_both, by_both, of_mask)
+    with torch.no_grad():
+        example = (*make_qkv(Sizes(2, 4, 2, 40, 40)), MASKS[name](2, 40))
+        program = torch.export.export(Layer(), example, dynamic_shapes=shapes).module()
+        for sizes in (Sizes(2, 4, 2, 40, 40), Sizes(3, 4, 2, 133, 133), Sizes(1, 4, 2, 2, 2)):
+            inputs, mask = make_qkv(sizes), MASKS[name](sizes.batch, sizes.kv_len)
+            assert relative_error(program(*inputs, mask), expected(*inputs, CONFIG, **{name: mask})) <= 2e-6
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("engine", ["auto", "blocked", "eager"])
 @pytest.mark.parametrize("masked", [False, True])
