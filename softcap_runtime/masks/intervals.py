@@ -157,8 +157,12 @@ def with_kept(intervals: RowIntervals, kept: Tensor) -> RowIntervals:
     lo, hi = edges(intervals, shown.device)
     keys = torch.arange(intervals.kv_len, dtype=torch.int32, device=shown.device)
     runs = keys - torch.where(shown, -1, keys).cummax(1).values
-    # Added to zeros of each other, to have as many rows: a size of its own for one row would be one in a graph too.
-    lo, hi, runs = lo + 0 * runs[:, :1], hi + 0 * runs[:, :1], runs + 0 * lo[:, :1]
+    if torch.compiler.is_compiling():
+        # Added to zeros of each other, to have as many rows: to compare their numbers makes one row a graph of its own.
+        lo, hi, runs = lo + 0 * runs[:, :1], hi + 0 * runs[:, :1], runs + 0 * lo[:, :1]
+    elif lo.shape[0] != runs.shape[0]:
+        batch = max(lo.shape[0], runs.shape[0])
+        lo, hi, runs = (x.expand(batch, -1).contiguous() for x in (lo, hi, runs))
     return RowIntervals(intervals.q_len, intervals.kv_len, None, None, lo, hi, runs)
 
 
