@@ -18,6 +18,7 @@ from softcap_runtime.engines import blocked_cuda
 from softcap_runtime.engines.engine import Call, Problem
 from softcap_runtime.errors import EngineUnavailable
 from softcap_runtime.masks.deferred_checks import checked
+from softcap_runtime.masks.documents import rise_from_zero
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, clipped
 from softcap_runtime.masks.readable import data_is_readable
 from softcap_runtime.masks.validate import check_integers
@@ -60,7 +61,7 @@ def paged_attention(
     # The library looks at the contents of table, lengths and offsets itself, at each call.
     out = None if way is None else way(q, pages, cu_seqlens_q)
     if out is None:
-        check(q, pages, config, cu_seqlens_q)
+        cu_seqlens_q = check(q, pages, config, cu_seqlens_q)
         if _through_the_table(runtime, q, config):
             out = _on_gpu(runtime, q, pages, config, cu_seqlens_q)
         elif way is None and (way := _on_cpu(runtime, q, pages, config, cu_seqlens_q)) is not None:
@@ -253,8 +254,10 @@ def _sequence_of(q: Tensor, cu_seqlens_q: Tensor) -> Tensor:
     return found.clamp(max=cu_seqlens_q.shape[0] - 2)
 
 
-def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> None:
+def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> Tensor | None:
     """Raise TypeError or ValueError on what does not fit, naming the argument, its value and what was expected.
+
+    Go on with the offsets that it hands back: in a traced graph they are what the check let through.
 
     What can only be seen in the data is checked on the CPU; a GPU checks the offsets, and its kernels give NaN where a
     table or a length does not fit.
@@ -291,9 +294,13 @@ def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> 
     if cu_seqlens_q is not None:
         _check_offsets(q, pages, cu_seqlens_q)
         if q.is_cuda:
-            checked(cu_seqlens_q, lambda: _rising(cu_seqlens_q, q.shape[2]), _OFFSETS, (q.shape[2],))
+            given, rows = cu_seqlens_q, q.shape[2]
+            cu_seqlens_q = checked(
+                given, lambda: rise_from_zero(given) & (given[-1] <= rows), _OFFSETS, (rows,)
+            )
     if data_is_readable(pages.table) and data_is_readable(pages.lengths):
         _check_contents(q, pages, cu_seqlens_q)
+    return cu_seqlens_q
 
 
 def _check_table(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> None:
@@ -323,10 +330,6 @@ def _check_offsets(q: Tensor, pages: Pages, cu_seqlens_q: Tensor) -> None:
         )
     if cu_seqlens_q.device != q.device:
         raise ValueError(f"cu_seqlens_q: on {cu_seqlens_q.device}, expected q's {q.device}; move it")
-
-
-def _rising(offsets: Tensor, most: int) -> Tensor:
-    return (offsets[1:] >= offsets[:-1]).all() & (offsets[0] == 0) & (offsets[-1] <= most)
 
 
 def _check_contents(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softcap_runtime.masks.deferred_checks import checked
+from softcap_runtime.masks.deferred_checks import checked, next_to
 from softcap_runtime.masks.intervals import (
     UNBOUNDED,
     RowIntervals,
@@ -74,8 +74,7 @@ def read(function: MaskFunction, place: Place) -> RowIntervals:
         case "sliding_window_bidirectional_overlay":
             return _reach(place, -parts["sliding_window"], parts["sliding_window"] + 1)
         case "packed_sequence_mask_function":
-            _check_pieces("packed_sequence_mask", parts["packed_sequence_mask"])
-            return _same_run(parts["packed_sequence_mask"], place)
+            return _same_run(_in_pieces("packed_sequence_mask", parts["packed_sequence_mask"]), place)
         case "remap_positions_for_packed_sequence":
             return _remapped(read(parts["mask_function"], place), name)
         case "blockwise_overlay":
@@ -176,19 +175,18 @@ def _spans(ids: Tensor, place: Place) -> RowIntervals:
     )  # a static cache has room for more
     if place.padding is not None:
         ids = ids.masked_fill(~place.padding, -1)
-    _check_pieces("block_sequence_ids", ids, least=0)
+    ids = _in_pieces("block_sequence_ids", ids, least=0)
     lo, hi = edges(_same_run(ids, place), place.device)
     outside = ids[:, _positions(place)] < 0
     lo, hi = lo.masked_fill(outside, place.kv_len), hi.masked_fill(outside, 0)
     return clipped(place.q_len, place.kv_len, lo, hi)
 
 
-def _check_pieces(name: str, ids: Tensor, least: int | None = None) -> None:
-    """Raise ValueError when what shares an id, of those from ``least`` on, doesn't stand side by side."""
+def _in_pieces(name: str, ids: Tensor, least: int | None = None) -> Tensor:
+    """``ids``, where what shares one, of those from ``least`` on, stands side by side; else ValueError."""
     if not data_is_readable(ids):
         message = f"{name}: a block is in two pieces, expected each in one; {_INSTEAD}"
-        checked(ids, lambda: _in_one_piece(ids, least), message, (least,))
-        return
+        return checked(ids, lambda: _in_one_piece(ids, least), message, (least,))
     for row, values in enumerate(ids):
         pieces = torch.unique_consecutive(values)
         if least is not None:
@@ -197,18 +195,18 @@ def _check_pieces(name: str, ids: Tensor, least: int | None = None) -> None:
             raise ValueError(
                 f"{name}: a block of batch row {row} is in two pieces, expected each in one; {_INSTEAD}"
             )
+    return ids
 
 
 def _in_one_piece(ids: Tensor, least: int | None) -> Tensor:
     """Whether the pieces of each row, those of ids from ``least`` on, all have ids of their own."""
-    starts = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+    starts = next_to(ids, torch.ne)
     if least is not None:
         starts &= ids >= least
     count = ids.shape[1]
     # What starts no piece gets a number that nothing else has: below all ids.
     others = ids.amin(1, keepdim=True) - 1 - torch.arange(count, device=ids.device)
-    numbers = torch.where(starts, ids, others).sort(1).values
-    return numbers[:, 1:] != numbers[:, :-1]
+    return next_to(torch.where(starts, ids, others).sort(1).values, torch.ne)
 
 
 def check_readings(utils: Any) -> None:

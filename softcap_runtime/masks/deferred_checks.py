@@ -44,6 +44,15 @@ def checked(
     return result
 
 
+def next_to(x: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``compare`` of each number of ``[B, S]`` with the one before: bool ``[B, S]``, True for the first of a row.
+
+    For conditions: nothing is sliced, as S - 1 would make short rows a case of their own in a graph of any length.
+    """
+    first = torch.arange(x.shape[1], device=x.device) == 0
+    return compare(x, x.roll(1, 1)) | first
+
+
 def _is_running(value: Tensor, check: object) -> bool:
     """Whether ``check`` of these data was started before; from now on it was."""
     if value.is_inference():  # counts no versions

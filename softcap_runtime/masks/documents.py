@@ -38,7 +38,9 @@ def document_ids_from_cu_seqlens(cu_seqlens: Tensor, seq_len: int) -> Tensor:
     if data_is_readable(cu_seqlens):
         _check_offsets(cu_seqlens, seq_len)
     else:
-        cu_seqlens = checked(cu_seqlens, lambda: _offsets_fit(cu_seqlens, seq_len), _OFFSETS, (seq_len,))
+        cu_seqlens = checked(
+            cu_seqlens, lambda: rise_from_zero(cu_seqlens) & (cu_seqlens[-1] == seq_len), _OFFSETS, (seq_len,)
+        )
     ends = cu_seqlens[1:].to(torch.int64).clamp(0, seq_len)
     marks = torch.zeros(seq_len + 1, dtype=torch.int32, device=ends.device)
     marks.scatter_add_(0, ends, torch.ones_like(ends, dtype=torch.int32))
@@ -63,9 +65,9 @@ def document_ids_from_position_ids(position_ids: Tensor) -> Tensor:
     return torch.nn.functional.pad(restarts, (1, 0)).cumsum(1, dtype=torch.int32)
 
 
-def _offsets_fit(cu_seqlens: Tensor, seq_len: int) -> Tensor:
-    rising = cu_seqlens[1:] >= cu_seqlens[:-1]
-    return rising.all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == seq_len)
+def rise_from_zero(offsets: Tensor) -> Tensor:
+    """Whether the first of a vector is 0 and none is below the one before: a bool, which is not looked at."""
+    return (offsets[1:] >= offsets[:-1]).all() & (offsets[0] == 0)
 
 
 def _check_offsets(cu_seqlens: Tensor, seq_len: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.masks.deferred_checks import checked
+from softcap_runtime.masks.deferred_checks import checked, next_to
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.masks.padding import runs_of
 from softcap_runtime.masks.readable import data_is_readable
@@ -77,7 +77,7 @@ def check_mask_arguments(
             _check_documents(document_ids)
         else:
             ids = document_ids
-            document_ids = checked(ids, lambda: _rising(ids), _DOCUMENTS)
+            document_ids = checked(ids, lambda: next_to(ids, torch.ge), _DOCUMENTS)
     if prefix_lengths is not None:
         _check_tensor("prefix_lengths", prefix_lengths, batch, (), device, _INTEGERS)
         words = "between 0 and the number of keys"
@@ -230,12 +230,6 @@ def _check_documents(document_ids: Tensor) -> None:
             f"document_ids: {after} after {before} at position {key + 1} of batch row {row}, expected ids "
             "that never decrease; number the documents in the order of the row"
         )
-
-
-def _rising(ids: Tensor) -> Tensor:
-    """Whether each id is at least the one before: bool ``[B, S]``. Whole, as a graph of any length has no S - 1."""
-    first = torch.arange(ids.shape[1], device=ids.device) == 0
-    return (ids >= ids.roll(1, 1)) | first
 
 
 def _check_spans(spans: Tensor, kv_len: int) -> None:

@@ -35,9 +35,8 @@ def _joined(samples: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ..
     Edges and kept keys ``[1, S]`` that all samples share serve any batch, and stay as they are.
     """
     tensors = [_join(x, dim, samples) for x, dim in zip(inputs[:count], in_dims, strict=False)]
-    numbers = 7 if count == 3 else 6
     places = [count, count + 1]
-    if len(inputs) > count + 2 + numbers and inputs[-1] is not None:
+    if isinstance(inputs[-1], Tensor):  # kept; else the last is a number, or None
         places.append(len(inputs) - 1)
     made = [*tensors, *inputs[count:]]
     shared = inputs[count] is None or all(in_dims[at] is None and inputs[at].shape[0] == 1 for at in places)

@@ -91,16 +91,21 @@ def _call(
     return Call(mask, scale, softcap, engine, train)
 
 
-# Left, right, scale, softcap and engine of a call; and train, which a backward has not.
-_How = tuple[Any, Any, float, "float | None", str]
-_HowForward = tuple[Any, Any, float, "float | None", str, bool]
+# Below ``how`` is left, right, scale, softcap, engine and, of the forward alone, train: so many numbers.
+_FORWARD, _BACKWARD = 6, 5
+
+
+def _parts(rest: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], int, Tensor | None]:
+    """``how``, of ``count`` numbers, runtime and kept, of what an operator is given after the edges: torch leaves out a
+    ``kept`` that is None."""
+    return rest[:count], rest[count], rest[count + 1] if len(rest) > count + 1 else None
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, how: _HowForward, runtime: int, kept: Any
+    q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, how: tuple[Any, ...], runtime: int, kept: Any
 ) -> tuple[Tensor, Tensor]:
     if q.is_meta:
-        return _fake_forward(q, k, v, lo, hi, *how, runtime=runtime, kept=kept)
+        return _fake_forward(q, k, v, lo, hi, *how, runtime, kept)
     out, lse = _server(runtime).forward(q, k, v, _call(q, k, lo, hi, kept, *how))
     train = how[-1]
     return out, q.new_empty(0, dtype=torch.float32) if lse is None or not train else lse
@@ -115,13 +120,13 @@ def _backward(
     lse: Tensor,
     lo: Any,
     hi: Any,
-    how: _How,
+    how: tuple[Any, ...],
     runtime: int,
     kept: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.is_meta:
-        return _fake_backward(grad_out, q, k, v, out, lse, lo, hi, *how, runtime=runtime, kept=kept)
-    call = _call(q, k, lo, hi, kept, *how, train=True)
+        return _fake_backward(grad_out, q, k, v, out, lse, lo, hi, *how, runtime, kept)
+    call = _call(q, k, lo, hi, kept, *(*how, True))
     grads: tuple[Tensor, Tensor, Tensor] = _server(runtime).backward(grad_out, q, k, v, out, lse, call)
     return grads
 
@@ -135,22 +140,10 @@ def _check_no_other_is_meta(q: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name}: on meta, expected q's {q.device}; move one of them")
 
 
-def _fake_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Any,
-    hi: Any,
-    left: Any,
-    right: Any,
-    scale: float,
-    softcap: float | None,
-    engine: str,
-    train: bool,
-    runtime: int,
-    kept: Any = None,
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    how, _, kept = _parts(rest, _FORWARD)
     _check_no_other_is_meta(q, k=k, v=v, lo=lo, hi=hi, kept=kept)
+    train = how[-1]
     wide = torch.promote_types(q.dtype, torch.float32)
     return empty_output(q), q.new_empty(
         q.shape[:3] if train else (0,), dtype=wide if train else torch.float32
@@ -158,22 +151,9 @@ def _fake_forward(
 
 
 def _fake_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lo: Any,
-    hi: Any,
-    left: Any,
-    right: Any,
-    scale: float,
-    softcap: float | None,
-    engine: str,
-    runtime: int,
-    kept: Any = None,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Any, hi: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *_, kept = _parts(rest, _BACKWARD)
     _check_no_other_is_meta(q, grad_out=grad_out, k=k, v=v, out=out, lse=lse, lo=lo, hi=hi, kept=kept)
     return empty_output(q), empty_output(k), empty_output(v)
 
@@ -181,42 +161,15 @@ def _fake_backward(
 # Programs may call the operator by its name: it checks what the runtime's own door has made sure of.
 
 
-def _checked_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Any,
-    hi: Any,
-    left: Any,
-    right: Any,
-    scale: float,
-    softcap: float | None,
-    engine: str,
-    train: bool,
-    runtime: int,
-    kept: Any = None,
-) -> tuple[Tensor, Tensor]:
+def _checked_forward(q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, *rest: Any) -> tuple[Tensor, Tensor]:
     check_qkv(q, k, v)
+    how, runtime, kept = _parts(rest, _FORWARD)
     lo, hi, kept = _checked_edges(lo, hi, kept, k.shape[2])
-    return _forward(q, k, v, lo, hi, (left, right, scale, softcap, engine, train), runtime, kept)
+    return _forward(q, k, v, lo, hi, how, runtime, kept)
 
 
 def _checked_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lo: Any,
-    hi: Any,
-    left: Any,
-    right: Any,
-    scale: float,
-    softcap: float | None,
-    engine: str,
-    runtime: int,
-    kept: Any = None,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lo: Any, hi: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_qkv(q, k, v)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -230,8 +183,8 @@ def _checked_backward(
                 f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected {dtype} "
                 f"{tuple(shape)} on {q.device}, as the forward with train=True gave it"
             )
+    how, runtime, kept = _parts(rest, _BACKWARD)
     lo, hi, kept = _checked_edges(lo, hi, kept, k.shape[2])
-    how = (left, right, scale, softcap, engine)
     return _backward(grad_out, q, k, v, out, lse.contiguous(), lo, hi, how, runtime, kept)
 
 
@@ -257,15 +210,15 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, recording: bool, *inputs: Any) -> tuple[Tensor, Tensor]:
-        q, k, v, lo, hi, left, right, scale, softcap, engine, train, runtime, kept = inputs
-        how = (left, right, scale, softcap, engine)
+        q, k, v, lo, hi, *rest = inputs
+        how, runtime, kept = _parts(tuple(rest), _FORWARD)
         if interpreters_active(q, k, v, lo, hi, kept):
             with below_autograd(recording):
                 output = torch.ops.softcap_runtime.attention(*inputs)
         else:
-            output = _forward(q, k, v, lo, hi, (*how, train), runtime, kept)
+            output = _forward(q, k, v, lo, hi, how, runtime, kept)
         ctx.save_for_backward(q, k, v, *output, lo, hi, kept)
-        ctx.how, ctx.runtime = how, runtime
+        ctx.how, ctx.runtime = how[:_BACKWARD], runtime
         ctx.server = _servers.get(runtime)  # the backward is its too: it lives as long
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -312,30 +265,16 @@ class _Backward(torch.autograd.Function):
     jvp = backward
 
 
-def _differentiable(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Any,
-    hi: Any,
-    left: Any,
-    right: Any,
-    scale: float,
-    softcap: float | None,
-    engine: str,
-    train: bool,
-    runtime: int,
-    kept: Any = None,
-) -> tuple[Tensor, Tensor]:
+def _differentiable(q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    how, runtime, kept = _parts(rest, _FORWARD)
     # torch.func's levels and the compiler hide from a caller that gradients are wanted.
-    train = train or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+    train = how[-1] or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
     if not interpreters_active(q, k, v, lo, hi, kept):
         check_qkv(q, k, v)
         lo, hi, kept = _checked_edges(lo, hi, kept, k.shape[2])
     else:
         q, k, v, lo, hi, kept = sharded_inputs(q, k, v, lo, hi, kept)
-    inputs = (q, k, v, lo, hi, left, right, scale, softcap, engine, train, runtime, kept)
-    return apply_function(_Attention, *inputs)
+    return apply_function(_Attention, q, k, v, lo, hi, *how[:-1], train, runtime, kept)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, call: Call, number: int) -> Tensor:

@@ -288,6 +288,24 @@ def test_sequences_with_ids_of_their_own(kind: str, seed: int) -> None:
         assert_equal_masks(make, 6, attention_mask=None, past_key_values=None, and_mask_function=again)
 
 
+def test_span_in_two_pieces_raises_in_an_exported_program(seed: int) -> None:
+    """Also where a compiler leaves out what is not used: the ids that the check lets through are what goes on."""
+
+    class Mask(torch.nn.Module):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            place = hf_mask_functions.Place(6, 6, 6, 0, None, torch.device("cpu"))
+            same = masking_utils.packed_sequence_mask_function(ids)
+            return dense(hf_mask_functions.read(same, place), "cpu")
+
+    whole, broken = torch.tensor([[7, 7, 3, 3, -1, -1]]), torch.tensor([[0, 0, 1, 1, 0, 0]])
+    program = torch.export.export(Mask(), (whole,), strict=False).module()
+    program.graph.eliminate_dead_code()
+    program.recompile()
+    assert torch.equal(program(whole)[0], whole == whole.T)
+    with pytest.raises(RuntimeError, match=r"packed_sequence_mask: a block is in two pieces"):
+        program(broken)
+
+
 def test_custom_mask_function_raises_by_name(seed: int) -> None:
     def every_other_key(batch: Any, head: Any, q: Any, kv: Any) -> Any:
         return kv % 2 == 0

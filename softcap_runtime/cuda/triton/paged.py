@@ -89,7 +89,7 @@ def paged_kernel(
     table = Table + b.to(tl.int64) * pages
     key_head = K + hk.to(tl.int64) * sk_h * ALIGN
     value_head = V + hk.to(tl.int64) * sv_h * ALIGN
-    # Looked at here, all pages of this share at once: in the loop below it costs 4 % of decoding (H200).
+    # All pages of this share are looked at here, so that the loop below, which is bound by memory, does nothing more.
     wrong = (said > length) | (said < count)
     past_page = tl.cdiv(tl.minimum(stop * BLOCK_N, length), 1 << page_bits)
     for page in tl.range((start * BLOCK_N) >> page_bits, past_page, 256):
