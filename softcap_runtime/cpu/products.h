@@ -78,13 +78,16 @@ inline void vector_product(float* c, int64_t ldc, const typename Arithmetic::Wor
     for (int64_t j = 0; j < n;) {
       float* to = c + j;
       const typename Arithmetic::Word *rows = a + p, *columns = b + p * ldb + j;
-      if (n - j >= WIDE * LANES) {
+      // Four vectors are two strips of two where three are the widest: a strip of one is bound by its loads.
+      const int64_t left = (n - j) / LANES;
+      const int wide = left >= WIDE && !(WIDE == 3 && left == 4) ? WIDE : left >= 2 ? 2 : 1;
+      if (wide == WIDE)
         strip<Arithmetic, ROWS, WIDE>(to, ldc, rows, lda, columns, ldb, m, terms, more);
-        j += WIDE * LANES;
-      } else {
+      else if (wide == 2)
+        strip<Arithmetic, ROWS, 2>(to, ldc, rows, lda, columns, ldb, m, terms, more);
+      else
         strip<Arithmetic, 8, 1>(to, ldc, rows, lda, columns, ldb, m, terms, more);
-        j += LANES;
-      }
+      j += wide * LANES;
     }
   }
 }

@@ -4,7 +4,7 @@ What travels lies ``[rows, 2, B, H, D]``, keys and values of a row side by side,
 where the kernels read them. A layer is one autograd function:
 
 - forward: the exchange starts; own keys are copied to where the others' arrive beside them; inner rows are computed;
-  outer rows after the wait. Both calls write to their rows of the one output.
+  outer rows after the wait, on a stream of their own. Both calls write to their rows of the one output.
 - backward: gradients of all keys come first; those of the others' keys travel back while that of q is computed.
 
 ``work.wait()`` makes the current stream wait, not the host of a GPU. An exchange holds some of the GPU's
@@ -13,8 +13,9 @@ multiprocessors: a kernel that would take them all first must not be launched ri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -195,21 +196,47 @@ def _compute(
         return attend(q, *_outer_keys(k, v, coming, plan), plan.outer, out, several)
     first, middle, last = q.split([ahead, inner, behind], 2)
     out_first, out_middle, out_last = out.split([ahead, inner, behind], 2)
-    within = attend(middle, k, v, plan.inner, out_middle, True)  # while keys of others are on their way
-    keys, values = _outer_keys(k, v, coming, plan)
-    if ahead and behind:
-        rows = torch.cat([first, last], 2)
-        apart = empty_output(rows)
-        lse = attend(rows, keys, values, plan.outer, apart, several)
-        out_first.copy_(apart[:, :, :ahead])
-        out_last.copy_(apart[:, :, ahead:])
-    elif ahead:
-        lse = attend(first, keys, values, plan.outer, out_first, several)
-    else:
-        lse = attend(last, keys, values, plan.outer, out_last, several)
+    ready = torch.cuda.current_stream(q.device).record_event() if q.is_cuda else None
+    within = attend(middle, k, v, plan.inner, out_middle, several)  # while keys of others are on their way
+    with _beside(ready, q.device):
+        keys, values = _outer_keys(k, v, coming, plan)
+        if ahead and behind:
+            rows = torch.cat([first, last], 2)
+            apart = empty_output(rows)
+            lse = attend(rows, keys, values, plan.outer, apart, True)
+            out_first.copy_(apart[:, :, :ahead])
+            out_last.copy_(apart[:, :, ahead:])
+        elif ahead:
+            lse = attend(first, keys, values, plan.outer, out_first, True)
+        else:
+            lse = attend(last, keys, values, plan.outer, out_last, True)
     if within is None or lse is None:
         return None
     return torch.cat([lse[:, :, :ahead], within, lse[:, :, ahead:]], 2)
+
+
+@contextmanager
+def _beside(ready: torch.cuda.Event | None, device: torch.device) -> Iterator[None]:
+    """Launch on a stream that waits for ``ready`` alone, and have the current stream wait for it; without an event, on
+    the current stream.
+
+    Kernels of the outer rows then take the multiprocessors that those of the inner rows leave one by one at their end.
+    """
+    if ready is None:
+        yield
+        return
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    side.wait_event(ready)
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:
+        current.wait_stream(side)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _outer_keys(k: Tensor, v: Tensor, coming: _Exchange, plan: KeyPlan) -> tuple[Tensor, Tensor]:
