@@ -1,8 +1,8 @@
 """The whole table of GPU figures in one command: ``python scripts/gpu_report.py --out report``.
 
 Writes ``<out>.json`` and ``<out>.md``, anew after each part, so a run that is stopped leaves what it has; on an H200
-all parts take some four minutes. What is compared is timed in turns. ``--smoke`` runs tiny shapes on the CPU, to see
-that the script works.
+all parts take some four minutes, and six where FlashAttention-4 is installed. What is compared is timed in turns.
+``--smoke`` runs tiny shapes on the CPU, to see that the script works.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks import gpu_peers
+from benchmarks.gpu_peers import CAP
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
 from softcap_runtime.masks import band, dense
 
-CAP = 50.0
 LEGEND = """# GPU report
 
 Written by `python scripts/gpu_report.py --out report`. B2 Hq16 Hkv8 D256 S8192 w4096: batch, query heads, key heads,
@@ -136,28 +137,6 @@ def step(call: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor) -> Ca
     return lambda: torch.autograd.grad(call(*tensors), tensors, grad)
 
 
-def stock_flex(length: int, window: int | None, scale: float, device: str) -> Callable[..., Tensor]:
-    """Stock compiled flex with torch.tanh."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (i >= j) if window is None else (i >= j) & (i - j < window)
-
-    def cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return CAP * torch.tanh(score / CAP)
-
-    mask = create_block_mask(visible, None, None, length, length, device=device)
-    # Each shape starts afresh: past torch's recompile limit flex goes on unfused, and needs S x S memory.
-    torch._dynamo.reset()
-    flex = torch.compile(flex_attention, fullgraph=True)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = flex(q, k, v, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
-        return out
-
-    return run
-
-
 def error(report: Report, tensors: list[Tensor], out: Tensor, window: int | None) -> float:
     """Relative error of the first kv head's group against float64."""
     q, k, v = tensors
@@ -173,6 +152,29 @@ def error(report: Report, tensors: list[Tensor], out: Tensor, window: int | None
 def approximate(report: Report) -> Runtime:
     """A runtime whose tanh is the device's instruction."""
     return Runtime(RuntimeSettings(engine="eager" if report.smoke else "auto", softcap_approx=True))
+
+
+def installed_peers(
+    report: Report, head_dim: int, length: int, window: int | None, tensors: list[Tensor], grad: Tensor
+) -> dict[str, Callable[..., Tensor]]:
+    """The peers of a training shape that work here; flex, which is compiled anew for each, for some."""
+    scale = head_dim**-0.5
+    found: dict[str, Callable[..., Tensor] | None] = {}
+    if report.device == "cuda" and head_dim > 64:  # flex has no backward on the CPU
+        found["FlashAttention-4"] = gpu_peers.flash4(window, scale)
+        if length > 1024:
+            flex = partial(gpu_peers.flex, length, window, scale, report.device)
+            found["stock flex"] = flex()
+            if window is None:
+                found["flex, sigmoid"] = flex(gpu_peers.sigmoid_cap)
+                found["SDPA by cuDNN, no softcap"] = gpu_peers.sdpa(cudnn=True)
+            if head_dim == 128 and gpu_peers.flash4(window, scale):
+                found["flex, FLASH"] = flex(backend="FLASH")
+    return {
+        who: call
+        for who, call in found.items()
+        if call is not None and gpu_peers.usable(who, step(call, tensors, grad))
+    }
 
 
 def training_shapes(report: Report) -> None:
@@ -199,12 +201,9 @@ def training_shapes(report: Report) -> None:
             "softcap_runtime": lambda *qkv, config=config: report.runtime.attention(*qkv, config),
             "SOFTCAP_APPROX=1": lambda *qkv, config=config, approx=approx: approx.attention(*qkv, config),
         }
-        if report.device == "cuda" and head_dim > 64 and length > 1024:  # flex has no backward on the CPU
-            peers["stock flex"] = stock_flex(length, window, head_dim**-0.5, report.device)
+        peers |= installed_peers(report, head_dim, length, window, tensors, grad)
         if window is None:
-            peers["SDPA, no softcap"] = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=True
-            )
+            peers["SDPA, no softcap"] = gpu_peers.sdpa()
         pairs = length * (length + 1) / 2 - (0 if window is None else (length - window) ** 2 / 2)
         flop = 4 * batch * heads * head_dim * pairs
         with torch.no_grad():
@@ -270,26 +269,14 @@ def packed(report: Report) -> None:
     ids = torch.bucketize(torch.arange(length, device=report.device), ends, right=True)[None]
     scale = tensors[0].shape[3] ** -0.5
     config = AttentionConfig(softcap=CAP, scale=scale)
-    calls = {"softcap_runtime": lambda *t: report.runtime.attention(*t, config, document_ids=ids)}
+    calls: dict[str, Callable[..., Tensor]] = {
+        "softcap_runtime": lambda *t: report.runtime.attention(*t, config, document_ids=ids)
+    }
     if report.device == "cuda":
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        row = ids[0].contiguous()
-        torch._dynamo.reset()
-        make, flex = torch.compile(create_block_mask), torch.compile(flex_attention, fullgraph=True)
-
-        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (i >= j) & (row[i] == row[j])
-
-        def cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return CAP * torch.tanh(score / CAP)
-
-        def stock(*t: Tensor) -> Tensor:
-            mask = make(visible, None, None, length, length, device="cuda")
-            out: Tensor = flex(*t, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
-            return out
-
-        calls["stock flex + create_block_mask"] = stock
+        calls["stock flex + create_block_mask"] = gpu_peers.packed_flex(ids[0], scale)
+        flash4 = gpu_peers.packed_flash4(ids[0], scale)
+        if flash4 is not None and gpu_peers.usable("FlashAttention-4", step(flash4, tensors, grad)):
+            calls["FlashAttention-4, bounds given"] = flash4
     with torch.no_grad():
         forward = report.in_turns({who: partial(call, *tensors) for who, call in calls.items()})
     both = report.in_turns({who: step(call, tensors, grad) for who, call in calls.items()})
@@ -369,15 +356,12 @@ def overhead(report: Report) -> None:
     leaf, grad = q.clone().requires_grad_(), torch.randn_like(q)
     config = AttentionConfig(softcap=CAP, scale=0.125)
 
-    def sdpa(*qkv: Tensor) -> Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
-
     def ours(*qkv: Tensor) -> Tensor:
         return report.runtime.attention(*qkv, config)
 
-    calls: dict[str, Callable[..., Tensor]] = {"softcap_runtime": ours, "SDPA, no softcap": sdpa}
+    calls: dict[str, Callable[..., Tensor]] = {"softcap_runtime": ours, "SDPA, no softcap": gpu_peers.sdpa()}
     if report.device == "cuda":
-        calls["stock flex"] = stock_flex(128, None, 0.125, report.device)
+        calls["stock flex"] = gpu_peers.flex(128, None, 0.125, report.device)
     rows = []
     with torch.no_grad():
         plain = host_seconds(report, {who: partial(call, q, q, q) for who, call in calls.items()})
