@@ -30,19 +30,7 @@ from softcap_runtime.store.report import (
 
 log = logging.getLogger(__name__)
 
-NETWORK_FILESYSTEMS = (
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "smbfs",
-    "lustre",
-    "ceph",
-    "glusterfs",
-    "beegfs",
-    "gpfs",
-    "9p",
-)
+NETWORK_FILESYSTEMS = "nfs nfs4 cifs smb3 smbfs lustre ceph glusterfs beegfs gpfs 9p".split()
 
 BadRows = list[tuple[Row, BadEntry]]
 
@@ -81,15 +69,11 @@ def _info(row: Row) -> EntryInfo:
     known = fingerprints("cuda" if "gpu" in document.fingerprint else "cpu")
     differs = min((differing(document.fingerprint, here) for here in known), key=len)
     return EntryInfo(
+        **document.model_dump(exclude={"format", "bytes"}),
         digest=digest,
-        fields=document.fields,
-        fingerprint=document.fingerprint,
         bytes=row.value_bytes,
-        created=document.created,
         last_used=float(_plausible(row.last_used)),
         hits=int(_plausible(row.hits)),
-        build_seconds=document.build_seconds,
-        provenance=document.provenance,
         fits=not differs,
         differs=differs,
     )
