@@ -29,7 +29,7 @@ from softcap_runtime.integrations.hf_mask import HfMask
 from softcap_runtime.integrations.hf_mask_functions import MaskFunction, Place, check_readings, read
 from softcap_runtime.integrations.hf_packed import packed_arguments
 from softcap_runtime.integrations.hf_probe import probe
-from softcap_runtime.integrations.hf_serving import admit, outside_of_graphs
+from softcap_runtime.integrations.hf_serving import admit, attend_paged, outside_of_graphs
 from softcap_runtime.masks.elements import read_elements
 from softcap_runtime.masks.intervals import RowIntervals, combined, dense, row_intervals
 from softcap_runtime.masks.padding import has_holes
@@ -183,7 +183,8 @@ def attention_forward(
     check_qkv(query, key, value)
     if paged:
         check_positive("sliding_window", sliding_window)
-        return outside_of_graphs()(runtime, module, query, key, value, cap, sliding_window, kwargs), None
+        attend = outside_of_graphs() if torch.compiler.is_compiling() else attend_paged
+        return attend(runtime, module, query, key, value, cap, sliding_window, kwargs), None
     lengths = query.shape[2], key.shape[2]
     mask: RowIntervals | Tensor
     if isinstance(attention_mask, Tensor):
