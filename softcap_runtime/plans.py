@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,16 +12,7 @@ from torch import Tensor
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.checks import Capped
 from softcap_runtime.config import EngineName, RuntimeSettings
-from softcap_runtime.engines.engine import (
-    Backward,
-    Call,
-    Engine,
-    Forward,
-    KeysDone,
-    PartBackward,
-    PartForward,
-    Problem,
-)
+from softcap_runtime.engines.engine import Backward, Call, Engine, Forward, KeysDone, Problem
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.supply import Supply
 
@@ -77,7 +68,7 @@ class Plan:
     def forward_into(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor | None:
         """``forward`` with its output in ``out``, rows or heads of a larger one; returns the logsumexp."""
         if self.engine.parts:
-            return cast(PartForward, self.forward)(q, k, v, *edges, out=out)[1]
+            return self.forward(q, k, v, *edges, out=out)[1]
         made, lse = self.forward(q, k, v, *edges)
         out.copy_(made)
         return lse
@@ -96,8 +87,7 @@ class Plan:
         """``backward`` that hands dk and dv to ``keys_done``, before dq where the engine can."""
         assert self.backward is not None
         if self.engine.parts:
-            backward = cast(PartBackward, self.backward)
-            return backward(grad_out, q, k, v, out, lse, *edges, keys_done=keys_done)
+            return self.backward(grad_out, q, k, v, out, lse, *edges, keys_done=keys_done)
         grads = self.backward(grad_out, q, k, v, out, lse, *edges)
         keys_done(*grads[1:])
         return grads

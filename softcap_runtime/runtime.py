@@ -120,9 +120,16 @@ class Runtime:
             plan = known.get(found[0].shape[0] if found else None)
             if plan is not None:
                 return self._run(plan, q, k, v, *found)
-        masks = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths, query_positions)
-        given = [None if x is None else whole(x) for x in masks]
-        mask = _intervals(q, k, config, *given)
+        masks = {
+            "attention_mask": attention_mask,
+            "document_ids": document_ids,
+            "prefix_lengths": prefix_lengths,
+            "spans": spans,
+            "cache_lengths": cache_lengths,
+            "query_positions": query_positions,
+        }
+        given = {name: None if x is None else whole(x) for name, x in masks.items()}
+        mask = _intervals(q, k, config, given)
         form = _form(mask)
         if known is not None and form in known and (mask.lo is None or type(mask.lo) is Tensor):
             return self._run(known[form], q, k, v, *mask.vectors)
@@ -197,9 +204,9 @@ class Runtime:
         Raises as ``attention`` does, before anything is sent. At the first call of a kind ranks tell each other whether
         they are ready: RuntimeError on the others when one is not, or when they disagree.
         """
-        from softcap_runtime.distributed.attention import context_attention
+        from softcap_runtime.distributed.attention import Layer, context_attention
 
-        return context_attention(self, q, k, v, config, context, stages)
+        return context_attention(Layer(self, config, context, stages), q, k, v)
 
     def paged_attention(
         self,
@@ -330,33 +337,15 @@ def _shortcut_key(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> H
 
 
 def _intervals(
-    q: Tensor,
-    k: Tensor,
-    config: AttentionConfig,
-    attention_mask: Tensor | None,
-    document_ids: Tensor | None,
-    prefix_lengths: Tensor | None,
-    spans: Tensor | None,
-    cache_lengths: Tensor | None,
-    query_positions: Tensor | None,
+    q: Tensor, k: Tensor, config: AttentionConfig, masks: dict[str, Tensor | None]
 ) -> RowIntervals:
     """Check the config and the mask arguments, and intersect these with the config's."""
     check_config(config)
     q_len, kv_len = q.shape[2], k.shape[2]
     given = check_mask_arguments(
-        q_len,
-        kv_len,
-        q.shape[0],
-        q.device,
-        causal=config.causal,
-        holes=True,
-        attention_mask=attention_mask,
-        document_ids=document_ids,
-        prefix_lengths=prefix_lengths,
-        spans=spans,
-        cache_lengths=cache_lengths,
-        query_positions=query_positions,
+        q_len, kv_len, q.shape[0], q.device, causal=config.causal, holes=True, **masks
     )
+    attention_mask = masks["attention_mask"]
     if attention_mask is not None and data_is_readable(attention_mask) and bool(attention_mask.all()):
         given["attention_mask"] = None
     return row_intervals(q_len, kv_len, causal=config.causal, window=config.window, **given)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.report import Report, side_by_side
+from softcap_runtime.compat.torch_private import Runner
 from softcap_runtime.engines.choose import engine_named
-from softcap_runtime.engines.engine import Problem, Runner
-from softcap_runtime.engines.graphs import graph
+from softcap_runtime.engines.engine import Problem
+from softcap_runtime.engines.graphs.flex import flex_forward
 from softcap_runtime.engines.package import Package
 from softcap_runtime.masks import MaskMemo, band
 
@@ -32,7 +33,7 @@ class StaticKernels:
             key = (spec, *((x.shape, x.stride()) for x in inputs))
             compiled = self.compiled.get(key)
             if compiled is None:
-                compiled = torch.compile(graph(spec).module, dynamic=False, fullgraph=True)
+                compiled = torch.compile(flex_forward(spec).module, dynamic=False, fullgraph=True)
                 self.compiled[key] = compiled
             out = compiled(*inputs)
             return [] if out is None else [out]

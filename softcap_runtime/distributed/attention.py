@@ -8,50 +8,36 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.checks import check_config
-from softcap_runtime.config import AttentionConfig
 from softcap_runtime.distributed.agree import agree, digest
-from softcap_runtime.distributed.context import ContextMask
+from softcap_runtime.distributed.context import ContextMask, Layer
 from softcap_runtime.distributed.heads import attend_by_heads
 from softcap_runtime.distributed.keys import attend_by_keys
-from softcap_runtime.engines.engine import Call
 from softcap_runtime.ops import operator
 from softcap_runtime.ops.sharding import check_placements, is_dtensor
-from softcap_runtime.plans import Server
 
 # What ranks have agreed on, so that later calls of the kind gather nothing: a few numbers each.
 _agreed: set[Any] = set()
 
 
-def context_attention(
-    runtime: Server,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: AttentionConfig,
-    context: ContextMask,
-    stages: int = 1,
-) -> Tensor:
+def context_attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """See ``Runtime.context_attention``."""
-    check_config(config)
-    if not isinstance(context, ContextMask):
+    check_config(layer.config)
+    if not isinstance(layer.context, ContextMask):
         raise TypeError(
-            f"context: {type(context).__name__}, expected a ContextMask; make one with context_mask(...)"
+            f"context: {type(layer.context).__name__}, expected a ContextMask; make one with context_mask(...)"
         )
-    for x in (q, k, v):
-        if is_dtensor(x):
-            return _of_dtensors(runtime, q, k, v, config, context, stages)
+    if is_dtensor(q) or is_dtensor(k) or is_dtensor(v):
+        return _of_dtensors(layer, q, k, v)
     if not torch.compiler.is_compiling():
-        _agree_once(runtime, q, k, v, config, context, stages)
+        _agree_once(layer, q, k, v)
     q, k, v = operator.checked_inputs(q, k, v)
-    method, groups = _check(q, k, config, context, stages)
-    run = attend_by_keys if method == "keys" else attend_by_heads
-    return run(runtime, q, k, v, config, context, groups)
+    attend = attend_by_keys if _checked_method(layer, q, k) == "keys" else attend_by_heads
+    return attend(layer, q, k, v)
 
 
-def _check(
-    q: Tensor, k: Tensor, config: AttentionConfig, context: ContextMask, stages: int
-) -> tuple[str, int]:
-    """The method, and how many groups of key heads travel one after the other."""
+def _checked_method(layer: Layer, q: Tensor, k: Tensor) -> str:
+    """The method that serves a call. Raises ValueError on what doesn't fit."""
+    _, config, context, stages = layer
     if (config.window, config.causal) != (context.config.window, context.config.causal):
         raise ValueError(
             f"config: window={config.window}, causal={config.causal}, expected the context's window="
@@ -76,19 +62,12 @@ def _check(
         raise ValueError(
             f"stages: {stages!r}, expected a divisor of the {groups} key heads that a rank computes by {method}"
         )
-    return method, stages
+    return method
 
 
-def _agree_once(
-    runtime: Server,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: AttentionConfig,
-    context: ContextMask,
-    stages: int,
-) -> None:
+def _agree_once(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> None:
     """At the first call of a kind, before anything is sent: all ranks are ready, and about to do the same."""
+    runtime, config, context, stages = layer
     train = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
     shapes = tuple((x.shape[0], x.shape[1], x.shape[-1]) for x in (q, k) if getattr(x, "ndim", 0) == 4)
     dtypes = tuple(getattr(x, "dtype", None) for x in (q, k, v))
@@ -101,8 +80,8 @@ def _agree_once(
     error = None
     try:
         operator.checked_inputs(q, k, v)
-        method, groups = _check(q, k, config, context, stages)
-        _load_kernels(runtime, *operator.autocast_inputs(q, k, v), config, context, method, groups, train)
+        method = _checked_method(layer, q, k)
+        _load_kernels(layer, *operator.autocast_inputs(q, k, v)[:2], method, train)
     except Exception as raised:  # whatever it is, the others are told before it is raised again
         error = raised
     cpu = torch.backends.cpu.get_cpu_capability() if mesh.device_type == "cpu" else None
@@ -117,18 +96,9 @@ def _agree_once(
     _agreed.add(key)
 
 
-def _load_kernels(
-    runtime: Server,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: AttentionConfig,
-    context: ContextMask,
-    method: str,
-    stages: int,
-    train: bool,
-) -> None:
+def _load_kernels(layer: Layer, q: Tensor, k: Tensor, method: str, train: bool) -> None:
     """Have the kernels of a call here, or raise what says why not; nothing is computed."""
+    context, stages = layer.context, layer.stages
     ranks, masks = context.layout.ranks, () if context.by_keys is None else context.by_keys.masks(train)
     heads, kv_heads = q.shape[1], k.shape[1]
     if method == "heads":
@@ -139,13 +109,11 @@ def _load_kernels(
         return x[:, :1, :1].expand(-1, heads // stages, rows, -1)
 
     for mask in masks:
-        call = Call(mask, config.scale, config.softcap, runtime.settings.engine, train)
-        runtime.plan(like(q, heads, mask.q_len), like(k, kv_heads, mask.kv_len), call)
+        rows, keys = like(q, heads, mask.q_len), like(k, kv_heads, mask.kv_len)
+        layer.runtime.plan(rows, keys, layer.call(mask, train))
 
 
-def _of_dtensors(
-    runtime: Server, q: Any, k: Any, v: Any, config: AttentionConfig, context: ContextMask, stages: int
-) -> Tensor:
+def _of_dtensors(layer: Layer, q: Any, k: Any, v: Any) -> Tensor:
     """Each rank's own batch rows and heads of DTensors, which another mesh dimension shards."""
     from torch.distributed.tensor import DTensor, Shard
 
@@ -155,8 +123,7 @@ def _of_dtensors(
             f"q, k, v: placements {q.placements}, {k.placements}, {v.placements}, expected the same for all three, "
             "with the sequence unsharded: each rank's rows of it are the local tensor; make them from local tensors"
         )
-    local = [x.to_local() for x in (q, k, v)]
-    out = context_attention(runtime, local[0], local[1], local[2], config, context, stages)
+    out = context_attention(layer, q.to_local(), k.to_local(), v.to_local())
     return DTensor.from_local(
         out, q.device_mesh, q.placements, run_check=False, shape=q.shape, stride=q.stride()
     )

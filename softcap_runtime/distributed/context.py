@@ -25,8 +25,10 @@ from softcap_runtime.distributed.ranges import (
     renumbered,
     rows_within,
 )
+from softcap_runtime.engines.engine import Call
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 from softcap_runtime.masks.validate import check_mask_arguments
+from softcap_runtime.plans import Server
 
 Method = Literal["auto", "keys", "heads"]
 
@@ -134,6 +136,20 @@ class ContextMask:
         if self.method == "auto":
             return "heads" if divides and self.config.window is None else "keys"
         return self.method
+
+
+class Layer(NamedTuple):
+    """A call of ``Runtime.context_attention``, all but its tensors; ``stages``: groups of key heads."""
+
+    runtime: Server
+    config: AttentionConfig
+    context: ContextMask
+    stages: int
+
+    def call(self, mask: RowIntervals, train: bool, beside: bool = False) -> Call:
+        """Of one kernel, which may run beside an exchange."""
+        config, engine = self.config, self.runtime.settings.engine
+        return Call(mask, config.scale, config.softcap, engine, train, beside)
 
 
 def context_mask(

@@ -6,23 +6,14 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from softcap_runtime.config import AttentionConfig
-from softcap_runtime.distributed.context import ContextMask, HeadPlan
+from softcap_runtime.distributed.context import HeadPlan, Layer
 from softcap_runtime.distributed.exchange import exchanged, in_stages, waited
 from softcap_runtime.distributed.ranges import picked
-from softcap_runtime.plans import Server
 
 
-def attend_by_heads(
-    runtime: Server,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: AttentionConfig,
-    context: ContextMask,
-    stages: int,
-) -> Tensor:
-    """Attention of this rank's rows, for checked inputs; ``stages`` groups of key heads travel one after the other."""
+def attend_by_heads(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of this rank's rows, for checked inputs."""
+    runtime, config, context, stages = layer
     plan, mesh, like = context.by_heads, context.mesh, q
     assert plan is not None
 

@@ -22,33 +22,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.device_mesh import DeviceMesh
 
 from softcap_runtime.checks import check_no_context_parallel
 from softcap_runtime.compat.torch_transforms import interpreters_active
-from softcap_runtime.config import AttentionConfig
-from softcap_runtime.distributed.context import ContextMask, KeyPlan, Part
+from softcap_runtime.distributed.context import KeyPlan, Layer, Part
 from softcap_runtime.distributed.exchange import exchanged, in_stages, joined, waited
 from softcap_runtime.distributed.ranges import Ranges, length
-from softcap_runtime.engines.engine import Call, empty_output
+from softcap_runtime.engines.engine import empty_output
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.ops.planned import rows_together
-from softcap_runtime.plans import Server
-
-
-class _Layer(NamedTuple):
-    """All of a call but its tensors."""
-
-    runtime: Server
-    config: AttentionConfig
-    plan: KeyPlan
-    mesh: DeviceMesh
-    stages: int
-
-    def call(self, mask: RowIntervals, train: bool, beside: bool) -> Call:
-        """Of one kernel, which may run beside an exchange."""
-        config, engine = self.config, self.runtime.settings.engine
-        return Call(mask, config.scale, config.softcap, engine, train, beside)
 
 
 class _Exchange(NamedTuple):
@@ -69,19 +51,8 @@ class _Exchange(NamedTuple):
         return self.arrived
 
 
-def attend_by_keys(
-    runtime: Server,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    config: AttentionConfig,
-    context: ContextMask,
-    stages: int,
-) -> Tensor:
-    """Attention of this rank's rows, for checked inputs; ``stages`` groups of key heads travel one after the other."""
-    plan = context.by_keys
-    assert plan is not None
-    layer = _Layer(runtime, config, plan, context.mesh, stages)
+def attend_by_keys(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of this rank's rows, for checked inputs."""
     if torch.compiler.is_compiling():
         return _in_graph(layer, q, k, v)
     check_no_context_parallel()
@@ -94,13 +65,19 @@ def attend_by_keys(
         return _forward(layer, q, k, v, train=False)[0]
 
 
+def _plan(layer: Layer) -> KeyPlan:
+    plan = layer.context.by_keys
+    assert plan is not None
+    return plan
+
+
 def _no_autocast(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class _ByKeys(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layer: _Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, kept = _forward(layer, q, k, v, train=True)
         ctx.save_for_backward(q, k, v, out, *kept)
         ctx.layer = layer
@@ -113,7 +90,7 @@ class _ByKeys(torch.autograd.Function):
         return None, *_backward(ctx.layer, grad_out, q, k, v, out, kept)
 
 
-def _forward(layer: _Layer, q: Tensor, k: Tensor, v: Tensor, train: bool) -> tuple[Tensor, list[Tensor]]:
+def _forward(layer: Layer, q: Tensor, k: Tensor, v: Tensor, train: bool) -> tuple[Tensor, list[Tensor]]:
     """Out; for training also what arrived and the logsumexp of each group of heads."""
     q, k, v = rows_together(q), rows_together(k), rows_together(v)
     out = empty_output(q)
@@ -134,9 +111,9 @@ def _groups(x: Tensor, stages: int) -> Sequence[Tensor]:
     return x.split(x.shape[1] // stages, 1)
 
 
-def _send_keys(layer: _Layer, k: Tensor, v: Tensor) -> _Exchange:
+def _send_keys(layer: Layer, k: Tensor, v: Tensor) -> _Exchange:
     """Start the exchange; where what comes stands together among the outer rows' keys, these are all put in place."""
-    plan = layer.plan
+    plan = _plan(layer)
     k_rows, v_rows = _rows_first(k), _rows_first(v)
     total, keys, place = sum(plan.received), None, _arrival(plan.outer_keys)
     if len(place) == 1:
@@ -148,7 +125,7 @@ def _send_keys(layer: _Layer, k: Tensor, v: Tensor) -> _Exchange:
         return _Exchange(arrived, arrived, None)
     sent = [length(rows) for rows in plan.sent]
     packed = _packed(k_rows, v_rows, [rows for to in plan.sent for rows in to])
-    work = _start(arrived, packed, plan.received, sent, layer.mesh)
+    work = _start(arrived, packed, plan.received, sent, layer)
     at = 0
     for part in plan.outer_keys if keys is not None else ():
         end = at + part.end - part.start
@@ -160,9 +137,10 @@ def _send_keys(layer: _Layer, k: Tensor, v: Tensor) -> _Exchange:
 
 
 def _start(
-    arrived: Tensor, packed: Tensor, received: list[int], sent: list[int], mesh: DeviceMesh
+    arrived: Tensor, packed: Tensor, received: list[int], sent: list[int], layer: Layer
 ) -> dist.Work | None:
-    return dist.all_to_all_single(arrived, packed, received, sent, group=mesh.get_group(), async_op=True)
+    group = layer.context.mesh.get_group()
+    return dist.all_to_all_single(arrived, packed, received, sent, group=group, async_op=True)
 
 
 def _packed(k_rows: Tensor, v_rows: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
@@ -175,10 +153,10 @@ def _packed(k_rows: Tensor, v_rows: Tensor, ranges: Sequence[tuple[int, int]]) -
 
 
 def _compute(
-    layer: _Layer, q: Tensor, k: Tensor, v: Tensor, out: Tensor, coming: _Exchange, train: bool
+    layer: Layer, q: Tensor, k: Tensor, v: Tensor, out: Tensor, coming: _Exchange, train: bool
 ) -> Tensor | None:
     """Write a group's output; returns its logsumexp, for training."""
-    plan = layer.plan
+    plan = _plan(layer)
     (ahead, inner, behind), several = plan.rows, layer.stages > 1
 
     def attend(
@@ -260,10 +238,10 @@ def _together(k: Tensor, v: Tensor, arrived: Tensor, parts: Sequence[Part]) -> t
 
 
 def _backward(
-    layer: _Layer, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: list[Tensor]
+    layer: Layer, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: list[Tensor]
 ) -> list[Tensor]:
     """The gradients of q, k and v, groups of heads one after the other; what the others send is added in the end."""
-    plan = layer.plan
+    plan = _plan(layer)
     call = layer.call(plan.every, True, True)
     grads: list[tuple[Tensor, Tensor, Tensor]] = []
     coming: list[_Exchange] = []
@@ -286,14 +264,14 @@ def _backward(
     return [joined(parts, 1) for parts in zip(*grads, strict=True)]
 
 
-def _send_gradients(layer: _Layer, dk: Tensor, dv: Tensor) -> _Exchange:
+def _send_gradients(layer: Layer, dk: Tensor, dv: Tensor) -> _Exchange:
     """Start to send those of others' keys to where these came from."""
-    plan = layer.plan
+    plan = _plan(layer)
     dk_rows, dv_rows = _rows_first(dk), _rows_first(dv)
     packed = _packed(dk_rows, dv_rows, _arrival(plan.keys))
     sizes = [length(rows) for rows in plan.sent]
     came = packed.new_empty(sum(sizes), *packed.shape[1:])
-    work = None if plan.silent else _start(came, packed, sizes, plan.received, layer.mesh)
+    work = None if plan.silent else _start(came, packed, sizes, plan.received, layer)
     return _Exchange(came, packed, work)
 
 
@@ -340,8 +318,8 @@ def _rows_first(x: Tensor) -> Tensor:
 # --- As a part of a graph: for the compiler, and for modes and transforms that look on.
 
 
-def _in_graph(layer: _Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    plan, runtime, config = layer.plan, layer.runtime, layer.config
+def _in_graph(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    plan, runtime, config = _plan(layer), layer.runtime, layer.config
     (ahead, inner, behind) = plan.rows
 
     def compute(q: Tensor, k: Tensor, v: Tensor, coming: Tensor | None) -> Tensor:
@@ -362,7 +340,9 @@ def _in_graph(layer: _Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return None
         ranges = [rows for to in plan.sent for rows in to] or [(0, 0)]
         rows = [torch.cat([_rows_first(x)[start:end] for start, end in ranges]) for x in (k, v)]
-        return exchanged(torch.stack(rows, 1), plan.received, [length(to) for to in plan.sent], layer.mesh)
+        return exchanged(
+            torch.stack(rows, 1), plan.received, [length(to) for to in plan.sent], layer.context.mesh
+        )
 
     groups = list(zip(*(_groups(x, layer.stages) for x in (q, k, v)), strict=True))
     return joined(in_stages(groups, send, compute), 1)

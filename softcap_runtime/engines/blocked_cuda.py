@@ -7,13 +7,14 @@ torch's own do, and what others need is found at the first call of their layout.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from softcap_runtime.cuda.cubin import CubinSpec, Function, Number, Parameter
+from softcap_runtime.cuda.cubin import CubinSpec, Function
 from softcap_runtime.cuda.kernel import GpuKernel
 from softcap_runtime.cuda.options import (
     FEW_SPLITS,
@@ -56,48 +57,28 @@ def _refuses(problem: Problem) -> str | None:
     return None
 
 
+# In the place of a loaded kernel: what is bound to it is never run.
+_NOTHING: Any = SimpleNamespace(bind=lambda *how: lambda *tensors: None)
+
+
 class GpuKernelsOf(NamedTuple):
-    """``GpuKernels`` for calls on one device."""
+    """``GpuKernels`` for calls on one device; with ``found`` it loads none, and notes there which it is asked for."""
 
     kernels: Kernels
     device: int
+    found: dict[GpuKernel, None] | None = None
 
     def function(self, spec: CubinSpec) -> Function:
         """The kernel of ``spec``, loaded."""
-        loaded: Function = self.kernels.get(GpuKernel(spec, self.device))
+        kernel = GpuKernel(spec, self.device)
+        if self.found is not None:
+            self.found[kernel] = None
+        loaded: Function = self.kernels.get(kernel) if self.found is None else _NOTHING
         return loaded
 
     def options(self, q: Tensor, direction: Direction) -> BlockOptions:
         """The options of a kernel for tensors like q."""
         return self.kernels.options(q.device.index, q.dtype, q.shape[-1], direction)
-
-
-class _Listing(NamedTuple):
-    """``GpuKernels`` that loads nothing and notes what it is asked for."""
-
-    kernels: Kernels
-    device: int
-    found: dict[GpuKernel, None]
-
-    def function(self, spec: CubinSpec) -> Function:
-        self.found[GpuKernel(spec, self.device)] = None
-        return _NOTHING
-
-    def options(self, q: Tensor, direction: Direction) -> BlockOptions:
-        """The options of a kernel for tensors like q."""
-        return self.kernels.options(q.device.index, q.dtype, q.shape[-1], direction)
-
-
-class _Nothing:
-    """In the place of a loaded kernel: what is bound to it is never run."""
-
-    def bind(
-        self, grid: tuple[int, int, int], parameters: Sequence[Parameter], numbers: Sequence[Number]
-    ) -> Callable[..., None]:
-        return lambda *tensors: None
-
-
-_NOTHING = _Nothing()
 
 
 class _Outline(NamedTuple):
@@ -130,7 +111,7 @@ def _artifacts(problem: Problem, kernels: Kernels) -> list[GpuKernel]:
     device, mask = problem.device, problem.mask
     batch, heads, kv_heads, head_dim = problem[2:6]
     found: dict[GpuKernel, None] = {}
-    how = {**_how(problem, kernels), "kernels": _Listing(kernels, device.index, found)}
+    how = _how(problem, kernels, found)
     q: Any = _Outline((batch, heads, mask.q_len, head_dim), problem.dtype, device)
     k: Any = _Outline((batch, kv_heads, mask.kv_len, head_dim), problem.dtype, device)
     lse: Any = _Outline(q.shape[:3], torch.float32, device)
@@ -147,7 +128,7 @@ def paged_artifacts(problem: Problem, kernels: Kernels) -> list[GpuKernel]:
 
     device, (batch, heads, kv_heads, head_dim) = problem.device, problem[2:6]
     found: dict[GpuKernel, None] = {}
-    how = {**_how(problem, kernels), "kernels": _Listing(kernels, device.index, found)}
+    how = _how(problem, kernels, found)
     pages: Any = _Outline((1, kv_heads, PAGE, head_dim), problem.dtype, device)
     for rows, pages_each in itertools.product(_decode_rows(problem), (1, MANY_KEYS // PAGE)):
         q: Any = _Outline((batch, heads, rows, head_dim), problem.dtype, device)
@@ -181,10 +162,10 @@ def _mask_alike(mask: RowIntervals, q_len: int, kv_len: int) -> RowIntervals:
     return RowIntervals(q_len, kv_len, None, None, edge, edge)
 
 
-def _how(problem: Problem, kernels: Kernels) -> dict[str, Any]:
+def _how(problem: Problem, kernels: Kernels, found: dict[GpuKernel, None] | None = None) -> dict[str, Any]:
     mask = problem.mask
     return {
-        "kernels": GpuKernelsOf(kernels, problem.device.index),
+        "kernels": GpuKernelsOf(kernels, problem.device.index, found),
         "scale": problem.scale,
         "softcap": problem.softcap,
         "left": mask.left,

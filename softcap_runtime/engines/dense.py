@@ -6,7 +6,8 @@ Both compute half-precision inputs in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,32 +92,14 @@ def _arguments(problem: Problem) -> list[Tensor | None]:
     return [*edges(problem.mask, problem.device), number(problem.scale), cap]
 
 
-def _lay_out_all(grads: Iterable[Tensor], tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = (laid_out(grad, x) for grad, x in zip(grads, tensors[1:4], strict=True))
-    return grad_q, grad_k, grad_v
+def _refuses(problem: Problem) -> str | None:
+    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"q.dtype: {problem.dtype}, the dense engine serves float32, bfloat16 and float16"
+    return None
 
 
 def _eager_refuses(problem: Problem) -> str | None:
     return None if problem.dtype.is_floating_point else f"q.dtype: {problem.dtype}, expected a float dtype"
-
-
-def _eager_forward(problem: Problem, kernels: Kernels) -> MaskedForward:
-    fixed = _arguments(problem)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, lse = attend(q, k, v, *fixed)  # type: ignore[arg-type]
-        return laid_out(out, q), lse
-
-    return run
-
-
-def _eager_backward(problem: Problem, kernels: Kernels) -> MaskedBackward:
-    fixed = _arguments(problem)
-
-    def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _lay_out_all(attend_backward(*tensors[:4], *fixed), tensors)  # type: ignore[arg-type]
-
-    return run
 
 
 def _function(spec: KernelSpec) -> Callable[..., Any]:
@@ -128,36 +111,44 @@ def _compiled(problem: Problem, op: str) -> Compiled:
     return Compiled(KernelSpec(op, problem.device.type, dtype_name(problem.dtype), 0, capped, ""), _function)
 
 
-def _dense_artifacts(problem: Problem, kernels: Kernels) -> list[Compiled]:
+def _artifacts(problem: Problem, kernels: Kernels) -> list[Compiled]:
     return [_compiled(problem, op) for op in ((_FORWARD, _BACKWARD) if problem.train else (_FORWARD,))]
 
 
-def _dense_refuses(problem: Problem) -> str | None:
-    if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"q.dtype: {problem.dtype}, the dense engine serves float32, bfloat16 and float16"
-    return None
+def _forward(compile: bool, problem: Problem, kernels: Kernels) -> MaskedForward:
+    """``attend`` for a problem and its mask, compiled or as it stands."""
+    fixed = _arguments(problem)
+    compiled = kernels.get(_compiled(problem, _FORWARD)) if compile else None
 
-
-def _dense_forward(problem: Problem, kernels: Kernels) -> MaskedForward:
-    fixed, compiled = _arguments(problem), kernels.get(_compiled(problem, _FORWARD))
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, lse = compiled([q, k, v, *fixed])  # type: ignore[list-item]
-        return laid_out(out, q), lse
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        inputs = [*tensors, *fixed]
+        out, lse = attend(*inputs) if compiled is None else compiled(inputs)  # type: ignore[arg-type]
+        return laid_out(out, tensors[0]), lse
 
     return run
 
 
-def _dense_backward(problem: Problem, kernels: Kernels) -> MaskedBackward:
-    fixed, compiled = _arguments(problem), kernels.get(_compiled(problem, _BACKWARD))
+def _backward(compile: bool, problem: Problem, kernels: Kernels) -> MaskedBackward:
+    """``attend_backward``, in the same way."""
+    fixed = _arguments(problem)
+    compiled = kernels.get(_compiled(problem, _BACKWARD)) if compile else None
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _lay_out_all(compiled([*tensors[:4], *fixed]), tensors)  # type: ignore[list-item]
+        inputs = [*tensors[:4], *fixed]
+        grads = attend_backward(*inputs) if compiled is None else compiled(inputs)  # type: ignore[arg-type]
+        grad_q, grad_k, grad_v = map(laid_out, grads, tensors[1:4])
+        return grad_q, grad_k, grad_v
 
     return run
 
 
 EAGER = Engine(
-    "eager", _eager_refuses, lambda problem, kernels: [], per_mask(_eager_forward), per_mask(_eager_backward)
+    "eager",
+    _eager_refuses,
+    lambda problem, kernels: [],
+    per_mask(partial(_forward, False)),
+    per_mask(partial(_backward, False)),
 )
-DENSE = Engine("dense", _dense_refuses, _dense_artifacts, per_mask(_dense_forward), per_mask(_dense_backward))
+DENSE = Engine(
+    "dense", _refuses, _artifacts, per_mask(partial(_forward, True)), per_mask(partial(_backward, True))
+)

@@ -13,52 +13,13 @@ from softcap_runtime.cuda.options import BlockOptions, Direction
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.masks.memo import MaskMemo
 
-Runner = Callable[[list[Tensor]], list[Tensor]]
-
-
-class Forward(Protocol):
-    """What computes attention; ``edges``: ``RowIntervals.vectors``."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Out and, for training, the logsumexp."""
-
-
-class PartForward(Protocol):
-    """A ``Forward`` that can write to a part of a larger output."""
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """As ``Forward``, its output in ``out`` where that is given: rows or heads of a ``[B, S, H, D]``."""
-
-
-class Backward(Protocol):
-    """Its derivative; ``edges`` as in ``Forward``."""
-
-    def __call__(
-        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of q, k and v."""
-
-
-KeysDone = Callable[[Tensor, Tensor], None]  # of dk and dv
-
-
-class PartBackward(Protocol):
-    """A ``Backward`` that can hand over the gradients of k and v before it goes on to q's."""
-
-    def __call__(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *edges: Tensor,
-        keys_done: KeysDone | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As ``Backward``; calls ``keys_done`` as soon as the kernels of dk and dv are launched."""
+# Of q, k, v and the vectors of the mask (``RowIntervals.vectors``): out and, for training, the logsumexp. Of an engine
+# with ``parts`` it takes ``out`` too, rows or heads of a larger ``[B, S, H, D]``, and writes there.
+Forward = Callable[..., tuple[Tensor, Tensor | None]]
+# Of grad_out, q, k, v, out, lse and the vectors: the gradients of q, k and v. Of an engine with ``parts`` it takes
+# ``keys_done`` too, which it calls with dk and dv as soon as their kernels are launched.
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+KeysDone = Callable[[Tensor, Tensor], None]
 
 
 class Problem(NamedTuple):
@@ -134,7 +95,7 @@ class Engine(NamedTuple):
     intervals of the mask's form; ``q``, ``k``, ``v`` have last stride 1. ``alike``: problems that between them need
     every artifact that problems like this one may need, whatever their lengths; itself alone where these play no part.
     ``reads_kept``: whether its kernels read ``RowIntervals.kept``; where not, it is only given masks without.
-    ``parts``: whether they bind to a PartForward and a PartBackward.
+    ``parts``: whether its forward takes ``out``, and its backward ``keys_done``.
     """
 
     name: str

@@ -17,9 +17,7 @@ BUILDER = "softcap_runtime.engines.graphs.builder"
 # What a package comes from: the graphs, what they are made of, and what turns them into code.
 SOURCES = (
     "engines/flex_cpu.py",
-    "engines/graphs/__init__.py",
     "engines/graphs/builder.py",
-    "engines/graphs/example.py",
     "engines/graphs/flex.py",
     "engines/graphs/softcap.py",
     "engines/spec.py",

@@ -33,7 +33,7 @@ def cap_of(softcap: float | None, scaling: float | None, head_dim: int) -> Cap:
     return Cap(None if softcap is None else float(softcap), scale)
 
 
-def refuse(module: Any, attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+def refuse(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise ValueError on what was given and is not served, naming it and what to do."""
     instead = "use attn_implementation='eager'"
     if dropout:

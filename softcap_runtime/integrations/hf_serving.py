@@ -21,24 +21,22 @@ from softcap_runtime.masks.readable import data_is_readable
 from softcap_runtime.runtime import Runtime
 
 
-class Batch(NamedTuple):
-    """How a packed batch is attended to: ``single`` rows first, which are requests with one new token each.
+class Run(NamedTuple):
+    """Rows ``[first, past)`` of a packed batch and what they see, all at once.
 
-    ``single``, ``rest``: int64 vectors of row numbers, None for all rows. ``single_mask``: ``[requests, 1]``, one
-    request a batch row; ``rest_mask``: ``[1, rows]``. None where there are no such rows.
+    ``mask``: ``[1, rows]``, or ``[rows, 1]`` where each row is a request of its own, which has one new token.
     """
 
-    single: Tensor | None
-    single_mask: RowIntervals | None
-    rest: Tensor | None
-    rest_mask: RowIntervals | None
+    first: int
+    past: int
+    mask: RowIntervals
 
 
 class Layers(NamedTuple):
     """Of one cache: the kind of each layer and the first layer of that kind; by kind the batch that is under way."""
 
     kinds: dict[int, tuple[str, int]]
-    batches: dict[str, Batch]
+    batches: dict[str, list[Run]]
 
 
 _layers: WeakKeyDictionary[Any, Layers] = WeakKeyDictionary()
@@ -118,8 +116,10 @@ def _kinds_of(cache: Any) -> dict[int, tuple[str, int]]:
 
 def packed_batch(
     rows: int, keys: int, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, max_length_q: int, window: int | None
-) -> Batch:
+) -> list[Run]:
     """Which of ``keys`` keys each of ``rows`` rows sees: those of its request up to its own, at most ``window``.
+
+    Requests with one new token that stand side by side are a run, and so are others; schedulers put them together.
 
     ``cu_seq_lens_q``, ``cu_seq_lens_k``: int32 ``[requests + 1]``, where the rows and keys of each request begin; the
     last row of a request stands at its last key. Rows past the last request are padding, and see nothing.
@@ -132,44 +132,30 @@ def packed_batch(
     hi = torch.where(numbers < ends[-1], hi, 0)
     if data_is_readable(ends):
         alone = (ends - starts == 1)[request] & (numbers < ends[-1])
-        single, rest = alone.nonzero()[:, 0], (~alone).nonzero()[:, 0]
+        kinds, counts = (x.tolist() for x in torch.unique_consecutive(alone, return_counts=True))
     else:  # what all rows are is told by the host; padded batches say nothing of it
-        none = numbers[:0]
-        all_single = max_length_q == 1 and rows == ends.shape[0]
-        single, rest = (numbers, none) if all_single else (none, numbers)
-
-    def mask(chosen: Tensor, shape: tuple[int, int]) -> RowIntervals | None:
-        if not len(chosen):
-            return None
-        return clipped(shape[1], keys, lo[chosen].view(shape), hi[chosen].view(shape))
-
-    whole = len(single) in (0, rows)
-    return Batch(
-        None if whole else single,
-        mask(single, (len(single), 1)),
-        None if whole else rest,
-        mask(rest, (1, len(rest))),
-    )
+        kinds, counts = [max_length_q == 1 and rows == ends.shape[0]], [rows]
+    runs: list[Run] = []
+    for single, count in zip(kinds, counts, strict=True):
+        first = runs[-1].past if runs else 0
+        own = slice(first, first + count)
+        shape = (count, 1) if single else (1, count)
+        mask = clipped(shape[1], keys, lo[own].view(shape), hi[own].view(shape))
+        runs.append(Run(first, first + count, mask))
+    return runs
 
 
-def _attend(runtime: Runtime, query: Tensor, key: Tensor, value: Tensor, cap: Cap, batch: Batch) -> Tensor:
-    single = rest = None
-    if batch.single_mask is not None:
-        count = batch.single_mask.vectors[0].shape[0]
-        q = query if batch.single is None else query.index_select(2, batch.single)
-        k, v = (x.expand(count, -1, -1, -1) for x in (key, value))
-        single = runtime.attend(q.transpose(0, 2), k, v, cap, batch.single_mask)[:, :, 0][None]
-    if batch.rest_mask is not None:
-        q = query if batch.rest is None else query.index_select(2, batch.rest)
-        rest = runtime.attend(q, key, value, cap, batch.rest_mask).transpose(1, 2)
-    if single is None or rest is None:
-        out = rest if single is None else single
-        assert out is not None
-        return out
-    out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-    assert batch.single is not None
-    assert batch.rest is not None
-    return out.index_copy_(1, batch.single, single).index_copy_(1, batch.rest, rest)
+def _attend(runtime: Runtime, query: Tensor, key: Tensor, value: Tensor, cap: Cap, runs: list[Run]) -> Tensor:
+    outs = []
+    for first, past, mask in runs:
+        q = query if len(runs) == 1 else query[:, :, first:past]
+        if mask.q_len < past - first:  # each row is a batch row of one
+            k, v = key.expand(past - first, -1, -1, -1), value.expand(past - first, -1, -1, -1)
+            out = runtime.attend(q.transpose(0, 2), k, v, cap, mask)[:, :, 0][None]
+        else:
+            out = runtime.attend(q, key, value, cap, mask).transpose(1, 2)
+        outs.append(out)
+    return outs[0] if len(runs) == 1 else torch.cat(outs, 1)
 
 
 def admit(name: str) -> None:

@@ -29,7 +29,7 @@ from softcap_runtime.integrations.hf_mask import HfMask
 from softcap_runtime.integrations.hf_mask_functions import MaskFunction, Place, check_readings, read
 from softcap_runtime.integrations.hf_packed import packed_arguments
 from softcap_runtime.integrations.hf_probe import probe
-from softcap_runtime.integrations.hf_serving import admit, outside_of_graphs
+from softcap_runtime.integrations.hf_serving import admit, attend_paged, outside_of_graphs
 from softcap_runtime.masks.elements import read_elements
 from softcap_runtime.masks.intervals import RowIntervals, combined, dense, row_intervals
 from softcap_runtime.masks.padding import has_holes
@@ -79,7 +79,7 @@ def register(
         # generate_batch of transformers to 5.18 puts "paged|" before the name.
         for serving in (f"{name}_flash", f"paged|{name}_flash"):
             admit(serving)
-            AttentionInterface.register(serving, partial(serving_forward, runtime))
+            AttentionInterface.register(serving, forward)
             AttentionMaskInterface.register(serving, interval_mask)
 
 
@@ -169,16 +169,22 @@ def attention_forward(
     ``interval_mask`` and holds the window already; without one (encoders, wrappers that drop it) ``is_causal``, else
     the module's, ``sliding_window`` and the documents of ``cu_seq_lens_q`` or ``position_ids`` count. A
     tensor is the caller's own mask, ``[B, H, Sq, Skv]``, bool or additive, and stands for itself. ``dropout`` of
-    weights is served by plain torch, rows x keys at a time.
+    weights is served by plain torch, rows x keys at a time. Continuous batching passes its paged ``cache``: all keys
+    are there, and the mask is of the new tokens alone.
 
     Raises ValueError on what the kernels don't do, naming it and what to do, before anything runs.
     """
-    refuse(module, attention_mask, 0.0, kwargs)
+    paged = kwargs.get("cache") is not None
+    refuse(None if paged else attention_mask, dropout if paged else 0.0, kwargs)
     runtime = runtime or Runtime.get()
     cap = cap_of(softcap, scaling, query.shape[-1])
     # Under autocast rotary embeddings leave query and key in float32 where value has autocast's dtype.
     query, key, value = autocast_inputs(query, key, value)
     check_qkv(query, key, value)
+    if paged:
+        check_positive("sliding_window", sliding_window)
+        attend = outside_of_graphs() if torch.compiler.is_compiling() else attend_paged
+        return attend(runtime, module, query, key, value, cap, sliding_window, kwargs), None
     lengths = query.shape[2], key.shape[2]
     mask: RowIntervals | Tensor
     if isinstance(attention_mask, Tensor):
@@ -236,7 +242,7 @@ def context_forward(
 
     Raises ValueError on what the kernels don't do, and where a layer is not what its ContextMask was made for.
     """
-    refuse(module, attention_mask, dropout, kwargs)
+    refuse(attention_mask, dropout, kwargs)
     for name in ("attention_mask", "cu_seq_lens_q"):
         if (attention_mask if name == "attention_mask" else kwargs.get(name)) is not None:
             raise ValueError(
@@ -265,31 +271,3 @@ def _by_elements(query: Tensor, key: Tensor, value: Tensor, cap: Cap, mask: Tens
     return attend_elements(
         query, key, value, mask, scale=cap.scale, softcap=cap.softcap, dropout=float(dropout)
     )
-
-
-def serving_forward(
-    runtime: Runtime | None,
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: HfMask | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """As ``attention_forward``, and where continuous batching calls, with its ``cache``, over the paged cache."""
-    if kwargs.get("cache") is None:
-        return attention_forward(
-            runtime, module, query, key, value, attention_mask, dropout, scaling, softcap, sliding_window, **kwargs
-        )  # fmt: skip
-    # The mask that the model made is of the new tokens alone.
-    refuse(module, None, dropout, kwargs)
-    check_positive("sliding_window", sliding_window)
-    query, key, value = autocast_inputs(query, key, value)
-    check_qkv(query, key, value)
-    cap = cap_of(softcap, scaling, query.shape[-1])
-    attend = outside_of_graphs()
-    return attend(runtime or Runtime.get(), module, query, key, value, cap, sliding_window, kwargs), None

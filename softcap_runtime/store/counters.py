@@ -35,7 +35,7 @@ class Counters:
     def add(self, name: str, amount: int = 1) -> None:
         """Add ``amount`` to the counter ``name``, one of ``NAMES``."""
         with self._lock:
-            self._counts = _combined(self._counts, {name: amount})
+            _add(self._counts, {name: amount})
 
     def use(self, digest: str, amount: int = 1) -> None:
         """Count loads of an entry; 0 marks it as wanted, which keeps it from being the next to be evicted."""
@@ -52,7 +52,7 @@ class Counters:
     def give_back(self, counts: dict[str, int], uses: Counter[str]) -> None:
         """Undo ``take`` when writing failed."""
         with self._lock:
-            self._counts = _combined(self._counts, counts)
+            _add(self._counts, counts)
             self._uses.update(uses)
 
     def total(self, stored: bytes | None) -> dict[str, int]:
@@ -68,11 +68,13 @@ def added(stored: bytes | None, counts: dict[str, int]) -> dict[str, int]:
     except (ValueError, RecursionError):
         document = {}
     known = document if isinstance(document, dict) else {}
-    plausible = {name: count for name, count in known.items() if type(count) is int and 0 <= count < 2**53}
-    total = _combined(plausible, counts)
-    return {name: total.get(name, 0) for name in NAMES}
+    total = dict.fromkeys(NAMES, 0)
+    _add(total, {name: n for name, n in known.items() if name in total and type(n) is int and 0 <= n < 2**53})
+    _add(total, counts)
+    return total
 
 
-def _combined(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
-    pairs = {name: (one.get(name, 0), other.get(name, 0)) for name in one | other}
-    return {name: max(pair) if name == _GREATEST else sum(pair) for name, pair in pairs.items()}
+def _add(total: dict[str, int], counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        before = total.get(name, 0)
+        total[name] = max(before, count) if name == _GREATEST else before + count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,19 +31,7 @@ from softcap_runtime.store.report import (
 
 log = logging.getLogger(__name__)
 
-NETWORK_FILESYSTEMS = (
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "smbfs",
-    "lustre",
-    "ceph",
-    "glusterfs",
-    "beegfs",
-    "gpfs",
-    "9p",
-)
+NETWORK_FILESYSTEM = re.compile(r"nfs4?|cifs|smb3|smbfs|lustre|ceph|glusterfs|beegfs|gpfs|9p|fuse\..*")
 
 BadRows = list[tuple[Row, BadEntry]]
 
@@ -81,15 +70,11 @@ def _info(row: Row) -> EntryInfo:
     known = fingerprints("cuda" if "gpu" in document.fingerprint else "cpu")
     differs = min((differing(document.fingerprint, here) for here in known), key=len)
     return EntryInfo(
+        **document.model_dump(exclude={"format", "bytes"}),
         digest=digest,
-        fields=document.fields,
-        fingerprint=document.fingerprint,
         bytes=row.value_bytes,
-        created=document.created,
         last_used=float(_plausible(row.last_used)),
         hits=int(_plausible(row.hits)),
-        build_seconds=document.build_seconds,
-        provenance=document.provenance,
         fits=not differs,
         differs=differs,
     )
@@ -135,7 +120,7 @@ def status(store: EntryStore) -> StoreStatus:
         owner="" if verdict.owner is None else trust.owner_name(verdict.owner),
         mode="" if verdict.mode is None else f"{verdict.mode:04o}",
         filesystem=kind,
-        network_filesystem=kind in NETWORK_FILESYSTEMS or kind.startswith("fuse."),
+        network_filesystem=NETWORK_FILESYSTEM.fullmatch(kind) is not None,
         schema_version=schema.USER_VERSION,
         fault=None if store.fault is None else _unicode(store.fault),
         authenticated=store.auth_key is not None,

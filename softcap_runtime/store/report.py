@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 
 Name = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
 Text = Annotated[str, Field(strict=True, max_length=4000)]
+Fields = dict[Name, StrictBool | StrictInt | StrictStr]
 Seconds = Annotated[float, Field(ge=0, le=2**40, allow_inf_nan=False)]
 
 
@@ -17,11 +18,10 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Document(Frozen):
-    """The document of an entry, as read from disk or from a bundle."""
+class Described(Frozen):
+    """What an entry's document says: ``created`` in seconds since the epoch, ``bytes`` of its payload."""
 
-    format: Literal[1]
-    fields: dict[Name, StrictBool | StrictInt | StrictStr]
+    fields: Fields
     fingerprint: dict[Name, Text]
     bytes: Annotated[int, Field(strict=True, ge=0)]
     created: Seconds
@@ -29,22 +29,22 @@ class Document(Frozen):
     provenance: dict[Name, Text]
 
 
-class EntryInfo(Frozen):
-    """One entry. Times in seconds since the epoch, ``build_seconds`` in seconds, ``bytes`` of its payload.
+class Document(Described):
+    """The document of an entry, as read from disk or from a bundle."""
+
+    format: Literal[1]
+
+
+class EntryInfo(Described):
+    """One entry; ``last_used`` in seconds since the epoch.
 
     ``hits``: how often a process loaded it; a process does so once, and then calls it from its memory.
     ``fits``: whether this environment can use it; ``differs``: the fingerprint fields that say no.
     """
 
     digest: str
-    fields: dict[str, StrictBool | StrictInt | StrictStr]
-    fingerprint: dict[str, str]
-    bytes: int
-    created: float
     last_used: float
     hits: int
-    build_seconds: float
-    provenance: dict[str, str]
     fits: bool
     differs: list[str]
 
@@ -105,7 +105,7 @@ class Explanation(Frozen):
     """
 
     digest: str
-    fields: dict[str, StrictBool | StrictInt | StrictStr]
+    fields: Fields
     present: bool
     reason: str
     nearest: EntryInfo | None

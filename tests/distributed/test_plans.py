@@ -105,9 +105,7 @@ def test_pieces_arrive_in_order(case: MaskCase, data: st.DataObject, heads: int)
         ) -> None:
             sent[rank] = (x, received, out)
 
-        plan = context.by_keys
-        assert plan is not None
-        layer = moving._Layer(NO_RUNTIME, config, plan, context.mesh, 1)
+        layer = making.Layer(NO_RUNTIME, config, context, 1)
         moving._start, real = start, moving._start  # type: ignore[assignment]
         try:
             coming[context.rank] = moving._send_keys(layer, mine, -mine)

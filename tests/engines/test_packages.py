@@ -32,7 +32,7 @@ from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.engines import flex_cpu as flex
 from softcap_runtime.engines import package
 from softcap_runtime.engines.engine import Call
-from softcap_runtime.engines.graphs import graph
+from softcap_runtime.engines.graphs.flex import flex_forward
 from softcap_runtime.engines.package import Package
 from softcap_runtime.engines.spec import MaskKind, dtype_of
 from softcap_runtime.masks.intervals import band
@@ -378,7 +378,7 @@ def test_what_killed_builders_left_is_swept_by_age(tmp_path: Path, monkeypatch: 
 def test_no_head_dim_ties_strides_of_the_example_together(mask: MaskKind) -> None:
     """torch.export gives equal numbers one symbol: the kernel would read one tensor with another's stride."""
     for head_dim in range(1, 521):
-        example = graph(Package("flex_forward", "cpu", "float32", head_dim, True, mask)).example
+        example = flex_forward(Package("flex_forward", "cpu", "float32", head_dim, True, mask)).example
         strided = [x for x in example if x.dim() > 1]
         assert len(strided) == 7
         strides = [stride for x in strided for stride in sorted(x.stride())[1:]]

@@ -132,12 +132,9 @@ def test_what_the_rows_of_a_batch_see(window: int | None, seed: int) -> None:
             for sizes in zip(*requests, strict=True)
         ]
         longest = max(new for new, _ in requests)
-        batch = packed_batch(rows + padding, keys + padding, *offsets, longest, window)
-        got = torch.zeros_like(want)
-        for chosen, mask in ((batch.single, batch.single_mask), (batch.rest, batch.rest_mask)):
-            if mask is not None:
-                seen: Tensor = dense(mask, "cpu").reshape(-1, keys + padding)
-                got[slice(None) if chosen is None else chosen] = seen
+        runs = packed_batch(rows + padding, keys + padding, *offsets, longest, window)
+        assert [run.first for run in runs] == [0, *(run.past for run in runs[:-1])]
+        got: Tensor = torch.cat([dense(mask, "cpu").reshape(-1, keys + padding) for _, _, mask in runs])
         assert torch.equal(got, want)
 
 

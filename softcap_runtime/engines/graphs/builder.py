@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from softcap_runtime.compat.torch_private import count_threads_at_run_time, load_package
-from softcap_runtime.engines.graphs import graph
+from softcap_runtime.engines.graphs.flex import flex_forward
 from softcap_runtime.engines.spec import KernelSpec
 
 # One translation unit is compiled per build: a precompiled header costs more than it saves. Products and sums may
@@ -27,11 +27,10 @@ def compile_package(spec: KernelSpec, target: str) -> None:
 
     # The fake-tensor cache of an export with symbolic strides refers to symbols of another trace (torch 2.13).
     torch._dynamo.config.fake_tensor_cache_enabled = False
-    if spec.op == "flex_forward":
-        count_threads_at_run_time()
+    count_threads_at_run_time()
     known = set(list_options())
     options = {name: value for name, value in INDUCTOR_OPTIONS.items() if name in known}
-    made = graph(spec)
+    made = flex_forward(spec)
     with torch.no_grad():
         program = torch.export.export(made.module, made.example, dynamic_shapes=made.dynamic, strict=False)
         aoti_compile_and_package(program, package_path=target, inductor_configs=options)

@@ -5,14 +5,23 @@ Two variants, by how a row finds its keys: ``band``, two scalars, and ``interval
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from softcap_runtime.engines.flex_cpu import MAX_ROWS, in_band, in_intervals
-from softcap_runtime.engines.graphs.example import Graph, distinct
 from softcap_runtime.engines.graphs.softcap import capped, tanh, tanh_half
 from softcap_runtime.engines.spec import KernelSpec
 from softcap_runtime.masks.blocks import BlockTables, assemble
+
+
+class Graph(NamedTuple):
+    """What is exported: a module, example inputs, and torch.export's ``dynamic_shapes`` for them."""
+
+    module: nn.Module
+    example: tuple[Tensor, ...]
+    dynamic: tuple[Any, ...]
 
 
 class FlexForward(nn.Module):
@@ -46,7 +55,7 @@ class FlexForward(nn.Module):
 
 
 def flex_forward(spec: KernelSpec) -> Graph:
-    """The graph of op ``flex_forward``."""
+    """The graph of ``spec``."""
     dim = torch.export.Dim.DYNAMIC
     dtype, head_dim = spec.torch_dtype, spec.head_dim
 
@@ -55,13 +64,13 @@ def flex_forward(spec: KernelSpec) -> Graph:
 
     def heads(count: int, length: int) -> Tensor:
         # Memory order B, S, H, D, as projections produce it: the output takes q's order.
-        return distinct((batch, length, count, head_dim), taken, dtype).transpose(1, 2)
+        return _distinct((batch, length, count, head_dim), taken, dtype).transpose(1, 2)
 
     q, k, v = heads(num_heads, q_len), heads(num_kv_heads, kv_len), heads(num_kv_heads, kv_len)
     tables: list[Tensor] = []
     for _ in range(2):
-        tables.append(distinct((batch, 1, q_blocks), taken, torch.int32))
-        tables.append(distinct((batch, 1, q_blocks, kv_blocks), taken, torch.int32))
+        tables.append(_distinct((batch, 1, q_blocks), taken, torch.int32))
+        tables.append(_distinct((batch, 1, q_blocks, kv_blocks), taken, torch.int32))
     scalar = torch.zeros((), dtype=torch.int32)
     if spec.mask == "band":
         rows = [scalar, scalar.clone()]
@@ -75,3 +84,22 @@ def flex_forward(spec: KernelSpec) -> Graph:
     table_shapes = [{0: dim, 2: dim}, {0: dim, 2: dim, 3: dim}] * 2
     rest = (*table_shapes, *({} for _ in (*rows, *scalars)))
     return Graph(FlexForward(spec), (q, k, v, *tables, *rows, *scalars), (sizes, sizes, sizes, rest))
+
+
+def _distinct(sizes: tuple[int, ...], taken: set[int], dtype: torch.dtype) -> Tensor:
+    """An example tensor, last stride 1, whose other strides are like no number of the graph so far.
+
+    torch.export gives equal numbers one symbol, and a stride that is size times stride of another dimension that
+    expression: a kernel would then read with the wrong one. ``taken`` holds the numbers that symbols have already,
+    the dynamic sizes first; the strides and those products are added to it. Strides are multiples of 8.
+    """
+    strides = [1]
+    for size in reversed(sizes[1:]):
+        product = size * strides[0]
+        taken.add(product)
+        step = product + 8 - product % 8
+        while step in taken:
+            step += 8
+        taken.add(step)
+        strides.insert(0, step)
+    return torch.empty_strided(sizes, strides, dtype=dtype)
