@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -47,23 +48,17 @@ class PlanKey(NamedTuple):
         return cls(q.shape, k.shape, q.dtype, q.device, mask.left, mask.right, edges, *call[1:])
 
 
+@dataclass(eq=False, slots=True)
 class Plan:
     """A call's way to its kernel, bound to band and scalars: from then on a call is one dictionary look-up."""
 
-    __slots__ = ("artifacts", "backward", "engine", "forward", "hits", "problem", "reason")
-
-    def __init__(
-        self,
-        engine: Engine,
-        reason: str,
-        problem: Problem,
-        artifacts: Sequence[Artifact],
-        forward: Forward,
-        backward: Backward | None,
-    ) -> None:
-        self.engine, self.reason, self.problem, self.artifacts = engine, reason, problem, artifacts
-        self.forward, self.backward = forward, backward
-        self.hits = 0
+    engine: Engine
+    reason: str
+    problem: Problem
+    artifacts: Sequence[Artifact]
+    forward: Forward
+    backward: Backward | None
+    hits: int = 0
 
     def forward_into(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor | None:
         """``forward`` with its output in ``out``, rows or heads of a larger one; returns the logsumexp."""
