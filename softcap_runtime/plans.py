@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -101,12 +101,14 @@ class Plans:
 
     ``shortcuts``: by all of the arguments but those of masks, then by the batch of the mask's vectors, None for a band.
     ``passing``: the kinds of call that have none, as their kernel is not here yet.
-    ``paged_calls``: calls over a paged cache that were read through its table, which need none.
+    ``paged``: how calls over a paged cache are served that is read through its table, by all that they can differ in;
+    ``paged_calls`` counts them.
     """
 
     def __init__(self) -> None:
         self.shortcuts: dict[Hashable, dict[int | None, Plan]] = {}
         self.passing: dict[PlanKey, Passing] = {}
+        self.paged: dict[Hashable, Callable[..., Any]] = {}
         self.paged_calls = 0
         self.misses = 0
         self._plans: dict[PlanKey, Plan] = {}
@@ -139,6 +141,12 @@ class Plans:
             if len(self.shortcuts) >= MAX_PLANS:
                 self.shortcuts.clear()
             self.shortcuts.setdefault(arguments, {})[form] = plan
+
+    def keep_paged(self, kind: Hashable, serve: Callable[..., Any]) -> None:
+        """Remember how a kind of call over a paged cache is served."""
+        if len(self.paged) >= MAX_PLANS:
+            self.paged.clear()
+        self.paged[kind] = serve
 
     def pass_by(self, key: PlanKey, plan: Plan) -> None:
         """Count a call whose plan is not kept: another engine serves it until its kernel is here."""
