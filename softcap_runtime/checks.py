@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,23 +16,15 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 T = TypeVar("T")
 
 
-class Capped(Protocol):
-    """What a layer does to its logits, as ``Runtime.attend`` reads it of a config: an ``AttentionConfig`` has it."""
-
-    @property
-    def softcap(self) -> float | None:
-        """Bound of the logits, None for no cap."""
-
-    @property
-    def scale(self) -> float:
-        """Factor on the products before the cap."""
-
-
 class Cap(NamedTuple):
     """What a layer does to its logits: all that a call needs of a config beside its mask."""
 
     softcap: float | None
     scale: float
+
+
+# What ``Runtime.attend`` reads of a config.
+Capped = AttentionConfig | Cap
 
 
 def constant_in_graph(number: T) -> T:

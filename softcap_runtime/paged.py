@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from itertools import pairwise
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -26,11 +25,6 @@ from softcap_runtime.ops.planned import rows_together
 from softcap_runtime.plans import Server
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
-# Kinds of calls whose kernels are kept bound, of each runtime.
-MAX_BOUND = 1024
-_bound: WeakKeyDictionary[Server, dict[Any, Any]] = WeakKeyDictionary()
-# How kinds of calls on the CPU are served.
-_ways: WeakKeyDictionary[Server, dict[Any, Any]] = WeakKeyDictionary()
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _READ = (torch.int32, torch.int64)
 _OFFSETS = "cu_seqlens_q: expected 0 and then offsets that never decrease, up to the rows of q"
@@ -53,11 +47,8 @@ def paged_attention(
     runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
 ) -> Tensor:
     """What ``Runtime.paged_attention`` documents."""
-    ways = _ways.get(runtime)
-    if ways is None:
-        ways = _ways.setdefault(runtime, {})
     kind = _kind(q, pages, config, cu_seqlens_q)
-    way = ways.get(kind)
+    way = runtime.plans.paged.get(kind)
     # The library looks at the contents of table, lengths and offsets itself, at each call.
     out = None if way is None else way(q, pages, cu_seqlens_q)
     if out is None:
@@ -66,9 +57,7 @@ def paged_attention(
             out = _on_gpu(runtime, q, pages, config, cu_seqlens_q)
         elif way is None and (way := _on_cpu(runtime, q, pages, config, cu_seqlens_q)) is not None:
             if kind is not None:
-                if len(ways) >= MAX_BOUND:
-                    ways.clear()
-                ways[kind] = way
+                runtime.plans.keep_paged(kind, way)
             out = way(q, pages, cu_seqlens_q)
     if out is not None:
         runtime.plans.paged_calls += 1
@@ -127,17 +116,15 @@ def _on_gpu(
         raise ValueError("k, v: last stride above 1, expected pages whose heads are contiguous")
     table, lengths = (x.to(torch.int32).contiguous() for x in (pages.table, pages.lengths))
     offsets = None if cu_seqlens_q is None else cu_seqlens_q.to(torch.int32).contiguous()
-    bound = _bound.setdefault(runtime, {})
     tensors = (q, k, v, table)
     key = (
         *[(x.shape, x.stride(), x.data_ptr() & 15) for x in tensors],
         q.dtype, q.device, config, cu_seqlens_q is None,
     )  # fmt: skip
-    if key not in bound:
-        if len(bound) >= MAX_BOUND:
-            bound.clear()
+    run = runtime.plans.paged.get(key)
+    if run is None:
         problem = _problem(runtime, q, k, config)
-        bound[key] = bind_paged(
+        run = bind_paged(
             *tensors,
             ragged=cu_seqlens_q is not None,
             kernels=blocked_cuda.GpuKernelsOf(runtime.supply.kernels(problem, paged=True), q.device.index),
@@ -147,7 +134,8 @@ def _on_gpu(
             right=problem.mask.right,
             approx=problem.softcap_approx,
         )
-    return bound[key](*tensors, lengths, offsets)
+        runtime.plans.keep_paged(key, run)
+    return run(*tensors, lengths, offsets)
 
 
 def _on_cpu(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,23 +48,17 @@ class PlanKey(NamedTuple):
         return cls(q.shape, k.shape, q.dtype, q.device, mask.left, mask.right, edges, *call[1:])
 
 
+@dataclass(eq=False, slots=True)
 class Plan:
     """A call's way to its kernel, bound to band and scalars: from then on a call is one dictionary look-up."""
 
-    __slots__ = ("artifacts", "backward", "engine", "forward", "hits", "problem", "reason")
-
-    def __init__(
-        self,
-        engine: Engine,
-        reason: str,
-        problem: Problem,
-        artifacts: Sequence[Artifact],
-        forward: Forward,
-        backward: Backward | None,
-    ) -> None:
-        self.engine, self.reason, self.problem, self.artifacts = engine, reason, problem, artifacts
-        self.forward, self.backward = forward, backward
-        self.hits = 0
+    engine: Engine
+    reason: str
+    problem: Problem
+    artifacts: Sequence[Artifact]
+    forward: Forward
+    backward: Backward | None
+    hits: int = 0
 
     def forward_into(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor | None:
         """``forward`` with its output in ``out``, rows or heads of a larger one; returns the logsumexp."""
@@ -106,12 +101,14 @@ class Plans:
 
     ``shortcuts``: by all of the arguments but those of masks, then by the batch of the mask's vectors, None for a band.
     ``passing``: the kinds of call that have none, as their kernel is not here yet.
-    ``paged_calls``: calls over a paged cache that were read through its table, which need none.
+    ``paged``: how calls over a paged cache are served that is read through its table, by all that they can differ in;
+    ``paged_calls`` counts them.
     """
 
     def __init__(self) -> None:
         self.shortcuts: dict[Hashable, dict[int | None, Plan]] = {}
         self.passing: dict[PlanKey, Passing] = {}
+        self.paged: dict[Hashable, Callable[..., Any]] = {}
         self.paged_calls = 0
         self.misses = 0
         self._plans: dict[PlanKey, Plan] = {}
@@ -144,6 +141,12 @@ class Plans:
             if len(self.shortcuts) >= MAX_PLANS:
                 self.shortcuts.clear()
             self.shortcuts.setdefault(arguments, {})[form] = plan
+
+    def keep_paged(self, kind: Hashable, serve: Callable[..., Any]) -> None:
+        """Remember how a kind of call over a paged cache is served."""
+        if len(self.paged) >= MAX_PLANS:
+            self.paged.clear()
+        self.paged[kind] = serve
 
     def pass_by(self, key: PlanKey, plan: Plan) -> None:
         """Count a call whose plan is not kept: another engine serves it until its kernel is here."""

@@ -19,7 +19,7 @@ from softcap_runtime.cuda import options as gpu_options
 from softcap_runtime.cuda import tuned
 from softcap_runtime.cuda.options import BlockOptions, Direction
 from softcap_runtime.engines.choose import choose, engine_named
-from softcap_runtime.engines.engine import Engine, Problem
+from softcap_runtime.engines.engine import Engine, Kernels, Problem
 from softcap_runtime.engines.spec import dtype_name
 from softcap_runtime.masks.memo import MaskMemo
 from softcap_runtime.store import Store
@@ -62,9 +62,13 @@ class Supply(Artifacts):
             return Chosen(engine_named("eager", problem.device), waiting, (), False)
         return Chosen(choice.engine, choice.reason, needed, True)
 
-    def kernels(self, problem: Problem, paged: bool = False) -> ProblemKernels:
+    def kernels(self, problem: Problem, paged: bool = False) -> Kernels:
         """Where an engine finds what it needs for ``problem``, ``paged`` where the keys lie in pages."""
-        return ProblemKernels(self, problem, paged)
+
+        def get(artifact: Artifact) -> Any:
+            return self.get(artifact, lambda: self.command(problem, paged))
+
+        return Kernels(self.masks, get, self.options)
 
     def options(self, device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:
         """The options of a GPU kernel: what was measured on this machine, else chosen by the device's limits."""
@@ -100,27 +104,6 @@ class Supply(Artifacts):
         words += [f"--{name} {value}" for name, value in options.items() if value is not None]
         flags = {"--train": problem.train, "--paged": paged}
         return " ".join([*words, *(flag for flag, given in flags.items() if given)])
-
-
-class ProblemKernels(NamedTuple):
-    """``Kernels`` for one problem, which the command in an error prewarms."""
-
-    supply: Supply
-    problem: Problem
-    paged: bool
-
-    @property
-    def masks(self) -> MaskMemo:
-        """See ``Kernels``."""
-        return self.supply.masks
-
-    def get(self, artifact: Artifact) -> Any:
-        """See ``Kernels``."""
-        return self.supply.get(artifact, lambda: self.supply.command(self.problem, self.paged))
-
-    def options(self, device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:
-        """See ``Kernels``."""
-        return self.supply.options(device, dtype, head_dim, direction)
 
 
 def _settings_given(settings: RuntimeSettings) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -95,29 +95,28 @@ def _against_stock(report: Report) -> None:
     report.table("against create_block_mask, compiled and warm", rows)
 
 
+def _without_and_with_ids(
+    q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, ids: Tensor, rounds: int
+) -> Iterator[tuple[str, float, float]]:
+    """Of two engines the seconds of a call without document ids, and with these."""
+    for engine in ("blocked", "flex"):
+        runtime = peers.runtime(engine)
+        calls = {
+            "without": lambda runtime=runtime: runtime.attention(q, k, v, config),
+            "with": lambda runtime=runtime: runtime.attention(q, k, v, config, document_ids=ids),
+        }
+        yield engine, *side_by_side(calls, rounds).values()
+
+
 def _packed_run(report: Report) -> None:
     length = 1024 if report.quick else PACKED
     q, k, v = peers.inputs(1, 8, 4, length, 256, torch.float32)
     config = AttentionConfig(softcap=peers.SOFTCAP, scale=256**-0.5)
     ids = documents(length)
-    rows = []
-    for engine in ("blocked", "flex"):
-        runtime = peers.runtime(engine)
-        times = side_by_side(
-            {
-                "causal": lambda runtime=runtime: runtime.attention(q, k, v, config),
-                "packed": lambda runtime=runtime: runtime.attention(q, k, v, config, document_ids=ids),
-            },
-            report.rounds(5),
-        )
-        rows.append(
-            {
-                "engine": engine,
-                "causal ms": times["causal"] * 1e3,
-                "packed ms": times["packed"] * 1e3,
-                "ratio": times["causal"] / times["packed"],
-            }
-        )
+    rows = [
+        {"engine": engine, "causal ms": causal * 1e3, "packed ms": packed * 1e3, "ratio": causal / packed}
+        for engine, causal, packed in _without_and_with_ids(q, k, v, config, ids, report.rounds(5))
+    ]
     tables = block_tables(row_intervals(length, length, causal=True, window=None, document_ids=ids), "cpu")
     skipped, partial, full = count_blocks(tables)
     done = len(peers.runtime("flex").supply.supplied) + len(peers.runtime("blocked").supply.supplied)
@@ -139,24 +138,10 @@ def _kinds(report: Report) -> None:
     q, k, v = peers.inputs(1, 8, 4, length, 256, torch.float32)
     config = AttentionConfig(softcap=peers.SOFTCAP, scale=256**-0.5)
     one = torch.zeros(1, length, dtype=torch.int64)
-    rows = []
-    for engine in ("blocked", "flex"):
-        runtime = peers.runtime(engine)
-        times = side_by_side(
-            {
-                "band": lambda runtime=runtime: runtime.attention(q, k, v, config),
-                "intervals": lambda runtime=runtime: runtime.attention(q, k, v, config, document_ids=one),
-            },
-            report.rounds(15),
-        )
-        rows.append(
-            {
-                "engine": engine,
-                "band ms": times["band"] * 1e3,
-                "intervals ms": times["intervals"] * 1e3,
-                "ratio": times["intervals"] / times["band"],
-            }
-        )
+    rows = [
+        {"engine": engine, "band ms": band * 1e3, "intervals ms": general * 1e3, "ratio": general / band}
+        for engine, band, general in _without_and_with_ids(q, k, v, config, one, report.rounds(15))
+    ]
     report.table(
         "plain causal, as a band and as general intervals", rows, f"{length} tokens, float32. To reach: 1.03"
     )

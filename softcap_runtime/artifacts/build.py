@@ -74,12 +74,12 @@ def built_by(
     name: str,
     command: Callable[[Path], Sequence[str]],
     file: str,
-    environment: Callable[[Path], Mapping[str, str]] = lambda folder: {},
+    environment: Mapping[str, str] | None = None,
 ) -> bytes:
     """What a command writes: the bytes of ``folder / file`` after ``command(folder)`` ran in a child process.
 
     ``name``: the kernel, for errors. ``folder``: where the command works and may leave what it likes; it is removed
-    afterwards. ``environment(folder)`` is added to this process's. ``children`` says how the command ends early.
+    afterwards. ``environment`` is added to this process's. ``children`` says how the command ends early.
 
     Raises BuildFailed, in one line, when the command fails, dies, takes more than ``BUILD_TIMEOUT_S`` or there is no
     folder for temporary files; ``children.Stopped`` when the work that wants the kernel is given up.
@@ -99,7 +99,7 @@ def built_by(
     try:
         with tempfile.TemporaryDirectory(prefix=BUILD_FOLDER, ignore_cleanup_errors=True) as made:
             folder = Path(made)
-            variables = {**_environment(folder), **environment(folder)}
+            variables = {**_environment(folder), **(environment or {})}
             code, stderr = children.current().run(command(folder), variables, folder, BUILD_TIMEOUT_S)
             if code == 0 and (folder / file).is_file():
                 return (folder / file).read_bytes()
@@ -116,7 +116,7 @@ def built_by_module(
     module: str,
     request: str,
     file: str,
-    environment: Callable[[Path], Mapping[str, str]] = lambda folder: {},
+    environment: Mapping[str, str] | None = None,
 ) -> bytes:
     """``built_by`` a module of ours, which is run with ``request`` and the path of the file to write."""
     return built_by(
@@ -162,6 +162,9 @@ def _environment(folder: Path) -> dict[str, str]:
         **inherited,
         "PYTHONPATH": os.pathsep.join(paths),
         "TMPDIR": str(folder),  # what a compiler that is killed leaves behind goes with the build
+        # Caches of its own, gone with the build: Inductor's and Triton's have no checksums and are not ours to trust.
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
     }
 
 

@@ -132,8 +132,6 @@ inline void across(float* to, const void* const* rows, int64_t dtype, int64_t di
   along(to, rows[0], dtype, dim, width);
 }
 
-typedef uint32_t UVec __attribute__((vector_size(4 * LANES)));
-
 SOFTCAP_ONCE inline void across(uint32_t* to, const void* const* rows, int64_t, int64_t dim, int64_t width) {
   const BFloat16 *first = static_cast<const BFloat16*>(rows[0]), *second = static_cast<const BFloat16*>(rows[1]);
   for (int64_t d = 0; d < width; d += LANES) {

@@ -32,6 +32,7 @@ constexpr int LANES = 4;
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t IVec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t UVec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t HVec __attribute__((vector_size(2 * LANES)));  // bfloat16 or float16, as bits
 
 template <class V, class T>
@@ -216,7 +217,6 @@ inline Vec widened(const Float16* from) {
 inline void narrow(float* to, Vec x) { store(to, x); }
 
 inline void narrow(BFloat16* to, Vec x) {
-  typedef uint32_t UVec __attribute__((vector_size(4 * LANES)));
   store(to, __builtin_convertvector((UVec)rounded_to_bfloat16(x) >> 16, HVec));
 }
 
@@ -268,7 +268,6 @@ inline void narrow(T* to, Halves x) {
 }
 
 inline void narrow(BFloat16* to, Halves x) {
-  typedef uint32_t UVec __attribute__((vector_size(4 * LANES)));
   store(to, ((UVec)rounded_to_bfloat16(x.first) >> 16) | (UVec)rounded_to_bfloat16(x.second));
 }
 

@@ -52,14 +52,7 @@ class GpuKernel(NamedTuple):
 
     def build(self) -> bytes:
         """Compile it; see ``Artifact`` for what it raises. No GPU is needed."""
-        return build.built_by_module(
-            self.spec.kernel,
-            BUILDER,
-            json.dumps(self.spec),
-            "kernel.cubin",
-            # A cache of its own, gone with the build: Triton's is not ours to trust.
-            lambda folder: {"TRITON_CACHE_DIR": str(folder / "triton")},
-        )
+        return build.built_by_module(self.spec.kernel, BUILDER, json.dumps(self.spec), "kernel.cubin")
 
     def provenance(self) -> Mapping[str, str]:
         """Triton's version."""

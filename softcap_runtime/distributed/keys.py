@@ -14,6 +14,7 @@ multiprocessors: a kernel that would take them all first must not be launched ri
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -117,7 +118,7 @@ def _send_keys(layer: Layer, k: Tensor, v: Tensor) -> _Exchange:
     k_rows, v_rows = _rows_first(k), _rows_first(v)
     total, keys, place = sum(plan.received), None, _arrival(plan.outer_keys)
     if len(place) == 1:
-        keys = k_rows.new_empty(_length(plan.outer_keys), 2, *k_rows.shape[1:])
+        keys = k_rows.new_empty(sum(_sizes(plan.outer_keys)), 2, *k_rows.shape[1:])
         arrived = keys[slice(*place[0])]
     else:
         arrived = k_rows.new_empty(total, 2, *k_rows.shape[1:])
@@ -126,13 +127,11 @@ def _send_keys(layer: Layer, k: Tensor, v: Tensor) -> _Exchange:
     sent = [length(rows) for rows in plan.sent]
     packed = _packed(k_rows, v_rows, [rows for to in plan.sent for rows in to])
     work = _start(arrived, packed, plan.received, sent, layer)
-    at = 0
-    for part in plan.outer_keys if keys is not None else ():
-        end = at + part.end - part.start
-        if keys is not None and not part.arrived:
-            for x, column in ((k_rows, 0), (v_rows, 1)):
-                keys[at:end, column].copy_(x[part.start : part.end])
-        at = end
+    if keys is not None:
+        for part, there in zip(plan.outer_keys, keys.split(_sizes(plan.outer_keys)), strict=True):
+            if not part.arrived:
+                for x, column in ((k_rows, 0), (v_rows, 1)):
+                    there[:, column].copy_(x[part.start : part.end])
     return _Exchange(arrived, packed, work, keys)
 
 
@@ -277,38 +276,28 @@ def _send_gradients(layer: Layer, dk: Tensor, dv: Tensor) -> _Exchange:
 
 def _arrival(parts: Sequence[Part]) -> Ranges:
     """Where what arrived stands among all parts, in the order in which it did."""
-    found, at = [], 0
-    for part in parts:
-        size = part.end - part.start
-        if part.arrived:
-            found.append((part.start, (at, at + size)))
-        at += size
-    return tuple(place for _, place in sorted(found))
+    sizes = _sizes(parts)
+    places = zip(parts, sizes, itertools.accumulate(sizes), strict=True)
+    found = sorted((part.start, (end - size, end)) for part, size, end in places if part.arrived)
+    return tuple(place for _, place in found)
 
 
 def _own_rows(grad: Tensor, parts: Sequence[Part], rows: int) -> Tensor:
     """Of a gradient of ``parts``, that of this rank's rows: a view where they stand together."""
-    own = [part for part in parts if not part.arrived]
-    whole = grad
-    if own != [
-        Part(False, 0, rows)
-    ]:  # some are seen by none of this rank's rows, or others stand between them
-        batch, heads, _, head_dim = grad.shape
-        whole = grad.new_zeros(batch, rows, heads, head_dim).transpose(1, 2)
-    at = 0
-    for part in parts:
-        size = part.end - part.start
-        if not part.arrived:
-            piece = grad[:, :, at : at + size]
-            if whole is grad:
-                return piece
-            whole[:, :, part.start : part.end] = piece
-        at += size
+    pieces = zip(parts, grad.split(_sizes(parts), 2), strict=True)
+    own = [(part, piece) for part, piece in pieces if not part.arrived]
+    if [part for part, _ in own] == [Part(False, 0, rows)]:
+        return own[0][1]
+    # Some are seen by none of this rank's rows, or others stand between them.
+    batch, heads, _, head_dim = grad.shape
+    whole = grad.new_zeros(batch, rows, heads, head_dim).transpose(1, 2)
+    for part, piece in own:
+        whole[:, :, part.start : part.end] = piece
     return whole
 
 
-def _length(parts: Sequence[Part]) -> int:
-    return sum(part.end - part.start for part in parts)
+def _sizes(parts: Sequence[Part]) -> list[int]:
+    return [part.end - part.start for part in parts]
 
 
 def _rows_first(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,19 +71,17 @@ class Call(NamedTuple):
         )
 
 
-class Kernels(Protocol):
-    """Where an engine finds what it needs for one problem: its compiled kernels, its masks, its kernels' options."""
+class Kernels(NamedTuple):
+    """Where an engine finds what it needs for one problem: its compiled kernels, its masks, its kernels' options.
 
-    @property
-    def masks(self) -> MaskMemo:
-        """Block tables of masks, kept."""
+    ``masks``: block tables of masks, kept. ``get``: what the artifact's ``load`` returned, found in this process, else
+    loaded, built, or refused by the settings (see ``Artifacts.get`` for what it raises). ``options``: those of a GPU
+    kernel, by device, dtype, head_dim and direction.
+    """
 
-    def get(self, artifact: Artifact) -> Any:
-        """What the artifact's ``load`` returned: found in this process, else loaded, built, or refused by the settings
-        (see ``Artifacts.get`` for what it raises)."""
-
-    def options(self, device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:
-        """The options of a GPU kernel on a device."""
+    masks: MaskMemo
+    get: Callable[[Artifact], Any]
+    options: Callable[[int, torch.dtype, int, Direction], BlockOptions]
 
 
 class Engine(NamedTuple):

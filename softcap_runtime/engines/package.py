@@ -42,20 +42,13 @@ class Package(KernelSpec):
 
     def build(self) -> bytes:
         """Export and compile it; see ``Artifact`` for what it raises."""
-        compiler = build.wanted_compiler(self.op)
-        return build.built_by_module(
-            self.op,
-            BUILDER,
-            json.dumps(self._asdict()),
-            "kernel.pt2",
-            lambda folder: {
-                "CXX": compiler,  # torch itself looks for g++ alone, and for no other where CXX is not there
-                # A cache of its own, gone with the build: Inductor's has no checksums and is not ours to trust.
-                "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-                # torch knows what this CPU can do; without this Inductor compiles a program to find out (6 s).
-                "TORCHINDUCTOR_VEC_ISA_OK": "1",
-            },
-        )
+        environment = {
+            # torch itself looks for g++ alone, and for no other where CXX is not there
+            "CXX": build.wanted_compiler(self.op),
+            # torch knows what this CPU can do; without this Inductor compiles a program to find out (6 s).
+            "TORCHINDUCTOR_VEC_ISA_OK": "1",
+        }
+        return build.built_by_module(self.op, BUILDER, json.dumps(self._asdict()), "kernel.pt2", environment)
 
     def provenance(self) -> Mapping[str, str]:
         """The C++ compiler."""

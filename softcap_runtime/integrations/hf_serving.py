@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache as cached
+from itertools import groupby
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.checks import Cap
-from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, clipped
+from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals
 from softcap_runtime.masks.readable import data_is_readable
 from softcap_runtime.runtime import Runtime
 
@@ -88,12 +89,14 @@ def _updated(
     cache: Any, layer: int, key: Tensor, value: Tensor, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """The keys and values of all requests, ``[1, Hkv, keys, D]``, once the new ones are in the cache."""
-    given = {"key_states": key, "value_states": value, "layer_idx": layer}
-    if "kwargs" in _arguments_of(type(cache).update):
-        return cache.update(**given, kwargs=dict(kwargs))  # type: ignore[no-any-return]
-    # Until transformers 5.18, which returns them as they lie: [keys, Hkv, D].
-    indices = {name: kwargs[name] for name in ("read_index", "write_index")}
-    key, value = cache.update(**given, **indices)
+    new = "kwargs" in _arguments_of(type(cache).update)
+    indices = (
+        {"kwargs": dict(kwargs)} if new else {name: kwargs[name] for name in ("read_index", "write_index")}
+    )
+    key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, **indices)
+    if new:
+        return key, value
+    # transformers to 5.18 returns them as they lie: [keys, Hkv, D].
     return key.transpose(0, 1)[None], value.transpose(0, 1)[None]
 
 
@@ -124,25 +127,35 @@ def packed_batch(
     ``cu_seq_lens_q``, ``cu_seq_lens_k``: int32 ``[requests + 1]``, where the rows and keys of each request begin; the
     last row of a request stands at its last key. Rows past the last request are padding, and see nothing.
     """
-    starts, ends = cu_seq_lens_q[:-1], cu_seq_lens_q[1:]
-    numbers = torch.arange(rows, dtype=torch.int32, device=ends.device)
-    request = torch.searchsorted(ends, numbers, right=True).clamp(max=ends.shape[0] - 1)
-    hi = cu_seq_lens_k[1:][request] - (ends[request] - 1 - numbers)
-    lo = torch.maximum(cu_seq_lens_k[:-1][request], hi - min(window or UNBOUNDED, UNBOUNDED))
-    hi = torch.where(numbers < ends[-1], hi, 0)
-    if data_is_readable(ends):
-        alone = (ends - starts == 1)[request] & (numbers < ends[-1])
-        kinds, counts = (x.tolist() for x in torch.unique_consecutive(alone, return_counts=True))
-    else:  # what all rows are is told by the host; padded batches say nothing of it
-        kinds, counts = [max_length_q == 1 and rows == ends.shape[0]], [rows]
-    runs: list[Run] = []
-    for single, count in zip(kinds, counts, strict=True):
-        first = runs[-1].past if runs else 0
-        own = slice(first, first + count)
-        shape = (count, 1) if single else (1, count)
-        mask = clipped(shape[1], keys, lo[own].view(shape), hi[own].view(shape))
-        runs.append(Run(first, first + count, mask))
-    return runs
+    starts, ends, row_ends = cu_seq_lens_k[:-1], cu_seq_lens_k[1:], cu_seq_lens_q[1:]
+
+    def run(first: int, past: int, request: int | None = None) -> Run:
+        """These rows, the one row of each request from ``request`` on where that is given."""
+        count = past - first
+        if request is not None:
+            shape, of = (count, 1), slice(request, request + count)
+            lo, hi = starts[of].clone(), ends[of].clone()  # kernels want vectors that begin at whole 16 bytes
+        else:
+            shape = (1, count)
+            numbers = torch.arange(first, past, dtype=torch.int32, device=ends.device)
+            at = torch.searchsorted(row_ends, numbers, right=True).clamp(max=ends.shape[0] - 1)
+            shown = numbers < row_ends[-1]
+            lo = torch.where(shown, starts[at], keys)
+            hi = torch.where(shown, ends[at] - (row_ends[at] - 1 - numbers), 0)
+        if window is not None:
+            lo = torch.maximum(lo, hi - min(window, UNBOUNDED))
+        return Run(first, past, RowIntervals(shape[1], keys, None, None, lo.view(shape), hi.view(shape)))
+
+    # What all rows are is told by the host; padded batches say nothing of it.
+    if not data_is_readable(cu_seq_lens_q):
+        return [run(0, rows, 0 if max_length_q == 1 and rows == ends.shape[0] else None)]
+    runs, row, request = [], 0, 0
+    for single, group in groupby(cu_seq_lens_q.diff().tolist(), (1).__eq__):
+        counts = list(group)
+        if any(counts):
+            runs.append(run(row, row + sum(counts), request if single else None))
+        row, request = row + sum(counts), request + len(counts)
+    return [*runs, run(row, rows)] if row < rows else runs
 
 
 def _attend(runtime: Runtime, query: Tensor, key: Tensor, value: Tensor, cap: Cap, runs: list[Run]) -> Tensor:
@@ -151,7 +164,8 @@ def _attend(runtime: Runtime, query: Tensor, key: Tensor, value: Tensor, cap: Ca
         q = query if len(runs) == 1 else query[:, :, first:past]
         if mask.q_len < past - first:  # each row is a batch row of one
             k, v = key.expand(past - first, -1, -1, -1), value.expand(past - first, -1, -1, -1)
-            out = runtime.attend(q.transpose(0, 2), k, v, cap, mask)[:, :, 0][None]
+            out = runtime.attend(q.transpose(0, 2), k, v, cap, mask)
+            out = out.view(1, past - first, *out.shape[1::2])
         else:
             out = runtime.attend(q, key, value, cap, mask).transpose(1, 2)
         outs.append(out)

@@ -70,25 +70,11 @@ def _server(number: int) -> Any:
     return server
 
 
-def _call(
-    q: Tensor,
-    k: Tensor,
-    lo: Tensor | None,
-    hi: Tensor | None,
-    kept: Tensor | None,
-    left: int,
-    right: int,
-    scale: float,
-    softcap: float | None,
-    engine: str,
-    train: bool,
-) -> Call:
-    lengths = (q.shape[2], k.shape[2])
-    if lo is None or hi is None:
-        mask = RowIntervals(*lengths, left, right, None, None)
-    else:
-        mask = RowIntervals(*lengths, None, None, lo, hi, kept)
-    return Call(mask, scale, softcap, engine, train)
+def _call(q: Tensor, k: Tensor, lo: Any, hi: Any, kept: Any, left: int, right: int, *how: Any) -> Call:
+    mask = RowIntervals(q.shape[2], k.shape[2], left, right, None, None)
+    if lo is not None and hi is not None:
+        mask = mask._replace(left=None, right=None, lo=lo, hi=hi, kept=kept)
+    return Call(mask, *how)
 
 
 # Below ``how`` is left, right, scale, softcap, engine and, of the forward alone, train: so many numbers.

@@ -6,26 +6,19 @@ checks, mask and engine. On the host a training step so costs little more than i
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from softcap_runtime.compat.torch_transforms import interpreters_active, is_batch_of_gradients
-from softcap_runtime.engines.engine import Backward, Forward, Problem
 
 
-class Plan(Protocol):
-    """What of a ``plans.Plan`` is used here."""
+def attend(plan: Any, engine: str, server: Any, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor:
+    """Attention of ``plan``, a ``plans.Plan``, differentiable.
 
-    hits: int
-    problem: Problem
-    forward: Forward
-    backward: Backward | None
-
-
-def attend(plan: Plan, engine: str, server: Any, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor:
-    """Attention of ``plan``, differentiable; ``engine`` is the setting under which ``server``, a runtime, made it."""
+    ``engine`` is the setting under which ``server``, a runtime, made it.
+    """
     out: Tensor = _Planned.apply(plan, engine, server, q, k, v, *edges)  # type: ignore[no-untyped-call]
     return out
 
@@ -40,7 +33,7 @@ def rows_together(x: Tensor) -> Tensor:
 class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, engine: str, server: Any, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor
+        ctx: Any, plan: Any, engine: str, server: Any, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor
     ) -> Tensor:
         q, k, v = rows_together(q), rows_together(k), rows_together(v)
         out, lse = plan.forward(q, k, v, *edges)
@@ -66,7 +59,7 @@ class _Planned(torch.autograd.Function):
             grads = torch.ops.softcap_runtime.attention_backward(grad_out, *saved[:5], *how)
         else:
             plan.hits += 1
-            grads = plan.backward(rows_together(grad_out), *saved)  # type: ignore[misc]
+            grads = plan.backward(rows_together(grad_out), *saved)
         return None, None, None, *grads, *no_edges
 
     @staticmethod

@@ -9,30 +9,19 @@ import threading
 import weakref
 from multiprocessing import parent_process
 from multiprocessing.util import Finalize, register_after_fork
-from typing import Protocol
+from typing import Any
 
 # SQLite's file locks belong to the process, and a fork must never happen in the middle of a transaction.
 DATABASE_LOCK = threading.RLock()
 
 
-class Watched(Protocol):
-    """What is told about forks and exits."""
-
-    def flush(self) -> None:
-        """At the end of the process: write what is held in memory."""
-
-    def forget_parent(self) -> None:
-        """In a forked child: nothing of the parent's connection, locks and counts is ours."""
-
-    def close(self) -> None:
-        """Write what is held in memory and close what is open."""
+# Each has ``flush``, at the end of the process: write what is held in memory; ``forget_parent``, in a forked child:
+# nothing of the parent's connection, locks and counts is its own; and ``close``: flush, and close what is open.
+_WATCHED: weakref.WeakSet[Any] = weakref.WeakSet()
+_ABANDONED: list[Any] = []
 
 
-_WATCHED: weakref.WeakSet[Watched] = weakref.WeakSet()
-_ABANDONED: list[Watched] = []
-
-
-def watch(watched: Watched) -> None:
+def watch(watched: Any) -> None:
     """Tell ``watched`` about forks and exits until it is collected; close what was abandoned before."""
     while _ABANDONED:
         with contextlib.suppress(IndexError):  # another thread was faster
@@ -41,7 +30,7 @@ def watch(watched: Watched) -> None:
         _WATCHED.add(watched)
 
 
-def abandon(watched: Watched) -> None:
+def abandon(watched: Any) -> None:
     """Keep ``watched``, which nobody refers to any more, until the next ``watch`` closes it or the exit flushes it.
 
     For ``__del__``: the garbage collector runs it in the middle of anything. Closing there could wait for a

@@ -18,6 +18,7 @@ ContinuousBatchingConfig = getattr(transformers, "ContinuousBatchingConfig", Non
 if ContinuousBatchingConfig is None:
     pytest.skip("a transformers without ContinuousBatchingConfig", allow_module_level=True)
 
+from softcap_runtime.integrations import hf_serving  # noqa: E402
 from softcap_runtime.integrations.hf_serving import admit, packed_batch  # noqa: E402
 from softcap_runtime.masks.intervals import dense  # noqa: E402
 
@@ -108,9 +109,13 @@ def test_half_precision(runtime: Runtime, seed: int) -> None:
     assert [len(tokens) for tokens in batched(model, requests, num_blocks=64)] == [12] * 4
 
 
+@pytest.mark.parametrize("readable", [True, False])  # False: as on a GPU
 @pytest.mark.parametrize("window", [None, 1, 7])
-def test_what_the_rows_of_a_batch_see(window: int | None, seed: int) -> None:
+def test_what_the_rows_of_a_batch_see(
+    window: int | None, readable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against a loop over requests: (new tokens, keys) of each, then rows of padding."""
+    monkeypatch.setattr(hf_serving, "data_is_readable", lambda _: readable)
     for requests, padding in (
         ([(1, 9), (1, 1), (1, 30)], 0),
         ([(4, 9), (1, 5), (12, 12), (1, 1), (2, 30)], 0),
