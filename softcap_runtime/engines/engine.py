@@ -12,6 +12,7 @@ from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.cuda.options import BlockOptions, Direction
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.masks.memo import MaskMemo
+from softcap_runtime.masks.tokens import FindIntervals
 
 Runner = Callable[[list[Tensor]], list[Tensor]]
 
@@ -134,7 +135,8 @@ class Engine(NamedTuple):
     intervals of the mask's form; ``q``, ``k``, ``v`` have last stride 1. ``alike``: problems that between them need
     every artifact that problems like this one may need, whatever their lengths; itself alone where these play no part.
     ``reads_kept``: whether its kernels read ``RowIntervals.kept``; where not, it is only given masks without.
-    ``parts``: whether they bind to a PartForward and a PartBackward.
+    ``parts``: whether they bind to a PartForward and a PartBackward. ``intervals``: binds what makes the masks of warm
+    calls on the problem's device, where it has that for masks of the problem's form.
     """
 
     name: str
@@ -145,6 +147,7 @@ class Engine(NamedTuple):
     alike: Callable[[Problem], Sequence[Problem]] = lambda problem: [problem]
     reads_kept: bool = False
     parts: bool = False
+    intervals: Callable[[Problem, Kernels], FindIntervals | None] = lambda problem, kernels: None
 
 
 MaskedForward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # of q, k, v
