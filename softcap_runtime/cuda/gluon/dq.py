@@ -76,7 +76,7 @@ def _produce_dq(
             hk = h // G
             start = (blocks - 1 - place) * ROWS
             kept_at = kept_row(b, slo_b, Skv)
-            first, full_first, full_end, end = key_blocks(
+            first, _, full_first, full_end, end = key_blocks(
                 start, Lo, Hi, Kept, kept_at, kept_len, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 1
             )
             for c in gl.static_range(WARPGROUPS):
@@ -85,7 +85,7 @@ def _produce_dq(
                 load_tile(Q, [b, h, start + c * M, 0], own_full.index(c), q_s.index(c))
                 load_tile(DO, [b, h, start + c * M, 0], own_full.index(c), do_s.index(c))
             for index in range(0, end - first):
-                key = block_at(index, first, full_first, full_end, end) * N
+                key = block_at(index, first, full_end, end) * N
                 mbarrier.wait(k_empty.index(k_slot), k_phase)
                 mbarrier.expect(k_full.index(k_slot), N * DPAD * 2)
                 load_tile(K, [b, hk, key, 0], k_full.index(k_slot), k_s.index(k_slot))
@@ -174,7 +174,7 @@ def _consume_dq(
             h = head % Hq
             block = (blocks - 1 - place) * ROWS
             kept_at = kept_row(b, slo_b, Skv)
-            first, full_first, full_end, end = key_blocks(
+            first, _, full_first, full_end, end = key_blocks(
                 block, Lo, Hi, Kept, kept_at, kept_len, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 4
             )
             start = block + C * M
@@ -190,7 +190,7 @@ def _consume_dq(
             k = k_s.index(slots[0]).reshape([N, DPAD])
             s = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
             for index in range(0, partial):
-                key = block_at(index, first, full_first, full_end, end) * N
+                key = block_at(index, first, full_end, end) * N
                 s, acc, slots = _step_dq(
                     C, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
                     key, lo, hi, Kept, kept_at, kept_len, index + 1 < end - first, inner, coef,

@@ -76,3 +76,22 @@ def tanh_weights() -> str:
         text += f"tanh.approx.f32 {name}, ${4 + i}; fma.rn.ftz.f32 {name}, {name}, $8, $12;"
         text += f"ex2.approx.ftz.f32 ${i}, {name};"
     return text + "}"
+
+
+def kept_bits(words: int) -> str:
+    """Which of ``32 * words`` keys are kept, as the two columns of each eight that a thread of a product has.
+
+    Outputs $0 and $1, of the columns whose places among the eight are $2 and $3: bit 8 i + w is of key 32 w + 8 i plus
+    that place. $4 and $5 are the address of the first key's number, int32; $6 and $7 how many there are, past which the
+    last one counts; one value each, repeated. All threads of a warp take part: each loads a number of every word.
+    """
+    text = "{.reg .pred p; .reg .b32 lane, last, at, word, t; .reg .b64 a; mov.u32 lane, %laneid; sub.s32 last, $6, 1;"
+    text += f".reg .b32 x<{words}>;"
+    for w in range(words):
+        text += f"add.s32 at, lane, {32 * w}; min.s32 at, at, last; mad.wide.s32 a, at, 4, $4; ld.global.b32 x{w}, [a];"
+    for w in range(words):
+        text += f"setp.ne.s32 p, x{w}, 0; vote.sync.ballot.b32 word, p, 0xffffffff;"
+        for output, place in ((0, 2), (1, 3)):
+            text += f"shr.b32 t, word, ${place}; and.b32 t, t, 0x01010101;"
+            text += f"shl.b32 t, t, {w}; or.b32 ${output}, ${output}, t;" if w else f"mov.b32 ${output}, t;"
+    return text + "}"
