@@ -111,13 +111,13 @@ def _sums(p, M: gl.constexpr, N: gl.constexpr):
 @gluon.jit
 def _softmax(
     s, key, lo, hi, Kept, kept_at, kept_len, bits, m, l, inner, coef, bias,
-    EDGES: gl.constexpr, HOLES: gl.constexpr, BAND: gl.constexpr, START: gl.constexpr, ONLINE: gl.constexpr, FORM: gl.constexpr,
-    M: gl.constexpr, N: gl.constexpr, S_L: gl.constexpr,
+    EDGES: gl.constexpr, HOLES: gl.constexpr, BAND: gl.constexpr, START: gl.constexpr, ONLINE: gl.constexpr,
+    FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
     """Weights of a block of raw products and the statistics after it: ``(p, alpha, m, l)``.
 
-    ``l`` is the sums within a thread. ``START``: there were none before. ``EDGES``: rows see some of the keys. ``HOLES``:
-    they see those of ``bits``.
+    ``l`` is the sums within a thread. ``START``: there were none before. ``EDGES``: rows see some of the keys;
+    ``HOLES``: those of ``bits``.
     """
     if ONLINE:
         p, _ = capped(s, inner, coef, bias, FORM)
