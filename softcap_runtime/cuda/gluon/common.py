@@ -216,6 +216,16 @@ def kept_columns(bits, N: gl.constexpr, S_L: gl.constexpr):
 
 
 @gluon.jit
+def without_holes(x, instead, key, Kept, kept_at, kept_len, N: gl.constexpr, S_L: gl.constexpr):
+    """``x`` ``[M, N]``, and ``instead`` for keys from ``key`` on that are not kept."""
+    # A branch: calls that keep all keys don't pay.
+    if some_hidden(key, Kept, kept_at, kept_len, N):
+        bits = kept_bits(Kept + kept_at + key, kept_len - key, N, S_L)
+        x = gl.where(kept_columns(bits, N, S_L), x, instead)
+    return x
+
+
+@gluon.jit
 def key_blocks(
     start, Lo, Hi, Kept, kept_at, kept_len, stride_b, b, left, right, Sq, Skv,
     BAND: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr,

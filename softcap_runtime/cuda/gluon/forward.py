@@ -39,26 +39,15 @@ from softcap_runtime.cuda.gluon.common import (
     no_bits,
     ring,
     row_intervals,
-    some_hidden,
     start_ring,
     store_tile,
     tile_of,
+    without_holes,
 )
 
 NUMBERS = [
-    "slo_b",
-    "B",
-    "Hq",
-    "G",
-    "Sq",
-    "Skv",
-    "left",
-    "right",
-    "kept_len",
-    "inner",
-    "coef",
-    "bias",
-    "reference",
+    *("slo_b", "B", "Hq", "G", "Sq", "Skv", "left", "right", "kept_len"),
+    *("inner", "coef", "bias", "reference"),
 ]
 
 
@@ -130,11 +119,8 @@ def _softmax(
         at = gl.expand_dims(keys, 0)
         visible = (at >= gl.expand_dims(lo, 1)) & (at < gl.expand_dims(hi, 1))
         p = gl.where(visible, p, float("-inf") if ONLINE else 0.0)
-        if not BAND:  # noqa: SIM102
-            # A branch: calls that keep all keys don't pay.
-            if some_hidden(key, Kept, kept_at, kept_len, N):
-                own = kept_bits(Kept + kept_at + key, kept_len - key, N, S_L)
-                p = gl.where(kept_columns(own, N, S_L), p, float("-inf") if ONLINE else 0.0)
+        if not BAND:
+            p = without_holes(p, float("-inf") if ONLINE else 0.0, key, Kept, kept_at, kept_len, N, S_L)
     if ONLINE:
         most = gl.max(p, 1)
         if not START:
