@@ -23,8 +23,10 @@ LN2 = gl.constexpr(0.6931471805599453)
 LOGISTIC_ASM = gl.constexpr(asm.logistic())
 WEIGHTS_ASM = gl.constexpr(asm.weights())
 TANH_WEIGHTS_ASM = gl.constexpr(asm.tanh_weights())
-KEPT_BITS_ASM_64 = gl.constexpr(asm.kept_bits(2))
-KEPT_BITS_ASM_128 = gl.constexpr(asm.kept_bits(4))
+NUMBERS_ASM_64 = gl.constexpr(asm.kept_numbers(2))
+NUMBERS_ASM_128 = gl.constexpr(asm.kept_numbers(4))
+BITS_ASM_64 = gl.constexpr(asm.kept_bits(2))
+BITS_ASM_128 = gl.constexpr(asm.kept_bits(4))
 FOUR = gl.constexpr("=f,=f,=f,=f,f,f,f,f")
 FOUR_OF_THREE = gl.constexpr("=f,=f,=f,=f,f,f,f,f,f,f,f,f,f,f,f,f")
 
@@ -188,15 +190,32 @@ def _places(N: gl.constexpr, S_L: gl.constexpr):
 
 
 @gluon.jit
-def kept_bits(first, count, N: gl.constexpr, S_L: gl.constexpr):
-    """Which of N keys are kept, in two registers of a thread: for ``kept_columns``. ``first``: where their numbers, of
-    which there are ``count``, begin."""
+def kept_numbers(first, count, N: gl.constexpr, S_L: gl.constexpr):
+    """Those of N keys, for ``kept_bits``: ``first`` is where they begin, ``count`` how many there are."""
     _, place = _places(N, S_L)
-    text: gl.constexpr = KEPT_BITS_ASM_64 if N == 64 else KEPT_BITS_ASM_128
     first = first.to(gl.uint64, bitcast=True)
-    return gl.inline_asm_elementwise(
-        text, "=&r,=&r,r,r,l,l,r,r", [place, first, count], dtype=gl.int32, is_pure=False, pack=2
-    )
+    if N == 64:
+        return gl.inline_asm_elementwise(
+            NUMBERS_ASM_64, "=&r,=&r,r,r,l,l,r,r", [place, first, count], dtype=gl.int32, is_pure=False, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            NUMBERS_ASM_128, "=&l,=&l,r,r,l,l,r,r", [place, first, count], dtype=gl.int64, is_pure=False, pack=2
+        )
+
+
+@gluon.jit
+def kept_bits(numbers, N: gl.constexpr, S_L: gl.constexpr):
+    """Which of N keys are kept, in two registers of a thread: for ``kept_columns``."""
+    _, place = _places(N, S_L)
+    if N == 64:
+        return gl.inline_asm_elementwise(
+            BITS_ASM_64, "=&r,=&r,r,r,r,r", [numbers, place], dtype=gl.int32, is_pure=False, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            BITS_ASM_128, "=&r,=&r,l,l,r,r", [numbers, place], dtype=gl.int32, is_pure=False, pack=2
+        )
 
 
 @gluon.jit
@@ -220,7 +239,7 @@ def without_holes(x, instead, key, Kept, kept_at, kept_len, N: gl.constexpr, S_L
     """``x`` ``[M, N]``, and ``instead`` for keys from ``key`` on that are not kept."""
     # A branch: calls that keep all keys don't pay.
     if some_hidden(key, Kept, kept_at, kept_len, N):
-        bits = kept_bits(Kept + kept_at + key, kept_len - key, N, S_L)
+        bits = kept_bits(kept_numbers(Kept + kept_at + key, kept_len - key, N, S_L), N, S_L)
         x = gl.where(kept_columns(bits, N, S_L), x, instead)
     return x
 

@@ -30,6 +30,7 @@ from softcap_runtime.cuda.gluon.common import (
     hidden,
     kept_bits,
     kept_columns,
+    kept_numbers,
     kept_row,
     key_blocks,
     load_tile,
@@ -119,20 +120,22 @@ def _step_dq(
     # ptxas serialises what is waited for by count across the steps of a loop.
     s = warpgroup_mma_wait(0, deps=(s,))
     dp = warpgroup_mma(do, v.permute((1, 0)), none, use_acc=False, is_async=True)
+    if HOLES:  # of the next keys
+        numbers = kept_numbers(Kept, N, N, S_L)
     z, slope = capped(s, inner, coef, gl.expand_dims(shift, 1), FORM)
     if EDGES:
         keys = key + gl.arange(0, N, layout=gl.SliceLayout(0, S_L))
         z = hidden(z, gl.expand_dims(keys, 0), gl.expand_dims(lo, 1), gl.expand_dims(hi, 1))
-        if not BAND:
-            z = without_holes(z, float("-inf"), key, Kept, kept_at, kept_len, N, S_L)
-    upcoming = bits
+    steep = exp2(z) * slope
+    # Here and not in the logits, for which registers would be spilled.
+    if EDGES and not BAND:
+        steep = without_holes(steep, 0.0, key, Kept, kept_at, kept_len, N, S_L)
     if HOLES:
-        z = gl.where(kept_columns(bits, N, S_L), z, float("-inf"))
-        upcoming = kept_bits(Kept, N, N, S_L)
-    p = exp2(z)
-    steep = p * slope
+        steep = gl.where(kept_columns(bits, N, S_L), steep, 0.0)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     mbarrier.arrive(v_empty.index(v_slot), count=1)
+    if HOLES:
+        bits = kept_bits(numbers, N, S_L)
     ds = steep * (dp - gl.expand_dims(delta, 1))
     ds = gl.convert_layout(ds.to(do.dtype), P_L, assert_trivial=True)
     acc = warpgroup_mma(ds, k_s.index(k_slot).reshape([N, DPAD]), acc, is_async=True)
@@ -147,7 +150,7 @@ def _step_dq(
     acc = warpgroup_mma_init(acc)
     mbarrier.arrive(k_empty.index(last), count=1)
     v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
-    return s, acc, (next_slot, next_phase, v_slot, v_phase), upcoming
+    return s, acc, (next_slot, next_phase, v_slot, v_phase), bits
 
 
 @gluon.jit
@@ -210,7 +213,7 @@ def _consume_dq(
                 kept = Kept + kept_at + (full_first - partial) * N
                 bits = no_bits(N, S_L)
                 if partial < done:
-                    bits = kept_bits(kept + partial * N, N, N, S_L)
+                    bits = kept_bits(kept_numbers(kept + partial * N, N, N, S_L), N, S_L)
                 for index in range(partial, done):
                     following = kept + gl.minimum(index + 1, done - 1) * N
                     s, acc, slots, bits = _step_dq(

@@ -33,6 +33,7 @@ from softcap_runtime.cuda.gluon.common import (
     fixed_weights,
     kept_bits,
     kept_columns,
+    kept_numbers,
     kept_row,
     key_blocks,
     load_tile,
@@ -226,7 +227,7 @@ def _consume(
                 kept = Kept + kept_at + (full_first - partial) * N
                 bits = no_bits(N, S_L)
                 if done < holes:
-                    bits = kept_bits(kept + done * N, N, N, S_L)
+                    bits = kept_bits(kept_numbers(kept + done * N, N, N, S_L), N, S_L)
                 for index in range(done, holes):
                     more = kept + gl.minimum(index + 1, holes - 1) * N
                     acc, p, m, l, total, bits = _step(
@@ -298,9 +299,8 @@ def _step(
     )
     mbarrier.wait(v_full.index(last_slot), last_phase)
     acc = warpgroup_mma(p, v_s.index(last_slot).reshape([N, DPAD]), acc, is_async=True)
-    more = bits
-    if HOLES:  # of the next keys: a vote is not taken before products are done
-        more = kept_bits(Kept, N, N, S_L)
+    if HOLES:  # of the next keys
+        numbers = kept_numbers(Kept, N, N, S_L)
     if TOTAL:
         total = _add_weights(total, p, ones, T_L)
         s = warpgroup_mma_wait(2, deps=(s,))
@@ -323,7 +323,9 @@ def _step(
         acc = acc * gl.expand_dims(share, 1)
     acc = warpgroup_mma_init(acc)
     mbarrier.arrive(v_empty.index(last_slot), count=1)
-    return acc, weights, m, l, total, more
+    if HOLES:  # here, where no product is under way, for ptxas would wait for it
+        bits = kept_bits(numbers, N, S_L)
+    return acc, weights, m, l, total, bits
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
