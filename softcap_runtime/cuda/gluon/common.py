@@ -196,11 +196,21 @@ def kept_numbers(first, count, N: gl.constexpr, S_L: gl.constexpr):
     first = first.to(gl.uint64, bitcast=True)
     if N == 64:
         return gl.inline_asm_elementwise(
-            NUMBERS_ASM_64, "=&r,=&r,r,r,l,l,r,r", [place, first, count], dtype=gl.int32, is_pure=False, pack=2
+            NUMBERS_ASM_64,
+            "=&r,=&r,r,r,l,l,r,r",
+            [place, first, count],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=2,
         )
     else:
         return gl.inline_asm_elementwise(
-            NUMBERS_ASM_128, "=&l,=&l,r,r,l,l,r,r", [place, first, count], dtype=gl.int64, is_pure=False, pack=2
+            NUMBERS_ASM_128,
+            "=&l,=&l,r,r,l,l,r,r",
+            [place, first, count],
+            dtype=gl.int64,
+            is_pure=False,
+            pack=2,
         )
 
 

@@ -105,8 +105,8 @@ def _produce_dq(
 def _step_dq(
     C: gl.constexpr, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
     key, lo, hi, Kept, kept_at, kept_len, bits, more, inner, coef,
-    EDGES: gl.constexpr, HOLES: gl.constexpr, BAND: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, S_L: gl.constexpr, P_L: gl.constexpr,
+    EDGES: gl.constexpr, HOLES: gl.constexpr, BAND: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
+    DPAD: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, S_L: gl.constexpr, P_L: gl.constexpr,
 ):  # fmt: skip
     """Of one block of keys, whose product ``s`` is under way: what it adds to dq, and the product of the next.
 

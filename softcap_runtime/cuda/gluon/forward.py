@@ -312,12 +312,19 @@ def _step(
         EDGES, HOLES, BAND, False, ONLINE, FORM, M, N, S_L,
     )  # fmt: skip
     weights = gl.convert_layout(weights.to(q.dtype), P_L, assert_trivial=True)
-    # The last weights pass through the wait: their registers are read until then.
+    # The last weights pass through the wait: their registers are read until then. And with holes the next ones, or ptxas
+    # would wait before it computes them.
     if TOTAL:
-        acc, total, p = warpgroup_mma_wait(0, deps=(acc, total, p))
+        if HOLES:
+            acc, total, p, weights = warpgroup_mma_wait(0, deps=(acc, total, p, weights))
+        else:
+            acc, total, p = warpgroup_mma_wait(0, deps=(acc, total, p))
         total = warpgroup_mma_init(total)
     else:
-        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+        if HOLES:
+            acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))
+        else:
+            acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     if ONLINE:
         share = gl.convert_layout(alpha, gl.SliceLayout(1, O_L), assert_trivial=True)
         acc = acc * gl.expand_dims(share, 1)
