@@ -312,8 +312,8 @@ def _step(
         EDGES, HOLES, BAND, False, ONLINE, FORM, M, N, S_L,
     )  # fmt: skip
     weights = gl.convert_layout(weights.to(q.dtype), P_L, assert_trivial=True)
-    # The last weights pass through the wait: their registers are read until then. And with holes the next ones, or ptxas
-    # would wait before it computes them.
+    # The last weights pass through the wait: their registers are read until then. With holes the next ones do too, or
+    # ptxas would wait before it computes them.
     if TOTAL:
         if HOLES:
             acc, total, p, weights = warpgroup_mma_wait(0, deps=(acc, total, p, weights))

@@ -79,10 +79,10 @@ def tanh_weights() -> str:
 
 
 def kept_numbers(words: int) -> str:
-    """The numbers of ``32 * words`` keys, each thread of a warp its one of each 32: outputs $0 and $1, half of them each.
+    """The numbers of ``32 * words`` keys: each thread of a warp gets its one of each 32, half of them in $0, half in $1.
 
-    $4 and $5 are the address of the first, int32; $6 and $7 how many there are, past which the last one counts; one value
-    each, repeated. $2 and $3 are not read.
+    $4 and $5 are the address of the first, int32; $6 and $7 how many there are, past which the last one counts: one
+    value each, repeated. $2 and $3 are not read.
     """
     text = "{.reg .b32 lane, last, at; .reg .b64 a; mov.u32 lane, %laneid; sub.s32 last, $6, 1;"
     text += f".reg .b32 x<{words}>;"
