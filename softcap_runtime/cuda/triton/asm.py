@@ -79,7 +79,7 @@ def tanh_weights() -> str:
 
 
 def kept_numbers(words: int) -> str:
-    """The numbers of ``32 * words`` keys: each thread of a warp gets its one of each 32, half of them in $0, half in $1.
+    """The numbers of ``32 * words`` keys: a thread of a warp gets its one of each 32, half of them in $0, half in $1.
 
     $4 and $5 are the address of the first, int32; $6 and $7 how many there are, past which the last one counts: one
     value each, repeated. $2 and $3 are not read.
