@@ -313,15 +313,16 @@ def _step(
     )  # fmt: skip
     weights = gl.convert_layout(weights.to(q.dtype), P_L, assert_trivial=True)
     # The last weights pass through the wait: their registers are read until then. With holes the next ones do too, or
-    # ptxas would wait before it computes them.
+    # ptxas would wait before it computes them; 128 keys' leave no registers for it.
+    EARLY: gl.constexpr = HOLES and N == 64
     if TOTAL:
-        if HOLES:
+        if EARLY:
             acc, total, p, weights = warpgroup_mma_wait(0, deps=(acc, total, p, weights))
         else:
             acc, total, p = warpgroup_mma_wait(0, deps=(acc, total, p))
         total = warpgroup_mma_init(total)
     else:
-        if HOLES:
+        if EARLY:
             acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))
         else:
             acc, p = warpgroup_mma_wait(0, deps=(acc, p))
