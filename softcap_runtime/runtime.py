@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -16,11 +16,11 @@ from softcap_runtime.checks import Capped, check_config, check_no_context_parall
 from softcap_runtime.compat.torch_private import constant_in_graphs
 from softcap_runtime.compat.torch_transforms import interpreters_active
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
-from softcap_runtime.engines import blocked_cpu
 from softcap_runtime.engines.engine import Call
 from softcap_runtime.engines.kept_keys import bind
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 from softcap_runtime.masks.readable import data_is_readable
+from softcap_runtime.masks.tokens import FindIntervals
 from softcap_runtime.masks.validate import check_mask_arguments, check_row_intervals
 from softcap_runtime.ops import operator, planned
 from softcap_runtime.ops.planned import rows_together
@@ -52,7 +52,7 @@ class Runtime:
         self.settings = settings or RuntimeSettings()
         self.supply = Supply(self.settings)
         self.plans = Plans()
-        self._find_intervals: blocked_cpu.FindIntervals | None = None
+        self._find_intervals: dict[torch.device, FindIntervals] = {}
         self.number = next(_numbers)
         operator.register(self, self.number)
         _runtimes.add(self)
@@ -117,7 +117,7 @@ class Runtime:
         if known is None:
             q, k, v = operator.checked_inputs(q, k, v)
         elif tokens_alone and (found := self._edges(q, k, config, attention_mask, document_ids)) is not None:
-            plan = known.get(found[0].shape[0] if found else None)
+            plan = known.get(_form_of(found))
             if plan is not None:
                 return self._run(plan, q, k, v, *found)
         masks = {
@@ -130,7 +130,7 @@ class Runtime:
         }
         given = {name: None if x is None else whole(x) for name, x in masks.items()}
         mask = _intervals(q, k, config, given)
-        form = _form(mask)
+        form = _form_of(mask.vectors)
         if known is not None and form in known and (mask.lo is None or type(mask.lo) is Tensor):
             return self._run(known[form], q, k, v, *mask.vectors)
         out = self.attend(q, k, v, config, mask)
@@ -150,8 +150,8 @@ class Runtime:
         """The short way to a mask's vectors, none for a band; None where there is none, and for wrong masks."""
         if attention_mask is None and document_ids is None:
             return ()
-        find = self._find_intervals
-        if find is None or not q.is_cpu:
+        find = self._find_intervals.get(q.device)
+        if find is None:
             return None
         return find(
             q.shape[0], q.shape[2], k.shape[2], config.causal, config.window, attention_mask, document_ids
@@ -288,8 +288,11 @@ class Runtime:
             problem = call.problem(q, k, self.settings.softcap_approx)
             engine, reason, artifacts, lasting = self.supply.engine(problem, call.engine)
             kernels = self.supply.kernels(problem)
-            if engine is blocked_cpu.ENGINE and self._find_intervals is None:
-                self._find_intervals = blocked_cpu.bind_intervals(kernels)
+            if (
+                q.device not in self._find_intervals
+                and (find := engine.intervals(problem, kernels)) is not None
+            ):
+                self._find_intervals[q.device] = find
             plan = Plan(engine, reason, problem, artifacts, *bind(engine, problem, kernels))
             if lasting:
                 self.plans.remember(key, plan, self.supply.masks.evictions)
@@ -351,11 +354,11 @@ def _intervals(
     return row_intervals(q_len, kv_len, causal=config.causal, window=config.window, **given)
 
 
-def _form(mask: RowIntervals) -> int | None:
+def _form_of(vectors: Sequence[Tensor]) -> int | None:
     """What a plan depends on of a mask's vectors: their batch, negative with ``kept`` among them; None for a band."""
-    if mask.lo is None:
+    if not vectors:
         return None
-    return mask.lo.shape[0] if mask.kept is None else -mask.lo.shape[0]
+    return vectors[0].shape[0] if len(vectors) == 2 else -vectors[0].shape[0]
 
 
 def _wants_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:

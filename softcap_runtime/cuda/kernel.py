@@ -31,6 +31,7 @@ SOURCES = (
     "cuda/triton/common.py",
     "cuda/triton/decode.py",
     "cuda/triton/forward.py",
+    "cuda/triton/intervals.py",
     "cuda/triton/paged.py",
 )
 

@@ -26,6 +26,7 @@ from softcap_runtime.engines.engine import (
     empty_output,
     output_layout,
 )
+from softcap_runtime.masks.tokens import FindIntervals, tokens_of
 
 # The library's numbers of the dtypes.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -45,11 +46,6 @@ _MASK_BYTES = {**_ID_BYTES, torch.uint8: 1, torch.bool: 1}
 _DOES_NOT_FIT = 2
 # Whether a call of this process used several threads; and whether this is a forked child of such a process.
 _threaded, _alone = False, False
-
-
-FindIntervals = Callable[
-    [int, int, int, bool, "int | None", "Tensor | None", "Tensor | None"], "tuple[Tensor, ...] | None"
-]
 
 
 class CpuProblem(ctypes.Structure):
@@ -228,14 +224,9 @@ def bind_paged(
 
 
 def bind_intervals(kernels: Kernels) -> FindIntervals:
-    """``masks.row_intervals`` and its checks for warm calls with a padding mask or document ids on the CPU.
-
-    The result takes the batch, q_len, kv_len, causal, window, attention_mask and document_ids, either None. It returns
-    ``lo`` and ``hi``, nothing for a mask that hides nothing of the band; None for masks that it does not serve, wrong
-    ones among them.
-    """
+    """See ``masks.tokens.FindIntervals``: on the CPU."""
     loaded: Library = kernels.get(library())
-    find = loaded.intervals
+    find, device = loaded.intervals, torch.device("cpu")
 
     def run(
         batch: int,
@@ -246,28 +237,17 @@ def bind_intervals(kernels: Kernels) -> FindIntervals:
         attention_mask: Tensor | None,
         document_ids: Tensor | None,
     ) -> tuple[Tensor, ...] | None:
-        rows, like = 1, attention_mask
-        read: list[int | None] = []
-        for tokens, sizes in ((attention_mask, _MASK_BYTES), (document_ids, _ID_BYTES)):
-            if tokens is None:
-                read += (None, 0, 0)
-                continue
-            if type(tokens) is not Tensor or not tokens.is_cpu or tokens.layout is not torch.strided:
-                return None
-            shape, size = tokens.shape, sizes.get(tokens.dtype)
-            if size is None or len(shape) != 2 or shape[1] != kv_len or shape[0] not in (1, batch):
-                return None
-            step, inner = tokens.stride()
-            if inner != 1:
-                return None
-            like = tokens
-            if shape[0] > 1:
-                rows = shape[0]
-            read += (tokens.data_ptr(), size, step if shape[0] > 1 else 0)
-        if like is None or (document_ids is not None and q_len > kv_len) or (causal and q_len > kv_len):
+        given = (attention_mask, _MASK_BYTES), (document_ids, _ID_BYTES)
+        tokens = tokens_of((batch, q_len, kv_len), causal, device, *given)
+        if tokens is None:
             return None
-        lo, hi = (like.new_empty((rows, q_len), dtype=torch.int32) for _ in range(2))
-        found = find(*read, rows, q_len, kv_len, causal, window or 0, lo.data_ptr(), hi.data_ptr())
+        rows, shown, ids = tokens
+        lo, hi = (torch.empty((rows, q_len), dtype=torch.int32, device=device) for _ in range(2))
+        found = find(
+            None if attention_mask is None else attention_mask.data_ptr(), *shown,
+            None if document_ids is None else document_ids.data_ptr(), *ids,
+            rows, q_len, kv_len, causal, window or 0, lo.data_ptr(), hi.data_ptr(),
+        )  # fmt: skip
         return ((lo, hi), None, ())[found]
 
     return run
@@ -337,4 +317,13 @@ def _check(code: int) -> None:
         )
 
 
-ENGINE = Engine("blocked", _refuses, _artifacts, _forward, _backward, reads_kept=True, parts=True)
+ENGINE = Engine(
+    "blocked",
+    _refuses,
+    _artifacts,
+    _forward,
+    _backward,
+    reads_kept=True,
+    parts=True,
+    intervals=lambda problem, kernels: bind_intervals(kernels),
+)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.cuda.cubin import CubinSpec, Function
+from softcap_runtime.cuda.intervals import bind_intervals
 from softcap_runtime.cuda.kernel import GpuKernel
 from softcap_runtime.cuda.options import (
     FEW_SPLITS,
@@ -29,6 +30,7 @@ from softcap_runtime.cuda.options import (
 from softcap_runtime.cuda.triton.launch import TMA_FROM
 from softcap_runtime.engines.engine import Backward, Engine, Forward, Kernels, Problem
 from softcap_runtime.masks.intervals import RowIntervals, band
+from softcap_runtime.masks.tokens import FindIntervals
 
 # A plan's tensors have one layout or a few; more than this number is a caller that invents them.
 MAX_LAYOUTS = 64
@@ -119,6 +121,8 @@ def _artifacts(problem: Problem, kernels: Kernels) -> list[GpuKernel]:
     triton_attention.bind_forward(q, k, k, *edges, train=problem.train, **how)
     if problem.train:
         triton_gradient.bind_backward(q, q, k, k, q, lse, *edges, **how)
+    if edges:
+        bind_intervals(device, how["kernels"])
     return list(found)
 
 
@@ -206,4 +210,20 @@ def _backward(problem: Problem, kernels: Kernels) -> Backward:
     return _bound(triton_gradient.bind_backward, beside=problem.beside, **_how(problem, kernels))
 
 
-ENGINE = Engine("blocked", _refuses, _artifacts, _forward, _backward, _alike, reads_kept=True, parts=True)
+def _intervals(problem: Problem, kernels: Kernels) -> FindIntervals | None:
+    if not problem.mask.vectors:
+        return None
+    return bind_intervals(problem.device, GpuKernelsOf(kernels, problem.device.index))
+
+
+ENGINE = Engine(
+    "blocked",
+    _refuses,
+    _artifacts,
+    _forward,
+    _backward,
+    _alike,
+    reads_kept=True,
+    parts=True,
+    intervals=_intervals,
+)

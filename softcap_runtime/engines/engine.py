@@ -12,6 +12,7 @@ from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.cuda.options import BlockOptions, Direction
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.masks.memo import MaskMemo
+from softcap_runtime.masks.tokens import FindIntervals
 
 # Of q, k, v and the vectors of the mask (``RowIntervals.vectors``): out and, for training, the logsumexp. Of an engine
 # with ``parts`` it takes ``out`` too, rows or heads of a larger ``[B, S, H, D]``, and writes there.
@@ -93,7 +94,8 @@ class Engine(NamedTuple):
     intervals of the mask's form; ``q``, ``k``, ``v`` have last stride 1. ``alike``: problems that between them need
     every artifact that problems like this one may need, whatever their lengths; itself alone where these play no part.
     ``reads_kept``: whether its kernels read ``RowIntervals.kept``; where not, it is only given masks without.
-    ``parts``: whether its forward takes ``out``, and its backward ``keys_done``.
+    ``parts``: whether its forward takes ``out``, and its backward ``keys_done``. ``intervals``: binds what makes the
+    masks of warm calls on the problem's device, where it has that for masks of the problem's form.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Engine(NamedTuple):
     alike: Callable[[Problem], Sequence[Problem]] = lambda problem: [problem]
     reads_kept: bool = False
     parts: bool = False
+    intervals: Callable[[Problem, Kernels], FindIntervals | None] = lambda problem, kernels: None
 
 
 MaskedForward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]  # of q, k, v

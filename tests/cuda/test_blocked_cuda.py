@@ -168,6 +168,7 @@ class Recorded:
         assert (out.shape, lse.shape) == (q.shape, shape)
         if call.train:
             blocked_cuda.ENGINE.backward(call, kernels)(q, q, k, v, out, lse, *mask.vectors)
+        assert (blocked_cuda.ENGINE.intervals(call, kernels) is None) == (mask.lo is None)
         return set(self.asked)
 
 
@@ -287,7 +288,7 @@ def test_a_long_training_call_on_hopper_is_computed_by_gluon(
             5000, 5000, None, None, *[torch.empty(1, 5000, dtype=torch.int32, device="meta")] * 2
         )
     call = Problem(torch.device("cuda", 0), BF16, 1, 8, 4, head_dim, 0.1, 50.0, mask, True)
-    others = {"statistics_kernel", *(["query_hull_kernel"] if packed else [])}
+    others = {"statistics_kernel", *(["query_hull_kernel", "row_intervals_kernel"] if packed else [])}
     listed = [one.spec.kernel for one in blocked_cuda.ENGINE.artifacts(call, cast(Any, recorded))]
     assert {name for name in listed if not name.startswith("gluon_")} == others
     assert len(listed) == len(others) + (4 if head_dim == 256 else 3)

@@ -57,8 +57,17 @@ CARDS = {
 # Card, dtype, head_dim, rows, keys, a band or intervals, with the backward or not; and the kernels of such a call.
 CALLS = [
     ("sm 9.0, 227 KB", "bfloat16", 256, 2048, 2048, True, True, ["forward", "dq", "dk", "dv"]),
-    ("sm 9.0, 227 KB", "float16", 64, 3000, 3000, False, True, ["forward", "dq", "dkdv", "query_hull"]),
-    ("sm 9.0, 227 KB", "bfloat16", 128, 1, 300, False, False, ["decode", "combine"]),
+    (
+        "sm 9.0, 227 KB",
+        "float16",
+        64,
+        3000,
+        3000,
+        False,
+        True,
+        ["forward", "dq", "dkdv", "query_hull", "row_intervals"],
+    ),
+    ("sm 9.0, 227 KB", "bfloat16", 128, 1, 300, False, False, ["decode", "combine", "row_intervals"]),
     ("sm 8.9, 99 KB", "float32", 128, 200, 200, True, True, ["forward", "dq", "dkdv"]),
 ]
 KERNELS = [(call, name) for call in range(len(CALLS)) for name in CALLS[call][-1]]
@@ -113,6 +122,12 @@ def test_a_paged_cache_in_the_interpreter(base_seed: int, seed: int) -> None:
         assert error <= TOLERANCE[case[-1]], case
 
 
+@pytest.mark.timeout(600)
+def test_row_intervals_in_the_interpreter(base_seed: int, seed: int) -> None:
+    """As ``masks.row_intervals`` makes them, number for number; and wrong values fail an assertion that names them."""
+    assert run("triton_intervals_interpreted.py", "40", str(base_seed), TRITON_INTERPRET="1") == [40]
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple[int, str], dict[str, Any]]:
     names = ("card", "dtype", "head_dim", "rows", "keys", "band", "train")
@@ -126,20 +141,20 @@ def compiled() -> dict[tuple[int, str], dict[str, Any]]:
 BACKWARD = ["statistics", "gluon_dq", "gluon_dkdv"]
 GLUON = [
     (256, "band", True, {}, ["gluon_forward", *BACKWARD, "gluon_dkdv"]),
-    (256, "intervals", True, {}, ["gluon_forward", *BACKWARD, "gluon_dkdv", "query_hull"]),
+    (256, "intervals", True, {}, ["gluon_forward", *BACKWARD, "gluon_dkdv", "query_hull", "row_intervals"]),
     (128, "band", True, {}, ["gluon_forward", *BACKWARD]),
-    (128, "intervals", True, {}, ["gluon_forward", *BACKWARD, "query_hull"]),
+    (128, "intervals", True, {}, ["gluon_forward", *BACKWARD, "query_hull", "row_intervals"]),
     (128, "band", False, {}, ["gluon_forward"]),
 ]
 REST = [
     (256, "band", False, {}, ["gluon_forward"]),
-    (256, "intervals", False, {}, ["gluon_forward"]),
-    (64, "intervals", True, {}, ["gluon_forward", *BACKWARD, "query_hull"]),
-    (128, "intervals", True, {"softcap": None}, ["gluon_forward", *BACKWARD, "query_hull"]),
+    (256, "intervals", False, {}, ["gluon_forward", "row_intervals"]),
+    (64, "intervals", True, {}, ["gluon_forward", *BACKWARD, "query_hull", "row_intervals"]),
+    (128, "intervals", True, {"softcap": None}, ["gluon_forward", *BACKWARD, "query_hull", "row_intervals"]),
     (128, "band", False, {"approx": True}, ["gluon_forward"]),
-    (256, "intervals", False, {"dtype": "float16"}, ["gluon_forward"]),
+    (256, "intervals", False, {"dtype": "float16"}, ["gluon_forward", "row_intervals"]),
     (256, "band", False, {"softcap": None}, ["gluon_forward"]),
-    (128, "intervals", False, {}, ["forward"]),
+    (128, "intervals", False, {}, ["forward", "row_intervals"]),
     (64, "band", False, {}, ["forward"]),
     (256, "band", False, {"softcap": 2000.0}, ["forward"]),
     (256, "band", False, {"card": "sm 8.9, 99 KB"}, ["forward"]),
@@ -224,8 +239,8 @@ def test_a_kernel_of_a_call_compiles_ahead_of_time(
     assert spec["op"] == ("dkdv_kernel" if wanted else f"{name}_kernel")
     assert wanted is None or (spec["want_dk"], spec["want_dv"]) == wanted
     # Long calls on Hopper take their tiles through the tensor memory accelerator, and no others do.
-    assert (made["boxes"] > 0) == (min(rows, keys) > 1000 and name != "query_hull")
-    if name in ("combine", "query_hull"):
+    assert (made["boxes"] > 0) == (min(rows, keys) > 1000 and name not in ("query_hull", "row_intervals"))
+    if name in ("combine", "query_hull", "row_intervals"):
         return
     direction: Any = name
     options = choose(limits, getattr(torch, dtype), head_dim, direction)

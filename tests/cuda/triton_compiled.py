@@ -21,6 +21,7 @@ from torch import Tensor
 
 from softcap_runtime.cuda import options as gpu_options
 from softcap_runtime.cuda.cubin import Cubin, CubinSpec, Number, Parameter
+from softcap_runtime.cuda.intervals import bind_intervals
 from softcap_runtime.cuda.triton import build as triton_build
 from softcap_runtime.cuda.triton.attention import bind_forward
 from softcap_runtime.cuda.triton.gradient import bind_backward
@@ -48,7 +49,7 @@ class Wanted:
 
 
 def wanted(case: dict[str, Any], limits: gpu_options.DeviceLimits) -> list[CubinSpec]:
-    """The kernels of a call's forward and backward."""
+    """The kernels of a call's forward and backward, and of its intervals."""
     dtype, rows, keys = getattr(torch, case["dtype"]), case["rows"], case["keys"]
 
     def tensor(length: int, heads: int) -> Tensor:
@@ -67,6 +68,8 @@ def wanted(case: dict[str, Any], limits: gpu_options.DeviceLimits) -> list[Cubin
     if case["train"]:
         lse = torch.empty(1, 4, rows, device="meta")
         bind_backward(q, q, k, v, q, lse, *edges, **how)
+    if edges:
+        bind_intervals(torch.device("cuda", 0), kernels)
     return list(kernels.specs)
 
 

@@ -13,7 +13,10 @@ from support.helpers import Sizes, expected, gradients, make_qkv, relative_error
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, row_intervals
+from softcap_runtime.cuda.intervals import bind_intervals
+from softcap_runtime.engines.blocked_cuda import GpuKernelsOf
 from softcap_runtime.masks import deferred_checks
+from softcap_runtime.masks.intervals import with_kept
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
@@ -112,7 +115,8 @@ def test_nothing_waits_for_a_mask(own_runtime: Runtime, seed: int) -> None:
     inputs = make_qkv(Sizes(2, 4, 2, 64, 64), torch.bfloat16)
     own_runtime.attention(*inputs, CONFIG, **good())
     for name, value in good().items():
-        own_runtime.attention(*inputs, CONFIG, **{name: value})
+        for _ in range(2):  # the second call takes the short way, where there is one
+            own_runtime.attention(*inputs, CONFIG, **{name: value})
         value = value.clone()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -121,20 +125,71 @@ def test_nothing_waits_for_a_mask(own_runtime: Runtime, seed: int) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_mask_is_checked_once_until_it_changes(
+def test_spans_are_checked_once_until_they_change(
     own_runtime: Runtime, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     asked: list[str] = []
     monkeypatch.setattr(deferred_checks, "assert_on_device", lambda condition, message: asked.append(message))
-    inputs, ids = make_qkv(Sizes(2, 4, 2, 64, 64), torch.bfloat16), good()["document_ids"].clone()
+    inputs, spans = make_qkv(Sizes(2, 4, 2, 64, 64), torch.bfloat16), good()["spans"].clone()
     for _ in range(3):
-        own_runtime.attention(*inputs, CONFIG, document_ids=ids)
+        own_runtime.attention(*inputs, CONFIG, spans=spans)
     assert len(asked) == 1
-    ids += 1
-    own_runtime.attention(*inputs, CONFIG, document_ids=ids)
+    spans += 0
+    own_runtime.attention(*inputs, CONFIG, spans=spans)
     assert len(asked) == 2
-    row_intervals(64, 64, causal=True, window=None, document_ids=ids)  # checks nothing
+    row_intervals(64, 64, causal=True, window=None, spans=spans)  # checks nothing
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "document_ids"])
+def test_a_mask_is_read_anew_at_each_call(own_runtime: Runtime, name: str, seed: int) -> None:
+    """Whoever wrote to it: kernels of others, CUDA graphs and collectives leave its version as it was."""
+    inputs, value = make_qkv(Sizes(2, 4, 2, 64, 64), torch.bfloat16), good()[name].clone()
+    for other in (value.clone(), holes(2, 64).to(value.dtype) if name == "attention_mask" else value // 2):
+        version = value._version
+        value.data.copy_(other)
+        assert value._version == version
+        for _ in range(2):
+            out = own_runtime.attention(*inputs, CONFIG, **{name: value})
+            assert relative_error(out, expected(*inputs, CONFIG, **{name: other})) <= 4e-3
+
+
+def supply(runtime: Runtime) -> Any:
+    """Where a call finds its kernels."""
+    runtime.attention(*make_qkv(Sizes(1, 2, 2, 64, 64), torch.bfloat16), CONFIG)
+    return runtime.supply.kernels(next(runtime.plans.items())[1].problem)
+
+
+def intervals(given: dict[str, Tensor], q_len: int, causal: bool, window: int | None) -> tuple[Tensor, ...]:
+    made = row_intervals(q_len, 9000, causal=causal, window=window, **given)
+    if "attention_mask" in given and made.kept is None:
+        made = with_kept(made, given["attention_mask"])
+    return made.vectors
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 700])
+def test_warm_intervals_are_those_of_the_specification(
+    own_runtime: Runtime, causal: bool, window: int | None, seed: int
+) -> None:
+    """Of several programs a row, for every dtype, a part of longer rows and one row for all."""
+    find = bind_intervals(torch.device("cuda", 0), GpuKernelsOf(supply(own_runtime), 0))
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    for mask_dtype, id_dtype in zip((torch.bool, *integers), (*integers, torch.int64), strict=True):
+        mask = (torch.rand(2, 9003) < 0.999).to(mask_dtype)[:, :9000]
+        ids = (torch.rand(1, 9003) < 1e-3).cumsum(1).to(id_dtype)[:, :9000]
+        for q_len in (9000, 5, 4097):
+            for given in (
+                {"attention_mask": mask},
+                {"document_ids": ids},
+                {"attention_mask": mask, "document_ids": ids},
+            ):
+                pair = (given.get("attention_mask"), given.get("document_ids"))
+                found = find(2, q_len, 9000, causal, window, *pair)
+                want = intervals(given, q_len, causal, window)
+                assert found is not None
+                assert len(found) == len(want)
+                assert all(torch.equal(mine, other) for mine, other in zip(found, want, strict=True))
 
 
 WRONG: dict[str, Any] = {
@@ -148,7 +203,7 @@ WRONG: dict[str, Any] = {
 CHILD = """
 import sys, torch
 from softcap_runtime import AttentionConfig, Runtime, document_ids_from_cu_seqlens
-name, value, traced = sys.argv[1], eval(sys.argv[2]), sys.argv[3] == "True"
+name, value, how = sys.argv[1], eval(sys.argv[2]), sys.argv[3]
 runtime, config = Runtime.get(), AttentionConfig(softcap=50.0, scale=0.125)
 q, k, v = torch.randn(3, 1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
 made = torch.tensor(value if name == "cu_seqlens" else [value], device="cuda")
@@ -157,22 +212,29 @@ def attend(made):
     masks = {"document_ids": document_ids_from_cu_seqlens(made, 64)} if name == "cu_seqlens" else {name: made}
     return runtime.attention(q, k, v, config, **masks)
 
+if how == "warm":
+    attend(made * 0)
 try:  # as with any error of a GPU, whichever call next asks for it raises
-    out = (torch.compile(attend, backend="aot_eager") if traced else attend)(made)
+    out = (torch.compile(attend, backend="aot_eager") if how == "traced" else attend)(made)
     print("seen", out.sum().item())
 except RuntimeError as error:
     print("refused:", "device-side assert" in str(error))
 """
 
 
-@pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("name", list(WRONG))
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((name, how) for name in WRONG for how in ("cold", "traced")),
+        *((name, "warm") for name in ("attention_mask", "document_ids")),
+    ],
+)
 def test_wrong_values_are_refused_before_a_result_is_read(
-    name: str, traced: bool, cache_dir: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, how: str, cache_dir: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOFTCAP_CACHE_DIR", str(cache_dir))
     run = subprocess.run(
-        [sys.executable, "-c", CHILD, name, WRONG[name], str(traced)],
+        [sys.executable, "-c", CHILD, name, WRONG[name], how],
         capture_output=True,
         text=True,
         timeout=120,

@@ -18,6 +18,7 @@ from softcap_runtime.cuda.options import BlockOptions, Direction, choose, device
 from softcap_runtime.cuda.triton import build as triton_build
 from softcap_runtime.cuda.triton.attention import bind_forward
 from softcap_runtime.cuda.triton.gradient import bind_backward
+from softcap_runtime.masks.intervals import RowIntervals, with_kept
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -79,11 +80,20 @@ def make(
     grad = draw(batch, rows, heads, dim).to(dtype).transpose(1, 2)
     options, lo, hi = mask_of(kind, batch, rows, keys)
     options |= {"scale": dim**-0.5, "softcap": softcap, "approx": approx, "gluon": gluon}
-    return Case(q, k, v, grad, options, reference.visible(lo, hi, keys))
+    mask = reference.visible(lo, hi, keys)
+    if len(options.get("edges", ())) == 3:
+        mask = mask & (options["edges"][2] != 0)[:, None]
+    return Case(q, k, v, grad, options, mask)
 
 
 def mask_of(kind: str, batch: int, rows: int, keys: int) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """The arguments of a mask kind, and its intervals ``[B, rows]``."""
+    """The arguments of a mask kind, and its intervals ``[B, rows]``; "... with holes" hides keys besides."""
+    if kind.endswith(" with holes"):
+        _, lo, hi = mask_of(kind.removesuffix(" with holes"), batch, rows, keys)
+        share = torch.tensor([0.9, 0.998, 0.2], device="cuda")[:batch, None]
+        made = RowIntervals(rows, keys, None, None, lo.contiguous(), hi.contiguous())
+        made = with_kept(made, torch.rand(batch, keys, device="cuda") < share)
+        return {"edges": made.vectors}, lo, hi
     at = torch.arange(rows, device="cuda", dtype=torch.int32).expand(batch, rows)
     offset = keys - rows
     bands = {"full": (None, None), "causal": (None, offset + 1), "window": (offset - 36, offset + 1),
@@ -179,6 +189,24 @@ def test_gluon_head_dims(seed: int, dim: int, kind: str) -> None:
 def test_gluon_masks(seed: int, kind: str, rows: int, keys: int) -> None:
     for dim in (128, 256):
         check(make(kind=kind, rows=rows, keys=keys, dim=dim, gluon=True))
+
+
+@on_hopper
+@pytest.mark.parametrize("kind", ["causal", "window", "two-sided", "documents", "random"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_gluon_holes(seed: int, dim: int, kind: str) -> None:
+    """Blocks of edges and holes, of holes alone, and of neither; keys that are no multiple of a block."""
+    for rows, keys in ((700, 700), (500, 1333), (1100, 1100)):
+        for softcap, dtype, train in (
+            (50.0, BF16, True),
+            (50.0, FP16, True),
+            (None, BF16, True),
+            (50.0, BF16, False),
+        ):
+            case = make(batch=3, dim=dim, kind=f"{kind} with holes", rows=rows, keys=keys, softcap=softcap,
+                        dtype=dtype, gluon=True)  # fmt: skip
+            case.options["train"] = train
+            check(case)
 
 
 @on_hopper

@@ -23,6 +23,10 @@ LN2 = gl.constexpr(0.6931471805599453)
 LOGISTIC_ASM = gl.constexpr(asm.logistic())
 WEIGHTS_ASM = gl.constexpr(asm.weights())
 TANH_WEIGHTS_ASM = gl.constexpr(asm.tanh_weights())
+NUMBERS_ASM_64 = gl.constexpr(asm.kept_numbers(2))
+NUMBERS_ASM_128 = gl.constexpr(asm.kept_numbers(4))
+BITS_ASM_64 = gl.constexpr(asm.kept_bits(2))
+BITS_ASM_128 = gl.constexpr(asm.kept_bits(4))
 FOUR = gl.constexpr("=f,=f,=f,=f,f,f,f,f")
 FOUR_OF_THREE = gl.constexpr("=f,=f,=f,=f,f,f,f,f,f,f,f,f,f,f,f,f")
 
@@ -85,13 +89,11 @@ def tile_of(turn, heads):
 
 
 @gluon.jit
-def block_at(index, first, full_first, full_end, end):
-    """The block of keys at a place of the order that all warps keep: from the end those past the full ones, those
-    before them, then the full ones."""
+def block_at(index, first, full_end, end):
+    """The block of keys at a place of the order that all warps keep: from the end those past the full ones, then the
+    others from the first on."""
     after = end - full_end
-    partial = after + full_first - first
-    block = gl.where(index < after, end - 1 - index, first + index - after)
-    return gl.where(index < partial, block, full_first + index - partial)
+    return gl.where(index < after, end - 1 - index, first + index - after)
 
 
 @gluon.jit
@@ -180,14 +182,87 @@ def some_hidden(first, Kept, kept_at, kept_len, N: gl.constexpr):
 
 
 @gluon.jit
+def _places(N: gl.constexpr, S_L: gl.constexpr):
+    """Of the columns ``[N // 8, 8]`` of a product: which eight it is ``[N // 8]``, the place in it ``[8]``."""
+    columns = gl.reshape(gl.arange(0, N, layout=gl.SliceLayout(0, S_L)), [N // 8, 8])
+    L: gl.constexpr = columns.type.layout
+    return gl.arange(0, N // 8, layout=gl.SliceLayout(1, L)), gl.arange(0, 8, layout=gl.SliceLayout(0, L))
+
+
+@gluon.jit
+def kept_numbers(first, count, N: gl.constexpr, S_L: gl.constexpr):
+    """Those of N keys, for ``kept_bits``: ``first`` is where they begin, ``count`` how many there are."""
+    _, place = _places(N, S_L)
+    first = first.to(gl.uint64, bitcast=True)
+    if N == 64:
+        return gl.inline_asm_elementwise(
+            NUMBERS_ASM_64,
+            "=&r,=&r,r,r,l,l,r,r",
+            [place, first, count],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=2,
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            NUMBERS_ASM_128,
+            "=&l,=&l,r,r,l,l,r,r",
+            [place, first, count],
+            dtype=gl.int64,
+            is_pure=False,
+            pack=2,
+        )
+
+
+@gluon.jit
+def kept_bits(numbers, N: gl.constexpr, S_L: gl.constexpr):
+    """Which of N keys are kept, in two registers of a thread: for ``kept_columns``."""
+    _, place = _places(N, S_L)
+    if N == 64:
+        return gl.inline_asm_elementwise(
+            BITS_ASM_64, "=&r,=&r,r,r,r,r", [numbers, place], dtype=gl.int32, is_pure=False, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            BITS_ASM_128, "=&r,=&r,l,l,r,r", [numbers, place], dtype=gl.int32, is_pure=False, pack=2
+        )
+
+
+@gluon.jit
+def no_bits(N: gl.constexpr, S_L: gl.constexpr):
+    """As ``kept_bits``, of no key."""
+    _, place = _places(N, S_L)
+    return place * 0
+
+
+@gluon.jit
+def kept_columns(bits, N: gl.constexpr, S_L: gl.constexpr):
+    """Whether each of N keys is kept: ``[1, N]``."""
+    eight, _ = _places(N, S_L)
+    kept = (gl.expand_dims(bits, 0) >> gl.expand_dims(eight % 4 * 8 + eight // 4, 1)) & 1
+    columns = gl.convert_layout(gl.reshape(kept != 0, [N]), gl.SliceLayout(0, S_L), assert_trivial=True)
+    return gl.expand_dims(columns, 0)
+
+
+@gluon.jit
+def without_holes(x, instead, key, Kept, kept_at, kept_len, N: gl.constexpr, S_L: gl.constexpr):
+    """``x`` ``[M, N]``, and ``instead`` for keys from ``key`` on that are not kept."""
+    # A branch: calls that keep all keys don't pay.
+    if some_hidden(key, Kept, kept_at, kept_len, N):
+        bits = kept_bits(kept_numbers(Kept + kept_at + key, kept_len - key, N, S_L), N, S_L)
+        x = gl.where(kept_columns(bits, N, S_L), x, instead)
+    return x
+
+
+@gluon.jit
 def key_blocks(
     start, Lo, Hi, Kept, kept_at, kept_len, stride_b, b, left, right, Sq, Skv,
     BAND: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """What query rows ``start`` to ``start + ROWS`` need of the keys, in blocks of N.
 
-    ``(first, full_first, full_end, end)``: blocks first...end hold every visible key, at least one;
-    full_first...full_end of them are visible to every row and need no mask.
+    ``(first, full_first, clean, full_end, end)``: blocks first...end hold every visible key, at least one;
+    full_first...full_end of them every row sees but for keys that are not kept, clean...full_end as a whole.
     """
     last = gl.minimum(start + ROWS, Sq) - 1
     if BAND:
@@ -205,10 +280,11 @@ def key_blocks(
     first = gl.minimum(first, end)
     full_first = gl.minimum(gl.cdiv(lo_most, N), end)
     full_end = gl.maximum(gl.maximum(hi_least, 0) // N, full_first)
+    clean = full_first
     if not BAND:
-        clean = after_holes(full_first * N, full_end * N, Kept, kept_at, kept_len)
-        full_first = gl.minimum(gl.cdiv(clean, N), full_end)
-    return first, full_first, full_end, gl.maximum(end, first + 1)
+        kept_from = after_holes(full_first * N, full_end * N, Kept, kept_at, kept_len)
+        clean = gl.minimum(gl.cdiv(kept_from, N), full_end)
+    return first, full_first, clean, full_end, gl.maximum(end, first + 1)
 
 
 @gluon.jit

@@ -28,15 +28,19 @@ from softcap_runtime.cuda.gluon.common import (
     capped,
     exp2,
     hidden,
-    kept_keys,
+    kept_bits,
+    kept_columns,
+    kept_numbers,
     kept_row,
     key_blocks,
     load_tile,
+    no_bits,
     ring,
     row_intervals,
     start_ring,
     store_tile,
     tile_of,
+    without_holes,
 )
 
 NUMBERS = [
@@ -76,7 +80,7 @@ def _produce_dq(
             hk = h // G
             start = (blocks - 1 - place) * ROWS
             kept_at = kept_row(b, slo_b, Skv)
-            first, full_first, full_end, end = key_blocks(
+            first, _, _, full_end, end = key_blocks(
                 start, Lo, Hi, Kept, kept_at, kept_len, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 1
             )
             for c in gl.static_range(WARPGROUPS):
@@ -85,7 +89,7 @@ def _produce_dq(
                 load_tile(Q, [b, h, start + c * M, 0], own_full.index(c), q_s.index(c))
                 load_tile(DO, [b, h, start + c * M, 0], own_full.index(c), do_s.index(c))
             for index in range(0, end - first):
-                key = block_at(index, first, full_first, full_end, end) * N
+                key = block_at(index, first, full_end, end) * N
                 mbarrier.wait(k_empty.index(k_slot), k_phase)
                 mbarrier.expect(k_full.index(k_slot), N * DPAD * 2)
                 load_tile(K, [b, hk, key, 0], k_full.index(k_slot), k_s.index(k_slot))
@@ -100,9 +104,9 @@ def _produce_dq(
 @gluon.jit
 def _step_dq(
     C: gl.constexpr, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
-    key, lo, hi, Kept, kept_at, kept_len, more, inner, coef,
-    MASKED: gl.constexpr, BAND: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, S_L: gl.constexpr, P_L: gl.constexpr,
+    key, lo, hi, Kept, kept_at, kept_len, bits, more, inner, coef,
+    EDGES: gl.constexpr, HOLES: gl.constexpr, BAND: gl.constexpr, FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
+    DPAD: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, S_L: gl.constexpr, P_L: gl.constexpr,
 ):  # fmt: skip
     """Of one block of keys, whose product ``s`` is under way: what it adds to dq, and the product of the next.
 
@@ -116,15 +120,22 @@ def _step_dq(
     # ptxas serialises what is waited for by count across the steps of a loop.
     s = warpgroup_mma_wait(0, deps=(s,))
     dp = warpgroup_mma(do, v.permute((1, 0)), none, use_acc=False, is_async=True)
+    if HOLES:  # of the next keys
+        numbers = kept_numbers(Kept, N, N, S_L)
     z, slope = capped(s, inner, coef, gl.expand_dims(shift, 1), FORM)
-    if MASKED:
+    if EDGES:
         keys = key + gl.arange(0, N, layout=gl.SliceLayout(0, S_L))
-        keys = kept_keys(keys, Kept, kept_at, kept_len, BAND)
         z = hidden(z, gl.expand_dims(keys, 0), gl.expand_dims(lo, 1), gl.expand_dims(hi, 1))
-    p = exp2(z)
-    steep = p * slope
+    steep = exp2(z) * slope
+    # Here and not in the logits, for which registers would be spilled.
+    if EDGES and not BAND:
+        steep = without_holes(steep, 0.0, key, Kept, kept_at, kept_len, N, S_L)
+    if HOLES:
+        steep = gl.where(kept_columns(bits, N, S_L), steep, 0.0)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     mbarrier.arrive(v_empty.index(v_slot), count=1)
+    if HOLES:
+        bits = kept_bits(numbers, N, S_L)
     ds = steep * (dp - gl.expand_dims(delta, 1))
     ds = gl.convert_layout(ds.to(do.dtype), P_L, assert_trivial=True)
     acc = warpgroup_mma(ds, k_s.index(k_slot).reshape([N, DPAD]), acc, is_async=True)
@@ -139,7 +150,7 @@ def _step_dq(
     acc = warpgroup_mma_init(acc)
     mbarrier.arrive(k_empty.index(last), count=1)
     v_slot, v_phase = advance(v_slot, v_phase, V_STAGES)
-    return s, acc, (next_slot, next_phase, v_slot, v_phase)
+    return s, acc, (next_slot, next_phase, v_slot, v_phase), bits
 
 
 @gluon.jit
@@ -174,7 +185,7 @@ def _consume_dq(
             h = head % Hq
             block = (blocks - 1 - place) * ROWS
             kept_at = kept_row(b, slo_b, Skv)
-            first, full_first, full_end, end = key_blocks(
+            first, full_first, clean, full_end, end = key_blocks(
                 block, Lo, Hi, Kept, kept_at, kept_len, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 4
             )
             start = block + C * M
@@ -190,17 +201,31 @@ def _consume_dq(
             k = k_s.index(slots[0]).reshape([N, DPAD])
             s = warpgroup_mma(q, k.permute((1, 0)), none, use_acc=False, is_async=True)
             for index in range(0, partial):
-                key = block_at(index, first, full_first, full_end, end) * N
-                s, acc, slots = _step_dq(
+                key = block_at(index, first, full_end, end) * N
+                s, acc, slots, unused = _step_dq(
                     C, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
-                    key, lo, hi, Kept, kept_at, kept_len, index + 1 < end - first, inner, coef,
-                    True, BAND, FORM, M, N, DPAD, K_STAGES, V_STAGES, S_L, P_L,
+                    key, lo, hi, Kept, kept_at, kept_len, 0, index + 1 < end - first, inner, coef,
+                    True, False, BAND, FORM, M, N, DPAD, K_STAGES, V_STAGES, S_L, P_L,
                 )  # fmt: skip
-            for index in range(partial, end - first):
-                s, acc, slots = _step_dq(
+            done = partial
+            if not BAND:
+                done = partial + clean - full_first
+                kept = Kept + kept_at + (full_first - partial) * N
+                bits = no_bits(N, S_L)
+                if partial < done:
+                    bits = kept_bits(kept_numbers(kept + partial * N, N, N, S_L), N, S_L)
+                for index in range(partial, done):
+                    following = kept + gl.minimum(index + 1, done - 1) * N
+                    s, acc, slots, bits = _step_dq(
+                        C, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
+                        0, lo, hi, following, kept_at, kept_len, bits, index + 1 < end - first, inner, coef,
+                        False, True, BAND, FORM, M, N, DPAD, K_STAGES, V_STAGES, S_L, P_L,
+                    )  # fmt: skip
+            for index in range(done, end - first):
+                s, acc, slots, unused = _step_dq(
                     C, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty, slots, s, acc, none, shift, delta,
-                    0, lo, hi, Kept, kept_at, kept_len, index + 1 < end - first, inner, coef,
-                    False, BAND, FORM, M, N, DPAD, K_STAGES, V_STAGES, S_L, P_L,
+                    0, lo, hi, Kept, kept_at, kept_len, 0, index + 1 < end - first, inner, coef,
+                    False, False, BAND, FORM, M, N, DPAD, K_STAGES, V_STAGES, S_L, P_L,
                 )  # fmt: skip
             acc, s = warpgroup_mma_wait(0, deps=(acc, s))
             q.store((acc * gain).to(q.dtype))

@@ -31,31 +31,24 @@ from softcap_runtime.cuda.gluon.common import (
     capped,
     exp2,
     fixed_weights,
+    kept_bits,
+    kept_columns,
+    kept_numbers,
     kept_row,
     key_blocks,
     load_tile,
+    no_bits,
     ring,
     row_intervals,
-    some_hidden,
     start_ring,
     store_tile,
     tile_of,
+    without_holes,
 )
 
 NUMBERS = [
-    "slo_b",
-    "B",
-    "Hq",
-    "G",
-    "Sq",
-    "Skv",
-    "left",
-    "right",
-    "kept_len",
-    "inner",
-    "coef",
-    "bias",
-    "reference",
+    *("slo_b", "B", "Hq", "G", "Sq", "Skv", "left", "right", "kept_len"),
+    *("inner", "coef", "bias", "reference"),
 ]
 
 
@@ -79,11 +72,11 @@ def _produce(
             hk = h // G
             start = (blocks - 1 - place) * ROWS
             kept_at = kept_row(b, slo_b, Skv)
-            first, full_first, full_end, end = key_blocks(
+            first, _, _, full_end, end = key_blocks(
                 start, Lo, Hi, Kept, kept_at, kept_len, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 1
             )
             for index in range(0, end - first):
-                key = block_at(index, first, full_first, full_end, end) * N
+                key = block_at(index, first, full_end, end) * N
                 mbarrier.wait(k_empty.index(slot), phase)
                 mbarrier.expect(k_full.index(slot), N * DPAD * 2)
                 load_tile(K, [b, hk, key, 0], k_full.index(slot), k_s.index(slot))
@@ -107,28 +100,28 @@ def _sums(p, M: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def _softmax(
-    s, key, lo, hi, Kept, kept_at, kept_len, m, l, inner, coef, bias,
-    MASKED: gl.constexpr, BAND: gl.constexpr, START: gl.constexpr, ONLINE: gl.constexpr, FORM: gl.constexpr,
-    M: gl.constexpr, N: gl.constexpr, S_L: gl.constexpr,
+    s, key, lo, hi, Kept, kept_at, kept_len, bits, m, l, inner, coef, bias,
+    EDGES: gl.constexpr, HOLES: gl.constexpr, BAND: gl.constexpr, START: gl.constexpr, ONLINE: gl.constexpr,
+    FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
     """Weights of a block of raw products and the statistics after it: ``(p, alpha, m, l)``.
 
-    ``l`` is the sums within a thread. ``START``: there were none before.
+    ``l`` is the sums within a thread. ``START``: there were none before. ``EDGES``: rows see some of the keys;
+    ``HOLES``: those of ``bits``.
     """
     if ONLINE:
         p, _ = capped(s, inner, coef, bias, FORM)
     else:
         p = fixed_weights(s, inner, coef, bias, FORM)
-    if MASKED:
+    if HOLES:
+        p = gl.where(kept_columns(bits, N, S_L), p, float("-inf") if ONLINE else 0.0)
+    if EDGES:
         keys = key + gl.arange(0, N, layout=gl.SliceLayout(0, S_L))
         at = gl.expand_dims(keys, 0)
         visible = (at >= gl.expand_dims(lo, 1)) & (at < gl.expand_dims(hi, 1))
         p = gl.where(visible, p, float("-inf") if ONLINE else 0.0)
-        if not BAND:  # noqa: SIM102
-            # A branch: registers for these numbers would be spilled in all other calls too.
-            if some_hidden(key, Kept, kept_at, kept_len, N):
-                run = gl.load(Kept + kept_at + keys, mask=keys < kept_len, other=0)
-                p = gl.where(gl.expand_dims(run != 0, 0), p, float("-inf") if ONLINE else 0.0)
+        if not BAND:
+            p = without_holes(p, float("-inf") if ONLINE else 0.0, key, Kept, kept_at, kept_len, N, S_L)
     if ONLINE:
         most = gl.max(p, 1)
         if not START:
@@ -184,7 +177,7 @@ def _consume(
             h = head % Hq
             block = (blocks - 1 - place) * ROWS
             kept_at = kept_row(b, slo_b, Skv)
-            first, full_first, full_end, end = key_blocks(
+            first, full_first, clean, full_end, end = key_blocks(
                 block, Lo, Hi, Kept, kept_at, kept_len, slo_b, b, left, right, Sq, Skv, BAND, ROWS, N, 4
             )
             start = block + C * M
@@ -206,10 +199,10 @@ def _consume(
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_empty.index(slot), count=1)
             m = gl.full([M], float("-inf"), gl.float32, ROW_L)
-            key = block_at(skip, first, full_first, full_end, end) * N
-            p, _, m, l = _softmax(
-                s, key, lo, hi, Kept, kept_at, kept_len, m, 0.0, inner, coef, bias,
-                True, BAND, True, ONLINE, FORM, M, N, S_L,
+            key = block_at(skip, first, full_end, end) * N
+            p, alpha, m, l = _softmax(
+                s, key, lo, hi, Kept, kept_at, kept_len, 0, m, 0.0, inner, coef, bias,
+                True, False, BAND, True, ONLINE, FORM, M, N, S_L,
             )  # fmt: skip
             p = gl.convert_layout(p.to(dtype), P_L, assert_trivial=True)
             total = 0.0
@@ -220,19 +213,36 @@ def _consume(
             last_slot, last_phase = slot, phase
             slot, phase = advance(slot, phase, STAGES)
             for index in range(skip + 1, partial):
-                key = block_at(index, first, full_first, full_end, end) * N
-                acc, p, m, l, total = _step(
+                key = block_at(index, first, full_end, end) * N
+                acc, p, m, l, total, unused = _step(
                     q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m,
-                    l, total, none, key, lo, hi, Kept, kept_at, kept_len, inner, coef, bias,
-                    True, BAND, ONLINE, TOTAL, FORM, M, N, DPAD, S_L, O_L, P_L, T_L,
+                    l, total, none, key, lo, hi, Kept, kept_at, kept_len, 0, inner, coef, bias,
+                    True, False, BAND, ONLINE, TOTAL, FORM, M, N, DPAD, S_L, O_L, P_L, T_L,
                 )  # fmt: skip
                 last_slot, last_phase = slot, phase
                 slot, phase = advance(slot, phase, STAGES)
-            for _ in range(gl.maximum(skip + 1, partial), end - first):
-                acc, p, m, l, total = _step(
+            done = gl.maximum(skip + 1, partial)
+            if not BAND:
+                holes = partial + clean - full_first
+                kept = Kept + kept_at + (full_first - partial) * N
+                bits = no_bits(N, S_L)
+                if done < holes:
+                    bits = kept_bits(kept_numbers(kept + done * N, N, N, S_L), N, S_L)
+                for index in range(done, holes):
+                    more = kept + gl.minimum(index + 1, holes - 1) * N
+                    acc, p, m, l, total, bits = _step(
+                        q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p,
+                        m, l, total, none, 0, lo, hi, more, kept_at, kept_len, bits, inner, coef, bias,
+                        False, True, BAND, ONLINE, TOTAL, FORM, M, N, DPAD, S_L, O_L, P_L, T_L,
+                    )  # fmt: skip
+                    last_slot, last_phase = slot, phase
+                    slot, phase = advance(slot, phase, STAGES)
+                done = gl.maximum(done, holes)
+            for _ in range(done, end - first):
+                acc, p, m, l, total, unused = _step(
                     q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m,
-                    l, total, none, 0, lo, hi, Kept, kept_at, kept_len, inner, coef, bias,
-                    False, BAND, ONLINE, TOTAL, FORM, M, N, DPAD, S_L, O_L, P_L, T_L,
+                    l, total, none, 0, lo, hi, Kept, kept_at, kept_len, 0, inner, coef, bias,
+                    False, False, BAND, ONLINE, TOTAL, FORM, M, N, DPAD, S_L, O_L, P_L, T_L,
                 )  # fmt: skip
                 last_slot, last_phase = slot, phase
                 slot, phase = advance(slot, phase, STAGES)
@@ -277,10 +287,10 @@ def _add_weights(total, p, ones, T_L: gl.constexpr):
 @gluon.jit
 def _step(
     q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m, l, total,
-    none, key, lo, hi, Kept, kept_at, kept_len, inner, coef, bias,
-    MASKED: gl.constexpr, BAND: gl.constexpr, ONLINE: gl.constexpr, TOTAL: gl.constexpr, FORM: gl.constexpr,
-    M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr, P_L: gl.constexpr,
-    T_L: gl.constexpr,
+    none, key, lo, hi, Kept, kept_at, kept_len, bits, inner, coef, bias,
+    EDGES: gl.constexpr, HOLES: gl.constexpr, BAND: gl.constexpr, ONLINE: gl.constexpr, TOTAL: gl.constexpr,
+    FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr,
+    P_L: gl.constexpr, T_L: gl.constexpr,
 ):  # fmt: skip
     """The product of the next keys, that of the last weights with their values, then the next weights."""
     mbarrier.wait(k_full.index(slot), phase)
@@ -289,6 +299,8 @@ def _step(
     )
     mbarrier.wait(v_full.index(last_slot), last_phase)
     acc = warpgroup_mma(p, v_s.index(last_slot).reshape([N, DPAD]), acc, is_async=True)
+    if HOLES:  # of the next keys
+        numbers = kept_numbers(Kept, N, N, S_L)
     if TOTAL:
         total = _add_weights(total, p, ones, T_L)
         s = warpgroup_mma_wait(2, deps=(s,))
@@ -296,21 +308,32 @@ def _step(
         s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(slot), count=1)
     weights, alpha, m, l = _softmax(
-        s, key, lo, hi, Kept, kept_at, kept_len, m, l, inner, coef, bias, MASKED, BAND, False, ONLINE, FORM, M, N, S_L,
+        s, key, lo, hi, Kept, kept_at, kept_len, bits, m, l, inner, coef, bias,
+        EDGES, HOLES, BAND, False, ONLINE, FORM, M, N, S_L,
     )  # fmt: skip
     weights = gl.convert_layout(weights.to(q.dtype), P_L, assert_trivial=True)
-    # The last weights pass through the wait: their registers are read until then.
+    # The last weights pass through the wait: their registers are read until then. With holes the next ones do too, or
+    # ptxas would wait before it computes them; 128 keys' leave no registers for it.
+    EARLY: gl.constexpr = HOLES and N == 64
     if TOTAL:
-        acc, total, p = warpgroup_mma_wait(0, deps=(acc, total, p))
+        if EARLY:
+            acc, total, p, weights = warpgroup_mma_wait(0, deps=(acc, total, p, weights))
+        else:
+            acc, total, p = warpgroup_mma_wait(0, deps=(acc, total, p))
         total = warpgroup_mma_init(total)
     else:
-        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+        if EARLY:
+            acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))
+        else:
+            acc, p = warpgroup_mma_wait(0, deps=(acc, p))
     if ONLINE:
         share = gl.convert_layout(alpha, gl.SliceLayout(1, O_L), assert_trivial=True)
         acc = acc * gl.expand_dims(share, 1)
     acc = warpgroup_mma_init(acc)
     mbarrier.arrive(v_empty.index(last_slot), count=1)
-    return acc, weights, m, l, total
+    if HOLES:  # here, where no product is under way, for ptxas would wait for it
+        bits = kept_bits(numbers, N, S_L)
+    return acc, weights, m, l, total, bits
 
 
 @gluon.jit(do_not_specialize=NUMBERS)

@@ -23,11 +23,14 @@ MODULES = {
     "dq_kernel": "cuda.triton.backward",
     "dkdv_kernel": "cuda.triton.backward",
     "query_hull_kernel": "cuda.triton.backward",
+    "row_intervals_kernel": "cuda.triton.intervals",
     "statistics_kernel": "cuda.triton.backward",
     "gluon_forward_kernel": "cuda.gluon.forward",
     "gluon_dq_kernel": "cuda.gluon.dq",
     "gluon_dkdv_kernel": "cuda.gluon.dkdv",
 }
+# Kernels whose ``device_assert`` are compiled in: of what they are given, not of sums that leave int32.
+_ASSERTING = ("row_intervals_kernel",)
 _NUMBERS = {"i": "i32", "l": "i64", "f": "fp32"}
 _BYTES = {"i": 4, "l": 8, "f": 4}
 _PARAMETER = re.compile(
@@ -83,8 +86,11 @@ def _compile(spec: CubinSpec) -> Any:
         ASTSource(kernel, signature, known, attributes),
         target=GPUTarget("cuda", spec.capability, 32),
         # Triton 3.10 will no longer fuse multiplications and additions by default.
-        options={"num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": True},
-    )
+        options={
+            "num_warps": spec.warps, "num_stages": spec.stages, "enable_fp_fusion": True,
+            "debug": spec.kernel in _ASSERTING, "sanitize_overflow": False,
+        },
+    )  # fmt: skip
 
 
 def _check_machine_code(spec: CubinSpec, code: bytes) -> None:
