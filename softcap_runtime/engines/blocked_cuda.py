@@ -117,7 +117,7 @@ def _artifacts(problem: Problem, kernels: Kernels) -> list[GpuKernel]:
     q: Any = _Outline((batch, heads, mask.q_len, head_dim), problem.dtype, device)
     k: Any = _Outline((batch, kv_heads, mask.kv_len, head_dim), problem.dtype, device)
     lse: Any = _Outline(q.shape[:3], torch.float32, device)
-    edges: list[Any] = [_Outline(tuple(edge.shape), torch.int32, device) for edge in mask.vectors[:2]]
+    edges: list[Any] = [_Outline(tuple(edge.shape), torch.int32, device) for edge in mask.vectors]
     triton_attention.bind_forward(q, k, k, *edges, train=problem.train, **how)
     if problem.train:
         triton_gradient.bind_backward(q, q, k, k, q, lse, *edges, **how)
@@ -150,7 +150,8 @@ def _alike(problem: Problem) -> list[Problem]:
         long *= 2
     lengths = [(MANY_ROWS, 1), (long, long)]  # one key: little work, however many heads
     lengths += [(count, keys) for keys in (1, MANY_KEYS) for count in _decode_rows(problem)]
-    return [problem._replace(batch=1, mask=_mask_alike(problem.mask, *each)) for each in lengths]
+    masks = [mask for each in lengths for mask in _masks_alike(problem.mask, *each)]
+    return [problem._replace(batch=1, mask=mask) for mask in masks]
 
 
 def _decode_rows(problem: Problem) -> list[int]:
@@ -159,11 +160,13 @@ def _decode_rows(problem: Problem) -> list[int]:
     return sorted({1, *(size // group for size in (32, 64) if size <= most)} - {0})
 
 
-def _mask_alike(mask: RowIntervals, q_len: int, kv_len: int) -> RowIntervals:
+def _masks_alike(mask: RowIntervals, q_len: int, kv_len: int) -> list[RowIntervals]:
+    """A band; or intervals with keys that are not kept, for which another kernel may be the faster one, and without."""
     if mask.lo is None:
-        return band(q_len, kv_len, causal=True, window=None)
-    edge = torch.empty(1, q_len, dtype=torch.int32, device="meta")
-    return RowIntervals(q_len, kv_len, None, None, edge, edge)
+        return [band(q_len, kv_len, causal=True, window=None)]
+    edge, kept = (torch.empty(1, size, dtype=torch.int32, device="meta") for size in (q_len, kv_len))
+    plain = RowIntervals(q_len, kv_len, None, None, edge, edge)
+    return [plain, plain._replace(kept=kept)]
 
 
 def _how(problem: Problem, kernels: Kernels, found: dict[GpuKernel, None] | None = None) -> dict[str, Any]:

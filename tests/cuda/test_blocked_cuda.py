@@ -208,16 +208,21 @@ def test_what_is_listed_is_what_calls_ask_for(
     group = heads // kv_heads
     for packed in (False, True):
 
-        def call(batch: int, rows: int, keys: int, window: int | None, packed: bool = packed) -> Problem:
+        def call(
+            batch: int, rows: int, keys: int, window: int | None, holes: bool, packed: bool = packed
+        ) -> Problem:
             mask = band(rows, keys, causal=True, window=window)
             if packed:
-                edge = torch.empty(random.choice([1, batch]), rows, dtype=torch.int32, device="meta")
-                mask = RowIntervals(rows, keys, None, None, edge, edge)
+                several = random.choice([1, batch])
+                edge, kept = (
+                    torch.empty(several, size, dtype=torch.int32, device="meta") for size in (rows, keys)
+                )
+                mask = RowIntervals(rows, keys, None, None, edge, edge, kept if holes else None)
             sizes = (batch, heads, kv_heads, head_dim)
             return Problem(torch.device("cuda", 0), dtype, *sizes, 0.1, softcap, mask, train)
 
         recorded.asked.clear()
-        alike = blocked_cuda.ENGINE.alike(call(2, 77, 77, None))
+        alike = blocked_cuda.ENGINE.alike(call(2, 77, 77, None, False))
         listed = {one for each in alike for one in blocked_cuda.ENGINE.artifacts(each, kernels)}
         assert not recorded.asked, "to list is to ask for nothing"
         few = [
@@ -233,8 +238,8 @@ def test_what_is_listed_is_what_calls_ask_for(
         shapes += [(random.randint(1, 64), *sorted(random.choices(range(1, 9000), k=2))) for _ in range(20)]
         met = set()
         for shape in shapes:
-            for window in (None, 1, random.randint(1, 5000)):
-                one = call(*shape, window)
+            for window, holes in itertools.product((None, 1, random.randint(1, 5000)), (False, True)):
+                one = call(*shape, window, holes)
                 asked = recorded.asked_by(one, layout)
                 assert set(blocked_cuda.ENGINE.artifacts(one, kernels)) == asked, shape
                 met |= asked

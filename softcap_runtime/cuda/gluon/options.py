@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 
 from softcap_runtime.cuda.options import DeviceLimits, Direction, tile_width, triton_version
-from softcap_runtime.cuda.triton.call import Factors
+from softcap_runtime.cuda.triton.call import Factors, Mask
 
 # What compiles the kernels: warp specialisation as they use it. The forms of a softcap that they know.
 OLDEST_TRITON = (3, 6)
@@ -87,14 +87,14 @@ def serves(limits: DeviceLimits, dtype: torch.dtype, call: Factors, tma: bool) -
     )
 
 
-def faster_forward(head_dim: int, band: bool, call: Factors, total: bool) -> bool:
+def faster_forward(head_dim: int, mask: Mask, call: Factors, total: bool) -> bool:
     """Whether the forward kernel is the faster one where it serves; the backward kernels always are.
 
     ``total``: it sums the rounded weights, for training.
     """
     width = tile_width(head_dim)
     exact = call.form == 1 and not call.online and not total
-    return width == 256 or total or (width == 128 and (band or not exact))
+    return width == 256 or total or mask.kept or (width == 128 and (mask.band or not exact))
 
 
 def forward_options(head_dim: int, call: Factors, total: bool) -> ForwardOptions:

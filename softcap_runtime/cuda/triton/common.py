@@ -201,9 +201,12 @@ def kept_row(b, stride_b, Skv):
 @triton.jit
 def kept_keys(keys, Kept, kept_at, kept_len, BAND: tl.constexpr):
     """``keys``, -1 in the place of those that no row sees; ``kept_len``: how many numbers of Kept are read."""
-    if not BAND:
-        kept = tl.load(Kept + kept_at + keys, mask=keys < kept_len, other=1)
-        keys = tl.where(kept != 0, keys, -1)
+    if not BAND:  # noqa: SIM102
+        # A branch: Triton would load ahead into shared memory, 56 bytes, and two programs of head_dim 128 with 115,712
+        # bytes each are all that a multiprocessor of Hopper holds.
+        if kept_len > 0:
+            kept = tl.load(Kept + kept_at + keys, mask=keys < kept_len, other=1)
+            keys = tl.where(kept != 0, keys, -1)
     return keys
 
 
