@@ -58,11 +58,13 @@ def wanted(case: dict[str, Any], limits: gpu_options.DeviceLimits) -> list[Cubin
     kernels = Wanted(limits)
     how: dict[str, Any] = {"kernels": kernels, "scale": 0.1, "softcap": case.get("softcap", 50.0)}
     how |= {"approx": case.get("approx", False), "gluon": case.get("gluon")}
-    edges = []
+    edges: list[Tensor] = []
     if case["band"]:
         how["right"] = keys - rows + 1
     else:
         edges = [torch.zeros(1, rows, dtype=torch.int32, device="meta")] * 2
+        if case.get("holes"):
+            edges.append(torch.zeros(1, keys, dtype=torch.int32, device="meta"))
     q, k, v = tensor(rows, 4), tensor(keys, 2), tensor(keys, 2)
     bind_forward(q, k, v, *edges, train=case["train"], **how)
     if case["train"]:
