@@ -13,11 +13,7 @@ from benchmarks.picture import draw
 from benchmarks.report import Report
 
 app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help=__doc__,
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
 )
 PARTS = {
     "context": context.measure,
@@ -36,9 +32,7 @@ def main(
     parts: Annotated[list[str], typer.Argument(help=f"Any of: {', '.join(PARTS)}, all.")],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     png: Annotated[Path | None, typer.Option(help="Plot the forward and train figures.")] = None,
-    device: Annotated[
-        str, typer.Option(help="Of context alone: cpu, or cuda for a rank on each GPU.")
-    ] = "cpu",
+    device: Annotated[str, typer.Option(help="Of context alone: cpu, or cuda for a rank on each GPU.")] = "cpu",
     quick: Annotated[bool, typer.Option(help="Small shapes and few rounds: does it run at all?")] = False,
 ) -> None:
     """Measure the parts named and print a table of each."""
@@ -49,9 +43,7 @@ def main(
         raise typer.BadParameter(f"--device: {device!r}, expected cpu, or cuda for context alone")
     # Told before the measuring, which takes long.
     if png is not None and not {"forward", "train", "all"} & {*parts}:
-        raise typer.BadParameter(
-            "--png: plots forward and train, expected one of them or all among the parts"
-        )
+        raise typer.BadParameter("--png: plots forward and train, expected one of them or all among the parts")
     for option, path in (("--json", json_file), ("--png", png)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise typer.BadParameter(f"{option}: {str(path)!r}, expected a file in a folder that is there")

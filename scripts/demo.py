@@ -105,9 +105,7 @@ def batch_of_texts() -> tuple[Tensor, Tensor, list[str]]:
     return ids, (ids != PAD).long(), [str(path.relative_to(ROOT)) for path in paths]
 
 
-def described(
-    console: Console, model: Gemma2ForCausalLM, seed: int, mask: Tensor, names: Sequence[str]
-) -> None:
+def described(console: Console, model: Gemma2ForCausalLM, seed: int, mask: Tensor, names: Sequence[str]) -> None:
     config = model.config
     console.print(
         f"Gemma2ForCausalLM, {sum(weight.numel() for weight in model.parameters()):,} random weights, "
@@ -118,17 +116,13 @@ def described(
         f"{torch.get_num_threads()} threads"
     )
     lengths = mask.sum(1).tolist()
-    console.print(
-        "batch: " + ", ".join(f"{name} {count}" for name, count in zip(names, lengths, strict=True))
-    )
+    console.print("batch: " + ", ".join(f"{name} {count}" for name, count in zip(names, lengths, strict=True)))
 
 
 def requests_of(model: Gemma2ForCausalLM, length: int) -> list[PrewarmRequest]:
     """One request per distinct kind of layer."""
     config = model.config
-    kinds = dict.fromkeys(
-        AttentionConfig.from_hf(config, layer_idx=layer) for layer in range(config.num_hidden_layers)
-    )
+    kinds = dict.fromkeys(AttentionConfig.from_hf(config, layer_idx=layer) for layer in range(config.num_hidden_layers))
     return [
         PrewarmRequest(
             config=kind,

@@ -235,9 +235,7 @@ def saturated(report: Report) -> None:
     for head_dim in (64,) if report.smoke else (128, 256):
         for spread in (1, 3, 10, 30):
             length = 64 if report.smoke else 1024
-            tensors = [
-                (x.detach() * spread).requires_grad_() for x in report.inputs(1, 4, 2, length, head_dim)
-            ]
+            tensors = [(x.detach() * spread).requires_grad_() for x in report.inputs(1, 4, 2, length, head_dim)]
             grad = torch.randn_like(tensors[0])
             mask = dense(band(length, length, causal=True, window=None), report.device)
 
@@ -254,9 +252,7 @@ def saturated(report: Report) -> None:
                 found = [call(*tensors), *step(call, tensors, grad)()]
                 errors = [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, true, strict=True)]
                 names = ("out", "dq", "dk", "dv")
-                rows.append(
-                    {"D": head_dim, "inputs x": spread, "who": who, **dict(zip(names, errors, strict=True))}
-                )
+                rows.append({"D": head_dim, "inputs x": spread, "who": who, **dict(zip(names, errors, strict=True))})
     report.table("errors at saturated logits, bf16", rows)
 
 
@@ -319,12 +315,7 @@ def paged(report: Report) -> None:
     moved = 2 * k.numel() * k.element_size()
     first = seconds["together, 1 rows"]
     found = [
-        {
-            "keys": who,
-            "ms": each * 1e3,
-            "x together, 1 row": each / first,
-            "share of copy": moved / each / report.copy,
-        }
+        {"keys": who, "ms": each * 1e3, "x together, 1 row": each / first, "share of copy": moved / each / report.copy}
         for who, each in seconds.items()
     ]
     report.table(f"decoding from pages, B{batch}, {length} keys", found)

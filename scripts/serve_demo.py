@@ -127,18 +127,14 @@ def prewarm(model: Gemma2ForCausalLM) -> None:
     )
 
 
-def one_by_one(
-    model: Gemma2ForCausalLM, prompts: list[list[int]], greedy: GenerationConfig
-) -> Iterator[list[int]]:
+def one_by_one(model: Gemma2ForCausalLM, prompts: list[list[int]], greedy: GenerationConfig) -> Iterator[list[int]]:
     model.set_attn_implementation("softcap")
     for prompt in prompts:
         given = torch.tensor([prompt], device=model.device)
         yield model.generate(given, generation_config=greedy)[0, len(prompt) :].tolist()
 
 
-def padded(
-    model: Gemma2ForCausalLM, prompts: list[list[int]], greedy: GenerationConfig
-) -> Iterator[list[int]]:
+def padded(model: Gemma2ForCausalLM, prompts: list[list[int]], greedy: GenerationConfig) -> Iterator[list[int]]:
     """In the order in which they came, padded on the left to the longest of their batch."""
     model.set_attn_implementation("softcap")
     for first in range(0, len(prompts), BATCH):
@@ -155,9 +151,7 @@ def continuous(
     """All at once, with a table that lives while they run."""
     model.set_attn_implementation("softcap_flash")
     pages = sum(-(-(len(prompt) + greedy.max_new_tokens) // PAGE) for prompt in prompts)
-    config = ContinuousBatchingConfig(
-        **page_size(), num_blocks=pages, max_batch_tokens=512, max_blocks_per_request=0
-    )
+    config = ContinuousBatchingConfig(**page_size(), num_blocks=pages, max_batch_tokens=512, max_blocks_per_request=0)
     manager = model.init_continuous_batching(generation_config=greedy, continuous_batching_config=config)
     manager.start()
     begin = time.perf_counter()

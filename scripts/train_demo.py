@@ -88,9 +88,7 @@ def main() -> None:
         f"[bold]seed {seed}[/bold]; {len(batches)} rows of {LENGTH} bytes, {documents:,} paragraphs packed in them"
     )
     # Curves are compared on one device: with a GPU each rank trains on its own.
-    device = (
-        torch.device("cuda", torch.cuda.current_device()) if ranks and torch.cuda.is_available() else "cpu"
-    )
+    device = torch.device("cuda", torch.cuda.current_device()) if ranks and torch.cuda.is_available() else "cpu"
     prewarm(console, str(device))
     names = ("eager", "softcap") if ranks is None else ("one process", f"{ranks} ranks")
     curves = train_both(seed, batches, names, console, rank, device)
@@ -180,12 +178,7 @@ def start_ranks() -> int:
 
 
 def train_both(
-    seed: int,
-    batches: list[Batch],
-    names: tuple[str, str],
-    console: Console,
-    rank: int,
-    device: torch.device | str,
+    seed: int, batches: list[Batch], names: tuple[str, str], console: Console, rank: int, device: torch.device | str
 ) -> dict[str, Curve]:
     columns = (
         TextColumn("{task.description:11}"),
@@ -243,9 +236,7 @@ class RanksStep:
             for x in (batch.input_ids, batch.position_ids, labels)
         )
         logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
-        total = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), mine.flatten(), reduction="sum"
-        )
+        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), mine.flatten(), reduction="sum")
         loss = total / (labels != -100).sum()
         loss.backward()
         for parameter in model.parameters():

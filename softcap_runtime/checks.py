@@ -107,9 +107,7 @@ def device_of(name: str) -> torch.device:
         raise ValueError(f"device: {name!r}, expected cpu or cuda")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
-        raise ValueError(
-            f"device: {name!r}, but this process sees {count} CUDA devices; use 'cpu' or run there"
-        )
+        raise ValueError(f"device: {name!r}, but this process sees {count} CUDA devices; use 'cpu' or run there")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

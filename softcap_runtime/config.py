@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, SupportsIndex
 
 import platformdirs
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 EngineName = Literal["auto", "flex", "blocked", "dense", "eager"]
@@ -275,9 +267,7 @@ class RuntimeSettings(BaseSettings):
     ``softcap * 5e-4``; nothing changes on the CPU.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix="SOFTCAP_", env_ignore_empty=True, frozen=True, extra="forbid"
-    )
+    model_config = SettingsConfigDict(env_prefix="SOFTCAP_", env_ignore_empty=True, frozen=True, extra="forbid")
 
     cache_dir: UserPath = Field(default_factory=default_cache_dir)
     cache_size_limit: ByteSize = Field(default=ByteSize(2 * 1024**3), gt=0)

@@ -31,13 +31,7 @@ HAS_FLEX_ATTENTION: bool = torch_features.FLEX_ATTENTION
 
 
 def slow_attention_softcapping(
-    Q: Tensor,
-    K: Tensor,
-    V: Tensor,
-    causal_mask: Any,
-    self: Any,
-    bsz: int,
-    q_len: int,
+    Q: Tensor, K: Tensor, V: Tensor, causal_mask: Any, self: Any, bsz: int, q_len: int
 ) -> Tensor:
     """Attention with logit softcapping: ``[bsz, Sq, n_heads * head_dim]``, by the warm kernel.
 
@@ -56,13 +50,7 @@ def slow_attention_softcapping(
 
 
 def slow_inference_attention_softcapping(
-    Q: Tensor,
-    K: Tensor,
-    V: Tensor,
-    causal_mask: Any,
-    self: Any,
-    bsz: int,
-    q_len: int,
+    Q: Tensor, K: Tensor, V: Tensor, causal_mask: Any, self: Any, bsz: int, q_len: int
 ) -> Tensor:
     """As ``slow_attention_softcapping``, by the eager engine: it never compiles anything and needs no kernel."""
     return attend(Q, K, V, causal_mask, self, bsz, q_len, "eager")

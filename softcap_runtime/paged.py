@@ -104,9 +104,7 @@ def _problem(runtime: Server, q: Tensor, k: Tensor, config: AttentionConfig) -> 
     return call.problem(q, k, runtime.settings.softcap_approx)
 
 
-def _on_gpu(
-    runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
-) -> Tensor:
+def _on_gpu(runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None) -> Tensor:
     """By ``cuda.triton.paged``'s kernel, bound once for each layout of a call's tensors."""
     from softcap_runtime.cuda.paged import bind_paged
 
@@ -206,9 +204,7 @@ def gathered(
     return k.transpose(1, 2), v.transpose(1, 2), clipped(q.shape[2], keys, lo, hi)
 
 
-def _edges(
-    q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _edges(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None) -> tuple[Tensor, Tensor]:
     """The keys ``[lo, hi)`` of its sequence that each row sees: int32 ``[B or 1, Sq]`` both."""
     ends, positions = row_positions(q, pages, cu_seqlens_q)
     hi = torch.minimum(positions + 1, ends) if config.causal else ends.expand_as(positions)
@@ -268,9 +264,7 @@ def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> 
                 f"{q.shape[3]}"
             )
         if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(
-                f"{name}: requires a gradient, which a paged cache has none of; use torch.no_grad()"
-            )
+            raise ValueError(f"{name}: requires a gradient, which a paged cache has none of; use torch.no_grad()")
     if pages.v.shape != pages.k.shape:
         raise ValueError(f"v: shape {tuple(pages.v.shape)}, expected k's {tuple(pages.k.shape)}")
     if pages.k.shape[1] not in PAGE_SIZES:
@@ -283,9 +277,7 @@ def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> 
         _check_offsets(q, pages, cu_seqlens_q)
         if q.is_cuda:
             given, rows = cu_seqlens_q, q.shape[2]
-            cu_seqlens_q = checked(
-                given, lambda: rise_from_zero(given) & (given[-1] <= rows), _OFFSETS, (rows,)
-            )
+            cu_seqlens_q = checked(given, lambda: rise_from_zero(given) & (given[-1] <= rows), _OFFSETS, (rows,))
     if data_is_readable(pages.table) and data_is_readable(pages.lengths):
         _check_contents(q, pages, cu_seqlens_q)
     return cu_seqlens_q
@@ -313,9 +305,7 @@ def _check_offsets(q: Tensor, pages: Pages, cu_seqlens_q: Tensor) -> None:
             "page_table's rows"
         )
     if q.shape[0] != 1:
-        raise ValueError(
-            f"q: batch {q.shape[0]}, expected 1 with cu_seqlens_q; lay the sequences side by side"
-        )
+        raise ValueError(f"q: batch {q.shape[0]}, expected 1 with cu_seqlens_q; lay the sequences side by side")
     if cu_seqlens_q.device != q.device:
         raise ValueError(f"cu_seqlens_q: on {cu_seqlens_q.device}, expected q's {q.device}; move it")
 
@@ -327,8 +317,7 @@ def _check_contents(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> Non
         rows = [past - first for first, past in pairwise(offsets)]
         if offsets[0] != 0 or offsets[-1] > q.shape[2] or min(rows) < 0:
             raise ValueError(
-                f"cu_seqlens_q: {offsets}, expected 0 and then offsets that never decrease, up to q's "
-                f"{q.shape[2]} rows"
+                f"cu_seqlens_q: {offsets}, expected 0 and then offsets that never decrease, up to q's {q.shape[2]} rows"
             )
     size, most = pages.k.shape[1], pages.table.shape[1] * pages.k.shape[1]
     for row, (count, length) in enumerate(zip(rows, pages.lengths.tolist(), strict=True)):

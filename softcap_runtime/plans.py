@@ -187,13 +187,7 @@ class Server(Protocol):
     number: int
 
     def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        config: Capped,
-        mask: RowIntervals,
-        engine: EngineName | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, config: Capped, mask: RowIntervals, engine: EngineName | None = None
     ) -> Tensor:
         """See ``Runtime.attend``."""
 

@@ -8,15 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from softcap_runtime.config import (
-    FULL,
-    SLIDING,
-    AttentionConfig,
-    DtypeName,
-    PrewarmRequest,
-    hf_count,
-    hf_head_dim,
-)
+from softcap_runtime.config import FULL, SLIDING, AttentionConfig, DtypeName, PrewarmRequest, hf_count, hf_head_dim
 
 Kinds = tuple[AttentionConfig, ...]
 
@@ -31,9 +23,7 @@ class Shape(NamedTuple):
 
 
 def _kinds(softcap: float, scale: float, windows: Sequence[int | None], causal: bool = True) -> Kinds:
-    return tuple(
-        AttentionConfig(softcap=softcap, scale=scale, window=window, causal=causal) for window in windows
-    )
+    return tuple(AttentionConfig(softcap=softcap, scale=scale, window=window, causal=causal) for window in windows)
 
 
 def _gemma2(num_heads: int, num_kv_heads: int, head_dim: int, query_pre_attn_scalar: int) -> tuple[Shape]:

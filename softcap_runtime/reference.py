@@ -22,13 +22,7 @@ def visible(lo: Tensor, hi: Tensor, kv_len: int) -> Tensor:
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    *,
-    scale: float | Tensor,
-    softcap: float | Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float | Tensor, softcap: float | Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Softcapped attention and its logsumexp, differentiable.
 

@@ -109,9 +109,7 @@ class Runtime:
         """
         check_no_context_parallel()
         # One by one: a tensor of a tuple that is compared with None takes 30 us.
-        tokens_alone = (
-            prefix_lengths is None and spans is None and cache_lengths is None and query_positions is None
-        )
+        tokens_alone = prefix_lengths is None and spans is None and cache_lengths is None and query_positions is None
         key = None if torch.compiler.is_compiling() else _shortcut_key(q, k, v, config)
         known = None if key is None else self.plans.shortcuts.get(key)
         if known is None:
@@ -140,12 +138,7 @@ class Runtime:
         return out
 
     def _edges(
-        self,
-        q: Tensor,
-        k: Tensor,
-        config: AttentionConfig,
-        attention_mask: Tensor | None,
-        document_ids: Tensor | None,
+        self, q: Tensor, k: Tensor, config: AttentionConfig, attention_mask: Tensor | None, document_ids: Tensor | None
     ) -> tuple[Tensor, ...] | None:
         """The short way to a mask's vectors, none for a band; None where there is none, and for wrong masks."""
         if attention_mask is None and document_ids is None:
@@ -153,9 +146,7 @@ class Runtime:
         find = self._find_intervals.get(q.device)
         if find is None:
             return None
-        return find(
-            q.shape[0], q.shape[2], k.shape[2], config.causal, config.window, attention_mask, document_ids
-        )
+        return find(q.shape[0], q.shape[2], k.shape[2], config.causal, config.window, attention_mask, document_ids)
 
     def _run(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor:
         plan.hits += 1
@@ -164,13 +155,7 @@ class Runtime:
         return plan.forward(rows_together(q), rows_together(k), rows_together(v), *edges)[0]
 
     def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        config: Capped,
-        mask: RowIntervals,
-        engine: EngineName | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, config: Capped, mask: RowIntervals, engine: EngineName | None = None
     ) -> Tensor:
         """Attention under a mask that is made already: for integrations that make one mask for many layers.
 
@@ -185,14 +170,7 @@ class Runtime:
         return operator.attention(q, k, v, call, self.number)
 
     def context_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        config: AttentionConfig,
-        context: ContextMask,
-        *,
-        stages: int = 1,
+        self, q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, context: ContextMask, *, stages: int = 1
     ) -> Tensor:
         """Attention of this rank's rows over a whole sequence that is spread over ranks: as ``attention``, of its rows.
 
@@ -260,14 +238,7 @@ class Runtime:
         return self.plan(q, k, call).forward(q, k, v, *call.mask.vectors)
 
     def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        call: Call,
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v: what the operator's derivative calls."""
         grad_out, q, k, v, out = map(rows_together, (grad_out, q, k, v, out))
@@ -288,10 +259,7 @@ class Runtime:
             problem = call.problem(q, k, self.settings.softcap_approx)
             engine, reason, artifacts, lasting = self.supply.engine(problem, call.engine)
             kernels = self.supply.kernels(problem)
-            if (
-                q.device not in self._find_intervals
-                and (find := engine.intervals(problem, kernels)) is not None
-            ):
+            if q.device not in self._find_intervals and (find := engine.intervals(problem, kernels)) is not None:
                 self._find_intervals[q.device] = find
             plan = Plan(engine, reason, problem, artifacts, *bind(engine, problem, kernels))
             if lasting:
@@ -339,15 +307,11 @@ def _shortcut_key(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> H
     )
 
 
-def _intervals(
-    q: Tensor, k: Tensor, config: AttentionConfig, masks: dict[str, Tensor | None]
-) -> RowIntervals:
+def _intervals(q: Tensor, k: Tensor, config: AttentionConfig, masks: dict[str, Tensor | None]) -> RowIntervals:
     """Check the config and the mask arguments, and intersect these with the config's."""
     check_config(config)
     q_len, kv_len = q.shape[2], k.shape[2]
-    given = check_mask_arguments(
-        q_len, kv_len, q.shape[0], q.device, causal=config.causal, holes=True, **masks
-    )
+    given = check_mask_arguments(q_len, kv_len, q.shape[0], q.device, causal=config.causal, holes=True, **masks)
     attention_mask = masks["attention_mask"]
     if attention_mask is not None and data_is_readable(attention_mask) and bool(attention_mask.all()):
         given["attention_mask"] = None

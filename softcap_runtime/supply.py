@@ -127,9 +127,7 @@ def _auth_key(settings: RuntimeSettings) -> bytes | None:
     try:
         key, mode = path.read_bytes().strip(), stat.S_IMODE(path.stat().st_mode)
     except OSError as error:
-        raise ValueError(
-            f"cache_key_file: {path} cannot be read ({error.strerror}); fix or unset it"
-        ) from None
+        raise ValueError(f"cache_key_file: {path} cannot be read ({error.strerror}); fix or unset it") from None
     if not key:
         raise ValueError(f"cache_key_file: {path} is empty, expected a secret of some 32 random bytes")
     if mode & 0o077:

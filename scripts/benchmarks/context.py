@@ -20,18 +20,9 @@ def measure(report: Report) -> None:
     ranks = torch.cuda.device_count() if cuda else 2
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "rows.json"
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(ranks),
-        ]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         script = Path(__file__).with_name("context_ranks.py")
-        environment = (
-            {**os.environ} if cuda else {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        )
+        environment = {**os.environ} if cuda else {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         subprocess.run(
             [*launch, str(script), report.device, "quick" if report.quick else "full", str(found)],
             env=environment,

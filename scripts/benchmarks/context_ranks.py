@@ -41,9 +41,7 @@ SHORTEST = min(LENGTHS)
 # the host's time but that of the first.
 QUEUED = 10
 # Expressions that names of cases, and of ways beside computing alone, must match.
-WANTED_CASES, WANTED_WAYS = (
-    re.compile(os.environ.get(f"CONTEXT_BENCHMARK_{name}", "")) for name in ("CASES", "WAYS")
-)
+WANTED_CASES, WANTED_WAYS = (re.compile(os.environ.get(f"CONTEXT_BENCHMARK_{name}", "")) for name in ("CASES", "WAYS"))
 # Length, packed, window: the most telling first, as the time may not be enough for all.
 CASES = [
     (length, packed, window)
@@ -109,11 +107,7 @@ def in_model_order(x: Tensor) -> Tensor:
 
 
 def on_device(mask: RowIntervals) -> RowIntervals:
-    return (
-        mask
-        if mask.lo is None or mask.hi is None
-        else mask._replace(lo=mask.lo.to(DEVICE), hi=mask.hi.to(DEVICE))
-    )
+    return mask if mask.lo is None or mask.hi is None else mask._replace(lo=mask.lo.to(DEVICE), hi=mask.hi.to(DEVICE))
 
 
 def torch_flex(config: AttentionConfig, ids: Tensor | None, seq_len: int, mesh: DeviceMesh) -> Attend:
@@ -138,9 +132,7 @@ def torch_flex(config: AttentionConfig, ids: Tensor | None, seq_len: int, mesh: 
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (q, k, v), _ = style.flex_input_fn(None, (q, k, v), {}, mesh)
-        out: Tensor = compiled(
-            q, k, v, score_mod=tanh_softcap, block_mask=mask, scale=config.scale, enable_gqa=True
-        )
+        out: Tensor = compiled(q, k, v, score_mod=tanh_softcap, block_mask=mask, scale=config.scale, enable_gqa=True)
         return out
 
     return attend
@@ -149,9 +141,7 @@ def torch_flex(config: AttentionConfig, ids: Tensor | None, seq_len: int, mesh: 
 class Way:
     """One way to compute a case: its layout, what it is called with, what it moves."""
 
-    def __init__(
-        self, name: str, layout: SequenceLayout, attend: Attend, received: float, pairs: float
-    ) -> None:
+    def __init__(self, name: str, layout: SequenceLayout, attend: Attend, received: float, pairs: float) -> None:
         self.name, self.layout, self.attend = name, layout, attend
         self.received, self.pairs = received, pairs
 
@@ -174,12 +164,8 @@ def ways(
     def add(name: str, context: ContextMask, attend: Attend, received: float | None = None) -> None:
         if not WANTED_WAYS.search(name):
             return
-        moved = (
-            max(context.received_bytes(heads, kv_heads, head_dim, DTYPE)) if received is None else received
-        )
-        found.append(
-            Way(name, context.layout, attend, moved, max(context.pairs) / (sum(context.pairs) / count))
-        )
+        moved = max(context.received_bytes(heads, kv_heads, head_dim, DTYPE)) if received is None else received
+        found.append(Way(name, context.layout, attend, moved, max(context.pairs) / (sum(context.pairs) / count)))
 
     def ours(context: ContextMask, stages: int) -> Attend:
         return lambda q, k, v: runtime.context_attention(q, k, v, config, context, stages=stages)
@@ -214,11 +200,7 @@ def ways(
 
 
 def alone(
-    config: AttentionConfig,
-    ids: Tensor | None,
-    layout: SequenceLayout,
-    inputs: list[Tensor],
-    mesh: DeviceMesh,
+    config: AttentionConfig, ids: Tensor | None, layout: SequenceLayout, inputs: list[Tensor], mesh: DeviceMesh
 ) -> Attend:
     """This rank's computing of its rows with all keys that they need there already."""
     masks = {} if ids is None else {"document_ids": ids}
@@ -279,12 +261,7 @@ def measure_case(
             if config.window is not None:  # global layers take so long that the host is not seen
                 calls["queued both"][way.name] = functools.partial(in_a_row, both)
             used = memory_of(both) if DEVICE == "cuda" else None
-        rows[way.name] = {
-            "MB": way.received / 1e6,
-            "pairs": way.pairs,
-            "GB": used,
-            "error": largest(error),
-        }
+        rows[way.name] = {"MB": way.received / 1e6, "pairs": way.pairs, "GB": used, "error": largest(error)}
     found: list[dict[str, Any]] = []
     took = {kind: in_turn(named, rounds) for kind, named in calls.items() if named}
     for name, row in rows.items():

@@ -19,19 +19,14 @@ def measure(report: Report) -> None:
     for shape in SHAPES[:1] if report.quick else SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             rows += _rows(report, shape, dtype)
-    report.table(
-        "forward", rows, "ratio: of its time to softcap_runtime auto's; error: relative, against float64"
-    )
+    report.table("forward", rows, "ratio: of its time to softcap_runtime auto's; error: relative, against float64")
 
 
 def _rows(report: Report, shape: tuple[int, ...], dtype: torch.dtype) -> list[dict[str, Any]]:
     batch, heads, kv_heads, length, head_dim = shape
     q, k, v = peers.inputs(batch, heads, kv_heads, length, head_dim, dtype)
     true, mask = peers.exact(q, k, v), peers.additive(length, dtype)
-    functions = {
-        **peers.inference(q, k, v, mask),
-        "the products alone": lambda: peers.products_alone(q, k, v),
-    }
+    functions = {**peers.inference(q, k, v, mask), "the products alone": lambda: peers.products_alone(q, k, v)}
     with torch.no_grad():
         errors = {
             name: peers.error(functions[name](), true)

@@ -79,9 +79,7 @@ def flash4(window: int | None, scale: float) -> Attend | None:
 
     def run(*qkv: Tensor) -> Tensor:
         rows = (x.transpose(1, 2) for x in qkv)
-        out = functions.flash_attn_func(
-            *rows, softmax_scale=scale, causal=True, window_size=edges, softcap=CAP
-        )
+        out = functions.flash_attn_func(*rows, softmax_scale=scale, causal=True, window_size=edges, softcap=CAP)
         return _first(out).transpose(1, 2)
 
     return run

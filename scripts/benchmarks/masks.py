@@ -45,9 +45,7 @@ def _building(report: Report) -> None:
             make = _maker(length, window)
             seconds = side_by_side({"": make}, report.rounds(51))[""]
             storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in make()}
-            rows.append(
-                {"mask": name, "tokens": length, "ms": seconds * 1e3, "MB": sum(storages.values()) / 1e6}
-            )
+            rows.append({"mask": name, "tokens": length, "ms": seconds * 1e3, "MB": sum(storages.values()) / 1e6})
     report.table("building band masks", rows, "to reach: under 1 ms and 2 MB")
 
 
@@ -142,6 +140,4 @@ def _kinds(report: Report) -> None:
         {"engine": engine, "band ms": band * 1e3, "intervals ms": general * 1e3, "ratio": general / band}
         for engine, band, general in _without_and_with_ids(q, k, v, config, one, report.rounds(15))
     ]
-    report.table(
-        "plain causal, as a band and as general intervals", rows, f"{length} tokens, float32. To reach: 1.03"
-    )
+    report.table("plain causal, as a band and as general intervals", rows, f"{length} tokens, float32. To reach: 1.03")

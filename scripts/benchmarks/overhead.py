@@ -26,9 +26,7 @@ def measure(report: Report) -> None:
             times = side_by_side(
                 {
                     "softcap_runtime": lambda: runtime.attention(q, k, v, config),
-                    "softcap_runtime, paged": lambda: runtime.paged_attention(
-                        new_rows, *pages, config, table, lengths
-                    ),
+                    "softcap_runtime, paged": lambda: runtime.paged_attention(new_rows, *pages, config, table, lengths),
                     "the same kernel alone": lambda: plan.forward(q, k, v),
                     "stock compiled flex": lambda: peers.stock_flex(q, k, v),
                 },
@@ -37,9 +35,5 @@ def measure(report: Report) -> None:
     finally:
         torch.set_num_threads(threads)
     kernel = times["the same kernel alone"]
-    rows = [
-        {"who": who, "us a call": s * 1e6, "over the kernel": (s - kernel) * 1e6} for who, s in times.items()
-    ]
-    report.table(
-        "overhead", rows, "microseconds, median; to reach: 12 a call, 10 over the kernel, half of stock"
-    )
+    rows = [{"who": who, "us a call": s * 1e6, "over the kernel": (s - kernel) * 1e6} for who, s in times.items()]
+    report.table("overhead", rows, "microseconds, median; to reach: 12 a call, 10 over the kernel, half of stock")

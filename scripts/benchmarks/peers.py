@@ -20,8 +20,7 @@ def inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fresh random q, k, v as projections make them: ``[B, S, H, D]`` in memory, seen as ``[B, H, S, D]``."""
     made = [
-        torch.randn(batch, length, count, head_dim).to(dtype).transpose(1, 2)
-        for count in (heads, kv_heads, kv_heads)
+        torch.randn(batch, length, count, head_dim).to(dtype).transpose(1, 2) for count in (heads, kv_heads, kv_heads)
     ]
     return tuple(x.detach().requires_grad_(grad) for x in made)  # type: ignore[return-value]
 
@@ -50,12 +49,7 @@ def runtime(engine: str = "auto") -> Runtime:
 
 
 def ours(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    engine: str = "auto",
-    window: int | None = None,
-    softcap: float | None = SOFTCAP,
+    q: Tensor, k: Tensor, v: Tensor, engine: str = "auto", window: int | None = None, softcap: float | None = SOFTCAP
 ) -> Tensor:
     """This package."""
     config = AttentionConfig(softcap=softcap, scale=q.shape[3] ** -0.5, window=window)

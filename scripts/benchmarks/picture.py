@@ -17,9 +17,7 @@ def draw(tables: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """
     panels = _panels(tables)
     if not panels:
-        raise ValueError(
-            f"tables: {sorted(tables)}, expected forward or train among them: only these are drawn"
-        )
+        raise ValueError(f"tables: {sorted(tables)}, expected forward or train among them: only these are drawn")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -51,10 +49,7 @@ def _panel(axis: Any, title: str, bars: Mapping[str, float]) -> None:
     colours = [OURS if who.startswith("softcap_runtime") else PEER for who in bars]
     drawn = axis.barh(list(bars), list(bars.values()), color=colours, height=0.7)
     axis.bar_label(
-        drawn,
-        [f"{ms:.3g} ms" if ms < 1000 else f"{ms:,.0f} ms" for ms in bars.values()],
-        fontsize=7,
-        padding=3,
+        drawn, [f"{ms:.3g} ms" if ms < 1000 else f"{ms:,.0f} ms" for ms in bars.values()], fontsize=7, padding=3
     )
     axis.invert_yaxis()
     axis.margins(x=0.2)

@@ -57,9 +57,7 @@ def _step_rows(report: Report, length: int, dtype: torch.dtype) -> list[dict[str
     grad = torch.randn(1, length, HEADS, HEAD_DIM).to(dtype).transpose(1, 2)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     true = torch.autograd.grad(
-        peers.reference.attention(*wide, peers.causal(length), scale=HEAD_DIM**-0.5, softcap=peers.SOFTCAP)[
-            0
-        ],
+        peers.reference.attention(*wide, peers.causal(length), scale=HEAD_DIM**-0.5, softcap=peers.SOFTCAP)[0],
         wide,
         grad.double(),
     )
@@ -67,9 +65,7 @@ def _step_rows(report: Report, length: int, dtype: torch.dtype) -> list[dict[str
         name: lambda attention=attention: step(attention, q, k, v, grad)
         for name, attention in implementations(length, dtype).items()
     }
-    errors = {
-        name: max(peers.error(a, b) for a, b in zip(run(), true, strict=True)) for name, run in steps.items()
-    }
+    errors = {name: max(peers.error(a, b) for a, b in zip(run(), true, strict=True)) for name, run in steps.items()}
     times = side_by_side(steps, report.rounds(9 if length > 1000 else 31))
     return [
         {

@@ -49,9 +49,7 @@ def read(case: ElementTree.Element) -> tuple[str, Result]:
 
 def cause(error: str) -> str:
     """The last line of an error; of the compiler's, which end with hints, the one that says what stopped it."""
-    lines = [
-        line.strip() for line in error.strip().splitlines() if not line.startswith("Set TORCHDYNAMO_VERBOSE")
-    ]
+    lines = [line.strip() for line in error.strip().splitlines() if not line.startswith("Set TORCHDYNAMO_VERBOSE")]
     context = [line for line in lines if line.startswith("Developer debug context:")]
     return (context or lines or [""])[-1]
 
@@ -90,14 +88,8 @@ def main() -> None:
         if not (arguments.checkout / f"tests/models/{model}/test_modeling_{model}.py").exists()
     ]
     if unknown or not (arguments.checkout / "src/transformers").is_dir():
-        parser.error(
-            f"{arguments.checkout}: no clone of transformers with tests of {', '.join(unknown) or 'models'}"
-        )
-    table, failures, lost = (
-        Table("model", "passed with sdpa or eager", "passed with softcap", "lost"),
-        [],
-        False,
-    )
+        parser.error(f"{arguments.checkout}: no clone of transformers with tests of {', '.join(unknown) or 'models'}")
+    table, failures, lost = (Table("model", "passed with sdpa or eager", "passed with softcap", "lost"), [], False)
     for model in arguments.models or MODELS:
         row, lines = compare(arguments.checkout, model, options)
         table.add_row(*map(str, row))

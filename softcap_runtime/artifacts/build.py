@@ -62,19 +62,14 @@ def compiler_version() -> str:
         return "none"
     command = [compiler, "--version"]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=False, timeout=30
-        )
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return (done.stdout.splitlines() or ["unknown"])[0][:200]
 
 
 def built_by(
-    name: str,
-    command: Callable[[Path], Sequence[str]],
-    file: str,
-    environment: Mapping[str, str] | None = None,
+    name: str, command: Callable[[Path], Sequence[str]], file: str, environment: Mapping[str, str] | None = None
 ) -> bytes:
     """What a command writes: the bytes of ``folder / file`` after ``command(folder)`` ran in a child process.
 
@@ -87,9 +82,7 @@ def built_by(
     try:
         temporary = tempfile.gettempdir()
     except OSError as error:
-        raise BuildFailed(
-            f"cannot build {name}: {error.strerror}; set TMPDIR to a folder of yours"
-        ) from error
+        raise BuildFailed(f"cannot build {name}: {error.strerror}; set TMPDIR to a folder of yours") from error
     if not _is_one_word(temporary):
         raise BuildFailed(
             f"cannot build {name}: the folder for temporary files is {temporary!r}, and torch gives compilers no "
@@ -112,16 +105,10 @@ def built_by(
 
 
 def built_by_module(
-    name: str,
-    module: str,
-    request: str,
-    file: str,
-    environment: Mapping[str, str] | None = None,
+    name: str, module: str, request: str, file: str, environment: Mapping[str, str] | None = None
 ) -> bytes:
     """``built_by`` a module of ours, which is run with ``request`` and the path of the file to write."""
-    return built_by(
-        name, lambda folder: [sys.executable, "-m", module, request, str(folder / file)], file, environment
-    )
+    return built_by(name, lambda folder: [sys.executable, "-m", module, request, str(folder / file)], file, environment)
 
 
 def _is_one_word(path: str) -> bool:

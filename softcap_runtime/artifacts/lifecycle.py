@@ -183,9 +183,7 @@ class Artifacts:
             except Exception as error:  # the thread's caller is gone: what went wrong is kept and logged
                 self.failed[one] = str(error)
                 log.error(
-                    "background build of kernel %s failed, eager serves it: %s",
-                    kernel_name(one.describe()),
-                    error,
+                    "background build of kernel %s failed, eager serves it: %s", kernel_name(one.describe()), error
                 )
             finally:
                 self._building.discard(one)

@@ -34,6 +34,4 @@ def _content(name: str) -> bytes:
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             continue
-    raise SoftcapRuntimeError(
-        f"source {name} of a kernel is missing from {ROOT}; install softcap-runtime anew"
-    )
+    raise SoftcapRuntimeError(f"source {name} of a kernel is missing from {ROOT}; install softcap-runtime anew")

@@ -55,12 +55,10 @@ def _show_version(asked: bool) -> None:
 def _options(
     context: typer.Context,
     cache_dir: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Folder of the cache, in place of SOFTCAP_CACHE_DIR."),
+        str | None, typer.Option(metavar="PATH", help="Folder of the cache, in place of SOFTCAP_CACHE_DIR.")
     ] = None,
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Prewarm and look after the kernel cache of softcap_runtime."""

@@ -32,12 +32,9 @@ def _existing_store(context: typer.Context) -> Store:
 @app.command()
 def inspect(
     context: typer.Context,
-    fields: Annotated[
-        list[str] | None, typer.Argument(help="With --explain: key fields such as head_dim=256.")
-    ] = None,
+    fields: Annotated[list[str] | None, typer.Argument(help="With --explain: key fields such as head_dim=256.")] = None,
     json: Annotated[
-        bool,
-        typer.Option("--json", help="Print a CacheReport as JSON, or with --explain an Explanation."),
+        bool, typer.Option("--json", help="Print a CacheReport as JSON, or with --explain an Explanation.")
     ] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say whether a kernel would be found, or why not.")
@@ -143,9 +140,7 @@ def import_(
         done = store_of(context).import_bundle(file, expected)
     except ValueError as error:  # a bad bundle is not bad usage
         raise SoftcapRuntimeError(str(error)) from None
-    print(
-        f"imported {counted(done.imported, 'entry')}, {done.present} were present, {len(done.refused)} refused"
-    )
+    print(f"imported {counted(done.imported, 'entry')}, {done.present} were present, {len(done.refused)} refused")
     for what, problems in itertools.groupby(done.refused, lambda problem: problem.what):
         where = [problem.where[:12] for problem in problems]
         fail(f"entry {where[0]} {what}" if len(where) == 1 else f"{len(where)} entries: {what}", 1)

@@ -75,13 +75,10 @@ def prewarm(
     num_kv_heads: Annotated[int | None, typer.Option(help="Key and value heads.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Size of a head.")] = None,
     scale: Annotated[
-        float | None,
-        typer.Option(help="Factor on q @ k.T, by default head_dim ** -0.5; kernels take any."),
+        float | None, typer.Option(help="Factor on q @ k.T, by default head_dim ** -0.5; kernels take any.")
     ] = None,
     softcap: Annotated[float | None, typer.Option(help="Bound of the logits; none without it.")] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Visible keys, the query's own counted; kernels take any.")
-    ] = None,
+    window: Annotated[int | None, typer.Option(help="Visible keys, the query's own counted; kernels take any.")] = None,
     seq_len: Annotated[
         list[int] | None,
         typer.Option(
@@ -98,9 +95,7 @@ def prewarm(
     paged: Annotated[
         bool, typer.Option("--paged", help="The kernels of paged caches too; on the CPU they are the same.")
     ] = False,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Measure the blocks of GPU kernels and keep the best.")
-    ] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Measure the blocks of GPU kernels and keep the best.")] = False,
 ) -> None:
     """Build or load the kernels of a model.
 
@@ -112,12 +107,7 @@ def prewarm(
         raise UsageError("pass one of --preset, --model, or --num-heads --num-kv-heads --head-dim")
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset: {preset!r}, expected {', '.join(PRESETS)}")
-    common: dict[str, Any] = {
-        "seq_lens": tuple(seq_len or ()),
-        "device": device,
-        "train": train,
-        "paged": paged,
-    }
+    common: dict[str, Any] = {"seq_lens": tuple(seq_len or ()), "device": device, "train": train, "paged": paged}
     requests: list[PrewarmRequest] = []
     for each in dict.fromkeys(dtype or ["bfloat16"]):
         if given:
@@ -182,9 +172,7 @@ def _prewarm(runtime: Runtime, requests: list[PrewarmRequest], tune: bool) -> No
 def mask(
     seq_len: Annotated[int, typer.Option(min=1, max=LONGEST_DRAWN, help="Queries and keys.")],
     window: Annotated[int | None, typer.Option(min=1, help="Visible keys, the query's own counted.")] = None,
-    documents: Annotated[
-        str | None, typer.Option(help="Lengths of packed documents, such as 100,250,162.")
-    ] = None,
+    documents: Annotated[str | None, typer.Option(help="Lengths of packed documents, such as 100,250,162.")] = None,
     prefix: Annotated[int | None, typer.Option(min=0, help="First tokens that see each other.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write a picture there.")] = None,
 ) -> None:

@@ -67,9 +67,7 @@ def show_report(out: Console, report: CacheReport, counters: bool = False) -> No
         "verdict": f"{status.verdict} (owner {status.owner or '-'}, mode {status.mode or '-'})",
         "authenticated": "yes" if status.authenticated else "no (SOFTCAP_CACHE_KEY_FILE is not set)",
         "environment": ", ".join(f"{name} {value}" for name, value in report.fingerprint.items()),
-        "counters": ", ".join(
-            f"{name} {value}" for name, value in status.counters.items() if value or counters
-        ),
+        "counters": ", ".join(f"{name} {value}" for name, value in status.counters.items() if value or counters),
     }
     for name, text in facts.items():
         if text:
@@ -110,9 +108,7 @@ def problems_table(problems: Sequence[Problem]) -> Table:
     """What ``verify`` found."""
     table = _table("where", "what", "repaired")
     for problem in problems:
-        table.add_row(
-            plain(problem.where), plain(problem.what), "in quarantine" if problem.repaired else "no"
-        )
+        table.add_row(plain(problem.where), plain(problem.what), "in quarantine" if problem.repaired else "no")
     return table
 
 

@@ -112,9 +112,7 @@ def _make_probe() -> Callable[[], bool]:
         modes(), functorch(), autocast(), traced(), forward_ad._current_level
     except (AttributeError, TypeError):
         return lambda: True
-    return lambda: (
-        modes() > 0 or autocast() or functorch() is not None or traced() or forward_ad._current_level >= 0
-    )
+    return lambda: modes() > 0 or autocast() or functorch() is not None or traced() or forward_ad._current_level >= 0
 
 
 _probe: Callable[[], bool] = (lambda: True) if public_only() else _make_probe()

@@ -81,12 +81,7 @@ class CpuLibrary(NamedTuple):
 
     def key(self) -> Key:
         """See ``Artifact``."""
-        fields = {
-            "op": "attention",
-            "device": "cpu",
-            "capability": self.capability,
-            "sources": digest(*SOURCES),
-        }
+        fields = {"op": "attention", "device": "cpu", "capability": self.capability, "sources": digest(*SOURCES)}
         return Key(fields, fingerprint("cpu"))
 
     def describe(self) -> KernelSpec:
@@ -96,9 +91,7 @@ class CpuLibrary(NamedTuple):
     def build(self) -> bytes:
         """Compile and try it; see ``Artifact`` for what it raises."""
         name, compiler = "attention", build.wanted_compiler("attention")
-        compiled = build.built_by(
-            name, lambda folder: _compile(compiler, self.capability, folder), "kernel.o"
-        )
+        compiled = build.built_by(name, lambda folder: _compile(compiler, self.capability, folder), "kernel.o")
         library = build.built_by(name, lambda folder: _link(compiler, compiled, folder), "kernel.so")
 
         def probe(folder: Path) -> Sequence[str]:

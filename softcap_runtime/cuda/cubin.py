@@ -160,9 +160,7 @@ class Cubin(NamedTuple):
             numbers = [int(head[name]) for name in ("shared", "threads", "scratch")]
             return cls(str(head["name"]), numbers[0], numbers[1], boxes, numbers[2], code)
         except (KeyError, TypeError, ValueError):
-            raise ValueError(
-                "cubin: not what this version writes; run: softcap-runtime clear, then prewarm"
-            ) from None
+            raise ValueError("cubin: not what this version writes; run: softcap-runtime clear, then prewarm") from None
 
 
 class Function(Protocol):

@@ -79,9 +79,7 @@ class LoadedCubin:
             _check(found, f"finding kernel {cubin.name}")
             if cubin.shared > USUAL_SHARED:
                 wanted = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                _check(
-                    driver.cuFuncSetCacheConfig(self.function, CU_FUNC_CACHE_PREFER_SHARED), "setting a cache"
-                )
+                _check(driver.cuFuncSetCacheConfig(self.function, CU_FUNC_CACHE_PREFER_SHARED), "setting a cache")
                 _check(
                     driver.cuFuncSetAttribute(self.function, wanted, cubin.shared),
                     f"taking {cubin.shared} bytes of shared memory",

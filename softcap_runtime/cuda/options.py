@@ -205,9 +205,7 @@ def choose(limits: DeviceLimits, dtype: torch.dtype, head_dim: int, direction: D
     )
 
 
-def variants(
-    limits: DeviceLimits, dtype: torch.dtype, head_dim: int, direction: Direction
-) -> list[BlockOptions]:
+def variants(limits: DeviceLimits, dtype: torch.dtype, head_dim: int, direction: Direction) -> list[BlockOptions]:
     """What ``choose`` gives, then the options near it that fit the device: worth a measurement."""
     first = choose(limits, dtype, head_dim, direction)
     m, n, warps, stages = first

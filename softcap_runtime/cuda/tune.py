@@ -79,9 +79,7 @@ def trials(shape: Shape, direction: Direction, pool: Executor) -> list[Trial]:
             kernel.unload()
 
 
-def _trials(
-    shape: Shape, direction: Direction, pool: Executor, loaded: dict[CubinSpec, LoadedCubin]
-) -> list[Trial]:
+def _trials(shape: Shape, direction: Direction, pool: Executor, loaded: dict[CubinSpec, LoadedCubin]) -> list[Trial]:
     limits = device_limits(shape.device.index or 0)
     tensors = _tensors(shape, direction)
 

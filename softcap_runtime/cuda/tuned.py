@@ -38,12 +38,7 @@ def _key(device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -
 
 
 def read(
-    store: Store,
-    limits: DeviceLimits,
-    device: int,
-    dtype: torch.dtype,
-    head_dim: int,
-    direction: Direction,
+    store: Store, limits: DeviceLimits, device: int, dtype: torch.dtype, head_dim: int, direction: Direction
 ) -> BlockOptions | None:
     """What was measured for a kernel on a device with ``limits``; None where nothing was, or nothing that may run."""
     found = store.find(_key(device, dtype, head_dim, direction).digest)
@@ -79,9 +74,6 @@ def measured_once(
         return json.dumps(kept.options).encode()
 
     def describe() -> dict[str, str]:
-        return {
-            "{} x {}, {} warps, {} stages".format(*one.options): f"{one.milliseconds:.4g} ms"
-            for one in trials
-        }
+        return {"{} x {}, {} warps, {} stages".format(*one.options): f"{one.milliseconds:.4g} ms" for one in trials}
 
     return store.load_or_build(_key(device, dtype, head_dim, direction), build, describe)

@@ -124,6 +124,4 @@ def _of_dtensors(layer: Layer, q: Any, k: Any, v: Any) -> Tensor:
             "with the sequence unsharded: each rank's rows of it are the local tensor; make them from local tensors"
         )
     out = context_attention(layer, q.to_local(), k.to_local(), v.to_local())
-    return DTensor.from_local(
-        out, q.device_mesh, q.placements, run_check=False, shape=q.shape, stride=q.stride()
-    )
+    return DTensor.from_local(out, q.device_mesh, q.placements, run_check=False, shape=q.shape, stride=q.stride())

@@ -120,9 +120,7 @@ class ContextMask:
         ranks, total = self.layout.ranks, self.layout.seq_len
         here, kv_here = heads // ranks, max(1, kv_heads // ranks)
         counts = [self.layout.count(rank) for rank in range(ranks)]
-        return tuple(
-            ((total - own) * (here + 2 * kv_here) + own * (heads - here)) * row_bytes for own in counts
-        )
+        return tuple(((total - own) * (here + 2 * kv_here) + own * (heads - here)) * row_bytes for own in counts)
 
     def resolved(self, heads: int, kv_heads: int) -> Literal["keys", "heads"]:
         """The method that serves so many heads. Raises ValueError when ``heads`` is asked for and can't."""
@@ -202,12 +200,7 @@ def context_mask(
 
 
 def _made(
-    config: AttentionConfig,
-    layout: SequenceLayout,
-    mesh: DeviceMesh,
-    rank: int,
-    method: Method,
-    whole: RowIntervals,
+    config: AttentionConfig, layout: SequenceLayout, mesh: DeviceMesh, rank: int, method: Method, whole: RowIntervals
 ) -> ContextMask:
     device = _device(mesh)
     each = iter(pairs_of(whole, [part for own in layout.ranges for part in own]))
@@ -216,17 +209,13 @@ def _made(
         pairs = (sum(pairs) / layout.ranks,) * layout.ranks
     # Where a rank's rows see nothing one key of its own, as no kernel takes none.
     seen = [keys_seen(whole, own) or ((own[0][0], own[0][0] + 1),) for own in layout.ranges]
-    received = tuple(
-        length(keys) - length(common(own, keys)) for own, keys in zip(layout.ranges, seen, strict=True)
-    )
+    received = tuple(length(keys) - length(common(own, keys)) for own, keys in zip(layout.ranges, seen, strict=True))
     by_keys = by_heads = None
     if method != "heads":
         by_keys = _key_plan(layout, rank, seen, whole, device, silent=not any(received))
     if method == "heads" or (method == "auto" and config.window is None):
         by_heads = _head_plan(layout)
-    return ContextMask(
-        config, layout, mesh, method, rank, pairs, received, by_keys, by_heads, _on(whole, device)
-    )
+    return ContextMask(config, layout, mesh, method, rank, pairs, received, by_keys, by_heads, _on(whole, device))
 
 
 def _whole(config: AttentionConfig, seq_len: int, masks: dict[str, Tensor | None]) -> RowIntervals:
@@ -264,12 +253,7 @@ def _on(mask: RowIntervals, device: torch.device) -> RowIntervals:
 
 
 def _key_plan(
-    layout: SequenceLayout,
-    rank: int,
-    seen: list[Ranges],
-    whole: RowIntervals,
-    device: torch.device,
-    silent: bool,
+    layout: SequenceLayout, rank: int, seen: list[Ranges], whole: RowIntervals, device: torch.device, silent: bool
 ) -> KeyPlan:
     own, rows = layout.ranges[rank], layout.count(rank)
     first, last = _inner_rows(whole, own)

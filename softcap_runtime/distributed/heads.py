@@ -33,9 +33,7 @@ def attend_by_heads(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([heads for groups in by_rank for heads in groups], 2).transpose(1, 2)
 
 
-def _head_groups(
-    q: Tensor, k: Tensor, v: Tensor, ranks: int, stages: int
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _head_groups(q: Tensor, k: Tensor, v: Tensor, ranks: int, stages: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """q, k and v of each group as ``[ranks, heads, B, rows, D]``: which heads go to which rank."""
     if k.shape[1] < ranks:  # each rank's query heads read one key head: it goes to several ranks
         k, v = (x.repeat_interleave(ranks // x.shape[1], 1) for x in (k, v))

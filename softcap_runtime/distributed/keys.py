@@ -135,9 +135,7 @@ def _send_keys(layer: Layer, k: Tensor, v: Tensor) -> _Exchange:
     return _Exchange(arrived, packed, work, keys)
 
 
-def _start(
-    arrived: Tensor, packed: Tensor, received: list[int], sent: list[int], layer: Layer
-) -> dist.Work | None:
+def _start(arrived: Tensor, packed: Tensor, received: list[int], sent: list[int], layer: Layer) -> dist.Work | None:
     group = layer.context.mesh.get_group()
     return dist.all_to_all_single(arrived, packed, received, sent, group=group, async_op=True)
 
@@ -158,9 +156,7 @@ def _compute(
     plan = _plan(layer)
     (ahead, inner, behind), several = plan.rows, layer.stages > 1
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, mask: RowIntervals, out: Tensor, beside: bool
-    ) -> Tensor | None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: RowIntervals, out: Tensor, beside: bool) -> Tensor | None:
         call = layer.call(mask, train, beside)
         lse = layer.runtime.plan(q, k, call).forward_into(out, q, k, v, *mask.vectors)
         return lse if train else None
@@ -329,9 +325,7 @@ def _in_graph(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return None
         ranges = [rows for to in plan.sent for rows in to] or [(0, 0)]
         rows = [torch.cat([_rows_first(x)[start:end] for start, end in ranges]) for x in (k, v)]
-        return exchanged(
-            torch.stack(rows, 1), plan.received, [length(to) for to in plan.sent], layer.context.mesh
-        )
+        return exchanged(torch.stack(rows, 1), plan.received, [length(to) for to in plan.sent], layer.context.mesh)
 
     groups = list(zip(*(_groups(x, layer.stages) for x in (q, k, v)), strict=True))
     return joined(in_stages(groups, send, compute), 1)

@@ -32,9 +32,7 @@ class SequenceLayout:
     @classmethod
     def zigzag(cls, seq_len: int, ranks: int) -> SequenceLayout:
         """Chunks r and 2 x ranks - 1 - r on rank r: each rank then has as many visible pairs of a causal mask."""
-        return cls._of_chunks(
-            seq_len, [[rank, 2 * ranks - 1 - rank] for rank in range(_checked(seq_len, ranks, 2))]
-        )
+        return cls._of_chunks(seq_len, [[rank, 2 * ranks - 1 - rank] for rank in range(_checked(seq_len, ranks, 2))])
 
     @classmethod
     def balanced(cls, mask: RowIntervals, ranks: int, block: int = 1024) -> SequenceLayout:

@@ -69,8 +69,7 @@ def pairs_of(mask: RowIntervals, ranges: Sequence[Range]) -> list[int]:
     if mask.left is not None and mask.right is not None:
         kv_len, left, right = mask.kv_len, mask.left, mask.right
         return [
-            _sum_clipped(a + right, b + right, kv_len) - _sum_clipped(a + left, b + left, kv_len)
-            for a, b in ranges
+            _sum_clipped(a + right, b + right, kv_len) - _sum_clipped(a + left, b + left, kv_len) for a, b in ranges
         ]
     lo, hi = mask.vectors
     seen = (hi.to(torch.int64) - lo).clamp_(min=0).sum(0)
@@ -145,12 +144,7 @@ def renumbered(mask: RowIntervals, rows: Ranges, keys: Ranges) -> RowIntervals:
     lo, hi = _counted(lo, keys), _counted(hi, keys)
     empty = lo >= hi
     return RowIntervals(
-        q_len,
-        kv_len,
-        None,
-        None,
-        lo.masked_fill_(empty, kv_len).contiguous(),
-        hi.masked_fill_(empty, 0).contiguous(),
+        q_len, kv_len, None, None, lo.masked_fill_(empty, kv_len).contiguous(), hi.masked_fill_(empty, 0).contiguous()
     )
 
 

@@ -31,9 +31,7 @@ from softcap_runtime.masks.tokens import FindIntervals, tokens_of
 # The library's numbers of the dtypes.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STRIDES = [
-    f"{name}_{dim}"
-    for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")
-    for dim in "bhs"
+    f"{name}_{dim}" for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v") for dim in "bhs"
 ]
 # Rows that decoding takes at most: query heads of a group times query rows (cpu/decode.h).
 MOST_ROWS = 64
@@ -52,10 +50,7 @@ class CpuProblem(ctypes.Structure):
     """``Problem`` of cpu/problem.h: the same fields in the same order."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ("dtype", "batch", "heads", "kv_heads", "q_len", "kv_len", "dim")
-        ),
+        *((name, ctypes.c_int64) for name in ("dtype", "batch", "heads", "kv_heads", "q_len", "kv_len", "dim")),
         *((name, ctypes.c_int64) for name in _STRIDES),
         *((name, ctypes.c_int64) for name in ("left", "right", "edge_stride", "threads", "arithmetic")),
         ("scale", ctypes.c_double),
@@ -134,9 +129,7 @@ def _forward(problem: Problem, kernels: Kernels) -> Forward:
 
     shape, strides = output_layout(problem.batch, problem.num_heads, problem.mask.q_len, problem.head_dim)
 
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, *edges: Tensor, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         out = q.new_empty_strided(shape, strides) if out is None else out
         lse = q.new_empty(shape[:3], dtype=torch.float32) if train else None
         lo, hi, kept = _addresses(edges)
@@ -193,9 +186,7 @@ def bind_paged(
     where, sizes = ctypes.addressof(pages), (k.shape[1], table.shape[1], k.shape[0])
     described: dict[int, CpuProblem] = {}
 
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, offsets: Tensor | None
-    ) -> Tensor | None:
+    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, offsets: Tensor | None) -> Tensor | None:
         threads = _threads()
         made = described.get(threads)
         if made is None:

@@ -49,9 +49,7 @@ def _refuses(problem: Problem) -> str | None:
     if not has_triton():
         return "triton is not installed"
     if triton_version() < OLDEST_TRITON:
-        return "triton {}.{} is too old, {}.{} and newer compile the kernels".format(
-            *triton_version(), *OLDEST_TRITON
-        )
+        return "triton {}.{} is too old, {}.{} and newer compile the kernels".format(*triton_version(), *OLDEST_TRITON)
     if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q.dtype: {problem.dtype}, the Triton kernels serve float32, bfloat16 and float16"
     if problem.head_dim > max(HEAD_DIMS):
@@ -220,13 +218,5 @@ def _intervals(problem: Problem, kernels: Kernels) -> FindIntervals | None:
 
 
 ENGINE = Engine(
-    "blocked",
-    _refuses,
-    _artifacts,
-    _forward,
-    _backward,
-    _alike,
-    reads_kept=True,
-    parts=True,
-    intervals=_intervals,
+    "blocked", _refuses, _artifacts, _forward, _backward, _alike, reads_kept=True, parts=True, intervals=_intervals
 )

@@ -14,15 +14,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime import reference
-from softcap_runtime.engines.engine import (
-    Engine,
-    Kernels,
-    MaskedBackward,
-    MaskedForward,
-    Problem,
-    laid_out,
-    per_mask,
-)
+from softcap_runtime.engines.engine import Engine, Kernels, MaskedBackward, MaskedForward, Problem, laid_out, per_mask
 from softcap_runtime.engines.jit import Compiled
 from softcap_runtime.engines.spec import KernelSpec, dtype_name
 from softcap_runtime.masks.intervals import edges
@@ -44,14 +36,7 @@ def attend(
 
 
 def attend_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    scale: Tensor,
-    cap: Tensor | None,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lo: Tensor, hi: Tensor, scale: Tensor, cap: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``attend``: ``ds = scale * p * (grad_p - delta) * (1 - (logit / cap)^2)``.
 
@@ -149,6 +134,4 @@ EAGER = Engine(
     per_mask(partial(_forward, False)),
     per_mask(partial(_backward, False)),
 )
-DENSE = Engine(
-    "dense", _refuses, _artifacts, per_mask(partial(_forward, True)), per_mask(partial(_backward, True))
-)
+DENSE = Engine("dense", _refuses, _artifacts, per_mask(partial(_forward, True)), per_mask(partial(_backward, True)))

@@ -60,15 +60,7 @@ class Call(NamedTuple):
         batch, heads, _, head_dim = q.shape
         sizes = (batch, heads, k.shape[1], head_dim)
         return Problem(
-            q.device,
-            q.dtype,
-            *sizes,
-            self.scale,
-            self.softcap,
-            self.mask,
-            self.train,
-            softcap_approx,
-            self.beside,
+            q.device, q.dtype, *sizes, self.scale, self.softcap, self.mask, self.train, softcap_approx, self.beside
         )
 
 

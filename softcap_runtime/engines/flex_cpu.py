@@ -41,12 +41,7 @@ def kernel_spec(problem: Problem, op: str) -> KernelSpec:
     """What flex's kernel ``op`` is compiled for to solve a problem."""
     mask: MaskKind = "band" if problem.mask.lo is None else "intervals"
     return KernelSpec(
-        op,
-        problem.device.type,
-        dtype_name(problem.dtype),
-        problem.head_dim,
-        problem.softcap is not None,
-        mask,
+        op, problem.device.type, dtype_name(problem.dtype), problem.head_dim, problem.softcap is not None, mask
     )
 
 
@@ -166,9 +161,7 @@ def in_band(b: Tensor, h: Tensor, i: Tensor, j: Tensor, left: Tensor, right: Ten
     return (j >= i + left) & (j < i + right)
 
 
-def in_intervals(
-    b: Tensor, h: Tensor, i: Tensor, j: Tensor, lo: Tensor, hi: Tensor, row_stride: Tensor
-) -> Tensor:
+def in_intervals(b: Tensor, h: Tensor, i: Tensor, j: Tensor, lo: Tensor, hi: Tensor, row_stride: Tensor) -> Tensor:
     """The elements of intervals, for flex: row i of batch b sees ``lo[b * row_stride + i] <= j < hi[...]``."""
     row = b * row_stride + i
     return (j >= lo[row]) & (j < hi[row])

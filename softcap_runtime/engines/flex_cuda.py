@@ -24,13 +24,7 @@ from softcap_runtime.engines.engine import (
     per_mask,
     scalars,
 )
-from softcap_runtime.engines.flex_cpu import (
-    in_band,
-    in_intervals,
-    kernel_spec,
-    key_tables,
-    mask_arguments,
-)
+from softcap_runtime.engines.flex_cpu import in_band, in_intervals, kernel_spec, key_tables, mask_arguments
 from softcap_runtime.engines.jit import Compiled
 from softcap_runtime.engines.spec import KernelSpec
 from softcap_runtime.masks.blocks import BlockTables, assemble, query_tables
@@ -87,15 +81,10 @@ def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
         from torch.nn.attention import flex_attention as flex
 
         # Before torch 2.9 it was asked for by a flag, which later ones warn of.
-        asked = (
-            {"return_aux": flex.AuxRequest(lse=True)} if hasattr(flex, "AuxRequest") else {"return_lse": True}
-        )
+        asked = {"return_aux": flex.AuxRequest(lse=True)} if hasattr(flex, "AuxRequest") else {"return_lse": True}
         rows, numbers = rest[4 : 4 + edges], rest[4 + edges :]
         mask = assemble(
-            (q.shape[2], k.shape[2]),
-            BlockTables(*rest[:4]),
-            None,
-            lambda b, h, i, j: visible(b, h, i, j, *rows),
+            (q.shape[2], k.shape[2]), BlockTables(*rest[:4]), None, lambda b, h, i, j: visible(b, h, i, j, *rows)
         )
         out, kept = flex.flex_attention(
             q,

@@ -17,14 +17,7 @@ if TYPE_CHECKING:
 
 
 def attend_elements(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    dropout: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float, softcap: float | None, dropout: float = 0.0
 ) -> Tensor:
     """Attention under ``mask`` ``[B or 1, H or 1, Sq, Skv]``, bool (True: visible) or added after the softcap.
 
@@ -66,9 +59,7 @@ def attend_block_mask(
     Raises torch's error at its recompile limit; it never goes on unfused.
     """
     flex = _compiled_flex()
-    out: Tensor = flex(
-        q, k, v, score_mod=_score_mod(softcap, q.device), block_mask=mask, scale=scale, enable_gqa=True
-    )
+    out: Tensor = flex(q, k, v, score_mod=_score_mod(softcap, q.device), block_mask=mask, scale=scale, enable_gqa=True)
     return out
 
 

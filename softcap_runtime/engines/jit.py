@@ -85,7 +85,5 @@ def _ones(x: Tensor) -> tuple[bool, ...]:
 def _compiled(source: Compiled) -> Any:
     function = source.function(source.spec)
     assert isinstance(function, FunctionType)
-    own = FunctionType(
-        function.__code__.replace(), function.__globals__, source.spec.op, None, function.__closure__
-    )
+    own = FunctionType(function.__code__.replace(), function.__globals__, source.spec.op, None, function.__closure__)
     return torch.compile(own, dynamic=True, fullgraph=True)

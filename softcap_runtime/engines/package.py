@@ -58,9 +58,7 @@ class Package(KernelSpec):
         """The package, ready to run; see ``Artifact`` for what it raises."""
         try:
             return load_package(data)
-        except (
-            OSError
-        ) as error:  # descriptors, memory, or the folder for temporary files: the package is good
+        except OSError as error:  # descriptors, memory, or the folder for temporary files: the package is good
             raise SoftcapRuntimeError(
                 f"kernel {self.op} cannot be loaded now: {error}; give this process what it lacks and call again"
             ) from error

@@ -52,12 +52,7 @@ def refuse(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
             f"the model is called; {instead} for a mask of your own"
         )
     packed = kwargs.get("cu_seq_lens_q")
-    if (
-        packed is not None
-        and packed.shape[0] > 2
-        and isinstance(attention_mask, HfMask)
-        and attention_mask.lo is None
-    ):
+    if packed is not None and packed.shape[0] > 2 and isinstance(attention_mask, HfMask) and attention_mask.lo is None:
         raise ValueError(
             f"cu_seq_lens_q: {packed.shape[0] - 1} packed sequences that the mask doesn't know; pass position_ids "
             f"that restart at 0, no attention_mask, and use_cache=False"

@@ -17,15 +17,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.masks.deferred_checks import checked, next_to
-from softcap_runtime.masks.intervals import (
-    UNBOUNDED,
-    RowIntervals,
-    clipped,
-    combined,
-    dense,
-    edges,
-    row_intervals,
-)
+from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, clipped, combined, dense, edges, row_intervals
 from softcap_runtime.masks.readable import data_is_readable
 
 MaskFunction = Callable[..., Any]
@@ -82,9 +74,7 @@ def read(function: MaskFunction, place: Place) -> RowIntervals:
         case "and_masks":
             return reduce(partial(combined, device=place.device), _read_all(parts["mask_functions"], place))
         case "or_masks":
-            return reduce(
-                partial(combined, device=place.device, union=True), _read_all(parts["mask_functions"], place)
-            )
+            return reduce(partial(combined, device=place.device, union=True), _read_all(parts["mask_functions"], place))
         case _:
             raise ValueError(f"mask function {name}: no known row interval; {_INSTEAD}")
 
@@ -110,11 +100,7 @@ def _of_a_model(home: str, name: str, parts: dict[str, Any], place: Place) -> Ro
 
 def _is_constant(function: MaskFunction) -> bool:
     """Whether ``function`` is a lambda that neither reads its arguments nor closes over anything."""
-    if (
-        getattr(function, "__name__", None) != "<lambda>"
-        or function.__closure__
-        or function.__code__.co_cellvars
-    ):
+    if getattr(function, "__name__", None) != "<lambda>" or function.__closure__ or function.__code__.co_cellvars:
         return False
     return not any(step.opname.startswith("LOAD_FAST") for step in dis.get_instructions(function))
 
@@ -161,18 +147,14 @@ def _remapped(mask: RowIntervals, name: str) -> RowIntervals:
     The two agree inside a document, and what comes with it hides the other documents.
     """
     if mask.lo is not None:
-        raise ValueError(
-            f"mask function {name}: image spans in packed sequences are not supported; {_INSTEAD}"
-        )
+        raise ValueError(f"mask function {name}: image spans in packed sequences are not supported; {_INSTEAD}")
     return mask
 
 
 def _spans(ids: Tensor, place: Place) -> RowIntervals:
     """Each row sees the keys of its own span both ways; a row outside spans (id -1) sees nothing."""
     ids = ids.to(place.device)[:, place.offset : place.offset + place.kv_len]
-    ids = torch.nn.functional.pad(
-        ids, (0, place.kv_len - ids.shape[1]), value=-1
-    )  # a static cache has room for more
+    ids = torch.nn.functional.pad(ids, (0, place.kv_len - ids.shape[1]), value=-1)  # a static cache has room for more
     if place.padding is not None:
         ids = ids.masked_fill(~place.padding, -1)
     ids = _in_pieces("block_sequence_ids", ids, least=0)
@@ -192,9 +174,7 @@ def _in_pieces(name: str, ids: Tensor, least: int | None = None) -> Tensor:
         if least is not None:
             pieces = pieces[pieces >= least]
         if len(pieces) != len(pieces.unique()):
-            raise ValueError(
-                f"{name}: a block of batch row {row} is in two pieces, expected each in one; {_INSTEAD}"
-            )
+            raise ValueError(f"{name}: a block of batch row {row} is in two pieces, expected each in one; {_INSTEAD}")
     return ids
 
 

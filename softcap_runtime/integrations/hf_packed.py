@@ -16,9 +16,7 @@ from softcap_runtime.masks.readable import data_is_readable
 _INSTEAD = "give the layer its mask (attention_mask)"
 
 
-def packed_arguments(
-    batch: int, q_len: int, kv_len: int, causal: bool, kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def packed_arguments(batch: int, q_len: int, kv_len: int, causal: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
     """``document_ids`` and ``query_positions`` for ``row_intervals``; nothing where a row is one document.
 
     Raises ValueError on offsets or positions from which the documents can't be told.
@@ -32,9 +30,7 @@ def packed_arguments(
     return _from_positions(positions, batch, q_len, kv_len)
 
 
-def _from_offsets(
-    queries: Tensor, keys: Tensor | None, batch: int, q_len: int, kv_len: int
-) -> dict[str, Tensor]:
+def _from_offsets(queries: Tensor, keys: Tensor | None, batch: int, q_len: int, kv_len: int) -> dict[str, Tensor]:
     keys = queries if keys is None else keys
     if batch != 1 or queries.shape != keys.shape:
         raise ValueError(
@@ -45,9 +41,7 @@ def _from_offsets(
         document_ids = document_ids_from_cu_seqlens(keys, kv_len)
         rows = document_ids if keys is queries else document_ids_from_cu_seqlens(queries, q_len)
     except ValueError as error:
-        raise ValueError(
-            f"cu_seq_lens_q, cu_seq_lens_k, for {q_len} rows over {kv_len} keys: {error}"
-        ) from None
+        raise ValueError(f"cu_seq_lens_q, cu_seq_lens_k, for {q_len} rows over {kv_len} keys: {error}") from None
     given = {} if keys.shape[0] == 2 else {"document_ids": document_ids}
     if keys is queries or (data_is_readable(keys) and torch.equal(keys, queries)):
         return given

@@ -85,14 +85,10 @@ def attend_paged(
     return _attend(runtime, query, key, value, cap, known.batches[kind])
 
 
-def _updated(
-    cache: Any, layer: int, key: Tensor, value: Tensor, kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
+def _updated(cache: Any, layer: int, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The keys and values of all requests, ``[1, Hkv, keys, D]``, once the new ones are in the cache."""
     new = "kwargs" in _arguments_of(type(cache).update)
-    indices = (
-        {"kwargs": dict(kwargs)} if new else {name: kwargs[name] for name in ("read_index", "write_index")}
-    )
+    indices = {"kwargs": dict(kwargs)} if new else {name: kwargs[name] for name in ("read_index", "write_index")}
     key, value = cache.update(key_states=key, value_states=value, layer_idx=layer, **indices)
     if new:
         return key, value

@@ -110,9 +110,7 @@ def interval_mask(
     if cache_position is not None:
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
     if q_length is None or kv_length is None or mask_function is None:
-        raise RuntimeError(
-            "transformers passes masks in a way that this softcap_runtime doesn't know; update it"
-        )
+        raise RuntimeError("transformers passes masks in a way that this softcap_runtime doesn't know; update it")
     device = torch.device(device)
     end = q_offset + (q_length - kv_offset)
     if isinstance(end, Tensor):
@@ -245,9 +243,7 @@ def context_forward(
     refuse(attention_mask, dropout, kwargs)
     for name in ("attention_mask", "cu_seq_lens_q"):
         if (attention_mask if name == "attention_mask" else kwargs.get(name)) is not None:
-            raise ValueError(
-                f"{name}: expected none, a model over many devices has its masks from context_mask"
-            )
+            raise ValueError(f"{name}: expected none, a model over many devices has its masks from context_mask")
     kind = "full_attention" if sliding_window is None else "sliding_attention"
     context = contexts.get(kind)
     if context is None:
@@ -268,6 +264,4 @@ def _by_elements(query: Tensor, key: Tensor, value: Tensor, cap: Cap, mask: Tens
     if not torch.compiler.is_compiling():
         what = "dropout: weights are dropped" if dropout else "attention_mask: no run of keys in each row"
         warn_once(f"{what}; plain torch serves this, rows x keys at a time")
-    return attend_elements(
-        query, key, value, mask, scale=cap.scale, softcap=cap.softcap, dropout=float(dropout)
-    )
+    return attend_elements(query, key, value, mask, scale=cap.scale, softcap=cap.softcap, dropout=float(dropout))

@@ -94,9 +94,7 @@ def _modules() -> tuple[ModuleType, ModuleType, ModuleType]:
     try:
         home, layer, trainer = map(importlib.import_module, (_HOME, _LAYER, _TRAINER))
     except ImportError as error:
-        raise ImportError(
-            f"unsloth >= 2026.10.9 is needed ({error}); install it, and import it before this"
-        ) from None
+        raise ImportError(f"unsloth >= 2026.10.9 is needed ({error}); install it, and import it before this") from None
     return home, layer, trainer
 
 
@@ -161,9 +159,7 @@ def _noting(packed_info: Callable[..., Any]) -> Callable[..., Any]:
 def _documented(function: Callable[..., Tensor], engine: Any) -> Callable[..., Tensor]:
     """``function``, which also keeps packed sequences apart when the layer has just asked for them."""
 
-    def attention(
-        Q: Tensor, K: Tensor, V: Tensor, causal_mask: Any, self: Any, bsz: int, q_len: int
-    ) -> Tensor:
+    def attention(Q: Tensor, K: Tensor, V: Tensor, causal_mask: Any, self: Any, bsz: int, q_len: int) -> Tensor:
         info, _layer_call.info = getattr(_layer_call, "info", None), None
         if info is None or info[1].shape[0] <= 2:
             return function(Q, K, V, causal_mask, self, bsz, q_len)

@@ -75,9 +75,7 @@ def query_tables(intervals: RowIntervals, device: torch.device | str) -> BlockTa
     return BlockTables(*_ordered(partial.mT), *_ordered(full.mT))
 
 
-def assemble(
-    lengths: tuple[int, int], keys: BlockTables, queries: BlockTables | None, mask_mod: Any
-) -> BlockMask:
+def assemble(lengths: tuple[int, int], keys: BlockTables, queries: BlockTables | None, mask_mod: Any) -> BlockMask:
     """torch's ``BlockMask`` of tables over the keys and, for flex's backward, over the queries."""
     # Imported here: it takes a tenth of a second, and the engines need the tables alone.
     from torch.nn.attention.flex_attention import BlockMask
@@ -221,9 +219,7 @@ def _by_block(rows: Tensor, block: int) -> Tensor:
     return rows.view(rows.shape[0], -1, block)
 
 
-def _interval_edges(
-    intervals: RowIntervals, device: torch.device | str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _interval_edges(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per row of blocks, int32 ``[B, rows]``: first column, first full column, counts of full and of any."""
     lo, hi = (_by_block(rows, BLOCK) for rows in edges(intervals, device))
     start = lo.amin(-1) // BLOCK
@@ -241,9 +237,7 @@ def _interval_tables(intervals: RowIntervals, device: torch.device | str) -> Blo
     columns = torch.arange(cols, dtype=torch.int32, device=device)
     partial_idx = _partial_columns(start, full_start, full_num, cols).clamp_(max=cols - 1)
     full_idx = (columns + full_start[..., None]).clamp_(max=cols - 1)
-    return BlockTables(
-        (any_num - full_num)[:, None], partial_idx[:, None], full_num[:, None], full_idx[:, None]
-    )
+    return BlockTables((any_num - full_num)[:, None], partial_idx[:, None], full_num[:, None], full_idx[:, None])
 
 
 def _inside(columns: Tensor, start: Tensor, count: Tensor) -> Tensor:

@@ -28,9 +28,7 @@ _LIBRARY.define("checked(Tensor value, Tensor condition, str message) -> Tensor"
 _running: dict[int, tuple[weakref.ref[Tensor], int, set[object]]] = {}
 
 
-def checked(
-    value: Tensor, condition: Callable[[], Tensor], message: str, bounds: tuple[object, ...] = ()
-) -> Tensor:
+def checked(value: Tensor, condition: Callable[[], Tensor], message: str, bounds: tuple[object, ...] = ()) -> Tensor:
     """``value``, once it is made sure that every element of ``condition()`` holds. Use the result in its place.
 
     In a traced program on the CPU RuntimeError(message) when it runs, under ``torch.func`` at once; on a GPU a

@@ -15,9 +15,7 @@ from softcap_runtime.masks.deferred_checks import checked
 from softcap_runtime.masks.readable import data_is_readable
 from softcap_runtime.masks.validate import check_integers
 
-_OFFSETS = (
-    "cu_seqlens: expected offsets from 0 that never decrease and end at seq_len; make padding a document too"
-)
+_OFFSETS = "cu_seqlens: expected offsets from 0 that never decrease and end at seq_len; make padding a document too"
 
 
 def document_ids_from_cu_seqlens(cu_seqlens: Tensor, seq_len: int) -> Tensor:
@@ -78,8 +76,7 @@ def _check_offsets(cu_seqlens: Tensor, seq_len: int) -> None:
         raise ValueError(f"cu_seqlens: starts at {offsets[0]}, expected 0; put the first offset in front")
     if offsets[-1] != seq_len:
         raise ValueError(
-            f"cu_seqlens: ends at {offsets[-1]}, expected seq_len {seq_len}; "
-            "make padding a document of its own"
+            f"cu_seqlens: ends at {offsets[-1]}, expected seq_len {seq_len}; make padding a document of its own"
         )
     for index in range(1, len(offsets)):
         if offsets[index] < offsets[index - 1]:

@@ -49,10 +49,7 @@ def mask_text(intervals: RowIntervals, batch_row: int = 0, ascii_only: bool = Fa
     """
     one = _one_row(intervals, batch_row)
     cells, scale = _cells(one, _TEXT_SIDE)
-    shades = {
-        kind: (_ASCII[kind], style) if ascii_only else (sign, style)
-        for kind, (sign, style) in _SHADES.items()
-    }
+    shades = {kind: (_ASCII[kind], style) if ascii_only else (sign, style) for kind, (sign, style) in _SHADES.items()}
     text = Text(no_wrap=True)
     for row in cells.tolist():
         for cell in row:
@@ -119,9 +116,7 @@ def save_kinds_png(path: str | Path) -> None:
 def _one_row(intervals: RowIntervals, batch_row: int) -> RowIntervals:
     lo, hi = edges(intervals, "cpu")
     if not 0 <= batch_row < lo.shape[0]:
-        raise ValueError(
-            f"batch_row: {batch_row}, expected 0 to {lo.shape[0] - 1}; the mask has no other rows"
-        )
+        raise ValueError(f"batch_row: {batch_row}, expected 0 to {lo.shape[0] - 1}; the mask has no other rows")
     only = slice(batch_row, batch_row + 1)
     return RowIntervals(intervals.q_len, intervals.kv_len, None, None, lo[only], hi[only])
 
@@ -208,6 +203,4 @@ def _legend(figure: Figure, columns: int) -> None:
 
     kinds = (FULL, PARTIAL, HIDDEN, SKIPPED)
     patches: list[Any] = [Patch(facecolor=_COLORS[kind], label=_WORDS[kind]) for kind in kinds]
-    figure.legend(
-        handles=patches, loc="lower center", ncols=columns, frameon=False, fontsize=10, labelcolor="#333333"
-    )
+    figure.legend(handles=patches, loc="lower center", ncols=columns, frameon=False, fontsize=10, labelcolor="#333333")

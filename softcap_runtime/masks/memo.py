@@ -56,8 +56,7 @@ class MaskMemo:
 
     def _keep(self, key: Hashable, value: Any) -> None:
         storages = {
-            storage.data_ptr(): storage.nbytes()
-            for storage in (tensor.untyped_storage() for tensor in _tensors(value))
+            storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in _tensors(value))
         }
         if sum(storages.values()) > self.limit_bytes:
             return

@@ -143,35 +143,22 @@ def check_integers(name: str, tensor: Any) -> None:
 def _check_dtype(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...]) -> None:
     expected = "bool or integers 0 and 1" if torch.bool in dtypes else "integers"
     if not isinstance(tensor, Tensor):
-        raise TypeError(
-            f"{name}: {type(tensor).__name__}, expected a tensor of {expected}; use torch.tensor(...)"
-        )
+        raise TypeError(f"{name}: {type(tensor).__name__}, expected a tensor of {expected}; use torch.tensor(...)")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: {tensor.dtype}, expected {expected}; convert it")
 
 
 def _check_tensor(
-    name: str,
-    tensor: Any,
-    batch: int,
-    shape: tuple[int, ...],
-    device: torch.device,
-    dtypes: tuple[torch.dtype, ...],
+    name: str, tensor: Any, batch: int, shape: tuple[int, ...], device: torch.device, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     _check_dtype(name, tensor, dtypes)
     # Size by size: dynamo takes a symbol for unequal to a number when it looks for one in a tuple.
-    fits = tensor.dim() == 1 + len(shape) and all(
-        tensor.shape[1 + at] == size for at, size in enumerate(shape)
-    )
+    fits = tensor.dim() == 1 + len(shape) and all(tensor.shape[1 + at] == size for at, size in enumerate(shape))
     if not fits or (tensor.shape[0] != 1 and tensor.shape[0] != batch):
         wanted = ", ".join("slots" if size < 0 else str(size) for size in (batch, *shape))
-        raise ValueError(
-            f"{name}: shape {tuple(tensor.shape)}, expected ({wanted}); give each batch row its own"
-        )
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected ({wanted}); give each batch row its own")
     if tensor.device != device:
-        raise ValueError(
-            f"{name}: on {tensor.device}, expected {device} as q; move it with .to({str(device)!r})"
-        )
+        raise ValueError(f"{name}: on {tensor.device}, expected {device} as q; move it with .to({str(device)!r})")
 
 
 def _check_range(name: str, lengths: Tensor, low: int, high: int, words: str) -> Tensor:
@@ -184,9 +171,7 @@ def _check_range(name: str, lengths: Tensor, low: int, high: int, words: str) ->
     return lengths
 
 
-def _check_query_positions(
-    positions: Tensor, q_len: int, kv_len: int, batch: int, device: torch.device
-) -> Tensor:
+def _check_query_positions(positions: Tensor, q_len: int, kv_len: int, batch: int, device: torch.device) -> Tensor:
     shared = isinstance(positions, Tensor) and positions.dim() == 1
     rows = positions[None] if shared else positions
     _check_tensor("query_positions", rows, batch, (q_len,), device, _INTEGERS)

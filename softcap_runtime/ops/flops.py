@@ -38,9 +38,7 @@ def _register(counter: ModuleType) -> None:
 class _WhenImported(MetaPathFinder):
     """Stands before the usual finders until the counter is imported."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The counter's own spec, whose loader registers the formulas at its end; None for any other module."""
         if name != COUNTER:
             return None

@@ -33,9 +33,7 @@ _MASK = "Tensor? lo, Tensor? hi, SymInt left, SymInt right"
 _HOW = "float scale, float? softcap, str engine"
 # ``kept`` came last, so that programs that were written before it go on.
 _LAST = "int runtime, Tensor? kept=None"
-LIBRARY.define(
-    f"attention(Tensor q, Tensor k, Tensor v, {_MASK}, {_HOW}, bool train, {_LAST}) -> (Tensor, Tensor)"
-)
+LIBRARY.define(f"attention(Tensor q, Tensor k, Tensor v, {_MASK}, {_HOW}, bool train, {_LAST}) -> (Tensor, Tensor)")
 LIBRARY.define(
     f"attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MASK}, {_HOW},"
     f" {_LAST}) -> (Tensor, Tensor, Tensor)"
@@ -131,9 +129,7 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, *rest: Any)
     _check_no_other_is_meta(q, k=k, v=v, lo=lo, hi=hi, kept=kept)
     train = how[-1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    return empty_output(q), q.new_empty(
-        q.shape[:3] if train else (0,), dtype=wide if train else torch.float32
-    )
+    return empty_output(q), q.new_empty(q.shape[:3] if train else (0,), dtype=wide if train else torch.float32)
 
 
 def _fake_backward(

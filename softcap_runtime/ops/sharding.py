@@ -66,9 +66,7 @@ def check_placements(q: Any, k: Any, v: Any) -> None:
     """Raise ValueError, naming the tensor and its placement, where DTensors are sharded as no rule has it."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not is_dtensor(x):
-            raise ValueError(
-                f"{name}: a plain tensor beside DTensors, expected q, k and v alike; distribute it"
-            )
+            raise ValueError(f"{name}: a plain tensor beside DTensors, expected q, k and v alike; distribute it")
         if x.device_mesh != q.device_mesh:
             raise ValueError(f"{name}: on {x.device_mesh}, expected q's {q.device_mesh}; redistribute it")
     mesh = q.device_mesh
@@ -78,9 +76,7 @@ def check_placements(q: Any, k: Any, v: Any) -> None:
         dims: dict[int, str] = {}
         for name, placement in zip("qkv", placements, strict=True):
             if placement.is_shard():
-                dims.setdefault(
-                    placement.dim % 4, f"{name}: {placement!r} on mesh dimension {_named(mesh, index)}"
-                )
+                dims.setdefault(placement.dim % 4, f"{name}: {placement!r} on mesh dimension {_named(mesh, index)}")
         if 3 in dims:
             raise ValueError(
                 f"{dims[3]} splits head_dim, expected Shard(0) (the batch), Shard(1) (heads), Shard(2) (the sequence) "

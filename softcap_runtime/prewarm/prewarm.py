@@ -52,9 +52,7 @@ def prewarm(
     needed = {request: artifacts_of(supply, request) for request in requests}
     shapes = to_tune(one for one in needed if _has_options(supply, one)) if tune else {}
     if tune and not shapes:
-        raise ValueError(
-            "tune: no request is served by kernels that have options to measure, those on CUDA have"
-        )
+        raise ValueError("tune: no request is served by kernels that have options to measure, those on CUDA have")
     total = len(_distinct(needed)) + len(shapes)
     builders = Children()
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=builders.adopt_thread)
@@ -81,9 +79,7 @@ def prewarm(
 def _checked(requests: Iterable[PrewarmRequest]) -> list[PrewarmRequest]:
     # A request is iterable itself: pydantic's models give their fields.
     if isinstance(requests, PrewarmRequest) or not isinstance(requests, Iterable):
-        raise TypeError(
-            f"requests: {type(requests).__name__}, expected several PrewarmRequests; put them into a list"
-        )
+        raise TypeError(f"requests: {type(requests).__name__}, expected several PrewarmRequests; put them into a list")
     listed = list(requests)
     for place, request in enumerate(listed):
         if not isinstance(request, PrewarmRequest):
@@ -125,9 +121,7 @@ def _distinct(needed: Mapping[PrewarmRequest, Sequence[Artifact]]) -> list[Artif
 def _problems(request: PrewarmRequest, softcap_approx: bool) -> list[Problem]:
     """One problem per mask kind, for inference and where asked for training; lengths play no part."""
     if request.num_heads % request.num_kv_heads:
-        raise ValueError(
-            f"num_heads: {request.num_heads}, expected a multiple of num_kv_heads {request.num_kv_heads}"
-        )
+        raise ValueError(f"num_heads: {request.num_heads}, expected a multiple of num_kv_heads {request.num_kv_heads}")
     device = device_of(request.device)
     row = torch.zeros(1, 1, dtype=torch.int32, device=device)
     masks = [band(1, 1, causal=True, window=None), RowIntervals(1, 1, None, None, row, row + 1)]
@@ -164,9 +158,7 @@ def _obtain(supply: Supply, artifact: Artifact, shown: Shown) -> PrewarmResult:
     return row_of(spec, shown, work)
 
 
-def _bind_lengths(
-    bind: Callable[[Tensor, Tensor, Call], object], engine: str, request: PrewarmRequest
-) -> None:
+def _bind_lengths(bind: Callable[[Tensor, Tensor, Call], object], engine: str, request: PrewarmRequest) -> None:
     """Bind the plans of the request's lengths, so that their first call finds its mask made."""
     config = request.config
     for length in dict.fromkeys(request.seq_lens):

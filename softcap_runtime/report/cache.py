@@ -46,10 +46,7 @@ def report(store: Store, softcap_approx: bool = False) -> CacheReport:
     """The state of ``store`` now. Never raises for what is on disk."""
     entries = store.entries()
     return CacheReport(
-        status=store.status(),
-        fingerprint=fingerprint("cpu"),
-        entries=entries,
-        gpus=gpus(store, softcap_approx),
+        status=store.status(), fingerprint=fingerprint("cpu"), entries=entries, gpus=gpus(store, softcap_approx)
     )
 
 
@@ -62,9 +59,7 @@ def explain(store: Store, words: Sequence[str]) -> Explanation:
     """
     wanted = _parsed(words)
     packages: list[tuple[Fields, bool]] = [
-        (info.fields, info.fits)
-        for info in rows(store)[0]
-        if set(info.fields) - {"sources"} == set(KernelSpec._fields)
+        (info.fields, info.fits) for info in rows(store)[0] if set(info.fields) - {"sources"} == set(KernelSpec._fields)
     ]
     if wanted.get("op", "flex_forward" if packages else "attention") == "attention":
         return store.explain(library().key())
@@ -116,9 +111,7 @@ def _parsed(words: Sequence[str]) -> dict[str, FieldValue]:
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or name not in KernelSpec._fields:
-            raise ValueError(
-                f"--explain: {word!r}, expected field=value with {', '.join(KernelSpec._fields)}"
-            )
+            raise ValueError(f"--explain: {word!r}, expected field=value with {', '.join(KernelSpec._fields)}")
         wanted[name] = _value(name, value)
     return wanted
 

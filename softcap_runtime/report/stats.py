@@ -104,8 +104,7 @@ def _kernels(supplied: Mapping[Artifact, Supplied], plans: list[Plan]) -> list[K
     for plan in plans:
         sharing.update(plan.artifacts)
     return [
-        KernelStats(**one.describe()._asdict(), **how._asdict(), plans=sharing[one])
-        for one, how in supplied.items()
+        KernelStats(**one.describe()._asdict(), **how._asdict(), plans=sharing[one]) for one, how in supplied.items()
     ]
 
 

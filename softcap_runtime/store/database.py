@@ -153,9 +153,7 @@ class Database:
                 return None
             quarantine.create_database(self.folder)
         self._inode = schema.inode(self.folder)
-        self._index = Index(
-            self.folder, writable=self.writable, busy_seconds=BUSY_SECONDS, max_bytes=self._max_bytes
-        )
+        self._index = Index(self.folder, writable=self.writable, busy_seconds=BUSY_SECONDS, max_bytes=self._max_bytes)
         self._faults.pop("open", None)
         return self._index
 

@@ -95,9 +95,7 @@ def split(text: object) -> tuple[str, str, str]:
     if not isinstance(text, str):
         raise BadEntry("rejected", f"its document is {type(text).__name__}, expected text")
     if len(text) > MAX_DOCUMENT:
-        raise BadEntry(
-            "rejected", f"its document has {len(text)} characters, expected at most {MAX_DOCUMENT}"
-        )
+        raise BadEntry("rejected", f"its document has {len(text)} characters, expected at most {MAX_DOCUMENT}")
     lines = text.split("\n")
     if len(lines) != 3 or not text.isascii():
         raise BadEntry("corrupt", "its document is not three lines of ASCII")

@@ -24,15 +24,11 @@ log = logging.getLogger(__name__)
 class EntryStore:
     """What ``Store`` keeps, without building anything. Never raises for what is on disk."""
 
-    def __init__(
-        self, folder: str | os.PathLike[str], size_limit: int, auth_key: bytes | None = None
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str], size_limit: int, auth_key: bytes | None = None) -> None:
         if size_limit < 1:
             raise ValueError(f"size_limit: {size_limit}, expected at least 1 byte")
         if auth_key is not None and not auth_key:
-            raise ValueError(
-                "auth_key: empty, expected the bytes of a secret; use None for no authentication"
-            )
+            raise ValueError("auth_key: empty, expected the bytes of a secret; use None for no authentication")
         self.folder = Path(os.path.abspath(folder))
         self.size_limit = int(size_limit)
         self.auth_key = auth_key

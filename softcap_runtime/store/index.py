@@ -54,9 +54,7 @@ class BytesDisk(diskcache.Disk):
     def fetch(self, mode: Any, filename: Any, value: Any, read: bool) -> bytes:
         """The value of a row; BadEntry unless it is bytes within the row."""
         if mode != MODE_RAW or filename is not None or type(value) is not bytes:
-            raise BadEntry(
-                "rejected", f"its value is not plain bytes (mode {mode!r}, file {filename is not None})"
-            )
+            raise BadEntry("rejected", f"its value is not plain bytes (mode {mode!r}, file {filename is not None})")
         return value
 
     def filename(self, key: Any = None, value: Any = None) -> tuple[str, str]:
@@ -139,9 +137,7 @@ class Index(diskcache.Cache):
         self._connection.close()
 
     @contextlib.contextmanager
-    def _transact(
-        self, retry: bool = False, filename: Any = None
-    ) -> Iterator[tuple[Any, Callable[[Any], None]]]:
+    def _transact(self, retry: bool = False, filename: Any = None) -> Iterator[tuple[Any, Callable[[Any], None]]]:
         """diskcache's transaction, with the real error; rolled back when COMMIT itself fails (disk full)."""
         execute = self._connection.execute
         if self._txn_id == threading.get_ident():
@@ -207,9 +203,7 @@ class Index(diskcache.Cache):
     def merge(self, uses: Mapping[str, int], counters: Callable[[bytes | None], bytes]) -> None:
         """Add ``uses`` to the entries' counts, and rewrite the counters row, in one transaction."""
         with self._transact() as (execute, _):
-            use = (
-                "UPDATE Cache SET access_count = access_count + ?, access_time = ? WHERE key = ? AND raw = 1"
-            )
+            use = "UPDATE Cache SET access_count = access_count + ?, access_time = ? WHERE key = ? AND raw = 1"
             for digest, count in uses.items():
                 execute(use, (count, time.time(), digest))
             self.set(COUNTERS_KEY, counters(self.counters()))
@@ -249,9 +243,7 @@ class Index(diskcache.Cache):
     def remove_entries(self) -> int:
         """Delete every row but the counters; how many."""
         with self._transact() as (execute, _):
-            return int(
-                execute("DELETE FROM Cache WHERE key IS NOT ? OR raw IS NOT 1", (COUNTERS_KEY,)).rowcount
-            )
+            return int(execute("DELETE FROM Cache WHERE key IS NOT ? OR raw IS NOT 1", (COUNTERS_KEY,)).rowcount)
 
     def totals(self) -> tuple[int, int]:
         """Entries and their bytes."""

@@ -20,14 +20,7 @@ from softcap_runtime.store.entry_store import EntryStore
 from softcap_runtime.store.fingerprint import fingerprints
 from softcap_runtime.store.index import Index, Row
 from softcap_runtime.store.key import Key
-from softcap_runtime.store.report import (
-    Difference,
-    Document,
-    EntryInfo,
-    Explanation,
-    Problem,
-    StoreStatus,
-)
+from softcap_runtime.store.report import Difference, Document, EntryInfo, Explanation, Problem, StoreStatus
 
 log = logging.getLogger(__name__)
 
@@ -203,8 +196,7 @@ def _differences(key: Key, info: EntryInfo) -> list[Difference]:
         for one in (key, info)
     )
     return [
-        Difference(field=name, wanted=wanted.get(name), stored=stored.get(name))
-        for name in differing(stored, wanted)
+        Difference(field=name, wanted=wanted.get(name), stored=stored.get(name)) for name in differing(stored, wanted)
     ]
 
 

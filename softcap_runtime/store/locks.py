@@ -39,9 +39,7 @@ def hold(folder: Path, name: str, longest: float = LONGEST_WAIT_S) -> Iterator[f
         trust.make_private(place)
         if not _has_flock(place):
             raise OSError("its filesystem has no flock")
-        wanted = FileLock(
-            place / f"{name}.lock", mode=0o600
-        )  # an object of its own, so threads exclude each other
+        wanted = FileLock(place / f"{name}.lock", mode=0o600)  # an object of its own, so threads exclude each other
         started = time.monotonic()
         wanted.acquire(timeout=longest)
         lock = wanted

@@ -30,10 +30,7 @@ _TRIGGERS = {
     "Settings_size_delete": ("DELETE", 'value - OLD.size WHERE key = "size"'),
 }
 STATEMENTS = _TABLES | {
-    name: (
-        f"CREATE TRIGGER {name} AFTER {event} ON Cache FOR EACH ROW BEGIN"
-        f" UPDATE Settings SET value = {change}; END"
-    )
+    name: (f"CREATE TRIGGER {name} AFTER {event} ON Cache FOR EACH ROW BEGIN UPDATE Settings SET value = {change}; END")
     for name, (event, change) in _TRIGGERS.items()
 }
 

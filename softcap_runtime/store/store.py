@@ -138,9 +138,7 @@ class Store(EntryStore):
 
         return quarantine.sweep(self.folder)
 
-    def export_bundle(
-        self, path: str | os.PathLike[str], fingerprint: Mapping[str, str] | None = None
-    ) -> int:
+    def export_bundle(self, path: str | os.PathLike[str], fingerprint: Mapping[str, str] | None = None) -> int:
         """Write entries (those of ``fingerprint``, or all) into one file; how many.
 
         Raises bundle.Incomplete when one of them is bad or not authenticated: then nothing is written, as a bundle
@@ -151,9 +149,7 @@ class Store(EntryStore):
 
         return bundle.export(self, Path(path), fingerprint)
 
-    def import_bundle(
-        self, path: str | os.PathLike[str], expected_fingerprint: Mapping[str, str]
-    ) -> ImportReport:
+    def import_bundle(self, path: str | os.PathLike[str], expected_fingerprint: Mapping[str, str]) -> ImportReport:
         """Take the entries of a bundle that fit ``expected_fingerprint``; the report names the rest.
 
         Raises OSError when the file cannot be read, ValueError when it is not a bundle, was changed, or holds more

@@ -41,8 +41,7 @@ def check(folder: Path, lstat: LStat = os.lstat) -> Verdict:
     owner, mode = status.st_uid, stat.S_IMODE(status.st_mode)
     if not stat.S_ISDIR(status.st_mode):
         return Verdict(
-            f"cache folder {folder} is a file, expected a folder; remove it or set another SOFTCAP_CACHE_DIR",
-            False,
+            f"cache folder {folder} is a file, expected a folder; remove it or set another SOFTCAP_CACHE_DIR", False
         )
     try:
         problem = _chain_problem(folder, user, lstat) or _content_problem(folder, user, lstat)

@@ -21,12 +21,7 @@ import torch
 from rich.console import Console
 from support.helpers import HEAD_DIM, NEEDS_FLEX
 
-from softcap_runtime import (
-    AttentionConfig,
-    KernelNotPrewarmed,
-    Runtime,
-    RuntimeSettings,
-)
+from softcap_runtime import AttentionConfig, KernelNotPrewarmed, Runtime, RuntimeSettings
 from softcap_runtime.cli import main as cli
 from softcap_runtime.cli import tables as cli_tables
 from softcap_runtime.cpu.library import CpuLibrary, library
@@ -70,12 +65,7 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SOFTCAP_")}
     return subprocess.run(
-        line,
-        shell=True,
-        env={**clean, "PATH": path, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
+        line, shell=True, env={**clean, "PATH": path, **environment}, capture_output=True, text=True, check=False
     )
 
 
@@ -159,10 +149,7 @@ def tiny_packages(monkeypatch: pytest.MonkeyPatch) -> list[Package | CpuLibrary]
 
 @NEEDS_FLEX
 def test_prewarm_fails_when_its_kernels_evict_each_other(
-    command: Command,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tiny_packages: list[Package | CpuLibrary],
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_packages: list[Package | CpuLibrary]
 ) -> None:
     words = ["--cache-dir", tmp_path / "cache", "prewarm", "--preset", "gemma2-2b", "--engine", "flex"]
     monkeypatch.setenv("SOFTCAP_CACHE_SIZE_LIMIT", "1500")
@@ -229,9 +216,7 @@ def test_prewarm_builds_nothing_for_a_read_only_folder(
     assert err.count("\n") == 1
 
 
-def test_prewarm_fails_when_a_build_does(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prewarm_fails_when_a_build_does(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("softcap_runtime.artifacts.build.find_compiler", lambda: None)
     words = ["--cache-dir", tmp_path / "cache", "prewarm", "--preset", "gemma2-2b", "--engine", "blocked"]
     code, out, _ = command(*words)
@@ -242,9 +227,7 @@ def test_prewarm_fails_when_a_build_does(
     assert err.startswith("softcap-runtime: nothing could be kept: ")
 
 
-def test_an_interruption_is_one_line(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_is_one_line(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
@@ -275,10 +258,7 @@ def test_inspect_shows_the_cache(command: Command, tmp_path: Path) -> None:
 def test_inspect_hides_no_key_in_80_columns(tmp_path: Path) -> None:
     store = fill(tmp_path / "cache")
     store.load_or_build(
-        Key(
-            {"op": "dq_kernel", "device": "cuda", "dtype": "bfloat16", "tensors": "*bf16 " * 9, "warps": 8},
-            {},
-        ),
+        Key({"op": "dq_kernel", "device": "cuda", "dtype": "bfloat16", "tensors": "*bf16 " * 9, "warps": 8}, {}),
         lambda: bytes(12_345_678),
     )
     out = Console(width=80, file=StringIO(), highlight=False)
@@ -310,11 +290,7 @@ def test_the_version_and_completion(command: Command) -> None:
     code, out, _ = command("--version")
     assert (code, out.startswith("softcap-runtime ")) == (0, True)
     assert f"torch {torch.__version__}" in out
-    words = {
-        "_SOFTCAP_RUNTIME_COMPLETE": "complete_bash",
-        "COMP_WORDS": "softcap-runtime in",
-        "COMP_CWORD": "1",
-    }
+    words = {"_SOFTCAP_RUNTIME_COMPLETE": "complete_bash", "COMP_WORDS": "softcap-runtime in", "COMP_CWORD": "1"}
     assert shell("softcap-runtime", **words).stdout.split() == ["inspect"]
 
 
@@ -335,18 +311,14 @@ def test_inspect_explains(
     code, out, _ = command("--cache-dir", tmp_path / "cache", "inspect", "--explain", "--json", *fields)
     answer = json.loads(out)
     assert (code, answer["present"]) == (0, present)
-    assert [
-        f"{name}={answer['fields'][name]}".lower() for name in (word.split("=")[0] for word in fields)
-    ] == fields
+    assert [f"{name}={answer['fields'][name]}".lower() for name in (word.split("=")[0] for word in fields)] == fields
     assert [one["field"] for one in answer["differences"]] == differs
     out = command("--cache-dir", tmp_path / "cache", "inspect", "--explain", *fields)[1]
     assert out.startswith("present: flex_forward " if present else "absent: flex_forward ")
     assert all(name in out for name in differs)
 
 
-def test_a_bad_entry_is_explained_and_stays(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_entry_is_explained_and_stays(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path / "cache").close()
     words = ["--cache-dir", tmp_path / "cache", "inspect", "--explain", "head_dim=64"]
     (tmp_path / "secret").write_bytes(b"a secret")
@@ -382,10 +354,7 @@ def test_explaining_the_library_that_depends_on_no_head_dim(command: Command, tm
     alone = command("--cache-dir", tmp_path / "alone", "inspect", "--explain", "head_dim=77")[1]
     assert alone.startswith("present: attention ")
     (tmp_path / "empty").mkdir(mode=0o700)
-    assert (
-        "the cache is empty"
-        in command("--cache-dir", tmp_path / "empty", "inspect", "--explain", "head_dim=1")[1]
-    )
+    assert "the cache is empty" in command("--cache-dir", tmp_path / "empty", "inspect", "--explain", "head_dim=1")[1]
 
 
 def test_verify_finds_and_repairs(command: Command, tmp_path: Path, seed: int) -> None:
@@ -417,11 +386,7 @@ def test_a_secret_that_is_open_to_others_is_told(command: Command, tmp_path: Pat
 
 def test_bundles_travel_and_tampered_ones_do_not(command: Command, tmp_path: Path, seed: int) -> None:
     fill(tmp_path / "one").close()
-    bundle, one, two = (
-        tmp_path / "bundle",
-        ["--cache-dir", tmp_path / "one"],
-        ["--cache-dir", tmp_path / "two"],
-    )
+    bundle, one, two = (tmp_path / "bundle", ["--cache-dir", tmp_path / "one"], ["--cache-dir", tmp_path / "two"])
     assert command(*two, "export", bundle)[0] == 1, "there is nothing in it"
     assert command(*one, "export", bundle)[:2] == (0, f"exported 2 entries to {bundle}\n")
     assert command(*two, "import", bundle)[:2] == (0, "imported 2 entries, 0 were present, 0 refused\n")
@@ -453,9 +418,7 @@ def test_an_export_names_what_is_damaged(command: Command, tmp_path: Path) -> No
         connection.commit()
     code, out, err = command(*words)
     assert (code, out, err.count("its checksum does not match its bytes")) == (1, "", 2)
-    assert err.splitlines()[-1].startswith(
-        "softcap-runtime: nothing was exported: 2 entries are damaged; run "
-    )
+    assert err.splitlines()[-1].startswith("softcap-runtime: nothing was exported: 2 entries are damaged; run ")
     assert not (tmp_path / "bundle").exists()
 
 
@@ -506,15 +469,10 @@ def test_clear_empties_the_cache(command: Command, tmp_path: Path) -> None:
 def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "mask.png"
-    code, out, _ = command(
-        "mask", "--seq-len", 512, "--window", 128, "--documents", "100,250,162", "--png", picture
-    )
+    code, out, _ = command("mask", "--seq-len", 512, "--window", 128, "--documents", "100,250,162", "--png", picture)
     assert (code, "512 queries x 512 keys" in out, "56% of 16 blocks skipped" in out) == (0, True, True)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    plain, prefix = (
-        command("mask", "--seq-len", 300)[1],
-        command("mask", "--seq-len", 300, "--prefix", 299)[1],
-    )
+    plain, prefix = (command("mask", "--seq-len", 300)[1], command("mask", "--seq-len", 300, "--prefix", 299)[1])
     assert "skipped" in plain
     assert plain != prefix
 
@@ -557,10 +515,7 @@ def test_a_folder_whose_name_the_output_cannot_show(tmp_path: Path) -> None:
         ("prewarm --num-heads 4 --num-kv-heads 2 --head-dim 0", "head_dim"),
         ("prewarm --num-heads 4 --num-kv-heads 2 --head-dim 8 --window 0", "window"),
         ("prewarm --num-heads four", "--num-heads"),
-        (
-            "prewarm --num-heads 4 --num-kv-heads 3 --head-dim 8 --scale 1",
-            "num_heads: 4, expected a multiple",
-        ),
+        ("prewarm --num-heads 4 --num-kv-heads 3 --head-dim 8 --scale 1", "num_heads: 4, expected a multiple"),
         ("prewarm --num-heads 4 --num-kv-heads 2 --head-dim 8 --scale nan", "scale"),
         ("prewarm --preset gemma2-2b --softcap 0", "pass one of"),
         ("prewarm --preset gemma2-2b --dtype int8", "dtype"),
@@ -592,9 +547,7 @@ def test_a_folder_whose_name_the_output_cannot_show(tmp_path: Path) -> None:
         ("mask --seq-len 10 --prefix 11", "prefix_lengths: 11"),
     ],
 )
-def test_bad_usage_is_one_line_and_exit_code_2(
-    command: Command, tmp_path: Path, line: str, words: str
-) -> None:
+def test_bad_usage_is_one_line_and_exit_code_2(command: Command, tmp_path: Path, line: str, words: str) -> None:
     code, out, err = command("--cache-dir", tmp_path / "cache", *line.split())
     assert (code, out) == (2, ""), err
     assert err.startswith("softcap-runtime: ")
@@ -653,9 +606,7 @@ def test_a_script_runs_the_package_beside_it_installed_or_not(tmp_path: Path, sc
         ("masks --json FOLDER", "', expected a file in a folder that is there"),
     ],
 )
-def test_a_benchmark_that_could_not_be_written_measures_nothing(
-    tmp_path: Path, words: str, said: str
-) -> None:
+def test_a_benchmark_that_could_not_be_written_measures_nothing(tmp_path: Path, words: str, said: str) -> None:
     done = shell(f"'{sys.executable}' '{ROOT}/scripts/benchmark.py' {words.replace('FOLDER', str(tmp_path))}")
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr.splitlines()[-1]

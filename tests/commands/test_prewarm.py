@@ -14,14 +14,7 @@ import pytest
 import torch
 from support.helpers import HEAD_DIM, NEEDS_FLEX
 
-from softcap_runtime import (
-    AttentionConfig,
-    BuildFailed,
-    EngineUnavailable,
-    PrewarmRequest,
-    Runtime,
-    RuntimeSettings,
-)
+from softcap_runtime import AttentionConfig, BuildFailed, EngineUnavailable, PrewarmRequest, Runtime, RuntimeSettings
 from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.engines.package import Package
 from softcap_runtime.engines.spec import KernelSpec
@@ -60,10 +53,7 @@ def test_every_kernel_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="forbid", engine="flex"))
     wanted = [request(), request(config=CONFIG.model_copy(update={"window": None})), request(num_heads=2)]
     first = runtime.prewarm(wanted, progress=False)
-    assert {(row.spec.op, row.spec.mask) for row in first} == {
-        ("flex_forward", "band"),
-        ("flex_forward", "intervals"),
-    }
+    assert {(row.spec.op, row.spec.mask) for row in first} == {("flex_forward", "band"), ("flex_forward", "intervals")}
     assert sorted(asked) == sorted(row.spec for row in first)
     assert all(row.outcome == "built" and row.bytes > 0 and row.error is None for row in first)
     assert {row.outcome for row in runtime.prewarm(wanted, progress=False)} == {"ready"}

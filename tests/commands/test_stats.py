@@ -54,9 +54,7 @@ def test_calls_are_hits_or_misses_and_kernels_are_shared(
     for ids in (torch.zeros(1, 7, dtype=torch.int32), torch.arange(7, dtype=torch.int32)[None]):
         call(runtime, 7, document_ids=ids)
     more = runtime.stats()
-    assert (more.misses - stats.misses, more.hits - stats.hits) == (1, 1), (
-        "its contents are no part of a plan"
-    )
+    assert (more.misses - stats.misses, more.hits - stats.hits) == (1, 1), "its contents are no part of a plan"
     assert {row.mask: row.plans for row in more.kernels} == {"band": 5, "intervals": 1}
 
 
@@ -116,12 +114,7 @@ def test_a_folder_that_cannot_be_used_is_shown(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("folder", "words"),
-    [
-        ("file", "file is a file"),
-        ("file/cache", "file is a file"),
-        ("open", "chmod go-w"),
-        ("new/cache", None),
-    ],
+    [("file", "file is a file"), ("file/cache", "file is a file"), ("open", "chmod go-w"), ("new/cache", None)],
 )
 def test_a_folder_is_looked_at_before_it_is_needed(tmp_path: Path, folder: str, words: str | None) -> None:
     (tmp_path / "file").touch()

@@ -25,32 +25,7 @@ CPU = torch.device("cpu")
 # gradient sees both through delta, and its own and that of the logit's gradient.
 STORED = {torch.float32: 5e-7, torch.bfloat16: 2 * 2.0**-9, torch.float16: 2 * 2.0**-11}
 STORED_GRADIENT = {torch.float32: 7e-7, torch.bfloat16: 4 * 2.0**-9, torch.float16: 4 * 2.0**-11}
-HEAD_DIMS = [
-    1,
-    2,
-    3,
-    7,
-    8,
-    15,
-    16,
-    17,
-    31,
-    32,
-    33,
-    40,
-    63,
-    64,
-    65,
-    96,
-    127,
-    128,
-    129,
-    160,
-    192,
-    256,
-    257,
-    320,
-]
+HEAD_DIMS = [1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 40, 63, 64, 65, 96, 127, 128, 129, 160, 192, 256, 257, 320]
 
 
 class Kernel(NamedTuple):
@@ -162,9 +137,7 @@ def close(name: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
     assert (got.shape, bool(got.isfinite().all())) == (want.shape, True), name
     want = want.detach()
     error, most = float((got.double() - want).norm()), float(bound.norm())
-    assert error <= most, (
-        f"{name}: off by {error:.1e}, rounding allows {most:.1e} of {float(want.norm()):.1e}"
-    )
+    assert error <= most, f"{name}: off by {error:.1e}, rounding allows {most:.1e} of {float(want.norm()):.1e}"
     assert not got[bound == 0].any(), name
 
 
@@ -203,9 +176,7 @@ def masks(draw: st.DrawFn, batch: int, q_len: int, kv_len: int) -> RowIntervals:
         return RowIntervals(q_len, kv_len, left - q_len, right, None, None)
     rows = draw(st.sampled_from([1, batch]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
-    lo, hi = (
-        torch.randint(-3, kv_len + 4, (rows, q_len), generator=generator, dtype=torch.int32) for _ in "lh"
-    )
+    lo, hi = (torch.randint(-3, kv_len + 4, (rows, q_len), generator=generator, dtype=torch.int32) for _ in "lh")
     if draw(st.booleans()):  # as packed sequences have them
         lo, hi = lo.sort(1).values, hi.sort(1).values
     return clipped(q_len, kv_len, lo, hi)

@@ -30,8 +30,6 @@ def test_few_rows(libraries: Libraries, kernel: Kernel, call: Call) -> None:
 def test_many_chunks(libraries: Libraries, kernel: Kernel, call: Call) -> None:
     call = call._replace(
         sizes=call.sizes._replace(batch=1),
-        mask=call.mask
-        if call.mask.lo is None
-        else call.mask._replace(lo=call.mask.lo[:1], hi=call.mask.hi[:1]),
+        mask=call.mask if call.mask.lo is None else call.mask._replace(lo=call.mask.lo[:1], hi=call.mask.hi[:1]),
     )
     check(libraries(kernel), call, kernel.dtype)

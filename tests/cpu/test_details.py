@@ -11,18 +11,7 @@ from support.helpers import Sizes, gradients, hf_eager, make_qkv, relative_error
 from support.helpers import expected as exact_attention
 from torch import Tensor
 
-from cpu.kernels import (
-    NARROW,
-    NATIVE,
-    TILES,
-    Call,
-    Kernel,
-    Libraries,
-    attend,
-    check,
-    differentiate,
-    problem_of,
-)
+from cpu.kernels import NARROW, NATIVE, TILES, Call, Kernel, Libraries, attend, check, differentiate, problem_of
 from softcap_runtime import AttentionConfig
 from softcap_runtime.cpu import library as cpu_library
 from softcap_runtime.engines.blocked_cpu import CpuProblem
@@ -35,11 +24,7 @@ LIMITS = {torch.float32: (5e-7, 7e-7), torch.bfloat16: (2.5e-3, 3.5e-3), torch.f
 
 
 def everything(
-    libraries: Libraries,
-    kernel: Kernel,
-    mask: RowIntervals,
-    inputs: tuple[Tensor, ...],
-    softcap: float | None = 50.0,
+    libraries: Libraries, kernel: Kernel, mask: RowIntervals, inputs: tuple[Tensor, ...], softcap: float | None = 50.0
 ) -> list[Tensor]:
     """Out, the logsumexp and the gradients of q, k and v, of q, k, v and grad_out."""
     q, k, v, grad_out = inputs
@@ -75,9 +60,7 @@ def test_more_heads_in_a_group_than_a_block_has_rows(libraries: Libraries, kerne
     for group, q_len in ((80, 1), (80, 7), (129, 3)):
         mask = band(q_len, 70, causal=True, window=None)
         check(
-            libraries(kernel),
-            Call(Sizes(2, group, 1, q_len, 70, 40), mask, 0.2, 50.0, "fused", seed, 2),
-            kernel.dtype,
+            libraries(kernel), Call(Sizes(2, group, 1, q_len, 70, 40), mask, 0.2, 50.0, "fused", seed, 2), kernel.dtype
         )
 
 
@@ -190,17 +173,11 @@ def test_the_struct_is_the_headers() -> None:
         for line in re.sub(r"//.*", "", body).split(";"):
             kind, _, names = line.strip().partition(" ")
             for name in names.replace(" ", "").split(",") if kind else []:
-                inner = (
-                    [(f"{name}_{one[0][0]}", one[1]) for one in fields("Strides")]
-                    if kind == "Strides"
-                    else None
-                )
+                inner = [(f"{name}_{one[0][0]}", one[1]) for one in fields("Strides")] if kind == "Strides" else None
                 found += inner or [(name, kinds[kind])]
         return found
 
     strides = {"batch": "b", "head": "h", "row": "s"}
     wanted = [(re.sub(r"_r$", "_s", name), kind) for name, kind in fields("Problem")]
     assert [name for name, _ in fields("Strides")] == list(strides)
-    assert wanted == [
-        (name, "q" if kind._type_ in "lq" else kind._type_) for name, kind in CpuProblem._fields_
-    ]
+    assert wanted == [(name, "q" if kind._type_ in "lq" else kind._type_) for name, kind in CpuProblem._fields_]

@@ -52,16 +52,12 @@ def tokens(draw: st.DrawFn, batch: int, kv_len: int, kind: str) -> Tensor:
 @pytest.mark.parametrize("kernel", [NATIVE[0], NARROW[0], NARROW[3]], ids=str)
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_they_are_those_of_the_specification(
-    libraries: Libraries, kernel: Kernel, data: st.DataObject
-) -> None:
+def test_they_are_those_of_the_specification(libraries: Libraries, kernel: Kernel, data: st.DataObject) -> None:
     batch, kv_len = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
     q_len = data.draw(st.one_of(st.just(kv_len), st.integers(1, 44)))
     causal, window = data.draw(st.booleans()), data.draw(st.one_of(st.none(), st.integers(1, 50)))
     kinds = data.draw(st.sampled_from([("mask",), ("ids",), ("mask", "ids")]))
-    mask, ids = (
-        data.draw(tokens(batch, kv_len, kind)) if kind in kinds else None for kind in ("mask", "ids")
-    )
+    mask, ids = (data.draw(tokens(batch, kv_len, kind)) if kind in kinds else None for kind in ("mask", "ids"))
     found = finder(libraries, kernel)(batch, q_len, kv_len, causal, window, mask, ids)
     given: Any = {"attention_mask": mask, "document_ids": ids}
     try:

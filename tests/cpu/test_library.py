@@ -51,9 +51,7 @@ def test_a_compiler_that_makes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         library().build()
 
 
-def test_a_library_that_does_not_run_here_fails_its_build(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_library_that_does_not_run_here_fails_its_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the process that serves: its probe dies in a child."""
     source = tmp_path / "other.c"
     source.write_text("long softcap_fastest(void) { __builtin_trap(); }")
@@ -92,9 +90,7 @@ def test_every_source_that_is_compiled_is_in_the_key(copied_sources: Path) -> No
 def test_another_cpu_has_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {CpuLibrary(name).key().digest for name in ("AVX512", "AVX2", "DEFAULT")}
     own = cpu_library.fingerprint("cpu")
-    monkeypatch.setattr(
-        cpu_library, "fingerprint", lambda device: {**own, "cpu": "AVX512 of another machine"}
-    )
+    monkeypatch.setattr(cpu_library, "fingerprint", lambda device: {**own, "cpu": "AVX512 of another machine"})
     seen.add(library().key().digest)
     assert len(seen) == 4
 
@@ -122,9 +118,7 @@ def test_another_program_s_library(tmp_path: Path) -> None:
     command = ["gcc", "-shared", "-fPIC", "other.c", "-o", "other.so"]
     subprocess.run(command, cwd=tmp_path, check=True)
     data = json.dumps({"arithmetic": 1}).encode() + b"\n" + (tmp_path / "other.so").read_bytes()
-    with pytest.raises(
-        SoftcapRuntimeError, match=r"^kernel attention cannot be loaded: .*softcap_forward.* clear$"
-    ):
+    with pytest.raises(SoftcapRuntimeError, match=r"^kernel attention cannot be loaded: .*softcap_forward.* clear$"):
         library().load(data)
 
 

@@ -19,14 +19,7 @@ from torch import Tensor
 from softcap_runtime import AttentionConfig, reference
 from softcap_runtime.cuda.cubin import CubinSpec
 from softcap_runtime.cuda.kernel import GpuKernel
-from softcap_runtime.cuda.options import (
-    BlockOptions,
-    DeviceLimits,
-    Direction,
-    choose,
-    device_limits,
-    triton_version,
-)
+from softcap_runtime.cuda.options import BlockOptions, DeviceLimits, Direction, choose, device_limits, triton_version
 from softcap_runtime.cuda.paged import bind_paged
 from softcap_runtime.cuda.triton import attention as triton_attention
 from softcap_runtime.cuda.triton import gradient as triton_gradient
@@ -81,9 +74,7 @@ class Bound:
 
 def test_a_layout_is_bound_once_for_all_masks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = Bound(monkeypatch)
-    form = row_intervals(
-        40, 40, causal=True, window=None, document_ids=torch.zeros(2, 40, dtype=torch.int32)
-    ).form
+    form = row_intervals(40, 40, causal=True, window=None, document_ids=torch.zeros(2, 40, dtype=torch.int32)).form
     forward = blocked_cuda.ENGINE.forward(problem(form), NO_KERNELS)
     backward = blocked_cuda.ENGINE.backward(problem(form), NO_KERNELS)
     layouts = ("transposed", "contiguous")
@@ -208,15 +199,11 @@ def test_what_is_listed_is_what_calls_ask_for(
     group = heads // kv_heads
     for packed in (False, True):
 
-        def call(
-            batch: int, rows: int, keys: int, window: int | None, holes: bool, packed: bool = packed
-        ) -> Problem:
+        def call(batch: int, rows: int, keys: int, window: int | None, holes: bool, packed: bool = packed) -> Problem:
             mask = band(rows, keys, causal=True, window=window)
             if packed:
                 several = random.choice([1, batch])
-                edge, kept = (
-                    torch.empty(several, size, dtype=torch.int32, device="meta") for size in (rows, keys)
-                )
+                edge, kept = (torch.empty(several, size, dtype=torch.int32, device="meta") for size in (rows, keys))
                 mask = RowIntervals(rows, keys, None, None, edge, edge, kept if holes else None)
             sizes = (batch, heads, kv_heads, head_dim)
             return Problem(torch.device("cuda", 0), dtype, *sizes, 0.1, softcap, mask, train)
@@ -225,11 +212,7 @@ def test_what_is_listed_is_what_calls_ask_for(
         alike = blocked_cuda.ENGINE.alike(call(2, 77, 77, None, False))
         listed = {one for each in alike for one in blocked_cuda.ENGINE.artifacts(each, kernels)}
         assert not recorded.asked, "to list is to ask for nothing"
-        few = [
-            rows
-            for rows in (1, 2, 3, 5, 16 // group, 17 // group, 32 // group, 33 // group, 64 // group)
-            if rows
-        ]
+        few = [rows for rows in (1, 2, 3, 5, 16 // group, 17 // group, 32 // group, 33 // group, 64 // group) if rows]
         shapes = [(1, rows, keys) for rows in few for keys in (rows + 1, 1000, 60_000, 2**20)]
         shapes += [(batch, length, length) for batch in (1, 3) for length in (1, 64, 129, 4096, 40_000)]
         # At the lengths from which a kernel of so many products takes its tiles another way, and below.
@@ -284,14 +267,10 @@ def test_paged_calls_ask_for_what_is_listed(
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_long_training_call_on_hopper_is_computed_by_gluon(
-    head_dim: int, packed: bool, recorded: Recorded
-) -> None:
+def test_a_long_training_call_on_hopper_is_computed_by_gluon(head_dim: int, packed: bool, recorded: Recorded) -> None:
     mask = band(5000, 5000, causal=True, window=None)
     if packed:
-        mask = RowIntervals(
-            5000, 5000, None, None, *[torch.empty(1, 5000, dtype=torch.int32, device="meta")] * 2
-        )
+        mask = RowIntervals(5000, 5000, None, None, *[torch.empty(1, 5000, dtype=torch.int32, device="meta")] * 2)
     call = Problem(torch.device("cuda", 0), BF16, 1, 8, 4, head_dim, 0.1, 50.0, mask, True)
     others = {"statistics_kernel", *(["query_hull_kernel", "row_intervals_kernel"] if packed else [])}
     listed = [one.spec.kernel for one in blocked_cuda.ENGINE.artifacts(call, cast(Any, recorded))]
@@ -349,7 +328,5 @@ def test_an_odd_layout_asks_for_kernels_of_its_own(recorded: Recorded) -> None:
 
 
 def test_a_gpu_kernel_can_be_asked_of_a_child_process() -> None:
-    spec = CubinSpec(
-        "dq_kernel", 90, "bfloat16", ("*bf16", ""), "if", True, (("BAND", False), ("D", 128)), 4, 2
-    )
+    spec = CubinSpec("dq_kernel", 90, "bfloat16", ("*bf16", ""), "if", True, (("BAND", False), ("D", 128)), 4, 2)
     assert CubinSpec.of_json(json.dumps(spec)) == spec

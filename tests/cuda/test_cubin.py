@@ -25,16 +25,7 @@ from softcap_runtime.supply import Supply
 CUBIN = Cubin("a_kernel", 50_000, 128, (Box((1, 1, 64, 64), 3),), 2, b"code\n\0of a kernel")
 TILE = Tile(torch.bfloat16, (2, 4, 300, 64), (76800, 64, 256, 1), (1, 1, 64, 64))
 PROBLEM = Problem(
-    torch.device("cuda", 0),
-    torch.bfloat16,
-    1,
-    4,
-    2,
-    128,
-    0.25,
-    50.0,
-    band(300, 300, causal=True, window=None),
-    False,
+    torch.device("cuda", 0), torch.bfloat16, 1, 4, 2, 128, 0.25, 50.0, band(300, 300, causal=True, window=None), False
 )
 
 
@@ -58,9 +49,7 @@ def test_what_is_kept_is_what_was_made() -> None:
     assert Cubin.unpack(CUBIN.pack()) == CUBIN
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"{}\ncode", b"[]\ncode", b"code", CUBIN.pack().replace(b"128", b'"many"')]
-)
+@pytest.mark.parametrize("data", [b"", b"{}\ncode", b"[]\ncode", b"code", CUBIN.pack().replace(b"128", b'"many"')])
 def test_other_bytes_are_refused_in_one_line(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"^cubin: .*clear, then prewarm$"):
         Cubin.unpack(data)
@@ -190,9 +179,7 @@ def test_a_launch_passes_what_the_kernel_reads(driver: Driver) -> None:
 
 def test_numbers_as_far_as_float32_goes(driver: Driver) -> None:
     """A cap near 0 leads beyond: the kernel gets infinity, as from any product in float32."""
-    run = cuda_driver.LoadedCubin(CUBIN, 0).bind(
-        (1, 1, 1), [TILE, Pointer(torch.float32)], [-7, -(2**40), 1e39]
-    )
+    run = cuda_driver.LoadedCubin(CUBIN, 0).bind((1, 1, 1), [TILE, Pointer(torch.float32)], [-7, -(2**40), 1e39])
     run(torch.zeros(8), torch.zeros(8))
     assert driver.launches[0][2][10:13] == [-7, -(2**40), math.inf]
 
@@ -206,9 +193,7 @@ def test_a_thread_without_a_context_gets_one(driver: Driver) -> None:
     run(torch.zeros(16), torch.zeros(8))
     assert (driver.entered, len(driver.launches), len(driver.maps)) == (2, 3, 2)
     driver.statuses = [719]
-    with pytest.raises(
-        RuntimeError, match=r"launching kernel a_kernel failed with CUDA_ERROR_OF_THE_TEST \(719\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"launching kernel a_kernel failed with CUDA_ERROR_OF_THE_TEST \(719\)"):
         run(torch.zeros(8), torch.zeros(8))
 
 
@@ -250,9 +235,7 @@ def test_forbidden_it_names_the_command(tmp_path: Path, built: list[CubinSpec]) 
         forbidding.kernels(PROBLEM).get(GpuKernel(spec(), 0))
     assert str(caught.value).startswith("kernel forward_kernel bfloat16 head_dim 128 band is not")
     approximate = supply(tmp_path, jit="forbid", softcap_approx=True)
-    with pytest.raises(
-        KernelNotPrewarmed, match=r"run: SOFTCAP_APPROX=1 SOFTCAP_CACHE_DIR=\S+ softcap-runtime"
-    ):
+    with pytest.raises(KernelNotPrewarmed, match=r"run: SOFTCAP_APPROX=1 SOFTCAP_CACHE_DIR=\S+ softcap-runtime"):
         approximate.kernels(PROBLEM._replace(softcap_approx=True)).get(GpuKernel(spec(), 0))
     assert not built
     forbidding.get(GpuKernel(spec(), 0))  # as prewarming does
@@ -261,9 +244,7 @@ def test_forbidden_it_names_the_command(tmp_path: Path, built: list[CubinSpec]) 
         forbidding.kernels(PROBLEM).get(GpuKernel(spec(stages=3), 0))
 
 
-def test_a_warning_is_logged(
-    tmp_path: Path, built: list[CubinSpec], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_warning_is_logged(tmp_path: Path, built: list[CubinSpec], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "softcap_runtime"):
         supply(tmp_path, jit="warn").kernels(PROBLEM).get(GpuKernel(spec(), 0))
     assert ["serving process: kernel forward_kernel" in record.message for record in caplog.records] == [True]

@@ -91,10 +91,7 @@ def test_inspect_shows_the_options_of_every_kernel(card: str, monkeypatch: pytes
 def test_the_options_are_part_of_a_kernels_key() -> None:
     """Other options, or another form of the softcap, are another kernel; the same are the same."""
     options = choose(CARDS["228 KB"], torch.bfloat16, 128, "forward")
-    different = [
-        options,
-        *(options._replace(**{name: 2 * getattr(options, name)}) for name in options._fields),
-    ]
+    different = [options, *(options._replace(**{name: 2 * getattr(options, name)}) for name in options._fields)]
 
     def key(one: BlockOptions, form: int) -> Key:
         fixed = triton_launch.constants(128, torch.bfloat16, one, triton_launch.Layout(False, 1))

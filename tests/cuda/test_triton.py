@@ -50,10 +50,7 @@ CASES = [
     ((2, 2, 1, 90, 170, 128), "kept", None, "float16"),
     ((2, 4, 2, 1, 90, 40), "kept", None, "float16"),
 ]
-CARDS = {
-    "sm 8.9, 99 KB": DeviceLimits(99 * 1024, (8, 9), 128),
-    "sm 9.0, 227 KB": DeviceLimits(227 * 1024, (9, 0), 132),
-}
+CARDS = {"sm 8.9, 99 KB": DeviceLimits(99 * 1024, (8, 9), 128), "sm 9.0, 227 KB": DeviceLimits(227 * 1024, (9, 0), 132)}
 # Card, dtype, head_dim, rows, keys, a band or intervals, with the backward or not; and the kernels of such a call.
 CALLS = [
     ("sm 9.0, 227 KB", "bfloat16", 256, 2048, 2048, True, True, ["forward", "dq", "dk", "dv"]),
@@ -165,9 +162,7 @@ REST = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "calls", [GLUON, pytest.param(REST, marks=pytest.mark.every_kernel)], ids=["usual", "rest"]
-)
+@pytest.mark.parametrize("calls", [GLUON, pytest.param(REST, marks=pytest.mark.every_kernel)], ids=["usual", "rest"])
 def test_what_hopper_takes_compiles_without_loss(calls: list[Any]) -> None:
     cases = [
         {
@@ -280,12 +275,7 @@ def test_the_process_that_wants_a_kernel_imports_no_triton(tmp_path: Path) -> No
     path = os.pathsep.join([str(ROOT), str(PLACE), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", IN_A_CHILD],
-        env={
-            **os.environ,
-            "PYTHONPATH": path,
-            "TMPDIR": str(tmp_path),
-            "TRITON_CACHE_DIR": str(tmp_path / "no"),
-        },
+        env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "no")},
         capture_output=True,
         text=True,
         timeout=280,

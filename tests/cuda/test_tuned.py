@@ -12,12 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from softcap_runtime import (
-    AttentionConfig,
-    PrewarmRequest,
-    Runtime,
-    RuntimeSettings,
-)
+from softcap_runtime import AttentionConfig, PrewarmRequest, Runtime, RuntimeSettings
 from softcap_runtime.cli import main as cli
 from softcap_runtime.cuda import options as gpu_options
 from softcap_runtime.cuda import tune as gpu_tune
@@ -57,9 +52,7 @@ def test_the_best_is_kept_once_and_used(own: Supply) -> None:
     (entry,) = own.store.entries()
     assert entry.fields["op"] == "tuned_options"
     words = "{} x {}, {} warps, {} stages"
-    assert entry.provenance == {
-        words.format(*one): "1 ms" if one == VARIANTS[2] else "2.5 ms" for one in VARIANTS
-    }
+    assert entry.provenance == {words.format(*one): "1 ms" if one == VARIANTS[2] else "2.5 ms" for one in VARIANTS}
 
 
 def test_noise_changes_nothing(own: Supply) -> None:
@@ -67,9 +60,7 @@ def test_noise_changes_nothing(own: Supply) -> None:
     assert own.options(*WHAT) == VARIANTS[0]
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"null", b"[1, 2]", b'"a"', b"[64, 48, 4, 2]", b"[128, 128, 8, 99]", b"\xff"]
-)
+@pytest.mark.parametrize("data", [b"", b"null", b"[1, 2]", b'"a"', b"[64, 48, 4, 2]", b"[128, 128, 8, 99]", b"\xff"])
 def test_anything_odd_is_not_used(own: Supply, data: bytes, caplog: pytest.LogCaptureFixture) -> None:
     own.store.load_or_build(tuned._key(*WHAT), lambda: data)
     with caplog.at_level(logging.WARNING, "softcap_runtime"):
@@ -105,16 +96,12 @@ def test_a_variant_that_fails_or_differs_is_left_out(
             gpu_tune.trials(SHAPE, "forward", pool)
 
 
-def test_prewarm_measures_what_its_requests_need(
-    tmp_path: Path, own: Supply, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prewarm_measures_what_its_requests_need(tmp_path: Path, own: Supply, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[tuple[Shape, str]] = []
 
     def trials(shape: Shape, direction: Any, pool: Any) -> list[Trial]:
         measured.append((shape, direction))
-        return [
-            Trial(one, index) for index, one in enumerate(variants(LIMITS, *shape[1:2], shape[4], direction))
-        ]
+        return [Trial(one, index) for index, one in enumerate(variants(LIMITS, *shape[1:2], shape[4], direction))]
 
     monkeypatch.setattr(prewarm_tune, "trials", trials)
     monkeypatch.setattr(prewarming, "_has_options", lambda supply, request: True)

@@ -101,10 +101,7 @@ def assembled(ptx: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "kernel.ptx").write_text(ptx)
         arguments = ["-v", f"--gpu-name={target}", "kernel.ptx", "-o", "kernel.cubin"]
-        for name in (
-            "ptxas",
-            "ptxas-blackwell",
-        ):  # Triton 3.9 takes the newer one, whose PTX the older can't read
+        for name in ("ptxas", "ptxas-blackwell"):  # Triton 3.9 takes the newer one, whose PTX the older can't read
             command = [tools / name, *arguments]
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
             if "Unsupported .version" not in done.stderr:

@@ -50,10 +50,7 @@ def drawn(batch: int, keys: int) -> dict[str, Tensor]:
     ids = ids.to(dtype)
     if random.random() < 0.2:
         ids = ids + torch.iinfo(dtype).max - ids.max()
-    made = {
-        "attention_mask": shown.to(random.choice([torch.bool, *INTEGERS]))[:, :keys],
-        "document_ids": ids[:, :keys],
-    }
+    made = {"attention_mask": shown.to(random.choice([torch.bool, *INTEGERS]))[:, :keys], "document_ids": ids[:, :keys]}
     for name in random.choice([[], list(made)[:1], list(made)[1:]]):
         del made[name]
     return made
@@ -89,9 +86,7 @@ def check(block: int) -> None:
     masks[name] = wrong
     message = ""
     for raising in (
-        lambda: find(
-            batch, rows, keys, causal, window, masks.get("attention_mask"), masks.get("document_ids")
-        ),
+        lambda: find(batch, rows, keys, causal, window, masks.get("attention_mask"), masks.get("document_ids")),
         lambda: check_mask_arguments(rows, keys, batch, CPU, causal=causal, holes=True, **masks),
     ):
         try:

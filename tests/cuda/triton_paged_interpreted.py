@@ -37,9 +37,7 @@ def error(case: dict[str, Any]) -> float:
     q = torch.randn(1 if ragged else len(counts), heads, rows, dim).to(dtype)
     pages = k.transpose(1, 2), v.transpose(1, 2)
     how: dict[str, Any] = {"scale": dim**-0.5, "softcap": case["softcap"], "ragged": ragged}
-    run = bind_paged(
-        q, *pages, table, kernels=Kernels(), left=None if window is None else 1 - window, right=1, **how
-    )
+    run = bind_paged(q, *pages, table, kernels=Kernels(), left=None if window is None else 1 - window, right=1, **how)
     empty, empty_strided = torch.empty, torch.empty_strided
     torch.empty, torch.empty_strided = poisoned(empty), poisoned(empty_strided)
     try:

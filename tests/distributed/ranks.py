@@ -82,9 +82,7 @@ class Ranks:
         self.runtime = Runtime(RuntimeSettings(engine="auto" if ON_GPU else "eager"))
 
 
-def layout_of(
-    name: str, config: AttentionConfig, seq_len: int, ranks: int, masks: dict[str, Any]
-) -> SequenceLayout:
+def layout_of(name: str, config: AttentionConfig, seq_len: int, ranks: int, masks: dict[str, Any]) -> SequenceLayout:
     if name == "balanced":
         mask = row_intervals(seq_len, seq_len, causal=config.causal, window=config.window, **masks)
         return SequenceLayout.balanced(mask, ranks, block=5)
@@ -270,9 +268,7 @@ def inner_rows_between_outer_ones(ranks: Ranks) -> None:
         compare(ranks, context, inputs, masks, config, stages)
         grad_out = torch.randn_like(inputs[0])
         mine = [layout.shard(x, 2, ranks.rank) for x in (*inputs, grad_out)]
-        call = functools.partial(
-            ranks.runtime.context_attention, config=config, context=context, stages=stages
-        )
+        call = functools.partial(ranks.runtime.context_attention, config=config, context=context, stages=stages)
         with FlopCounterMode(display=False) as seen:
             watched = results(call, mine[:3], mine[3])
         assert seen.get_total_flops() > 0
@@ -285,9 +281,7 @@ def compiled_kernels(ranks: Ranks) -> None:
     """The default choice of an engine, on rows enough for it to matter."""
     runtime, masks = Runtime.get(), masks_of("shared documents", 1, 700)
     for config, method in ((CAUSAL, "heads"), (CAUSAL, "keys"), (WINDOW, "keys")):
-        context = context_mask(
-            config, SequenceLayout.zigzag(700, ranks.count), ranks.mesh, method=method, **masks
-        )
+        context = context_mask(config, SequenceLayout.zigzag(700, ranks.count), ranks.mesh, method=method, **masks)
         compare(ranks, context, whole_inputs(1, 4, 4, 700), masks, config, runtime=runtime)
 
 
@@ -327,9 +321,7 @@ def bytes_on_the_wire(ranks: Ranks) -> None:
         layout = layout_of(name, config, 61, ranks.count, masks)
         context = context_mask(config, layout, ranks.mesh, method=method, **masks)
         q, k, v = (layout.shard(x, 2, ranks.rank) for x in whole_inputs(2, 4, kv_heads, 61))
-        out = ranks.runtime.context_attention(
-            q, k, v, config, context
-        )  # what is agreed on at first is not counted
+        out = ranks.runtime.context_attention(q, k, v, config, context)  # what is agreed on at first is not counted
         assert type(out) is Tensor
         with Counted(ranks) as counted:
             ranks.runtime.context_attention(q, k, v, config, context)
@@ -348,9 +340,7 @@ def whole_again(ranks: Ranks) -> None:
         assert torch.equal(whole, x)
         (whole * weight).sum().backward()
         want = torch.zeros_like(x)
-        want.movedim(dim, 0)[layout.rows(ranks.rank)] = (
-            ranks.count * weight.movedim(dim, 0)[layout.rows(ranks.rank)]
-        )
+        want.movedim(dim, 0)[layout.rows(ranks.rank)] = ranks.count * weight.movedim(dim, 0)[layout.rows(ranks.rank)]
         assert x.grad is not None
         assert torch.allclose(x.grad, want)
         assert torch.equal(layout.shard(torch.arange(37), 0, ranks.rank), layout.rows(ranks.rank))
@@ -360,17 +350,11 @@ def whole_again(ranks: Ranks) -> None:
 def under_compile_checkpoint_and_autocast(ranks: Ranks) -> None:
     masks = masks_of("documents", 2, 61)
     for config, method in ((CAUSAL, "heads"), (WINDOW, "keys")):
-        context = context_mask(
-            config, SequenceLayout.contiguous(61, ranks.count), ranks.mesh, method=method, **masks
-        )
+        context = context_mask(config, SequenceLayout.contiguous(61, ranks.count), ranks.mesh, method=method, **masks)
         inputs = whole_inputs(2, 4, 4, 61)
 
-        def attend(
-            q: Tensor, k: Tensor, v: Tensor, context: ContextMask = context, config: Any = config
-        ) -> Tensor:
-            return ranks.runtime.context_attention(
-                q, k, v, config, context, stages=2 if ranks.count == 2 else 1
-            )
+        def attend(q: Tensor, k: Tensor, v: Tensor, context: ContextMask = context, config: Any = config) -> Tensor:
+            return ranks.runtime.context_attention(q, k, v, config, context, stages=2 if ranks.count == 2 else 1)
 
         compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
         compare(ranks, context, inputs, masks, config, call=compiled)
@@ -397,8 +381,7 @@ def heads_as_dtensors_beside_the_context(ranks: Ranks) -> None:
         lambda q, k, v: ranks.runtime.attention(q, k, v, WINDOW), inputs, torch.ones_like(inputs[0])
     )
     mine = [
-        distribute_tensor(layout.shard(x, 2, rank), mesh["tp"], [Shard(1)]).detach().requires_grad_()
-        for x in inputs
+        distribute_tensor(layout.shard(x, 2, rank), mesh["tp"], [Shard(1)]).detach().requires_grad_() for x in inputs
     ]
     out = ranks.runtime.context_attention(*mine, WINDOW, context)
     out.sum().backward()
@@ -452,9 +435,7 @@ def a_missing_kernel_raises_before_anything_is_sent(ranks: Ranks) -> None:
     with tempfile.TemporaryDirectory() as empty:
         last = ranks.rank == ranks.count - 1
         there = RuntimeSettings(engine="blocked")
-        runtime = Runtime(
-            there.model_copy(update={"cache_dir": Path(empty), "jit": "forbid"}) if last else there
-        )
+        runtime = Runtime(there.model_copy(update={"cache_dir": Path(empty), "jit": "forbid"}) if last else there)
         layout = SequenceLayout.contiguous(40, ranks.count)
         context = context_mask(CAUSAL, layout, ranks.mesh)
         q, k, v = (layout.shard(x, 2, ranks.rank) for x in whole_inputs(1, 4, 4, 40))
@@ -509,9 +490,7 @@ def a_hugging_face_model(ranks: Ranks) -> None:
         with pytest.raises(ValueError, match=r"attention_mask: .* give the whole sequence's to context_mask"):
             model(mine[0], attention_mask=torch.zeros_like(mine[0]), position_ids=mine[1], use_cache=False)
         del contexts["full_attention"]
-        with pytest.raises(
-            ValueError, match=r"context: .* expected a ContextMask for 'full_attention' layers too"
-        ):
+        with pytest.raises(ValueError, match=r"context: .* expected a ContextMask for 'full_attention' layers too"):
             model(mine[0], position_ids=mine[1], use_cache=False)
 
 
@@ -553,9 +532,7 @@ def of_dtensors(
 
     plain = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in masks.items()}
     grad_out = torch.randn_like(inputs[0])
-    want, wanted = gradients(
-        lambda q, k, v: ranks.runtime.attention(q, k, v, WINDOW, **plain), inputs, grad_out
-    )
+    want, wanted = gradients(lambda q, k, v: ranks.runtime.attention(q, k, v, WINDOW, **plain), inputs, grad_out)
     mine = [distribute_tensor(x, mesh, placements).detach().requires_grad_() for x in inputs]
     run = run or (lambda q, k, v: ranks.runtime.attention(q, k, v, WINDOW, **masks))
     out: Any = run(*mine)
@@ -593,9 +570,7 @@ def dtensors(ranks: Ranks) -> None:
             assert of_dtensors(ranks, square, pair, inputs, **whole) == tuple(pair)
         assert of_dtensors(ranks, square, [Shard(0), Shard(2)], inputs) == (Shard(0), Shard(1))
         odd = whole_inputs(2, 6, 6, 41)
-        with pytest.raises(
-            ValueError, match=r"q: Shard\(dim=1\) on mesh dimension 'dp' asks for heads over 4 ranks"
-        ):
+        with pytest.raises(ValueError, match=r"q: Shard\(dim=1\) on mesh dimension 'dp' asks for heads over 4 ranks"):
             of_dtensors(ranks, square, [Shard(1), Shard(2)], odd)
 
     def refused(words: str, tensors: list[Tensor], placement: Any) -> None:
@@ -630,11 +605,7 @@ def on_gpus_as_on_one(ranks: Ranks) -> None:
     config, length = AttentionConfig(softcap=50.0, scale=HEAD_DIM**-0.5, window=300), 2000 if ON_GPU else 600
     documents = {"document_ids": (torch.rand(1, length) < 1 / 150).cumsum(1)}
     table = itertools.product(
-        (config, config.model_copy(update={"window": None})),
-        ({}, documents),
-        LAYOUTS,
-        ("keys", "heads"),
-        (1, 2),
+        (config, config.model_copy(update={"window": None})), ({}, documents), LAYOUTS, ("keys", "heads"), (1, 2)
     )
     for made, masks, name, method, stages in table:
         layout = layout_of(name, made, length, ranks.count, masks)

@@ -68,11 +68,6 @@ print([name for name in ("torch.distributed.tensor", "softcap_runtime.distribute
 """
     environment = {**os.environ, "SOFTCAP_CACHE_DIR": str(warm_cache), "SOFTCAP_ENGINE": "eager"}
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -52,9 +52,7 @@ def test_any_rows_over_the_keys_they_see_are_row_intervals(case: MaskCase, data:
     layout = data.draw(layouts(mask))
     seen = dense(mask, "cpu")
     counts = seen.sum((0, 2))
-    assert sorted(torch.cat([layout.rows(rank) for rank in range(layout.ranks)]).tolist()) == list(
-        range(mask.q_len)
-    )
+    assert sorted(torch.cat([layout.rows(rank) for rank in range(layout.ranks)]).tolist()) == list(range(mask.q_len))
     for rank, ranges in enumerate(layout.ranges):
         rows = layout.rows(rank)
         assert layout.count(rank) == len(rows) > 0
@@ -138,8 +136,7 @@ def test_pieces_arrive_in_order(case: MaskCase, data: st.DataObject, heads: int)
         # Gradients: of others' keys as these came, of own ones at their rows.
         places = moving._arrival(plan.keys)
         assert torch.equal(
-            torch.cat([mine[:, :, :0], *(found[0][:, :, a:b] for a, b in places)], 2),
-            arrived[:, 0].permute(1, 2, 0, 3),
+            torch.cat([mine[:, :, :0], *(found[0][:, :, a:b] for a, b in places)], 2), arrived[:, 0].permute(1, 2, 0, 3)
         )
         kept = everything[layout.rows(rank)][:, None]
         assert torch.equal(moving._own_rows(found[0], plan.keys, mine.shape[2]), mine.where(kept, 0.0))
@@ -154,9 +151,7 @@ def test_pieces_arrive_in_order(case: MaskCase, data: st.DataObject, heads: int)
         assert torch.equal(dense(plan.outer, "cpu"), seen[:, outer][:, :, chosen])
 
 
-def computed(
-    config: AttentionConfig, layout: SequenceLayout, method: Any, **masks: Tensor
-) -> making.ContextMask:
+def computed(config: AttentionConfig, layout: SequenceLayout, method: Any, **masks: Tensor) -> making.ContextMask:
     whole = making._whole(config, layout.seq_len, masks)
     return making._made(config, layout, CPU_MESH, 0, method, whole)
 
@@ -178,9 +173,7 @@ def test_balanced_documents(seed: int) -> None:
     mask = row_intervals(LONG, LONG, causal=True, window=None, document_ids=ids)
     layout = SequenceLayout.balanced(mask, RANKS)
     context = computed(AttentionConfig(scale=1.0), layout, "keys", document_ids=ids)
-    plain = computed(
-        AttentionConfig(scale=1.0), SequenceLayout.contiguous(LONG, RANKS), "keys", document_ids=ids
-    )
+    plain = computed(AttentionConfig(scale=1.0), SequenceLayout.contiguous(LONG, RANKS), "keys", document_ids=ids)
     assert max(context.pairs) < max(plain.pairs)
     assert max(context.pairs) / (sum(context.pairs) / RANKS) <= 1.05
     assert {layout.count(rank) for rank in range(RANKS)} == {LONG // RANKS}
@@ -264,16 +257,10 @@ def test_layouts_that_can_not_be_are_refused(call: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("masks", "words"),
     [
-        (
-            {"document_ids": torch.zeros(1, 4, dtype=torch.int64)},
-            "document_ids: 4 tokens, expected the 8",
-        ),
+        ({"document_ids": torch.zeros(1, 4, dtype=torch.int64)}, "document_ids: 4 tokens, expected the 8"),
         ({"attention_mask": torch.ones(1, 4)}, "attention_mask: 4 tokens, expected the 8"),
         ({"attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool)}, "attention_mask: shape"),
-        (
-            {"document_ids": torch.zeros(1, 8, dtype=torch.int64, device="meta")},
-            "document_ids: on meta",
-        ),
+        ({"document_ids": torch.zeros(1, 8, dtype=torch.int64, device="meta")}, "document_ids: on meta"),
         ({"document_ids": torch.tensor([[1, 0] * 4])}, "document_ids: 0 after 1"),
     ],
 )

@@ -10,13 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.helpers import NEEDS_FLEX
 
-from softcap_runtime import (
-    AttentionConfig,
-    EngineUnavailable,
-    PrewarmRequest,
-    Runtime,
-    RuntimeSettings,
-)
+from softcap_runtime import AttentionConfig, EngineUnavailable, PrewarmRequest, Runtime, RuntimeSettings
 from softcap_runtime.compat import torch_features
 from softcap_runtime.engines import blocked_cpu as blocked
 from softcap_runtime.engines import choose as rules
@@ -71,31 +65,23 @@ def test_prewarming_covers_whatever_auto_picks(problem: Problem) -> None:
         dtype=dtype_name(problem.dtype),
         train=problem.train,
     )
-    assert set(choice.engine.artifacts(problem, SUPPLY.kernels(problem))) <= set(
-        artifacts_of(SUPPLY, request)
-    )
+    assert set(choice.engine.artifacts(problem, SUPPLY.kernels(problem))) <= set(artifacts_of(SUPPLY, request))
 
 
 @settings(max_examples=100, deadline=None)
 @given(problem=problems(), other=problems())
 def test_kernels_do_not_depend_on_sizes(problem: Problem, other: Problem) -> None:
-    same = other._replace(
-        dtype=problem.dtype, softcap=problem.softcap, train=problem.train, head_dim=problem.head_dim
-    )
+    same = other._replace(dtype=problem.dtype, softcap=problem.softcap, train=problem.train, head_dim=problem.head_dim)
     same_kind = (same.mask.lo is None) == (problem.mask.lo is None)
     for name in ("flex", "blocked", "dense", "eager"):
         engine = rules.engine_named(name, CPU)
         if engine.refuses(problem) is None and (same_kind or name != "flex"):
-            assert engine.artifacts(problem, SUPPLY.kernels(problem)) == engine.artifacts(
-                same, SUPPLY.kernels(same)
-            )
+            assert engine.artifacts(problem, SUPPLY.kernels(problem)) == engine.artifacts(same, SUPPLY.kernels(same))
 
 
 def test_who_refuses_what() -> None:
     row = torch.zeros(1, 8, dtype=torch.int32)
-    base = Problem(
-        CPU, torch.float32, 1, 2, 1, 64, 0.1, 50.0, RowIntervals(8, 8, None, None, row, row), False
-    )
+    base = Problem(CPU, torch.float32, 1, 2, 1, 64, 0.1, 50.0, RowIntervals(8, 8, None, None, row, row), False)
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("flex", {"train": True}, "no backward"),
         ("flex", {"dtype": torch.float64}, "torch.float64"),
@@ -116,9 +102,7 @@ def test_who_refuses_what() -> None:
 def test_short_heads_without_avx512_are_not_for_flex(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = band(40, 40, causal=True, window=None)
     for capability, head_dim, served in (("AVX2", 16, False), ("AVX2", 24, True), ("AVX512", 16, True)):
-        monkeypatch.setattr(
-            torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability
-        )
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         problem = Problem(CPU, torch.float32, 1, 2, 1, head_dim, 0.1, 50.0, mask, False)
         assert (rules.engine_named("flex", CPU).refuses(problem) is None) == served
         if not served:

@@ -58,12 +58,7 @@ def test_every_size_of_one_together(dense: Runtime, seed: int) -> None:
     """torch compiles sizes of 1 anew, and stops after eight of one code object: here each has one of its own, which no
     layout compiles again."""
     with torch._dynamo.config.patch({LIMIT: 1}):
-        for sizes in (
-            Sizes(2, 4, 2, 20, 20),
-            Sizes(1, 4, 1, 20, 20),
-            Sizes(2, 4, 2, 1, 20),
-            Sizes(1, 1, 1, 1, 1),
-        ):
+        for sizes in (Sizes(2, 4, 2, 20, 20), Sizes(1, 4, 1, 20, 20), Sizes(2, 4, 2, 1, 20), Sizes(1, 1, 1, 1, 1)):
             for layout in LAYOUTS:
                 inputs = make_qkv(sizes, layout=layout)
                 assert relative_error(dense.attention(*inputs, CONFIG), expected(*inputs, CONFIG)) <= 2e-6

@@ -89,9 +89,7 @@ def test_any_mask_in_half_precision(runtimes: dict[str, Runtime], case: Case, ca
 def test_logsumexp(runtimes: dict[str, Runtime], engine: str, case: Case) -> None:
     q, k, v = case.inputs()
     sizes = case.sizes
-    mask = row_intervals(
-        sizes.q_len, sizes.kv_len, causal=case.config.causal, window=case.config.window, **case.masks
-    )
+    mask = row_intervals(sizes.q_len, sizes.kv_len, causal=case.config.causal, window=case.config.window, **case.masks)
     call = Call(mask, case.config.scale, case.config.softcap, engine, True)
     _, lse = runtimes[engine].forward(q, k, v, call)
     _, want = reference.attention(
@@ -112,9 +110,7 @@ def test_logsumexp(runtimes: dict[str, Runtime], engine: str, case: Case) -> Non
 
 # The dense engine compiles in the process, seconds for a new shape class: one class, many masks in it.
 @settings(max_examples=60, deadline=None)
-@given(
-    data=st.data(), causal=st.booleans(), length=st.sampled_from([37, 96, 130]), seed=st.integers(0, 2**31)
-)
+@given(data=st.data(), causal=st.booleans(), length=st.sampled_from([37, 96, 130]), seed=st.integers(0, 2**31))
 def test_any_mask_on_the_dense_engine(
     runtimes: dict[str, Runtime], data: Any, causal: bool, length: int, seed: int
 ) -> None:
@@ -181,9 +177,7 @@ def test_batch_rows_of_nothing_but_padding(runtimes: dict[str, Runtime], engine:
 
 
 @pytest.mark.parametrize("engine", PACKAGED)
-def test_a_packed_batch_gives_what_its_documents_give(
-    runtimes: dict[str, Runtime], engine: str, seed: int
-) -> None:
+def test_a_packed_batch_gives_what_its_documents_give(runtimes: dict[str, Runtime], engine: str, seed: int) -> None:
     runtime = runtimes[engine]
     lengths = [1, 100, 29, 130, 7, 1]
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
@@ -208,9 +202,7 @@ def test_a_packed_batch_gives_what_its_documents_give(
     ],
     ids=str,
 )
-def test_error_figures(
-    runtimes: dict[str, Runtime], dtype: torch.dtype, limits: dict[str, float], seed: int
-) -> None:
+def test_error_figures(runtimes: dict[str, Runtime], dtype: torch.dtype, limits: dict[str, float], seed: int) -> None:
     """The stated limits, and never above eager model code on the same inputs."""
     for head_dim, factor, softcap, window in itertools.chain.from_iterable(
         ((dim, 1.0, 50.0, None), (dim, 1.0, 50.0, 200), (dim, 4.0, 30.0, None)) for dim in (64, 128, 256)

@@ -36,17 +36,13 @@ class Kernels:
 
 def problem(mask: RowIntervals, sizes: Sizes, softcap: float | None, device: torch.device = CPU) -> Problem:
     batch, heads, kv_heads, *_, head_dim = sizes
-    return Problem(
-        device, torch.float32, batch, heads, kv_heads, head_dim, head_dim**-0.5, softcap, mask, True
-    )
+    return Problem(device, torch.float32, batch, heads, kv_heads, head_dim, head_dim**-0.5, softcap, mask, True)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("softcap", [5.0, None])
 @pytest.mark.parametrize("packed", [False, True])
-def test_forward_and_backward(
-    softcap: float | None, packed: bool, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forward_and_backward(softcap: float | None, packed: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = Kernels(monkeypatch)
     for q_len, kv_len in ((300, 300), (200, 333), (514, 514), (140, 777), (650, 650)):
         sizes = Sizes(2, 4, 2, q_len, kv_len, 32)
@@ -79,9 +75,7 @@ def test_a_row_that_sees_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         out, lse = flex_cuda.ENGINE.forward(call, kernels)(q, k, v, *call.mask.vectors)
         assert lse is not None
-        grads = flex_cuda.ENGINE.backward(call, kernels)(
-            torch.randn(q.shape), q, k, v, out, lse, *call.mask.vectors
-        )
+        grads = flex_cuda.ENGINE.backward(call, kernels)(torch.randn(q.shape), q, k, v, out, lse, *call.mask.vectors)
     assert not out[:, :, ::2].any()
     assert (lse[:, :, ::2] == -torch.inf).all()
     assert not grads[0][:, :, ::2].any()
@@ -124,7 +118,5 @@ def test_its_kernels_are_named_for_prewarming() -> None:
     kernels: Any = None  # it asks for nothing to tell what it needs
     both = flex_cuda.ENGINE.artifacts(call, kernels)
     assert [one.describe() for one in both] == [forward, forward._replace(op="flex_cuda_backward")]
-    assert [one.describe() for one in flex_cuda.ENGINE.artifacts(call._replace(train=False), kernels)] == [
-        forward
-    ]
+    assert [one.describe() for one in flex_cuda.ENGINE.artifacts(call._replace(train=False), kernels)] == [forward]
     assert [one.key() for one in both] == [None, None]

@@ -31,12 +31,7 @@ TRAINS = ["blocked", "eager"]
 
 
 def check(
-    runtime: Runtime,
-    case: Case,
-    dtype: torch.dtype,
-    tolerance: float,
-    factor: float = 1.0,
-    layout: str | None = None,
+    runtime: Runtime, case: Case, dtype: torch.dtype, tolerance: float, factor: float = 1.0, layout: str | None = None
 ) -> None:
     inputs = case.inputs(dtype, factor)
     grad_out = make_qkv(case.sizes, dtype, layout or "transposed")[0]
@@ -49,10 +44,7 @@ def check(
         assert bool(torch.isfinite(mine).all()), name
     # Over all three together: the gradient of q and k may be zero but for rounding (one visible key, or a cap
     # so low that its slope is 0), where a relative error of its own says nothing.
-    assert (
-        relative_error(torch.cat([x.flatten() for x in got]), torch.cat([x.flatten() for x in want]))
-        <= tolerance
-    )
+    assert relative_error(torch.cat([x.flatten() for x in got]), torch.cat([x.flatten() for x in want])) <= tolerance
 
 
 @pytest.mark.parametrize("engine", TRAINS)
@@ -64,9 +56,7 @@ def test_any_mask_on_any_layout(runtimes: dict[str, Runtime], engine: str, case:
 
 @pytest.mark.parametrize("softcap", [50.0, None])
 @pytest.mark.parametrize("q_len", [1, 65, 641])
-def test_a_last_block_of_one_row(
-    runtimes: dict[str, Runtime], q_len: int, softcap: float | None, seed: int
-) -> None:
+def test_a_last_block_of_one_row(runtimes: dict[str, Runtime], q_len: int, softcap: float | None, seed: int) -> None:
     """A vector with one row of each head is easily a view with gaps, and no kernel checks that."""
     config = AttentionConfig(softcap=softcap, scale=0.125)
     case = Case(Sizes(2, 4, 2, q_len, q_len + 3, 64), config, {}, "fused", seed)
@@ -93,8 +83,7 @@ def test_the_dense_engine(runtimes: dict[str, Runtime], data: Any, causal: bool,
     config = AttentionConfig(softcap=softcap, scale=0.125, causal=causal)
     made = {"cache_lengths": torch.tensor([96, 96, 96]), **data.draw(masks(sizes))}
     batched = {
-        name: x.expand(3, -1) if name == "query_positions" else x.expand(3, *x.shape[1:])
-        for name, x in made.items()
+        name: x.expand(3, -1) if name == "query_positions" else x.expand(3, *x.shape[1:]) for name, x in made.items()
     }
     case = Case(sizes, config, batched, "transposed", seed)
     check(runtimes["dense"], case, torch.float32, GRADIENT_TOLERANCE[torch.float32])
@@ -107,9 +96,7 @@ def test_softcaps_and_realistic_sizes(
 ) -> None:
     for window, lengths in ((None, (700, 700)), (150, (500, 1300))):
         config = AttentionConfig(softcap=softcap, scale=0.125, window=window)
-        check(
-            runtimes[engine], Case(Sizes(1, 4, 2, *lengths), config, {}, "fused", seed), torch.float32, 3e-6
-        )
+        check(runtimes[engine], Case(Sizes(1, 4, 2, *lengths), config, {}, "fused", seed), torch.float32, 3e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -143,9 +130,7 @@ def test_rows_that_see_nothing_have_no_gradient(
     config = AttentionConfig(softcap=50.0, scale=0.125)
     inputs = make_qkv(Sizes(3, 4, 2, 91, 96), dtype)
     grad_out = torch.randn(inputs[0].shape).to(dtype)
-    _, (grad_q, grad_k, grad_v) = gradients(
-        lambda *x: runtimes[engine].attention(*x, config, mask), inputs, grad_out
-    )
+    _, (grad_q, grad_k, grad_v) = gradients(lambda *x: runtimes[engine].attention(*x, config, mask), inputs, grad_out)
     assert not grad_q[1].any()
     assert not grad_q[0, :, :27].any()
     for grad in (grad_k, grad_v):
@@ -179,9 +164,7 @@ def test_large_inputs(runtimes: dict[str, Runtime], engine: str, softcap: float 
 
 
 @pytest.mark.parametrize("engine", TRAINS)
-def test_weights_of_large_logits_stay_normalised(
-    runtimes: dict[str, Runtime], engine: str, seed: int
-) -> None:
+def test_weights_of_large_logits_stay_normalised(runtimes: dict[str, Runtime], engine: str, seed: int) -> None:
     """Without a cap the backward's logits must be the forward's to the last bit, or ``exp(logit - lse)`` sums to more
     or less than 1: 3e-3 at logits of 5e4 when their sums were rounded in another order, 3e-5 now."""
     config = AttentionConfig(scale=0.125)
@@ -223,9 +206,7 @@ def test_large_capped_logits_cost_no_more_than_in_eager_code(
             assert errors[0] <= max(1.5 * errors[1], 2e-6), name
 
 
-def test_the_eager_engine_is_as_exact_as_eager_code_at_its_cap(
-    runtimes: dict[str, Runtime], seed: int
-) -> None:
+def test_the_eager_engine_is_as_exact_as_eager_code_at_its_cap(runtimes: dict[str, Runtime], seed: int) -> None:
     """Made from the forward's logsumexp and rounded output its gradients were off by 1.35 to 2.9 times as much; the
     same formula may differ by the order of its sums: at most 1.06 in three seeds."""
     inputs = make_qkv(Sizes(1, 4, 2, 200, 200), factor=30.0)

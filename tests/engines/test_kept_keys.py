@@ -6,15 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import (
-    FORWARD_TOLERANCE,
-    GRADIENT_TOLERANCE,
-    Sizes,
-    expected,
-    gradients,
-    make_qkv,
-    relative_error,
-)
+from support.helpers import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, Sizes, expected, gradients, make_qkv, relative_error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -39,7 +39,5 @@ print(step(length))
 def test_a_step_holds_nothing_as_large_as_the_logits(runtime: Runtime, mask: str, softcap: float) -> None:
     """Output and gradients, 5 MB, included. The logits in bfloat16 are 268 MB."""
     words = [str(runtime.settings.cache_dir), str(softcap), mask, str(LENGTH)]
-    done = subprocess.run(
-        [sys.executable, "-c", STEP, *words], capture_output=True, text=True, check=True, timeout=300
-    )
+    done = subprocess.run([sys.executable, "-c", STEP, *words], capture_output=True, text=True, check=True, timeout=300)
     assert int(done.stdout) <= 2 * 2 * LENGTH**2 / 8

@@ -19,13 +19,7 @@ import pytest
 import torch
 from support.helpers import HEAD_DIM, NEEDS_FLEX, Sizes, expected, make_qkv, relative_error
 
-from softcap_runtime import (
-    AttentionConfig,
-    BuildFailed,
-    Runtime,
-    RuntimeSettings,
-    SoftcapRuntimeError,
-)
+from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettings, SoftcapRuntimeError
 from softcap_runtime.artifacts import build
 from softcap_runtime.compat import torch_private
 from softcap_runtime.cpu.library import CpuLibrary, library
@@ -56,9 +50,7 @@ def packages(runtime: Runtime) -> dict[Package, bytes]:
 
 
 @pytest.fixture
-def folder(
-    tmp_path: Path, packages: dict[Package, bytes], monkeypatch: pytest.MonkeyPatch, loads: list[bytes]
-) -> Path:
+def folder(tmp_path: Path, packages: dict[Package, bytes], monkeypatch: pytest.MonkeyPatch, loads: list[bytes]) -> Path:
     """A cache with both kernels; from here on a build hands out the right package, and counts."""
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path))
     for spec, data in packages.items():
@@ -99,9 +91,7 @@ def serves(folder: Path, loads: list[bytes], packages: dict[Package, bytes]) -> 
     inputs = make_qkv(Sizes(1, 4, 2, 30, 30))
     for config in CONFIGS.values():
         assert relative_error(runtime.attention(*inputs, config), expected(*inputs, config)) <= 2e-6
-    assert [runtime.supply.supplied[spec].bytes for spec in CONFIGS] == [
-        len(packages[spec]) for spec in CONFIGS
-    ]
+    assert [runtime.supply.supplied[spec].bytes for spec in CONFIGS] == [len(packages[spec]) for spec in CONFIGS]
     assert loads == list(packages.values())
     return runtime
 
@@ -120,12 +110,7 @@ def test_untouched(folder: Path, loads: list[bytes], packages: dict[Package, byt
     [(("value",), "corrupt"), (("value", "tag", "size"), "rejected"), (("tag",), "corrupt")],
 )
 def test_the_packages_of_two_kernels_are_swapped(
-    folder: Path,
-    loads: list[bytes],
-    packages: dict[Package, bytes],
-    columns: tuple[str, ...],
-    kind: str,
-    seed: int,
+    folder: Path, loads: list[bytes], packages: dict[Package, bytes], columns: tuple[str, ...], kind: str, seed: int
 ) -> None:
     with opened(folder) as connection:
         rows = {
@@ -169,11 +154,7 @@ def test_a_damaged_package(
 
 
 def test_packages_of_another_environment(
-    folder: Path,
-    loads: list[bytes],
-    packages: dict[Package, bytes],
-    monkeypatch: pytest.MonkeyPatch,
-    seed: int,
+    folder: Path, loads: list[bytes], packages: dict[Package, bytes], monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     for field, value in (("torch", "2.99.0"), ("cpu", "AVX2 of another machine"), ("package", "9.9 abc")):
         other = {**fingerprint("cpu"), field: value}
@@ -219,8 +200,7 @@ spec.load(data)
 
 @NEEDS_FLEX
 @pytest.mark.parametrize(
-    ("limit", "low", "words"),
-    [("RLIMIT_NOFILE", 3, "Too many open files"), ("RLIMIT_FSIZE", 4096, "File too large")],
+    ("limit", "low", "words"), [("RLIMIT_NOFILE", 3, "Too many open files"), ("RLIMIT_FSIZE", 4096, "File too large")]
 )
 def test_a_process_that_lacks_what_loading_needs_is_not_told_to_clear_the_cache(
     packages: dict[Package, bytes], tmp_path: Path, limit: str, low: int, words: str
@@ -269,18 +249,14 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("setting", "artifact"), [("nowhere g++", library()), ("bin/clang++", BAND)], ids=str
-)
+@pytest.mark.parametrize(("setting", "artifact"), [("nowhere g++", library()), ("bin/clang++", BAND)], ids=str)
 def test_a_builder_runs_the_compiler_that_was_found_and_minds_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, artifact: CpuLibrary | Package
 ) -> None:
     """clang++ is all there is; the current folder has a module of Python's name, and Python settings end builds."""
     compiler = tmp_path / "bin/clang++"
     compiler.parent.mkdir()
-    compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] || { echo "fatal error: this one ran" >&2; exit 3; }\n'
-    )
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "fatal error: this one ran" >&2; exit 3; }\n')
     compiler.chmod(0o755)
     (tmp_path / "json.py").write_text("raise RuntimeError('of the current folder')")
     settings = {"PYTHONOPTIMIZE": "2", "PYTHONWARNINGS": "error"}
@@ -292,9 +268,7 @@ def test_a_builder_runs_the_compiler_that_was_found_and_minds_no_folder(
 
 
 @pytest.mark.parametrize("name", ["with space", "it's", 'a"b', "back\\slash"])
-def test_a_folder_that_compilers_cannot_be_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_folder_that_compilers_cannot_be_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
     with pytest.raises(BuildFailed, match=r"cannot build attention: the folder .*; set TMPDIR to another$"):
         library().build()
@@ -437,11 +411,7 @@ def test_a_torch_that_counts_threads_otherwise(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(template, name, text)  # put back when the test is over
     torch_private.count_threads_at_run_time()
     assert any(
-        "num_thread = at::get_num_threads();" in text
-        for text in vars(template).values()
-        if isinstance(text, str)
+        "num_thread = at::get_num_threads();" in text for text in vars(template).values() if isinstance(text, str)
     )
-    with pytest.raises(
-        RuntimeError, match=r"does not show how its flex kernels count threads; use engine='blocked'$"
-    ):
+    with pytest.raises(RuntimeError, match=r"does not show how its flex kernels count threads; use engine='blocked'$"):
         torch_private.count_threads_at_run_time()

@@ -41,9 +41,7 @@ def same(got: list[Tensor], want: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(("rows", "keys"), SHAPES)
-def test_inputs_on_a_device_that_is_not_current(
-    runtimes: dict[str, Runtime], rows: int, keys: int, seed: int
-) -> None:
+def test_inputs_on_a_device_that_is_not_current(runtimes: dict[str, Runtime], rows: int, keys: int, seed: int) -> None:
     qkv = inputs(rows, keys)
     with torch.cuda.device(0):
         want = step(runtimes["auto"], on(0, qkv))

@@ -63,9 +63,7 @@ def test_holes(runtimes: dict[str, Runtime], dtype: torch.dtype, seed: int) -> N
 
 def test_holes_in_graphs(own_runtime: Runtime, seed: int) -> None:
     compiled = torch.compile(
-        lambda q, k, v, mask: own_runtime.attention(q, k, v, CONFIG, mask),
-        backend="aot_eager",
-        fullgraph=True,
+        lambda q, k, v, mask: own_runtime.attention(q, k, v, CONFIG, mask), backend="aot_eager", fullgraph=True
     )
     for sizes in SIZES:
         inputs, mask = make_qkv(sizes, torch.bfloat16), holes(sizes.batch, sizes.kv_len)
@@ -234,11 +232,7 @@ def test_wrong_values_are_refused_before_a_result_is_read(
 ) -> None:
     monkeypatch.setenv("SOFTCAP_CACHE_DIR", str(cache_dir))
     run = subprocess.run(
-        [sys.executable, "-c", CHILD, name, WRONG[name], how],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        [sys.executable, "-c", CHILD, name, WRONG[name], how], capture_output=True, text=True, timeout=120, check=False
     )
     assert run.stdout.splitlines() == ["refused: True"], (run.stdout, run.stderr[-2000:])
     assert f"{name}: " in run.stderr

@@ -15,12 +15,7 @@ HOPPER = DeviceLimits(232448, (9, 0), 132)
 EVERY = [
     (dtype, dim, direction)
     for dtype, dim in itertools.product((torch.bfloat16, torch.float32), gpu_options.HEAD_DIMS)
-    for direction in (
-        "forward",
-        "dq",
-        "decode",
-        *(("dk", "dv") if gpu_options.splits_backward(dim) else ("dkdv",)),
-    )
+    for direction in ("forward", "dq", "decode", *(("dk", "dv") if gpu_options.splits_backward(dim) else ("dkdv",)))
 ]
 
 
@@ -48,7 +43,5 @@ def test_what_was_measured_on_hopper_stays_there() -> None:
 
 
 def test_a_card_too_small_is_named() -> None:
-    with pytest.raises(
-        ValueError, match="16384 bytes of shared memory a block are too few for the dk kernel"
-    ):
+    with pytest.raises(ValueError, match="16384 bytes of shared memory a block are too few for the dk kernel"):
         choose(DeviceLimits(16384, (8, 9)), torch.bfloat16, 256, "dk")

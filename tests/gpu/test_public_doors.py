@@ -58,11 +58,7 @@ def check(runtime: Runtime, case: Case, dtype: torch.dtype) -> None:
     with torch.no_grad():
         again = runtime.attention(*inputs, case.config, **case.masks)
     # For training half precision divides by the sum of its rounded weights, which costs time: another rounding.
-    assert (
-        torch.equal(again, out)
-        if dtype == torch.float32
-        else relative_error(again, want) <= TOLERANCE[dtype][0]
-    )
+    assert torch.equal(again, out) if dtype == torch.float32 else relative_error(again, want) <= TOLERANCE[dtype][0]
     assert in_model_order(out)
     assert out.dtype == dtype
     assert relative_error(out, want) <= TOLERANCE[dtype][0]
@@ -83,9 +79,7 @@ def test_any_mask_on_any_layout(runtimes: dict[str, Runtime], dtype: torch.dtype
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("softcap", [50.0, None])
-def test_flex(
-    runtimes: dict[str, Runtime], dtype: torch.dtype, packed: bool, softcap: float | None, seed: int
-) -> None:
+def test_flex(runtimes: dict[str, Runtime], dtype: torch.dtype, packed: bool, softcap: float | None, seed: int) -> None:
     config = AttentionConfig(softcap=softcap, scale=0.125, window=None if packed else 100)
     for q_len, kv_len in ((300, 300), (513, 513), (200, 333), (1, 700)):
         masks = {"document_ids": torch.arange(kv_len)[None].expand(2, -1) // 70} if packed else {}
@@ -94,9 +88,7 @@ def test_flex(
 
 @pytest.mark.parametrize("head_dim", [16, 80, 256])
 def test_flex_of_other_head_dims(runtimes: dict[str, Runtime], head_dim: int, seed: int) -> None:
-    check(
-        runtimes["flex"], Case(Sizes(1, 4, 1, 200, 200, head_dim), CONFIG, {}, "fused", seed), torch.bfloat16
-    )
+    check(runtimes["flex"], Case(Sizes(1, 4, 1, 200, 200, head_dim), CONFIG, {}, "fused", seed), torch.bfloat16)
 
 
 @pytest.mark.parametrize("engine", ["blocked", "flex"])
@@ -172,10 +164,7 @@ def test_stats_name_engines_and_reasons(runtimes: dict[str, Runtime], seed: int)
 
 @pytest.mark.parametrize("engine", ["blocked", "flex"])
 def test_two_runs_are_bit_equal(runtimes: dict[str, Runtime], engine: str, seed: int) -> None:
-    inputs, grad_out = (
-        make_qkv(Sizes(2, 4, 2, 600, 600), torch.bfloat16),
-        torch.randn(2, 4, 600, 64).bfloat16(),
-    )
+    inputs, grad_out = (make_qkv(Sizes(2, 4, 2, 600, 600), torch.bfloat16), torch.randn(2, 4, 600, 64).bfloat16())
 
     def run() -> list[torch.Tensor]:
         out, grads = gradients(lambda *x: runtimes[engine].attention(*x, CONFIG), inputs, grad_out)
@@ -194,19 +183,10 @@ def test_after_prewarming_nothing_is_compiled(tmp_path: Path, seed: int) -> None
         rows = runtime.prewarm([request], progress=False)
         assert {row.outcome for row in rows} == {outcome}
         assert all(row.bytes > 1000 for row in rows)
-        for batch, rows_, keys in (
-            (1, 300, 300),
-            (3, 77, 77),
-            (2, 1, 5000),
-            (40, 3, 99),
-            (1, 9, 700),
-            (8, 4096, 4096),
-        ):
+        for batch, rows_, keys in ((1, 300, 300), (3, 77, 77), (2, 1, 5000), (40, 3, 99), (1, 9, 700), (8, 4096, 4096)):
             for window in (None, 100):
                 config = CONFIG.model_copy(update={"window": window})
-                q, k, v = (
-                    x.bfloat16().requires_grad_() for x in make_qkv(Sizes(batch, 4, 2, rows_, keys, 128))
-                )
+                q, k, v = (x.bfloat16().requires_grad_() for x in make_qkv(Sizes(batch, 4, 2, rows_, keys, 128)))
                 ids = torch.arange(keys).expand(batch, -1) // 50
                 for masks in ({}, {"document_ids": ids}, {"attention_mask": torch.ones(batch, keys).bool()}):
                     runtime.attention(q, k, v, config, **masks).sum().backward()
@@ -231,9 +211,7 @@ def test_tuning_measures_once_and_stays_right(tmp_path: Path, seed: int) -> None
             chosen = runtime.supply.options(0, torch.bfloat16, 64, kind)  # type: ignore[arg-type]
             assert chosen in variants(limits, torch.bfloat16, 64, kind)  # type: ignore[arg-type]
         for q_len, kv_len in ((300, 300), (2, 700)):
-            check(
-                runtime, Case(Sizes(2, 4, 2, q_len, kv_len), CONFIG, {}, "transposed", seed), torch.bfloat16
-            )
+            check(runtime, Case(Sizes(2, 4, 2, q_len, kv_len), CONFIG, {}, "transposed", seed), torch.bfloat16)
     tried = [entry for entry in runtime.supply.store.entries() if entry.fields["op"] == "tuned_options"]
     assert len(tried) == len(kinds)
     assert all(len(entry.provenance) > 1 for entry in tried)

@@ -140,9 +140,7 @@ def check(case: Case, forward_error: float | None = None, backward_error: float 
     assert torch.equal(torch.isinf(lse), empty)
     assert not out[empty].any()
     assert not grads[0][empty].any()
-    assert torch.allclose(
-        lse[~empty].double(), wanted_lse[~empty], atol=5e-4 if forward_error is None else 5e-2
-    )
+    assert torch.allclose(lse[~empty].double(), wanted_lse[~empty], atol=5e-4 if forward_error is None else 5e-2)
     assert relative(out, wanted.detach()) < (forward_error or FORWARD_ERROR[q.dtype])
     for name, value, want in zip(("dq", "dk", "dv"), grads, wanted_grads, strict=True):
         assert torch.isfinite(value).all(), name
@@ -197,12 +195,7 @@ def test_gluon_masks(seed: int, kind: str, rows: int, keys: int) -> None:
 def test_gluon_holes(seed: int, dim: int, kind: str) -> None:
     """Blocks of edges and holes, of holes alone, and of neither; keys that are no multiple of a block."""
     for rows, keys in ((700, 700), (500, 1333), (1100, 1100)):
-        for softcap, dtype, train in (
-            (50.0, BF16, True),
-            (50.0, FP16, True),
-            (None, BF16, True),
-            (50.0, BF16, False),
-        ):
+        for softcap, dtype, train in ((50.0, BF16, True), (50.0, FP16, True), (None, BF16, True), (50.0, BF16, False)):
             case = make(batch=3, dim=dim, kind=f"{kind} with holes", rows=rows, keys=keys, softcap=softcap,
                         dtype=dtype, gluon=True)  # fmt: skip
             case.options["train"] = train
@@ -264,9 +257,7 @@ def test_gluon_tanh_instruction(seed: int) -> None:
 
 def eager_errors(case: Case, wanted: tuple[Tensor, ...]) -> list[float]:
     leaves = [x.detach().requires_grad_() for x in case[:3]]
-    out, _ = reference.attention(
-        *leaves, case.mask, scale=case.options["scale"], softcap=case.options["softcap"]
-    )
+    out, _ = reference.attention(*leaves, case.mask, scale=case.options["scale"], softcap=case.options["softcap"])
     return [relative(x, y) for x, y in zip(torch.autograd.grad(out, leaves, case.grad), wanted, strict=True)]
 
 
@@ -314,9 +305,7 @@ def test_gqa(seed: int, heads: int, kv_heads: int) -> None:
     check(make(heads=heads, kv_heads=kv_heads, dim=128, rows=300, keys=300, kind="window"))
 
 
-@pytest.mark.parametrize(
-    ("dim", "dtype"), [(64, BF16), (128, BF16), (256, BF16), (128, FP16), (128, FP32), (96, BF16)]
-)
+@pytest.mark.parametrize(("dim", "dtype"), [(64, BF16), (128, BF16), (256, BF16), (128, FP16), (128, FP32), (96, BF16)])
 @pytest.mark.parametrize(("rows", "kind"), [(1, "causal"), (5, "window"), (3, "random"), (1, "left padding")])
 def test_decoding(seed: int, dim: int, dtype: torch.dtype, rows: int, kind: str) -> None:
     check(make(heads=8, kv_heads=2, rows=rows, keys=2113, dim=dim, dtype=dtype, kind=kind, softcap=30.0))

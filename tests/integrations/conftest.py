@@ -88,7 +88,5 @@ def padded_run(model: Any) -> None:
     ids, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.int64)
     mask[1, :8] = 0
     for cache in (None, "static"):
-        model.generate(
-            ids, attention_mask=mask, max_new_tokens=8, do_sample=False, cache_implementation=cache
-        )
+        model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, cache_implementation=cache)
     model.train()(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()

@@ -190,11 +190,7 @@ def test_a_mask_function_of_ones_own_is_read_outside_the_graph() -> None:
 
     def mask(x: torch.Tensor) -> HfMask:
         return masking_utils.create_causal_mask(
-            config,
-            x,
-            None,
-            past_key_values=None,
-            and_mask_function=masking_utils.sliding_window_overlay(WINDOW),
+            config, x, None, past_key_values=None, and_mask_function=masking_utils.sliding_window_overlay(WINDOW)
         )
 
     x = torch.zeros(1, 50, 8)

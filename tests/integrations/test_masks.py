@@ -89,9 +89,7 @@ def test_equal_to_eager(make: Any, kind: str, cached: str, seed: int) -> None:
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_no_tensor_without_padding(make: Any, seed: int) -> None:
-    mask = assert_equal_masks(
-        make, 9, attention_mask=torch.ones(BATCH, 9), past_key_values=None, position_ids=None
-    )
+    mask = assert_equal_masks(make, 9, attention_mask=torch.ones(BATCH, 9), past_key_values=None, position_ids=None)
     assert mask.lo is None
 
 
@@ -105,11 +103,7 @@ def test_offset_that_cannot_be_read(make: Any, seed: int, monkeypatch: pytest.Mo
         cache = StaticCache(config=config(), max_cache_len=16)
         fill(cache, past)
         mask = assert_equal_masks(
-            make,
-            q_len,
-            attention_mask=padding("left", past + q_len),
-            past_key_values=cache,
-            position_ids=None,
+            make, q_len, attention_mask=padding("left", past + q_len), past_key_values=cache, position_ids=None
         )
         assert mask.lo.is_contiguous() and mask.lo.dtype == torch.int32  # noqa: PT018
 
@@ -150,12 +144,8 @@ def test_lambda_that_reads_its_arguments_raises(seed: int) -> None:
         lambda *args: (lambda: args[3] % 2 == 0)(),
         lambda *args: hidden > 0,
     ):
-        with pytest.raises(
-            ValueError, match=r"mask function .*<lambda> of .*test_masks: no known row interval"
-        ):
-            assert_equal_masks(
-                MAKERS[0], 4, attention_mask=None, past_key_values=None, or_mask_function=function
-            )
+        with pytest.raises(ValueError, match=r"mask function .*<lambda> of .*test_masks: no known row interval"):
+            assert_equal_masks(MAKERS[0], 4, attention_mask=None, past_key_values=None, or_mask_function=function)
 
 
 @pytest.mark.parametrize("past", [0, 4])
@@ -197,9 +187,7 @@ def test_image_spans_inside_a_window(seed: int) -> None:
 
 def bidirectional_mask_function(attention_mask: Tensor | None) -> Any:
     def inner_mask(batch: Any, head: Any, row: Any, key: Any) -> Any:
-        return (
-            torch.ones((), dtype=torch.bool) if attention_mask is None else attention_mask[batch, key].bool()
-        )
+        return torch.ones((), dtype=torch.bool) if attention_mask is None else attention_mask[batch, key].bool()
 
     inner_mask.__module__ = "transformers.models.t5gemma.modeling_t5gemma"
     return inner_mask
@@ -218,9 +206,7 @@ def token_type_ids_mask_function(token_type_ids: Tensor, image_group_ids: Tensor
         size = token_type_ids.shape[1]
         groups = [
             torch.where(
-                at < size,
-                torch.where(token_type_ids == 1, image_group_ids, -1)[batch, at.clamp(max=size - 1)],
-                -1,
+                at < size, torch.where(token_type_ids == 1, image_group_ids, -1)[batch, at.clamp(max=size - 1)], -1
             )
             for at in (row, key)
         ]
@@ -237,10 +223,7 @@ def test_an_encoder_of_older_t5gemmas(kind: str, window: int | None, seed: int) 
     both_ways = bidirectional_mask_function(mask)
     parts: dict[str, Any] = {"or_mask_function": both_ways}
     if window is not None:
-        parts = {
-            "or_mask_function": sliding_window_bidirectional_mask_function(window),
-            "and_mask_function": both_ways,
-        }
+        parts = {"or_mask_function": sliding_window_bidirectional_mask_function(window), "and_mask_function": both_ways}
     make, given = masking_utils.create_causal_mask, {"past_key_values": None, "position_ids": None}
     assert_equal_masks(make, 12, attention_mask=mask, **given, **parts)
     if mask is not None:
@@ -267,12 +250,7 @@ def test_span_in_two_pieces_raises(seed: int) -> None:
     ids = torch.tensor([[0, -1, 0]]).expand(BATCH, -1)
     with pytest.raises(ValueError, match=r"block_sequence_ids: a block of batch row 0 is in two pieces"):
         assert_equal_masks(
-            MAKERS[0],
-            3,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=None,
-            block_sequence_ids=ids,
+            MAKERS[0], 3, attention_mask=None, past_key_values=None, position_ids=None, block_sequence_ids=ids
         )
 
 
@@ -311,9 +289,7 @@ def test_custom_mask_function_raises_by_name(seed: int) -> None:
         return kv % 2 == 0
 
     with pytest.raises(ValueError, match=r"mask function .*every_other_key.*attn_implementation='eager'"):
-        assert_equal_masks(
-            MAKERS[0], 4, attention_mask=None, past_key_values=None, or_mask_function=every_other_key
-        )
+        assert_equal_masks(MAKERS[0], 4, attention_mask=None, past_key_values=None, or_mask_function=every_other_key)
 
 
 def test_chunked_mask_raises_by_name(seed: int) -> None:
@@ -342,10 +318,7 @@ def test_changed_meaning_is_found(runtime: Runtime, monkeypatch: pytest.MonkeyPa
         def inner_mask(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
             return kv_idx >= q_idx - sliding_window
 
-        inner_mask.__module__, inner_mask.__qualname__ = (
-            source.__module__,
-            "sliding_window_overlay.<locals>.inner",
-        )
+        inner_mask.__module__, inner_mask.__qualname__ = (source.__module__, "sliding_window_overlay.<locals>.inner")
         return inner_mask
 
     monkeypatch.setattr(masking_utils, "sliding_window_overlay", sliding_window_overlay)

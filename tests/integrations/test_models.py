@@ -44,8 +44,7 @@ def model_of(name: str, **fields: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"),
-    [("LlamaConfig", {}), ("MistralConfig", {"sliding_window": WINDOW}), ("GemmaConfig", {})],
+    ("name", "fields"), [("LlamaConfig", {}), ("MistralConfig", {"sliding_window": WINDOW}), ("GemmaConfig", {})]
 )
 def test_static_cache_where_all_layers_are_alike(name: str, fields: dict[str, Any]) -> None:
     """``generate`` makes one mask ahead of the model, which hands it to its mask function once more."""

@@ -68,14 +68,8 @@ def test_positions_of_one_document_cost_no_tensor(seed: int, monkeypatch: pytest
     [
         ({"position_ids": POSITIONS[:, :7]}, r"position_ids: shape \(1, 7\) .* expected \(1, 30\)"),
         ({"position_ids": POSITIONS.expand(3, 1, -1)}, r"position_ids: shape \(3, 1, 30\)"),
-        (
-            {"rows": torch.tensor([29]), "position_ids": torch.tensor([[14]])},
-            "position_ids: for 1 rows over 30",
-        ),
-        (
-            {"rows": torch.tensor([9, 29]), "position_ids": torch.tensor([[4, 14]])},
-            "position_ids: for 2 rows",
-        ),
+        ({"rows": torch.tensor([29]), "position_ids": torch.tensor([[14]])}, "position_ids: for 1 rows over 30"),
+        ({"rows": torch.tensor([9, 29]), "position_ids": torch.tensor([[4, 14]])}, "position_ids: for 2 rows"),
         ({"cu_seq_lens_q": OFFSETS[:-1]}, "cu_seq_lens_q, .* ends at 15, expected seq_len 30"),
         ({"cu_seq_lens_q": OFFSETS, "cu_seq_lens_k": OFFSETS[[0, 1, 4]]}, "cu_seq_lens_q: .* same documents"),
         ({"cu_seq_lens_q": OFFSETS, "batch": 2}, "cu_seq_lens_q: .* 2 batch rows"),

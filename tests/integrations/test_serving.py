@@ -25,9 +25,7 @@ from softcap_runtime.masks.intervals import dense  # noqa: E402
 SERVING = f"{NAME}_flash"
 # transformers 5.17 calls a page a block.
 PAGE_SIZE = next(
-    name
-    for name in ("page_size", "block_size")
-    if name in inspect.signature(ContinuousBatchingConfig).parameters
+    name for name in ("page_size", "block_size") if name in inspect.signature(ContinuousBatchingConfig).parameters
 )
 WINDOW = 16
 SIZES = {
@@ -49,9 +47,7 @@ MODELS = {
         transformers.Gemma2Config(**SIZES, **GEMMA, attn_logit_softcapping=5.0)
     ),
     "gemma3": lambda: transformers.Gemma3ForCausalLM(
-        transformers.Gemma3TextConfig(
-            **SIZES, **GEMMA, layer_types=["sliding_attention"] * 3 + ["full_attention"]
-        )
+        transformers.Gemma3TextConfig(**SIZES, **GEMMA, layer_types=["sliding_attention"] * 3 + ["full_attention"])
     ),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
 }
@@ -111,9 +107,7 @@ def test_half_precision(runtime: Runtime, seed: int) -> None:
 
 @pytest.mark.parametrize("readable", [True, False])  # False: as on a GPU
 @pytest.mark.parametrize("window", [None, 1, 7])
-def test_what_the_rows_of_a_batch_see(
-    window: int | None, readable: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_rows_of_a_batch_see(window: int | None, readable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a loop over requests: (new tokens, keys) of each, then rows of padding."""
     monkeypatch.setattr(hf_serving, "data_is_readable", lambda _: readable)
     for requests, padding in (

@@ -82,9 +82,7 @@ def test_accumulated_gradients_of_flattened_batches_in_bf16(tmp_path: Path, seed
 
     def make(collator: Callable[..., Any]) -> Callable[[Any], Any]:
         arguments = transformers.TrainingArguments(**how)
-        return lambda model: transformers.Trainer(
-            model, arguments, data_collator=collator, train_dataset=data
-        )
+        return lambda model: transformers.Trainer(model, arguments, data_collator=collator, train_dataset=data)
 
     found = run(seed, NAME, make(transformers.DataCollatorWithFlattening()))
     assert_same_curve(found, run(seed, "eager", make(padded)))
@@ -133,16 +131,11 @@ def word_level_tokenizer(folder: Path) -> Any:
 def test_low_rank_adapters(tmp_path: Path, seed: int) -> None:
     peft = pytest.importorskip("peft")
     data = documents(STEPS * 4)
-    arguments = transformers.TrainingArguments(
-        **options(tmp_path, learning_rate=3e-2, per_device_train_batch_size=4)
-    )
+    arguments = transformers.TrainingArguments(**options(tmp_path, learning_rate=3e-2, per_device_train_batch_size=4))
 
     def make(model: Any) -> Any:
         adapted = peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
-            ),
+            model, peft.LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
         )
         return transformers.Trainer(adapted, arguments, data_collator=padded, train_dataset=data)
 

@@ -300,9 +300,7 @@ def test_dropout_of_weights(own_mask: bool, runtime: Runtime, seed: int) -> None
         assert relative_error(ours, theirs) < 1e-5  # float32's rounding, over three layers
 
 
-def test_weights_are_none_and_told_once(
-    runtime: Runtime, seed: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_weights_are_none_and_told_once(runtime: Runtime, seed: int, caplog: pytest.LogCaptureFixture) -> None:
     hf_checks.warn_once.cache_clear()
     model = gemma(seed)
     model.set_attn_implementation(NAME)
@@ -322,9 +320,7 @@ def test_padding_with_holes(runtime: Runtime, seed: int) -> None:
         model.set_attn_implementation(implementation)
         with torch.no_grad():
             logits = model(ids, attention_mask=keep).logits[keep.bool()]
-            found.append(
-                (logits, model.generate(ids, attention_mask=keep, max_new_tokens=6, do_sample=False))
-            )
+            found.append((logits, model.generate(ids, attention_mask=keep, max_new_tokens=6, do_sample=False)))
     (logits, greedy), (own_logits, own_greedy) = found
     assert relative_error(own_logits, logits) <= 1e-5
     assert torch.equal(own_greedy, greedy)
@@ -348,9 +344,7 @@ def test_a_mask_of_the_callers_own(runtime: Runtime, kind: str, additive: bool, 
 @NEEDS_TRANSFORMERS_5
 def test_mask_of_another_length_raises(runtime: Runtime, seed: int) -> None:
     model = gemma(seed, attn_implementation=NAME)
-    mask = transformers.masking_utils.create_causal_mask(
-        model.config, torch.zeros(1, 6, 0), None, past_key_values=None
-    )
+    mask = transformers.masking_utils.create_causal_mask(model.config, torch.zeros(1, 6, 0), None, past_key_values=None)
     q, k = torch.randn(1, 4, 6, 64), torch.randn(1, 2, 7, 64)
     with pytest.raises(ValueError, match="made for 6 rows over 6 keys, but the layer has 6 over 7"):
         integration.attention_forward(runtime, model.model.layers[0].self_attn, q, k, k, mask)
@@ -371,11 +365,7 @@ def test_missing_transformers_raises(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cache_position_of_older_versions(seed: int) -> None:
     """Transformers before 5 says where the rows are with a tensor of their positions."""
-    arguments = {
-        "batch_size": 2,
-        "kv_length": 12,
-        "mask_function": transformers.masking_utils.causal_mask_function,
-    }
+    arguments = {"batch_size": 2, "kv_length": 12, "mask_function": transformers.masking_utils.causal_mask_function}
     new = integration.interval_mask(q_length=3, q_offset=5, **arguments)
     old = integration.interval_mask(cache_position=torch.arange(5, 8), **arguments)
     assert old == new

@@ -96,9 +96,7 @@ def test_everywhere_and_back_again(unsloth: dict[str, ModuleType]) -> None:
     assert unpatch() == []
 
 
-def test_a_module_that_is_imported_later(
-    unsloth: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_that_is_imported_later(unsloth: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
     patch()
     late = ModuleType("unsloth.models.late")
     exec("from unsloth.models.llama import *", vars(late))
@@ -144,9 +142,7 @@ def test_packed_sequences(unsloth: dict[str, ModuleType], generating: bool, seed
         # What a call was told is not kept for the next.
         out = forward(q, k, v, mask, LAYER, generating)
         assert relative_error(out, wanted(q, k, v, window)) <= 2e-6
-    with pytest.raises(
-        ValueError, match="packed_seq_lengths: 3 packed sequences, with 1 batch rows and 1 qu"
-    ):
+    with pytest.raises(ValueError, match="packed_seq_lengths: 3 packed sequences, with 1 batch rows and 1 qu"):
         forward(q[:, :, -1:], k, v, None, LAYER, generating, packed=info)
     checkered = (torch.arange(50)[:, None] + torch.arange(50)) % 2 == 0
     with pytest.raises(ValueError, match="no row interval"):
@@ -171,19 +167,12 @@ def change(q: Any, k: Any, scale: Any) -> None:
         ("unsloth.kernels.flex_attention", CREATE[1], "gone", "has no create_flex_attention_sliding_window"),
         ("unsloth.models.gemma2", "slow_attention_softcapping", "gone", "gemma2 has no slow_attention"),
         ("unsloth.models.gemma2", "get_packed_info_from_kwargs", "gone", "has no get_packed_info"),
-        (
-            "unsloth.models.gemma2",
-            "get_packed_info_from_kwargs",
-            change,
-            "get_packed_info_from_kwargs.*'scale'",
-        ),
+        ("unsloth.models.gemma2", "get_packed_info_from_kwargs", change, "get_packed_info_from_kwargs.*'scale'"),
         ("unsloth.trainer", "PADDING_FREE_BLOCKLIST", "gone", "has no PADDING_FREE_BLOCKLIST"),
         ("unsloth.trainer", "PADDING_FREE_BLOCKLIST", (), "is no set"),
     ],
 )
-def test_an_unknown_release(
-    unsloth: dict[str, ModuleType], place: str, name: str, value: Any, words: str
-) -> None:
+def test_an_unknown_release(unsloth: dict[str, ModuleType], place: str, name: str, value: Any, words: str) -> None:
     if value == "gone":
         delattr(unsloth[place], name)
     else:

@@ -20,9 +20,7 @@ def assert_same_as_torch(intervals: RowIntervals) -> None:
         pytest.skip("this torch's masks are of whole blocks")
     ours = block_mask(intervals, "cpu")
     batch = ours.kv_num_blocks.shape[0]
-    theirs = flex.create_block_mask(
-        ours.mask_mod, batch, None, intervals.q_len, intervals.kv_len, device="cpu"
-    )
+    theirs = flex.create_block_mask(ours.mask_mod, batch, None, intervals.q_len, intervals.kv_len, device="cpu")
     assert ours.shape == theirs.shape
     assert ours.BLOCK_SIZE == theirs.BLOCK_SIZE
     assert torch.equal(ours.to_dense(), theirs.to_dense())

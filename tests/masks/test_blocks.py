@@ -61,9 +61,7 @@ def test_bands_over_long_keys(window: int | None, causal: bool, seed: int) -> No
         assert_tables(band(q_len, 4096, causal=causal, window=window))
 
 
-@given(
-    q_len=st.integers(1, 700), extra=st.integers(-300, 700), window=st.integers(1, 900), causal=st.booleans()
-)
+@given(q_len=st.integers(1, 700), extra=st.integers(-300, 700), window=st.integers(1, 900), causal=st.booleans())
 @settings(max_examples=80, deadline=None)
 def test_any_band(q_len: int, extra: int, window: int, causal: bool) -> None:
     kv_len = max(1, q_len + (abs(extra) if causal else extra))
@@ -107,9 +105,7 @@ def test_intervals_with_gaps_miss_nothing(data: st.DataObject, q_len: int, kv_le
     ends = torch.randint(0, kv_len + 1, (2, q_len, 2), generator=generator, dtype=torch.int32).sort(-1).values
     lo, hi = ends.unbind(-1)
     empty = lo >= hi
-    intervals = RowIntervals(
-        q_len, kv_len, None, None, lo.masked_fill(empty, kv_len), hi.masked_fill(empty, 0)
-    )
+    intervals = RowIntervals(q_len, kv_len, None, None, lo.masked_fill(empty, kv_len), hi.masked_fill(empty, 0))
     partial, full = blocks_of(dense(intervals, "cpu"))
     tables = block_tables(intervals, "cpu")
     assert torch.equal(listed(tables.full_num, tables.full_idx), full)

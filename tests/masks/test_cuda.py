@@ -39,17 +39,11 @@ def kinds(length: int) -> list[RowIntervals]:
             band(length, length, causal=True, window=333),
             band(length // 2, length, causal=False, window=200),
             row_intervals(length, length, causal=True, window=None, document_ids=ids),
-            row_intervals(
-                length, length, causal=True, window=400, document_ids=ids, attention_mask=mask, spans=spans
-            ),
+            row_intervals(length, length, causal=True, window=400, document_ids=ids, attention_mask=mask, spans=spans),
             row_intervals(length, length, causal=True, window=None, prefix_lengths=lengths),
             row_intervals(7, length, causal=True, window=None, cache_lengths=lengths),
             row_intervals(
-                length,
-                length,
-                causal=False,
-                window=None,
-                document_ids=document_ids_from_position_ids(positions),
+                length, length, causal=False, window=None, document_ids=document_ids_from_position_ids(positions)
             ),
         ]
         for intervals in made:

@@ -15,10 +15,7 @@ def test_both_give_the_documents(seed: int) -> None:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     expected = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
-    for ids in (
-        document_ids_from_cu_seqlens(cu_seqlens, sum(lengths)),
-        document_ids_from_position_ids(positions),
-    ):
+    for ids in (document_ids_from_cu_seqlens(cu_seqlens, sum(lengths)), document_ids_from_position_ids(positions)):
         assert ids.dtype == torch.int32
         assert torch.equal(ids.long(), expected)
 

@@ -108,9 +108,7 @@ UNCHECKED = {
 def test_what_nobody_checks_is_cut_to_the_keys(name: str) -> None:
     """As docs/reference/masks.md says of GPUs, where the contents of arguments aren't looked at."""
     for pair in zip(*UNCHECKED[name], strict=True):
-        found, wanted = (
-            row_intervals(4, 4, causal=True, window=None, **{name: torch.tensor(x)}) for x in pair
-        )
+        found, wanted = (row_intervals(4, 4, causal=True, window=None, **{name: torch.tensor(x)}) for x in pair)
         assert torch.equal(dense(found, "cpu"), dense(wanted, "cpu"))
 
 

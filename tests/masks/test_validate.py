@@ -37,27 +37,15 @@ def test_every_good_mask_passes(case: MaskCase) -> None:
     ("arguments", "words"),
     [
         ({"q_len": 10}, "q: 10 rows over 9 keys with causal=True"),
-        (
-            {"attention_mask": torch.ones(2, 8, dtype=torch.bool)},
-            "attention_mask: shape (2, 8), expected (2, 9)",
-        ),
-        (
-            {"attention_mask": torch.ones(3, 9, dtype=torch.bool)},
-            "attention_mask: shape (3, 9), expected (2, 9)",
-        ),
+        ({"attention_mask": torch.ones(2, 8, dtype=torch.bool)}, "attention_mask: shape (2, 8), expected (2, 9)"),
+        ({"attention_mask": torch.ones(3, 9, dtype=torch.bool)}, "attention_mask: shape (3, 9), expected (2, 9)"),
         ({"attention_mask": torch.ones(9, dtype=torch.bool)}, "attention_mask: shape (9,), expected (2, 9)"),
         ({"attention_mask": torch.tensor([[0] * 8 + [2]])}, "attention_mask: 2, expected 0 (padding) or 1"),
         ({"attention_mask": torch.tensor([[-1] * 9])}, "attention_mask: -1, expected 0 (padding) or 1"),
         ({"attention_mask": HOLES}, "attention_mask: 2 separate runs of 1 in batch row 1"),
         ({"attention_mask": HOLES.bool()}, "attention_mask: 2 separate runs of 1 in batch row 1"),
-        (
-            {"document_ids": torch.zeros(2, 4, dtype=torch.int64)},
-            "document_ids: shape (2, 4), expected (2, 9)",
-        ),
-        (
-            {"document_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 4, 7, 8]])},
-            "document_ids: 4 after 5 at position 6",
-        ),
+        ({"document_ids": torch.zeros(2, 4, dtype=torch.int64)}, "document_ids: shape (2, 4), expected (2, 9)"),
+        ({"document_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 4, 7, 8]])}, "document_ids: 4 after 5 at position 6"),
         (
             {"document_ids": torch.zeros(2, 9, dtype=torch.int64), "q_len": 10, "causal": False},
             "document_ids: 9 ids for 10 query rows",
@@ -66,18 +54,9 @@ def test_every_good_mask_passes(case: MaskCase) -> None:
         ({"prefix_lengths": torch.tensor([-1, 3])}, "prefix_lengths: -1 in batch row 0, expected 0 to 9"),
         ({"prefix_lengths": torch.tensor(3)}, "prefix_lengths: shape (), expected (2)"),
         ({"spans": torch.tensor([[0, 3]])}, "spans: shape (1, 2), expected (2, slots, 2)"),
-        (
-            {"spans": torch.tensor([[[0, 3], [2, 5]]])},
-            "spans: [2, 5) in batch row 0 overlaps one that ends at 3",
-        ),
-        (
-            {"spans": torch.tensor([[[4, 10]]])},
-            "spans: [4, 10) in batch row 0, expected 0 <= start < end <= 9",
-        ),
-        (
-            {"spans": torch.tensor([[[-1, 2]]])},
-            "spans: [-1, 2) in batch row 0, expected 0 <= start < end <= 9",
-        ),
+        ({"spans": torch.tensor([[[0, 3], [2, 5]]])}, "spans: [2, 5) in batch row 0 overlaps one that ends at 3"),
+        ({"spans": torch.tensor([[[4, 10]]])}, "spans: [4, 10) in batch row 0, expected 0 <= start < end <= 9"),
+        ({"spans": torch.tensor([[[-1, 2]]])}, "spans: [-1, 2) in batch row 0, expected 0 <= start < end <= 9"),
         ({"spans": torch.tensor([[[5, 2]]])}, "spans: [5, 2) in batch row 0, expected 0 <= start < end <= 9"),
         ({"cache_lengths": torch.tensor([4, 10])}, "cache_lengths: 10 in batch row 1, expected 4 to 9"),
         ({"cache_lengths": torch.tensor([3, 9])}, "cache_lengths: 3 in batch row 0, expected 4 to 9"),
@@ -96,10 +75,7 @@ def test_every_good_mask_passes(case: MaskCase) -> None:
             "query_positions: shape (2, 1, 4), expected (2, 4)",
         ),
         ({"query_positions": torch.arange(4, device="meta")}, "query_positions: on meta, expected cpu"),
-        (
-            {"document_ids": torch.zeros(2, 9, dtype=torch.int64, device="meta")},
-            "document_ids: on meta, expected cpu",
-        ),
+        ({"document_ids": torch.zeros(2, 9, dtype=torch.int64, device="meta")}, "document_ids: on meta, expected cpu"),
     ],
 )
 def test_bad_values(arguments: dict[str, Any], words: str) -> None:
@@ -112,14 +88,8 @@ def test_bad_values(arguments: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            {"attention_mask": torch.ones(2, 9)},
-            "attention_mask: torch.float32, expected bool or integers 0 and 1",
-        ),
-        (
-            {"attention_mask": [[1] * 9]},
-            "attention_mask: list, expected a tensor of bool or integers 0 and 1",
-        ),
+        ({"attention_mask": torch.ones(2, 9)}, "attention_mask: torch.float32, expected bool or integers 0 and 1"),
+        ({"attention_mask": [[1] * 9]}, "attention_mask: list, expected a tensor of bool or integers 0 and 1"),
         ({"document_ids": torch.zeros(2, 9)}, "document_ids: torch.float32, expected integers"),
         ({"document_ids": torch.zeros(2, 9).bool()}, "document_ids: torch.bool, expected integers"),
         ({"prefix_lengths": 3}, "prefix_lengths: int, expected a tensor of integers"),

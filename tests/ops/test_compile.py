@@ -38,9 +38,7 @@ def random_masks(batch: int, length: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_no_graph_break_and_no_recompile_per_length(
-    runtime: Runtime, masked: bool, train: bool, seed: int
-) -> None:
+def test_no_graph_break_and_no_recompile_per_length(runtime: Runtime, masked: bool, train: bool, seed: int) -> None:
     backend = Backend()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, masks: dict[str, Tensor]) -> Tensor:
@@ -115,9 +113,7 @@ def test_data_that_no_mask_can_have_raises_inside_a_graph(
 @pytest.mark.parametrize("bad", [[1, 20, 30], [0, 31, 30], [0, 20, 29]])
 def test_offsets_that_no_row_can_have_raise_inside_a_graph(bad: list[int]) -> None:
     made = torch.compile(
-        lambda offsets, x: document_ids_from_cu_seqlens(offsets, x.shape[0]),
-        fullgraph=True,
-        backend="aot_eager",
+        lambda offsets, x: document_ids_from_cu_seqlens(offsets, x.shape[0]), fullgraph=True, backend="aot_eager"
     )
     x = torch.empty(30)
     assert made(torch.tensor([0, 20, 30]), x).sum() == 10
@@ -127,9 +123,7 @@ def test_offsets_that_no_row_can_have_raise_inside_a_graph(bad: list[int]) -> No
 
 @pytest.mark.parametrize("documented", [False, True])
 @pytest.mark.parametrize("dynamic", [True, None])
-def test_one_checkpoint_after_another(
-    own_runtime: Runtime, documented: bool, dynamic: bool | None, seed: int
-) -> None:
+def test_one_checkpoint_after_another(own_runtime: Runtime, documented: bool, dynamic: bool | None, seed: int) -> None:
     """Their bodies are graphs of their own, which share no symbol: a config's floats are none."""
     layer = SimpleNamespace(config=SimpleNamespace(attn_logit_softcapping=50.0, query_pre_attn_scalar=64))
     config = AttentionConfig(softcap=50.0, scale=0.125)
@@ -261,9 +255,7 @@ class Model(torch.nn.Module):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
-def test_export_and_run_at_another_length(
-    own_runtime: Runtime, masked: bool, strict: bool, seed: int
-) -> None:
+def test_export_and_run_at_another_length(own_runtime: Runtime, masked: bool, strict: bool, seed: int) -> None:
     length = torch.export.Dim("length", min=2, max=4096)
     by_length = {2: length}
     shapes: list[Any] = [by_length, by_length, by_length, {1: length} if masked else None]
@@ -273,9 +265,7 @@ def test_export_and_run_at_another_length(
         return (*make_qkv(Sizes(2, 4, 2, length, length)), mask)
 
     with torch.no_grad():
-        program = torch.export.export(
-            Model(own_runtime), inputs(40), dynamic_shapes=tuple(shapes), strict=strict
-        )
+        program = torch.export.export(Model(own_runtime), inputs(40), dynamic_shapes=tuple(shapes), strict=strict)
         for length_ in (40, 41, 300):
             given = inputs(length_)
             out = program.module()(*given)
@@ -330,9 +320,6 @@ def test_a_torchscript_trace(runtimes: dict[str, Runtime], engine: str, masked: 
         leaves = [x.clone().requires_grad_(train) for x in example]
         traced = torch.jit.trace(attend, (*leaves, torch.ones(2, 20, dtype=torch.int64)), check_trace=False)
         for length in (20, 31):
-            inputs, padding = (
-                make_qkv(Sizes(2, 4, 2, length, length)),
-                random_masks(2, length)["attention_mask"],
-            )
+            inputs, padding = (make_qkv(Sizes(2, 4, 2, length, length)), random_masks(2, length)["attention_mask"])
             want = expected(*inputs, CONFIG, attention_mask=padding if masked else None)
             assert relative_error(traced(*inputs, padding), want) <= 2e-6

@@ -13,16 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import (
-    NEEDS_FLEX,
-    Block,
-    Sizes,
-    expected,
-    gradients,
-    in_model_order,
-    make_qkv,
-    relative_error,
-)
+from support.helpers import NEEDS_FLEX, Block, Sizes, expected, gradients, in_model_order, make_qkv, relative_error
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -35,9 +26,7 @@ OP = torch.ops.softcap_runtime.attention
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
 
 
-def arguments(
-    runtime: Runtime, engine: str, masked: bool, train: bool, softcap: float | None = 50.0
-) -> tuple:
+def arguments(runtime: Runtime, engine: str, masked: bool, train: bool, softcap: float | None = 50.0) -> tuple:
     """Of the operator: q, k, v, lo, hi, left, right, scale, softcap, engine, train, runtime."""
     q, k, v = (x.requires_grad_(train) for x in make_qkv(Sizes(2, 4, 2, 19, 23)))
     mask = band(19, 23, causal=True, window=7)
@@ -45,20 +34,7 @@ def arguments(
         padding = torch.ones(2, 23, dtype=torch.int64)
         padding[0, :9] = 0
         mask = row_intervals(19, 23, causal=True, window=7, attention_mask=padding)
-    return (
-        q,
-        k,
-        v,
-        mask.lo,
-        mask.hi,
-        mask.left or 0,
-        mask.right or 0,
-        0.125,
-        softcap,
-        engine,
-        train,
-        runtime.number,
-    )
+    return (q, k, v, mask.lo, mask.hi, mask.left or 0, mask.right or 0, 0.125, softcap, engine, train, runtime.number)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -82,9 +58,7 @@ def test_opcheck(runtime: Runtime, engine: str, masked: bool, train: bool, seed:
 def test_the_fake_implementation_tells_the_truth(runtime: Runtime, seed: int) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for masked, train, dtype in itertools.product(
-        [False, True], [False, True], [torch.float32, torch.float64]
-    ):
+    for masked, train, dtype in itertools.product([False, True], [False, True], [torch.float32, torch.float64]):
         inputs = tuple(
             x.detach().to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
             for x in arguments(runtime, "eager", masked, train)
@@ -135,9 +109,7 @@ def test_flops(runtime: Runtime, seed: int) -> None:
         out.sum().backward()
     assert counter.get_total_flops() == 5 * product
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        runtime.attention(
-            q, k, v, CONFIG
-        )  # a shape that was served before takes no shortcut past the counter
+        runtime.attention(q, k, v, CONFIG)  # a shape that was served before takes no shortcut past the counter
     assert counter.get_total_flops() == 2 * product
 
 
@@ -171,9 +143,7 @@ def test_autocast(runtime: Runtime, inputs: str, seed: int) -> None:
         q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     for grad in (False, True):
         with torch.autocast("cpu", torch.bfloat16):
-            theirs = torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=True
-            )
+            theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             leaves = [x.detach().requires_grad_(grad) for x in (q, k, v)]
             out = runtime.attention(*leaves, CONFIG)
         assert out.dtype == theirs.dtype
@@ -258,9 +228,7 @@ def test_it_follows_none_of_torchs_defaults(runtimes: dict[str, Runtime], seed: 
             config = AttentionConfig(softcap=softcap, scale=0.125, window=99)
             found.append(runtime.attention(*inputs, config, **masks))
             if engine != "flex":
-                out, grads = gradients(
-                    lambda *x, c=config, m=masks: runtime.attention(*x, c, **m), inputs, grad_out
-                )
+                out, grads = gradients(lambda *x, c=config, m=masks: runtime.attention(*x, c, **m), inputs, grad_out)
                 found += [out, *grads]
         return found
 
@@ -309,9 +277,7 @@ def test_an_engine_that_is_none(runtime: Runtime, seed: int) -> None:
 
 
 def test_a_backward_by_name_is_checked(runtime: Runtime, seed: int) -> None:
-    *head, _, number = (
-        x.detach() if isinstance(x, Tensor) else x for x in arguments(runtime, "auto", True, True)
-    )
+    *head, _, number = (x.detach() if isinstance(x, Tensor) else x for x in arguments(runtime, "auto", True, True))
     out, lse = OP(*head, True, number)
     backward = torch.ops.softcap_runtime.attention_backward
     for name, (grad_out, saved, logsumexp) in {
@@ -319,9 +285,7 @@ def test_a_backward_by_name_is_checked(runtime: Runtime, seed: int) -> None:
         "out": (out, out.bfloat16(), lse),
         "lse": (out, out, lse[:, :, :7]),
     }.items():
-        with pytest.raises(
-            ValueError, match=f"^{name}: .* expected .* as the forward with train=True gave it"
-        ):
+        with pytest.raises(ValueError, match=f"^{name}: .* expected .* as the forward with train=True gave it"):
             backward(grad_out, *head[:3], saved, logsumexp, *head[3:], number)
 
 
@@ -335,12 +299,8 @@ def test_a_backward_by_name(runtime: Runtime, seed: int) -> None:
     want = torch.autograd.grad(want_out, inputs, grad_out)
     head = [*(x.detach() for x in inputs), mask.lo, mask.hi, 0, 0, 0.125, 50.0, "auto"]
     out, lse = OP(*head, True, runtime.number)
-    grads = torch.ops.softcap_runtime.attention_backward(
-        grad_out, *head[:3], out, lse, *head[3:], runtime.number
-    )
-    assert all(
-        torch.equal(mine, theirs) for mine, theirs in zip((out, *grads), (want_out, *want), strict=True)
-    )
+    grads = torch.ops.softcap_runtime.attention_backward(grad_out, *head[:3], out, lse, *head[3:], runtime.number)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip((out, *grads), (want_out, *want), strict=True))
 
 
 def test_a_backward_runs_where_its_forward_ran(runtime: Runtime, seed: int) -> None:

@@ -29,9 +29,7 @@ def test_torch_func(runtime: Runtime, seed: int) -> None:
     assert relative_error(out, want_out) <= 2e-6
     for mine, exact in zip(pull(grad_out), want, strict=True):
         assert relative_error(mine, exact) <= 3e-6
-    got = torch.func.grad(lambda *x: (runtime.attention(*x, CONFIG) * grad_out).sum(), argnums=(0, 1, 2))(
-        *inputs
-    )
+    got = torch.func.grad(lambda *x: (runtime.attention(*x, CONFIG) * grad_out).sum(), argnums=(0, 1, 2))(*inputs)
     for mine, exact in zip(got, want, strict=True):
         assert relative_error(mine, exact) <= 3e-6
 
@@ -105,9 +103,7 @@ def test_samples_of_vmap_are_one_call(
         warnings.simplefilter("error")  # torch warns where it runs samples one by one
         got = mapped(*inputs)
     assert len(calls) == 1
-    want = torch.func.vmap(torch.func.grad(partial(loss, expected), (0, 1, 2)), in_dims)(
-        *(x.double() for x in inputs)
-    )
+    want = torch.func.vmap(torch.func.grad(partial(loss, expected), (0, 1, 2)), in_dims)(*(x.double() for x in inputs))
     for mine, exact in zip(got, want, strict=True):
         assert relative_error(mine, exact) <= 5e-6
 
@@ -137,9 +133,7 @@ def test_torch_func_inside_a_graph(runtime: Runtime, backend: str, seed: int) ->
         return vmap(lambda q: run(q, k, v))(torch.stack([q, 2 * q]))
 
     for case in (of_grad, of_vjp, of_jacobian, grad_in_vmap, vmap_in_autograd):
-        leaf, exact = (
-            x.clone().requires_grad_(case is vmap_in_autograd) for x in (inputs[0], inputs[0].double())
-        )
+        leaf, exact = (x.clone().requires_grad_(case is vmap_in_autograd) for x in (inputs[0], inputs[0].double()))
         attend = partial(case, lambda *x, **masks: runtime.attention(*x, CONFIG, **masks))
         got = torch.compile(attend, backend=backend, fullgraph=True)(leaf, *inputs[1:])
         attend_exact = partial(case, lambda *x, **masks: expected(*x, CONFIG, **masks))

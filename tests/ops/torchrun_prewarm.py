@@ -51,9 +51,7 @@ def main() -> None:
     CpuLibrary.build = build  # type: ignore[method-assign]
     locks.hold = hold
     config = AttentionConfig(softcap=50.0, scale=0.125)
-    request = PrewarmRequest(
-        config=config, num_heads=4, num_kv_heads=2, head_dim=64, dtype="float32", train=True
-    )
+    request = PrewarmRequest(config=config, num_heads=4, num_kv_heads=2, head_dim=64, dtype="float32", train=True)
     runtime = Runtime(RuntimeSettings(cache_dir=FOLDER / f"cache{HOST}", engine="blocked", jit="forbid"))
     started = time.time()
     rows = runtime.prewarm([request], progress=False)

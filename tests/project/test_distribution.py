@@ -42,9 +42,7 @@ print(engine.engine)
 def run(*words: str | Path, cwd: Path, **variables: str) -> str:
     hidden = ("SOFTCAP_", "PYTHON", "COVERAGE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-    done = subprocess.run(
-        list(map(str, words)), cwd=cwd, capture_output=True, text=True, env={**kept, **variables}
-    )
+    done = subprocess.run(list(map(str, words)), cwd=cwd, capture_output=True, text=True, env={**kept, **variables})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -55,9 +53,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in WANTED:
         if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.db*", "locks")
-            )
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.db*", "locks"))
         else:
             shutil.copy2(ROOT / name, source / name)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source, cwd=source)

@@ -36,8 +36,6 @@ def test_no_top_level_folder_is_crowded(tracked: list[Path]) -> None:
 
 
 def test_no_module_of_the_package_is_long(tracked: list[Path]) -> None:
-    lines = {
-        str(path): len((ROOT / path).read_text().splitlines()) for path in tracked if path.parts[0] == PACKAGE
-    }
+    lines = {str(path): len((ROOT / path).read_text().splitlines()) for path in tracked if path.parts[0] == PACKAGE}
     assert len(lines) > 100
     assert not {path: count for path, count in lines.items() if count > MOST_LINES}

@@ -158,9 +158,7 @@ def test_commands_are_commands(
         assert program in ("ruff", "mypy"), f"{block.where}: {line!r} is of no kind that is tested"
 
 
-def check_own_command(
-    arguments: list[str], *, run: bool, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def check_own_command(arguments: list[str], *, run: bool, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group: Any = typer.main.get_command(cli.app)
     if arguments[0] != "--version":
         name, *rest = arguments
@@ -226,9 +224,7 @@ def public_names() -> Iterator[tuple[str, Any]]:
 def test_public_names_are_documented(name: str, value: Any) -> None:
     short = name.rpartition(".")[2]
     api = (ROOT / "docs/reference/api.md").read_text()
-    assert re.search(rf"^::: softcap_runtime[\w.]*\.{short}$", api, re.M), (
-        f"docs/reference/api.md lacks {short}"
-    )
+    assert re.search(rf"^::: softcap_runtime[\w.]*\.{short}$", api, re.M), f"docs/reference/api.md lacks {short}"
     if isinstance(value, bool):
         return
     assert inspect.getdoc(value), name
@@ -246,9 +242,7 @@ def test_the_readme_is_short_and_names_every_page() -> None:
     assert sorted(missing) == ["changelog.md", "contributing.md", "gpu_report.md"]
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target

@@ -41,9 +41,7 @@ def need_three(folder: str, packages: dict[Artifact, bytes], record: str, barrie
     barrier.wait(60)
     errors = [
         relative_error(flex.attention(*inputs, CONFIG), expected(*inputs, CONFIG)),
-        relative_error(
-            flex.attention(*inputs, CONFIG, document_ids=ids), expected(*inputs, CONFIG, document_ids=ids)
-        ),
+        relative_error(flex.attention(*inputs, CONFIG, document_ids=ids), expected(*inputs, CONFIG, document_ids=ids)),
         relative_error(blocked.attention(*inputs, CONFIG), expected(*inputs, CONFIG)),
     ]
     for runtime in (flex, blocked):
@@ -53,9 +51,7 @@ def need_three(folder: str, packages: dict[Artifact, bytes], record: str, barrie
 
 @NEEDS_FLEX
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_processes_that_start_at_once_build_each_kernel_once(
-    runtime: Runtime, tmp_path: Path, seed: int
-) -> None:
+def test_processes_that_start_at_once_build_each_kernel_once(runtime: Runtime, tmp_path: Path, seed: int) -> None:
     packages = {spec: package_of(runtime, spec) for spec in SPECS}
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(PROCESSES), context.Queue()

@@ -45,28 +45,10 @@ def refused(runtime: Runtime, error: type[Exception], words: list[str], *args: A
 @pytest.mark.parametrize(
     ("q", "k", "v", "error", "words"),
     [
-        (
-            zeros(4, 8, 64),
-            zeros(1, 2, 8, 64),
-            zeros(1, 2, 8, 64),
-            ValueError,
-            ["q: shape (4, 8, 64)", "4 dimensions"],
-        ),
+        (zeros(4, 8, 64), zeros(1, 2, 8, 64), zeros(1, 2, 8, 64), ValueError, ["q: shape (4, 8, 64)", "4 dimensions"]),
         (zeros(1, 4, 8, 64), zeros(2, 8, 64), zeros(2, 8, 64), ValueError, ["k: shape (2, 8, 64)"]),
-        (
-            zeros(1, 4, 8, 64),
-            zeros(1, 2, 8, 64),
-            zeros(1, 1, 2, 8, 64),
-            ValueError,
-            ["v: shape (1, 1, 2, 8, 64)"],
-        ),
-        (
-            zeros(1, 4, 8, 64),
-            zeros(1, 3, 8, 64),
-            zeros(1, 3, 8, 64),
-            ValueError,
-            ["q: 4 heads", "3 key heads"],
-        ),
+        (zeros(1, 4, 8, 64), zeros(1, 2, 8, 64), zeros(1, 1, 2, 8, 64), ValueError, ["v: shape (1, 1, 2, 8, 64)"]),
+        (zeros(1, 4, 8, 64), zeros(1, 3, 8, 64), zeros(1, 3, 8, 64), ValueError, ["q: 4 heads", "3 key heads"]),
         (zeros(1, 4, 8, 64), zeros(1, 2, 8, 32), zeros(1, 2, 8, 32), ValueError, ["k: head_dim 32", "64"]),
         (zeros(1, 4, 8, 64), zeros(1, 2, 8, 64), zeros(1, 2, 8, 32), ValueError, ["v: head_dim 32", "64"]),
         (zeros(1, 4, 8, 64), zeros(2, 2, 8, 64), zeros(2, 2, 8, 64), ValueError, ["k: batch 2"]),
@@ -79,20 +61,8 @@ def refused(runtime: Runtime, error: type[Exception], words: list[str], *args: A
             ValueError,
             ["k.dtype: torch.bfloat16", "torch.float32"],
         ),
-        (
-            zeros(1, 4, 8, 64),
-            zeros(1, 2, 8, 64),
-            zeros(1, 2, 8, 64, dtype=torch.float64),
-            ValueError,
-            ["v.dtype"],
-        ),
-        (
-            zeros(1, 4, 8, 64),
-            zeros(1, 2, 8, 64).to("meta"),
-            zeros(1, 2, 8, 64),
-            ValueError,
-            ["k: on meta", "cpu"],
-        ),
+        (zeros(1, 4, 8, 64), zeros(1, 2, 8, 64), zeros(1, 2, 8, 64, dtype=torch.float64), ValueError, ["v.dtype"]),
+        (zeros(1, 4, 8, 64), zeros(1, 2, 8, 64).to("meta"), zeros(1, 2, 8, 64), ValueError, ["k: on meta", "cpu"]),
         (*[zeros(1, 2, 8, 64, dtype=torch.int32)] * 3, TypeError, ["q: torch.int32"]),
         (*[zeros(1, 2, 8, 64, dtype=torch.bool)] * 3, TypeError, ["q: torch.bool"]),
         (*[zeros(1, 2, 8, 64, dtype=torch.complex64)] * 3, TypeError, ["q: torch.complex64"]),
@@ -108,9 +78,7 @@ def refused(runtime: Runtime, error: type[Exception], words: list[str], *args: A
         (*[torch.nested.nested_tensor([zeros(2, 8, 64)])] * 3, TypeError, ["q: nested", "dense"]),
     ],
 )
-def test_bad_tensors(
-    unused: Runtime, q: Any, k: Any, v: Any, error: type[Exception], words: list[str]
-) -> None:
+def test_bad_tensors(unused: Runtime, q: Any, k: Any, v: Any, error: type[Exception], words: list[str]) -> None:
     refused(unused, error, words, q, k, v, CONFIG)
 
 
@@ -125,12 +93,7 @@ def test_bad_tensors(
         ("attention_mask", [[1] * 8] * 2, TypeError, ["list"]),
         ("document_ids", torch.zeros(2, 7, dtype=torch.int64), ValueError, ["shape (2, 7)"]),
         ("document_ids", torch.zeros(2, 8), TypeError, ["torch.float32"]),
-        (
-            "document_ids",
-            torch.tensor([[0, 0, 1, 1, 0, 0, 0, 0]] * 2),
-            ValueError,
-            ["0 after 1 at position 4"],
-        ),
+        ("document_ids", torch.tensor([[0, 0, 1, 1, 0, 0, 0, 0]] * 2), ValueError, ["0 after 1 at position 4"]),
         ("document_ids", torch.zeros(2, 8, dtype=torch.int64, device="meta"), ValueError, ["on meta"]),
         ("prefix_lengths", torch.tensor([3, 9]), ValueError, ["9 in batch row 1"]),
         ("prefix_lengths", torch.tensor([-1, 2]), ValueError, ["-1 in batch row 0"]),
@@ -179,13 +142,7 @@ def test_a_refused_call_does_not_spoil_the_next(runtimes: dict[str, Runtime], se
     want = runtime.attention(q, k, v, CONFIG)
     assert torch.equal(runtime.attention(q, k, v, CONFIG), want)
     assert torch.equal(runtime.attention(q, k, v, CONFIG), want)
-    for bad in (
-        (q, k, v[:, :1]),
-        (q, k[..., :32], v),
-        (q[0], k, v),
-        (q, k, v.double()),
-        (q, k, v.to("meta")),
-    ):
+    for bad in ((q, k, v[:, :1]), (q, k[..., :32], v), (q[0], k, v), (q, k, v.double()), (q, k, v.to("meta"))):
         with pytest.raises(ValueError, match=r"^[qkv]"):
             runtime.attention(*bad, CONFIG)
     assert torch.equal(runtime.attention(q, k, v, CONFIG), want)

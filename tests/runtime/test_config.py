@@ -18,15 +18,8 @@ from softcap_runtime.config import default_cache_dir, hf_head_dim
 positive = st.floats(1e-6, 1e6)
 
 
-@given(
-    softcap=st.none() | positive,
-    scale=positive,
-    window=st.none() | st.integers(1, 2**40),
-    causal=st.booleans(),
-)
-def test_equal_configs_are_one_key(
-    softcap: float | None, scale: float, window: int | None, causal: bool
-) -> None:
+@given(softcap=st.none() | positive, scale=positive, window=st.none() | st.integers(1, 2**40), causal=st.booleans())
+def test_equal_configs_are_one_key(softcap: float | None, scale: float, window: int | None, causal: bool) -> None:
     fields = {"softcap": softcap, "scale": scale, "window": window, "causal": causal}
     one, two = AttentionConfig(**fields), AttentionConfig(**fields)
     assert one == two
@@ -112,13 +105,7 @@ def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("ENGINE", "fast"),
-        ("JIT", "maybe"),
-        ("BUILD", "later"),
-        ("CACHE_SIZE_LIMIT", "0"),
-        ("CACHE_SIZE_LIMIT", "much"),
-    ],
+    [("ENGINE", "fast"), ("JIT", "maybe"), ("BUILD", "later"), ("CACHE_SIZE_LIMIT", "0"), ("CACHE_SIZE_LIMIT", "much")],
 )
 def test_bad_settings(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     one_line_error(lambda: RuntimeSettings(**{name.lower(): value}), name.lower(), value)
@@ -198,9 +185,7 @@ def test_from_any_object() -> None:
     assert AttentionConfig.from_hf(switched_off).window is None
     one_line_error(lambda: AttentionConfig.from_hf(SimpleNamespace()), "query_pre_attn_scalar")
     one_line_error(
-        lambda: AttentionConfig.from_hf(SimpleNamespace(head_dim=64, attn_logit_softcapping=-1.0)),
-        "softcap",
-        "-1.0",
+        lambda: AttentionConfig.from_hf(SimpleNamespace(head_dim=64, attn_logit_softcapping=-1.0)), "softcap", "-1.0"
     )
 
 

@@ -15,13 +15,7 @@ from support.helpers import HEAD_DIM, LAYOUTS, Sizes, expected, gradients, make_
 from torch import Tensor
 
 import softcap_runtime
-from softcap_runtime import (
-    AttentionConfig,
-    EngineUnavailable,
-    KernelNotPrewarmed,
-    Runtime,
-    RuntimeSettings,
-)
+from softcap_runtime import AttentionConfig, EngineUnavailable, KernelNotPrewarmed, Runtime, RuntimeSettings
 from softcap_runtime import flex_attention as documented
 from softcap_runtime.compat import torch_features
 from softcap_runtime.cpu.library import library
@@ -41,9 +35,7 @@ LAYER = SimpleNamespace(
 pytestmark = pytest.mark.usefixtures("own_runtime")
 
 
-def wanted(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, causal: bool = True, **more: Any
-) -> Tensor:
+def wanted(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, causal: bool = True, **more: Any) -> Tensor:
     config = AttentionConfig(softcap=30.0, scale=SCALAR**-0.5, window=window, causal=causal)
     out = expected(q, k, v, config, **more)
     return out.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
@@ -204,9 +196,7 @@ def test_a_block_mask_of_the_callers_own(seed: int) -> None:
         slow_attention_softcapping(q.requires_grad_(), k, v, mask, LAYER, 1, length)
 
 
-def test_a_block_mask_of_the_callers_own_needs_a_compiler(
-    warm_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_mask_of_the_callers_own_needs_a_compiler(warm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     create_block_mask = pytest.importorskip("torch.nn.attention.flex_attention").create_block_mask
 
     mask = create_block_mask(lambda b, h, i, j: (i + j) % 2 == 0, None, None, 40, 40, device="cpu")
@@ -328,9 +318,7 @@ def test_bad_lengths_of_masks(value: Any) -> None:
         create_flex_attention_sliding_window_mask(64, value)
 
 
-def test_a_torch_without_flex(
-    runtimes: dict[str, Runtime], monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
+def test_a_torch_without_flex(runtimes: dict[str, Runtime], monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """The create functions give dense masks, the others take them, and no engine is flex."""
     monkeypatch.setattr(documented, "HAS_FLEX_ATTENTION", False)
     monkeypatch.setattr(torch_features, "FLEX_ATTENTION", False)
@@ -347,9 +335,7 @@ def test_a_torch_without_flex(
         for function in FUNCTIONS:
             assert relative_error(function(q, k, v, mask, LAYER, 1, 100), wanted(q, k, v, window)) <= 2e-6
         grads = gradients(
-            lambda *x, m=mask: slow_attention_softcapping(*x, m, LAYER, 1, 100),
-            (q, k, v),
-            torch.ones(1, 100, 256),
+            lambda *x, m=mask: slow_attention_softcapping(*x, m, LAYER, 1, 100), (q, k, v), torch.ones(1, 100, 256)
         )[1]
         exact = gradients(lambda *x, w=window: wanted(*x, w), (q, k, v), torch.ones(1, 100, 256))[1]
         for mine, theirs in zip(grads, exact, strict=True):
@@ -379,9 +365,7 @@ assert not loaded, loaded
 assert not s.Runtime.get().supply.supplied
 """
     environment = {"SOFTCAP_CACHE_DIR": str(tmp_path), "PATH": "/nowhere", "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -416,10 +400,7 @@ def test_a_block_mask_for_other_rows_or_heads(function: Any, seed: int) -> None:
     create_block_mask = pytest.importorskip("torch.nn.attention.flex_attention").create_block_mask
 
     q, k, v = make_qkv(Sizes(2, 4, 2, 40, 40))
-    for batch, heads, words in (
-        (3, None, "3 batch rows, expected 1 or Q's 2"),
-        (None, 3, "3 heads, expected 1"),
-    ):
+    for batch, heads, words in ((3, None, "3 batch rows, expected 1 or Q's 2"), (None, 3, "3 heads, expected 1")):
         mask = create_block_mask(lambda b, h, i, j: i >= j, batch, heads, 40, 40, device="cpu")
         with pytest.raises(ValueError, match=f"^causal_mask: {words}"):
             function(q, k, v, mask, LAYER, 2, 40)

@@ -20,13 +20,7 @@ COMPILERS = ("torch._dynamo", "torch._inductor", "triton", "sympy")
 def run(code: str, cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """``code`` in a fresh interpreter that finds no program at all on its path."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SOFTCAP_", "CXX"))}
-    settings = {
-        **clean,
-        "SOFTCAP_CACHE_DIR": str(cache),
-        "PATH": "/nowhere",
-        "OMP_NUM_THREADS": "1",
-        **environment,
-    }
+    settings = {**clean, "SOFTCAP_CACHE_DIR": str(cache), "PATH": "/nowhere", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         [sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=False, timeout=200
     )
@@ -72,9 +66,7 @@ torch.save(digest, OUT)
 @pytest.fixture
 def prewarmed(runtime: Runtime) -> Path:
     config = AttentionConfig(softcap=50.0, scale=0.125)
-    request = PrewarmRequest(
-        config=config, num_heads=4, num_kv_heads=2, head_dim=HEAD_DIM, dtype="float32", train=True
-    )
+    request = PrewarmRequest(config=config, num_heads=4, num_kv_heads=2, head_dim=HEAD_DIM, dtype="float32", train=True)
     assert all(row.error is None for row in runtime.prewarm([request], progress=False))
     return Path(runtime.settings.cache_dir)
 

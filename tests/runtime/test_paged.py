@@ -71,9 +71,7 @@ def test_any_number_of_rows_in_each(served: Runtime, window: int | None, causal:
     cache = Cache([100, 33, 5, 64, 17], 16)
     offsets = torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32)
     q = torch.randn(1, HEADS, sum(counts) + padding, HEAD_DIM)
-    out = served.paged_attention(
-        q, cache.k, cache.v, config, cache.table, cache.lengths, cu_seqlens_q=offsets
-    )
+    out = served.paged_attention(q, cache.k, cache.v, config, cache.table, cache.lengths, cu_seqlens_q=offsets)
     parts = [
         cache.want(q[:, :, first:past], row, config)
         for row, (first, past) in enumerate(pairwise(offsets))
@@ -105,9 +103,7 @@ def test_groups_of_any_size(served: Runtime, heads: int, seed: int) -> None:
     assert relative_error(out, want) <= 2e-6
 
 
-def test_the_library_reads_through_the_table(
-    runtimes: dict[str, Runtime], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_library_reads_through_the_table(runtimes: dict[str, Runtime], monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding on the CPU copies no page."""
     monkeypatch.setattr(paged, "gathered", lambda *_: pytest.fail("the pages were copied"))
     cache = Cache([100, 33], 16)
@@ -239,23 +235,11 @@ def changed(x: Tensor, at: Any, value: int) -> Tensor:
             ValueError,
             "page_table: 1000000 at place 2 of seq",
         ),
-        (
-            lambda c: {"page_table": changed(c.table, (0, 0), -1)},
-            ValueError,
-            "page_table: -1 at place 0 of sequence 0",
-        ),
+        (lambda c: {"page_table": changed(c.table, (0, 0), -1)}, ValueError, "page_table: -1 at place 0 of sequence 0"),
         (lambda c: {"page_table": c.table[:1]}, ValueError, "page_table: 1 sequences, expected 2"),
         (lambda c: {"page_table": c.table.float()}, TypeError, "page_table: torch.float32"),
-        (
-            lambda c: {"page_table": c.table[0]},
-            ValueError,
-            r"page_table: shape \(5,\), expected \[B, pages\]",
-        ),
-        (
-            lambda c: {"cache_lengths": changed(c.lengths, 1, 81)},
-            ValueError,
-            "cache_lengths: 81 of sequence 1, .* 80",
-        ),
+        (lambda c: {"page_table": c.table[0]}, ValueError, r"page_table: shape \(5,\), expected \[B, pages\]"),
+        (lambda c: {"cache_lengths": changed(c.lengths, 1, 81)}, ValueError, "cache_lengths: 81 of sequence 1, .* 80"),
         (
             lambda c: {"cache_lengths": changed(c.lengths, 1, 2)},
             ValueError,
@@ -263,35 +247,15 @@ def changed(x: Tensor, at: Any, value: int) -> Tensor:
         ),
         (lambda c: {"cache_lengths": c.lengths[:1]}, ValueError, "cache_lengths: 1 sequences, expected 2"),
         (lambda c: {"cache_lengths": [3, 50]}, TypeError, "cache_lengths: list"),
-        (
-            lambda c: {"k": c.k[:, :10], "v": c.v[:, :10]},
-            ValueError,
-            "k: pages of 10 keys, expected one of 16, 32",
-        ),
+        (lambda c: {"k": c.k[:, :10], "v": c.v[:, :10]}, ValueError, "k: pages of 10 keys, expected one of 16, 32"),
         (lambda c: {"v": c.v[:2]}, ValueError, "v: shape"),
         (lambda c: {"k": c.k.double()}, ValueError, "k: torch.float64 on cpu"),
         (lambda c: {"k": c.k[0]}, ValueError, "k: shape .*num_pages, page_size"),
-        (
-            lambda c: {"q": torch.zeros(2, 3, 3, HEAD_DIM)},
-            ValueError,
-            "q: 3 heads, expected a multiple of the 2",
-        ),
-        (
-            lambda c: {"q": torch.zeros(2, 4, 3, HEAD_DIM, requires_grad=True)},
-            ValueError,
-            "q: requires a gradient",
-        ),
+        (lambda c: {"q": torch.zeros(2, 3, 3, HEAD_DIM)}, ValueError, "q: 3 heads, expected a multiple of the 2"),
+        (lambda c: {"q": torch.zeros(2, 4, 3, HEAD_DIM, requires_grad=True)}, ValueError, "q: requires a gradient"),
         (lambda c: {"config": None}, TypeError, "config: NoneType"),
-        (
-            lambda c: {"cu_seqlens_q": torch.tensor([0, 3, 6])},
-            ValueError,
-            "q: batch 2, expected 1 with cu_seqlens_q",
-        ),
-        (
-            lambda c: {"cu_seqlens_q": torch.tensor([0, 3])},
-            ValueError,
-            r"cu_seqlens_q: shape \(2,\), expected \(3,\)",
-        ),
+        (lambda c: {"cu_seqlens_q": torch.tensor([0, 3, 6])}, ValueError, "q: batch 2, expected 1 with cu_seqlens_q"),
+        (lambda c: {"cu_seqlens_q": torch.tensor([0, 3])}, ValueError, r"cu_seqlens_q: shape \(2,\), expected \(3,\)"),
     ],
 )
 def test_bad_input(runtime: Runtime, change: Any, error: type[Exception], words: str) -> None:

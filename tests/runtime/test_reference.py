@@ -16,9 +16,7 @@ from softcap_runtime import reference
 @settings(max_examples=60, deadline=None)
 @given(
     sizes=st.builds(
-        lambda batch, kv_heads, groups, q_len, kv_len: Sizes(
-            batch, kv_heads * groups, kv_heads, q_len, kv_len, 3
-        ),
+        lambda batch, kv_heads, groups, q_len, kv_len: Sizes(batch, kv_heads * groups, kv_heads, q_len, kv_len, 3),
         *[st.integers(1, 2)] * 3,
         st.integers(1, 4),
         st.integers(1, 5),
@@ -50,21 +48,15 @@ def test_number_by_number(sizes: Sizes, softcap: float | None, scale: float, see
                     total += weight
                     row = [x + weight * float(y) for x, y in zip(row, v[b, h // groups, j], strict=True)]
                 # Sums of five float64 numbers: 1e-12 leaves room for their cancellation.
-                assert out[b, h, i].tolist() == pytest.approx(
-                    [x / total if total else 0.0 for x in row], abs=1e-12
-                )
-                assert float(lse[b, h, i]) == pytest.approx(
-                    math.log(total) if total else -math.inf, abs=1e-12
-                )
+                assert out[b, h, i].tolist() == pytest.approx([x / total if total else 0.0 for x in row], abs=1e-12)
+                assert float(lse[b, h, i]) == pytest.approx(math.log(total) if total else -math.inf, abs=1e-12)
 
 
 def test_without_a_mask_every_key_is_visible(seed: int) -> None:
     q, k, v = make_qkv(Sizes(2, 4, 2, 5, 7, 8), torch.float64)
     for softcap in (None, 2.0):
         out, lse = reference.attention(q, k, v, None, scale=0.3, softcap=softcap)
-        masked = reference.attention(
-            q, k, v, torch.ones(1, 5, 7, dtype=torch.bool), scale=0.3, softcap=softcap
-        )
+        masked = reference.attention(q, k, v, torch.ones(1, 5, 7, dtype=torch.bool), scale=0.3, softcap=softcap)
         assert torch.equal(out, masked[0])
         assert torch.equal(lse, masked[1])
     keys, values = (x.repeat_interleave(2, dim=1) for x in (k, v))
@@ -76,9 +68,7 @@ def test_gradients_are_those_of_finite_differences(seed: int) -> None:
     mask = torch.rand(1, 3, 4) < 0.6
     mask[0, 1] = False  # a row that sees nothing
     inputs = [x.requires_grad_() for x in make_qkv(Sizes(1, 2, 1, 3, 4, 2), torch.float64)]
-    assert torch.autograd.gradcheck(
-        lambda *x: reference.attention(*x, mask, scale=0.7, softcap=1.5)[0], inputs
-    )
+    assert torch.autograd.gradcheck(lambda *x: reference.attention(*x, mask, scale=0.7, softcap=1.5)[0], inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -19,25 +19,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import (
-    HEAD_DIM,
-    NEEDS_FLEX,
-    Sizes,
-    expected,
-    gradients,
-    make_qkv,
-    package_of,
-    relative_error,
-)
+from support.helpers import HEAD_DIM, NEEDS_FLEX, Sizes, expected, gradients, make_qkv, package_of, relative_error
 from torch import Tensor
 
-from softcap_runtime import (
-    AttentionConfig,
-    BuildFailed,
-    KernelNotPrewarmed,
-    Runtime,
-    RuntimeSettings,
-)
+from softcap_runtime import AttentionConfig, BuildFailed, KernelNotPrewarmed, Runtime, RuntimeSettings
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.engines.engine import Call
@@ -233,11 +218,7 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 
 def test_built_in_the_background(
-    builder: Builder,
-    runtimes: dict[str, Runtime],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    seed: int,
+    builder: Builder, runtimes: dict[str, Runtime], tmp_path: Path, caplog: pytest.LogCaptureFixture, seed: int
 ) -> None:
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="warn", build="background", engine="blocked"))
     inputs = make_qkv(Sizes(1, 4, 2, 150, 150))
@@ -366,12 +347,7 @@ def test_shortcuts_see_every_difference(runtimes: dict[str, Runtime], seed: int)
     """Calls that look alike but for one thing: lengths, strides, dtypes, configs, gradients, masks."""
     runtime = Runtime(runtimes["auto"].settings)
     calls: list[tuple[Any, AttentionConfig, dict[str, torch.Tensor]]] = []
-    for sizes in (
-        Sizes(1, 4, 2, 20, 20),
-        Sizes(1, 4, 4, 20, 20),
-        Sizes(2, 4, 2, 20, 20),
-        Sizes(1, 4, 2, 19, 20),
-    ):
+    for sizes in (Sizes(1, 4, 2, 20, 20), Sizes(1, 4, 4, 20, 20), Sizes(2, 4, 2, 20, 20), Sizes(1, 4, 2, 19, 20)):
         for layout in ("transposed", "contiguous", "strided"):
             for config in (
                 CONFIG,

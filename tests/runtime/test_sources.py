@@ -36,10 +36,7 @@ BUILDERS = {
     ),
     "GPU kernels": (
         gpu_kernel.SOURCES,
-        (
-            "cuda/triton/build.py",
-            *(f"{module.replace('.', '/')}.py" for module in triton_build.MODULES.values()),
-        ),
+        ("cuda/triton/build.py", *(f"{module.replace('.', '/')}.py" for module in triton_build.MODULES.values())),
         {"errors.py", "cuda/options.py", "engines/spec.py"},
     ),
 }
@@ -91,15 +88,11 @@ def test_any_change_changes_the_digest(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_source_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "ROOT", tmp_path)
-    with pytest.raises(
-        SoftcapRuntimeError, match=r"^source cpu/kernel\.cpp of a kernel is missing from [^\n]*$"
-    ):
+    with pytest.raises(SoftcapRuntimeError, match=r"^source cpu/kernel\.cpp of a kernel is missing from [^\n]*$"):
         sources.digest("cpu/kernel.cpp")
 
 
-def test_a_package_in_a_zip_file_is_told_by_its_archive(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_in_a_zip_file_is_told_by_its_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = tmp_path / "app.zip"
     monkeypatch.setattr(sources, "ROOT", archive / "softcap_runtime")
     seen = []

@@ -23,9 +23,7 @@ def store_with(folder: Path, secret: Path | None) -> Store:
     return Supply(RuntimeSettings(cache_dir=folder, cache_key_file=secret)).store
 
 
-def test_a_secret_refuses_entries_and_bundles_without_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_secret_refuses_entries_and_bundles_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, other = tmp_path / "mine", tmp_path / "other"
     mine.write_bytes(b"a secret\n")
     other.write_bytes(b"another\n")
@@ -53,9 +51,7 @@ def test_a_runtime_with_another_secret_leaves_the_kernels_that_it_refuses(tmp_pa
     plain = Supply(RuntimeSettings(cache_dir=tmp_path / "cache"))
     plain.store.load_or_build(key, lambda: b"a kernel")
     plain.store.close()
-    settings = RuntimeSettings(
-        cache_dir=tmp_path / "cache", cache_key_file=secret, jit="forbid", engine="blocked"
-    )
+    settings = RuntimeSettings(cache_dir=tmp_path / "cache", cache_key_file=secret, jit="forbid", engine="blocked")
     runtime = Runtime(settings)
     q = torch.randn(1, 2, 8, 64)
     with pytest.raises(KernelNotPrewarmed):
@@ -64,9 +60,7 @@ def test_a_runtime_with_another_secret_leaves_the_kernels_that_it_refuses(tmp_pa
     assert plain.store.load(key) == b"a kernel"
 
 
-@pytest.mark.parametrize(
-    ("content", "words"), [(None, "cannot be read"), (b" \n", "is empty, expected a secret")]
-)
+@pytest.mark.parametrize(("content", "words"), [(None, "cannot be read"), (b" \n", "is empty, expected a secret")])
 def test_a_secret_that_is_none(tmp_path: Path, content: bytes | None, words: str) -> None:
     path = tmp_path / "secret"
     if content is not None:
@@ -176,9 +170,7 @@ def test_a_warning_of_a_kernel_that_no_command_can_prewarm(
     assert said.endswith(" is compiled in each process; call Runtime.prewarm in this one first")
 
 
-def test_the_command_means_the_same_in_another_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_means_the_same_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     secret = tmp_path / "secret"
     secret.write_bytes(b"secret")
@@ -197,14 +189,8 @@ def test_the_command_has_every_setting_of_the_cache(tmp_path: Path) -> None:
     secret.write_bytes(b"secret")
     secret.chmod(0o600)
     settings = RuntimeSettings(
-        cache_dir=tmp_path / "c",
-        cache_key_file=secret,
-        cache_size_limit="3GB",
-        engine="blocked",
-        jit="forbid",
+        cache_dir=tmp_path / "c", cache_key_file=secret, cache_size_limit="3GB", engine="blocked", jit="forbid"
     )
     command = refusal(settings).split("run: ", 1)[1]
     files = f"SOFTCAP_CACHE_DIR={tmp_path}/c SOFTCAP_CACHE_KEY_FILE='{secret}'"
-    assert command.startswith(
-        f"{files} SOFTCAP_CACHE_SIZE_LIMIT=3000000000 softcap-runtime prewarm --num-heads 2 "
-    )
+    assert command.startswith(f"{files} SOFTCAP_CACHE_SIZE_LIMIT=3000000000 softcap-runtime prewarm --num-heads 2 ")

@@ -11,24 +11,8 @@ from typing import Any
 
 import pytest
 
-_FORBIDDEN = (
-    "pickle.find_class",
-    "os.system",
-    "subprocess.Popen",
-    "os.exec",
-    "shutil.rmtree",
-    "ctypes.dlopen",
-)
-_CHANGES = (
-    "os.remove",
-    "os.rename",
-    "os.rmdir",
-    "os.mkdir",
-    "os.chmod",
-    "os.truncate",
-    "os.link",
-    "os.symlink",
-)
+_FORBIDDEN = ("pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "shutil.rmtree", "ctypes.dlopen")
+_CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink")
 
 
 # torch with CUDA itself, as it counts GPUs for what is shown.

@@ -26,9 +26,7 @@ def payload(name: str) -> bytes:
 def filled(folder: Path, auth_key: bytes | None = None) -> Store:
     store = Store(folder, 100 * MB, auth_key)
     for name in "ab":
-        store.load_or_build(
-            Key({"name": name}, HERE), lambda name=name: payload(name), lambda: {"compiler": "g++"}
-        )
+        store.load_or_build(Key({"name": name}, HERE), lambda name=name: payload(name), lambda: {"compiler": "g++"})
     store.load_or_build(Key({"name": "c"}, THERE), lambda: payload("c"))
     return store
 
@@ -94,9 +92,7 @@ def test_authentication(tmp_path: Path) -> None:
 
 def test_an_export_vouches_for_no_entry_without_its_signature(tmp_path: Path) -> None:
     filled(tmp_path / "one").close()
-    with pytest.raises(
-        Incomplete, match=r"^nothing was exported: 3 entries are not authenticated with this key; set"
-    ):
+    with pytest.raises(Incomplete, match=r"^nothing was exported: 3 entries are not authenticated with this key; set"):
         Store(tmp_path / "one", 100 * MB, b"secret").export_bundle(tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
     assert Store(tmp_path / "one", 100 * MB).export_bundle(tmp_path / "bundle") == 3
@@ -119,9 +115,7 @@ def test_an_export_that_would_lack_an_entry_writes_nothing(tmp_path: Path, colum
 
 
 def test_a_bundle_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        OSError, match=r"^bundle \S+/none/bundle cannot be written: No such file or directory$"
-    ):
+    with pytest.raises(OSError, match=r"^bundle \S+/none/bundle cannot be written: No such file or directory$"):
         filled(tmp_path / "one").export_bundle(tmp_path / "none" / "bundle")
 
 

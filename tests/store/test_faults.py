@@ -129,9 +129,7 @@ def test_read_only_filesystem(tmpfs: Callable[[str], Path]) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("method", ["publish", "read", "merge"])
-def test_injected_errors(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, error: Exception
-) -> None:
+def test_injected_errors(folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, error: Exception) -> None:
     fill(folder, "a")
 
     def fail(*_: object, **__: object) -> None:
@@ -254,15 +252,7 @@ def test_damaged_database(folder: Path, damage: str, running: bool) -> None:
 
 @pytest.mark.parametrize(
     ("place", "bit"),
-    [
-        (18, 1 << 5),
-        (47, 1 << 6),
-        (44, 1),
-        (60, 1),
-        (61, 16),
-        (62, 1 << 7),
-        *((63, 1 << bit) for bit in range(8)),
-    ],
+    [(18, 1 << 5), (47, 1 << 6), (44, 1), (60, 1), (61, 16), (62, 1 << 7), *((63, 1 << bit) for bit in range(8))],
 )
 def test_flipped_bits_of_the_header_that_look_like_a_newer_format(folder: Path, place: int, bit: int) -> None:
     fill(folder, "ab")
@@ -282,9 +272,7 @@ def test_a_damaged_name_in_the_schema(folder: Path) -> None:
     fill(folder, "ab")
     connection = sqlite3.connect(folder / "cache.db")
     connection.execute("PRAGMA writable_schema = ON")
-    connection.execute(
-        "UPDATE sqlite_master SET name = CAST(name AS BLOB) WHERE name = 'Settings_size_update'"
-    )
+    connection.execute("UPDATE sqlite_master SET name = CAST(name AS BLOB) WHERE name = 'Settings_size_update'")
     connection.commit()
     connection.close()
     store = Store(folder, 100 * MB)
@@ -403,9 +391,7 @@ def test_a_locked_database_is_left_alone_for_a_while(folder: Path) -> None:
     assert store.load(key("a")) == payload("a")
 
 
-def test_a_database_replaced_while_it_is_opened(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_database_replaced_while_it_is_opened(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(folder, "a")
     fill(tmp_path / "other", "b")
     other, real = tmp_path / "other" / "cache.db", schema.check_schema
@@ -427,9 +413,7 @@ def test_who_has_a_database_open_that_is_moved_aside_cannot_write_it(folder: Pat
     moved = quarantine.move_database(folder, schema.inode(folder))
     assert moved is not None
     code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+b'), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0x40000001)"
-    other = subprocess.run(
-        [sys.executable, "-c", code, str(moved)], capture_output=True, text=True, check=False
-    )
+    other = subprocess.run([sys.executable, "-c", code, str(moved)], capture_output=True, text=True, check=False)
     assert "BlockingIOError" in other.stderr, "the byte that SQLite locks to write"
 
 
@@ -452,9 +436,7 @@ def test_a_fault_is_logged_once(folder: Path, caplog: pytest.LogCaptureFixture) 
     assert len([record for record in caplog.records if "is a file" in record.getMessage()]) == 1
 
 
-def test_a_bad_database_that_another_process_moves_first(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_database_that_another_process_moves_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(folder, "a")
     (folder / "cache.db").write_bytes(b"damaged" * 1000)
     real = quarantine.move_database
@@ -473,9 +455,7 @@ def test_a_bad_database_that_another_process_moves_first(
 @pytest.mark.parametrize(
     ("kind", "network"), [("nfs4", True), ("fuse.sshfs", True), ("fuseblk", False), ("ext4", False)]
 )
-def test_a_network_filesystem_is_told(
-    folder: Path, kind: str, network: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_filesystem_is_told(folder: Path, kind: str, network: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspection, "filesystem_type", lambda _: kind)
     status = Store(folder, MB).status()
     assert (status.filesystem, status.network_filesystem) == (kind, network)

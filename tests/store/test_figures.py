@@ -31,9 +31,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store.close()
     rows = []
     for n in range(ENTRIES):
-        text, payload = entries_.seal(
-            key(n), bytes(SIZE), created=1.0, build_seconds=1.0, provenance={}, auth_key=None
-        )
+        text, payload = entries_.seal(key(n), bytes(SIZE), created=1.0, build_seconds=1.0, provenance={}, auth_key=None)
         rows.append((key(n).digest, text, payload))
     with contextlib.closing(sqlite3.connect(folder / "cache.db")) as connection:
         # All at once: publishing each takes a transaction.

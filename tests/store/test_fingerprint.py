@@ -31,9 +31,7 @@ def test_fields() -> None:
 
 def test_it_is_the_same_in_another_process() -> None:
     code = "from softcap_runtime.store import fingerprint; print(fingerprint('cpu'))"
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert out.stdout.strip() == str(fingerprint("cpu"))
 
 
@@ -60,9 +58,7 @@ def test_only_the_start_of_cpuinfo_is_read_and_flags_in_any_order(
     assert digests[-1] == "unknown"
 
 
-@pytest.mark.skipif(
-    os.environ.get("SOFTCAP_TEST_DEVICE", "cpu") != "cpu", reason="needs a machine without GPU"
-)
+@pytest.mark.skipif(os.environ.get("SOFTCAP_TEST_DEVICE", "cpu") != "cpu", reason="needs a machine without GPU")
 def test_a_device_that_is_not_there_fits_nothing() -> None:
     assert fingerprint("cuda")["gpu"] == "no cuda device"
     assert fingerprint("xpu")["gpu"] == "no xpu device"

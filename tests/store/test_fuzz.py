@@ -39,11 +39,7 @@ PAYLOAD = {key: key.digest.encode() * 100 for key in KEYS}
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,
-    suppress_health_check=[
-        HealthCheck.function_scoped_fixture,
-        HealthCheck.too_slow,
-        HealthCheck.data_too_large,
-    ],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 
@@ -139,11 +135,7 @@ def check_cache(folder: Path) -> None:
 
 
 @fuzz
-@given(
-    statements=st.lists(changes, max_size=5),
-    damage=damages,
-    journal=st.one_of(st.none(), st.binary(max_size=600)),
-)
+@given(statements=st.lists(changes, max_size=5), damage=damages, journal=st.one_of(st.none(), st.binary(max_size=600)))
 @example(statements=[("PRAGMA journal_mode = wal", ())], damage=[], journal=b"")
 def test_databases(
     good: Path,
@@ -177,14 +169,10 @@ def test_databases(
         assert sorted(os.listdir(scratch)) == ["cache", "outside"]
 
 
-odd_text = st.text(max_size=20) | st.sampled_from(
-    ["[/red]", "[link=file:///]", "\x1b]0;x\x07", "\ud800", "../x"]
-)
+odd_text = st.text(max_size=20) | st.sampled_from(["[/red]", "[link=file:///]", "\x1b]0;x\x07", "\ud800", "../x"])
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), odd_text),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=10), inner, max_size=3)
-    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=10), inner, max_size=3)),
     max_leaves=10,
 )
 documents = st.one_of(
@@ -193,9 +181,7 @@ documents = st.one_of(
     st.none(),
     st.fixed_dictionaries(
         {"format": st.just(1)},
-        optional={
-            name: json_values for name in ("fields", "fingerprint", "bytes", "created", "build_seconds")
-        },
+        optional={name: json_values for name in ("fields", "fingerprint", "bytes", "created", "build_seconds")},
     ).map(lambda document: entries_.json.dumps(document) + "\n\n"),
 )
 
@@ -223,9 +209,7 @@ text_objects = st.dictionaries(odd_text, odd_text, max_size=2)
 sealed_entries = st.builds(
     sealed,
     st.dictionaries(
-        st.sampled_from(
-            ["fields", "fingerprint", "bytes", "created", "build_seconds", "provenance", "format", "x"]
-        ),
+        st.sampled_from(["fields", "fingerprint", "bytes", "created", "build_seconds", "provenance", "format", "x"]),
         st.one_of(json_objects, text_objects, json_values, st.just(...)),
         max_size=3,
     ),

@@ -88,9 +88,7 @@ ROWS: dict[str, Callable[[Path, Path, Path], None]] = {
 
 
 @pytest.mark.parametrize("attack", ROWS)
-def test_a_bad_row_is_refused_alone(
-    folder: Path, outside: Path, guard: Any, tmp_path: Path, attack: str
-) -> None:
+def test_a_bad_row_is_refused_alone(folder: Path, outside: Path, guard: Any, tmp_path: Path, attack: str) -> None:
     ROWS[attack](folder, outside, tmp_path / "bomb")
     guard.folder = str(folder)
     store = Store(folder, ROUND)
@@ -106,9 +104,7 @@ def test_a_bad_row_is_refused_alone(
 
 
 @pytest.mark.parametrize("attack", ROWS)
-def test_listing_and_repair_refuse_it_too(
-    folder: Path, outside: Path, guard: Any, tmp_path: Path, attack: str
-) -> None:
+def test_listing_and_repair_refuse_it_too(folder: Path, outside: Path, guard: Any, tmp_path: Path, attack: str) -> None:
     ROWS[attack](folder, outside, tmp_path / "bomb")
     guard.folder = str(folder)
     store = Store(folder, ROUND)
@@ -123,9 +119,7 @@ def test_listing_and_repair_refuse_it_too(
 
 
 @pytest.mark.parametrize("attack", ["file beside a value", "odd mode", "text value", "pickle value"])
-def test_a_row_of_another_form_is_not_listed(
-    folder: Path, outside: Path, tmp_path: Path, attack: str
-) -> None:
+def test_a_row_of_another_form_is_not_listed(folder: Path, outside: Path, tmp_path: Path, attack: str) -> None:
     ROWS[attack](folder, outside, tmp_path / "bomb")
     assert [info.fields for info in Store(folder, ROUND).entries()] == [GOOD.fields]
 
@@ -202,9 +196,7 @@ DATABASES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("attack", DATABASES)
-def test_a_bad_database_is_moved_aside_and_nothing_of_it_is_used(
-    folder: Path, guard: Any, attack: str
-) -> None:
+def test_a_bad_database_is_moved_aside_and_nothing_of_it_is_used(folder: Path, guard: Any, attack: str) -> None:
     DATABASES[attack](folder)
     guard.folder = str(folder)
     store = Store(folder, ROUND)
@@ -276,9 +268,7 @@ def test_authentication(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("secret", [None, b"their secret"], ids=["without", "another"])
-def test_a_reader_with_another_secret_leaves_entries_to_their_owner(
-    tmp_path: Path, secret: bytes | None
-) -> None:
+def test_a_reader_with_another_secret_leaves_entries_to_their_owner(tmp_path: Path, secret: bytes | None) -> None:
     keys = [Key({"name": name}, fingerprint("cpu")) for name in "abc"]
     owner = Store(tmp_path / "cache", ROUND, secret)
     for key in keys:

@@ -57,9 +57,7 @@ def need_three(folder: str, record: str, barrier: Any, results: Any) -> None:
 
 
 @pytest.mark.parametrize(("method", "processes"), [("fork", 8), ("spawn", 2)])
-def test_processes_build_three_kernels_once(
-    folder: Path, tmp_path: Path, method: str, processes: int
-) -> None:
+def test_processes_build_three_kernels_once(folder: Path, tmp_path: Path, method: str, processes: int) -> None:
     context: BaseContext = multiprocessing.get_context(method)
     barrier, results = context.Barrier(processes), context.Queue()
     record = tmp_path / "record"

@@ -43,10 +43,7 @@ def test_built_then_loaded_by_the_next_process(store: Store, tmp_path: Path) -> 
 def test_key_identity() -> None:
     assert key("a", n=1) == key("a", n=1)
     assert hash(key("a", n=1)) == hash(key("a", n=1))
-    digests = {key("a", n=n).digest for n in (1, True, "1")} | {
-        Key({"name": "a"}, {}).digest,
-        key("a").digest,
-    }
+    digests = {key("a", n=n).digest for n in (1, True, "1")} | {Key({"name": "a"}, {}).digest, key("a").digest}
     assert len(digests) == 5
     with pytest.raises(TypeError, match=r"fields: 'n'=1\.5, expected"):
         Key({"n": 1.5}, {})  # type: ignore[dict-item]
@@ -174,9 +171,7 @@ def test_bad_size_limit(tmp_path: Path, size_limit: int) -> None:
         Store(tmp_path, size_limit)
 
 
-@pytest.mark.parametrize(
-    "name", ["a b", "q?mode=ro#x", "100%", "ünï", "quote'\"", "-rf", os.fsdecode(b"\xff")]
-)
+@pytest.mark.parametrize("name", ["a b", "q?mode=ro#x", "100%", "ünï", "quote'\"", "-rf", os.fsdecode(b"\xff")])
 def test_odd_folder_names(tmp_path: Path, name: str) -> None:
     store = Store(tmp_path / name, MB)
     store.load_or_build(key("a"), lambda: b"x")

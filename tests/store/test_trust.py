@@ -61,9 +61,7 @@ def test_everything_is_created_private_whatever_the_umask(tmp_path: Path, umask:
 def test_writable_by_others(folder: Path, place: str, bit: int) -> None:
     path = folder / place
     path.chmod(path.stat().st_mode | bit)
-    assert_refused(
-        folder, f"{path} ", "owner ", f"mode {stat.S_IMODE(path.stat().st_mode):04o}", "chmod go-w "
-    )
+    assert_refused(folder, f"{path} ", "owner ", f"mode {stat.S_IMODE(path.stat().st_mode):04o}", "chmod go-w ")
     path.chmod(path.stat().st_mode & ~bit)
     assert Store(folder, 2**20).load(KEY) == b"payload"
 
@@ -209,9 +207,7 @@ def test_a_cache_of_root_is_read_by_others(folder: Path, as_nobody: Callable[[st
 
 
 @needs_root
-def test_a_bad_cache_of_root_is_not_used_and_not_touched(
-    folder: Path, as_nobody: Callable[[str], str]
-) -> None:
+def test_a_bad_cache_of_root_is_not_used_and_not_touched(folder: Path, as_nobody: Callable[[str], str]) -> None:
     (folder / "cache.db").write_bytes(os.urandom(8192))
     as_nobody(
         "assert store.load(key) is None\n"
@@ -223,9 +219,7 @@ def test_a_bad_cache_of_root_is_not_used_and_not_touched(
 
 
 @needs_root
-def test_a_folder_that_this_user_cannot_make(
-    folder: Path, tmp_path: Path, as_nobody: Callable[[str], str]
-) -> None:
+def test_a_folder_that_this_user_cannot_make(folder: Path, tmp_path: Path, as_nobody: Callable[[str], str]) -> None:
     """As in a container whose user has HOME=/."""
     told = f"cache folder {tmp_path}/a/b cannot be made in {tmp_path}: it is read-only; set another SOFTCAP_CACHE_DIR"
     as_nobody(

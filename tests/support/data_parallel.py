@@ -20,9 +20,7 @@ def make(cache_dir: str, device: torch.device, seed: int) -> tuple[torch.nn.Modu
     """Two blocks and a batch with a row for each process, the same everywhere."""
     runtime = Runtime(RuntimeSettings(cache_dir=cache_dir, jit="forbid"))
     torch.manual_seed(seed)
-    model = torch.nn.Sequential(
-        *(Block(lambda q, k, v: runtime.attention(q, k, v, CONFIG)) for _ in range(2))
-    )
+    model = torch.nn.Sequential(*(Block(lambda q, k, v: runtime.attention(q, k, v, CONFIG)) for _ in range(2)))
     return model.to(device), torch.randn(WORLD, 70, 128).to(device)
 
 

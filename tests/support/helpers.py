@@ -51,13 +51,9 @@ def make_qkv(
         k, v = (random(1, kv_len, 1, dim).transpose(1, 2).expand(batch, kv_heads, -1, -1) for _ in "kv")
         return random(batch, q_len, heads, dim).transpose(1, 2), k, v
     if layout == "strided":  # last stride 2
-        return tuple(
-            random(batch, h, s, 2 * dim)[..., ::2] for h, s in ((heads, q_len), *[(kv_heads, kv_len)] * 2)
-        )
+        return tuple(random(batch, h, s, 2 * dim)[..., ::2] for h, s in ((heads, q_len), *[(kv_heads, kv_len)] * 2))
     assert layout == "transposed", layout
-    return tuple(
-        random(batch, s, h, dim).transpose(1, 2) for h, s in ((heads, q_len), *[(kv_heads, kv_len)] * 2)
-    )
+    return tuple(random(batch, s, h, dim).transpose(1, 2) for h, s in ((heads, q_len), *[(kv_heads, kv_len)] * 2))
 
 
 def visible(q_len: int, kv_len: int, *, causal: bool, window: int | None, **masks: Tensor | None) -> Tensor:
@@ -102,9 +98,7 @@ def visible(q_len: int, kv_len: int, *, causal: bool, window: int | None, **mask
 def expected(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, **masks: Tensor | None) -> Tensor:
     """The specification in float64: differentiable, ``[B, Hq, Sq, D]``."""
     mask = visible(q.shape[2], k.shape[2], causal=config.causal, window=config.window, **masks)
-    return reference.attention(
-        q.double(), k.double(), v.double(), mask, scale=config.scale, softcap=config.softcap
-    )[0]
+    return reference.attention(q.double(), k.double(), v.double(), mask, scale=config.scale, softcap=config.softcap)[0]
 
 
 def hf_eager(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, mask: Tensor) -> Tensor:
@@ -182,9 +176,7 @@ class Case(NamedTuple):
     layout: str
     seed: int
 
-    def inputs(
-        self, dtype: torch.dtype = torch.float32, factor: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, dtype: torch.dtype = torch.float32, factor: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         torch.manual_seed(self.seed)
         return make_qkv(self.sizes, dtype, self.layout, factor)
 
@@ -207,9 +199,7 @@ def cases(draw: st.DrawFn, max_len: int = 300) -> Case:
     kv_heads = draw(st.sampled_from([1, 2]))
     sizes = Sizes(batch, kv_heads * draw(st.sampled_from([1, 2, 4])), kv_heads, q_len, kv_len)
     softcap = draw(
-        st.one_of(
-            st.none(), st.sampled_from([0.1, 1.0, 30.0, 50.0, 64.0, 64.5, 1000.0]), st.floats(0.1, 1000.0)
-        )
+        st.one_of(st.none(), st.sampled_from([0.1, 1.0, 30.0, 50.0, 64.0, 64.5, 1000.0]), st.floats(0.1, 1000.0))
     )
     config = AttentionConfig(
         softcap=softcap,
@@ -217,9 +207,7 @@ def cases(draw: st.DrawFn, max_len: int = 300) -> Case:
         window=draw(st.one_of(st.none(), st.integers(1, kv_len + 2))),
         causal=causal,
     )
-    return Case(
-        sizes, config, draw(masks(sizes)), draw(st.sampled_from(LAYOUTS)), draw(st.integers(0, 2**31 - 1))
-    )
+    return Case(sizes, config, draw(masks(sizes)), draw(st.sampled_from(LAYOUTS)), draw(st.integers(0, 2**31 - 1)))
 
 
 @st.composite

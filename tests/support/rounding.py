@@ -67,12 +67,7 @@ def logsumexp_error(q: Tensor, k: Tensor, config: AttentionConfig, mask: Tensor,
 
 
 def gradient_errors(
-    inputs: tuple[Tensor, ...],
-    grad_out: Tensor,
-    config: AttentionConfig,
-    mask: Tensor,
-    eps: float,
-    stored: float,
+    inputs: tuple[Tensor, ...], grad_out: Tensor, config: AttentionConfig, mask: Tensor, eps: float, stored: float
 ) -> tuple[Tensor, ...]:
     """The errors of dq, dk and dv, likewise; ``stored`` also of dp - delta."""
     groups = inputs[0].shape[1] // inputs[1].shape[1]

@@ -33,12 +33,7 @@ def launch(ranks: int, script: Path, *arguments: str, cache: Path, device: str =
         "SOFTCAP_TEST_DEVICE": device,
     }
     done = subprocess.run(
-        [*command, str(script), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=540,
-        check=False,
+        [*command, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=540, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
     return done.stdout

@@ -46,6 +46,4 @@ def bind_gluon_forward(
 
 def output_tile(output: Output) -> Parameter:
     """What a warpgroup writes its rows of ``output`` through."""
-    return Tile(
-        output.dtype, tuple(output.shape), output.steps, (1, 1, WARPGROUP_ROWS, tile_width(output.shape[-1]))
-    )
+    return Tile(output.dtype, tuple(output.shape), output.steps, (1, 1, WARPGROUP_ROWS, tile_width(output.shape[-1])))

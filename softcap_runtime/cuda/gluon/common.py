@@ -99,9 +99,7 @@ def block_at(index, first, full_end, end):
 @gluon.jit
 def exp2(x):
     """``2**x`` by one instruction, denormal results flushed to 0."""
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -196,21 +194,11 @@ def kept_numbers(first, count, N: gl.constexpr, S_L: gl.constexpr):
     first = first.to(gl.uint64, bitcast=True)
     if N == 64:
         return gl.inline_asm_elementwise(
-            NUMBERS_ASM_64,
-            "=&r,=&r,r,r,l,l,r,r",
-            [place, first, count],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=2,
+            NUMBERS_ASM_64, "=&r,=&r,r,r,l,l,r,r", [place, first, count], dtype=gl.int32, is_pure=False, pack=2
         )
     else:
         return gl.inline_asm_elementwise(
-            NUMBERS_ASM_128,
-            "=&l,=&l,r,r,l,l,r,r",
-            [place, first, count],
-            dtype=gl.int64,
-            is_pure=False,
-            pack=2,
+            NUMBERS_ASM_128, "=&l,=&l,r,r,l,l,r,r", [place, first, count], dtype=gl.int64, is_pure=False, pack=2
         )
 
 

@@ -80,9 +80,7 @@ def _query_block_at(index, hk, G, first, full_first, full_end, end):
     count = gl.maximum(gl.where(masked, partial, full), 1)
     edge = place % count
     before = full_first - first
-    block = gl.where(
-        masked, gl.where(edge < before, first + edge, full_end + edge - before), full_first + edge
-    )
+    block = gl.where(masked, gl.where(edge < before, first + edge, full_end + edge - before), full_first + edge)
     return hk * G + place // count, block
 
 
@@ -157,9 +155,7 @@ def _step_dkdv(
     if BAND:
         if MASKED:
             rows = row + gl.arange(0, M, layout=COLUMN_L)
-            z = hidden(
-                z, gl.expand_dims(keys, 1), gl.expand_dims(rows + left, 0), gl.expand_dims(rows + right, 0)
-            )
+            z = hidden(z, gl.expand_dims(keys, 1), gl.expand_dims(rows + left, 0), gl.expand_dims(rows + right, 0))
     else:
         if masked:
             lo, hi = lo_s.index(q_slot).load(COLUMN_L), hi_s.index(q_slot).load(COLUMN_L)
@@ -210,12 +206,8 @@ def _consume_dkdv(
     slo_b, shull_b, B, Hq, Hkv, G, Sq, SqPad, Skv, left, right, kept_len = sizes
     inner, coef, gain = factors
     KEYS: gl.constexpr = N * WARPGROUPS
-    S_L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16]
-    )
-    O_L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DPAD, 16]
-    )
+    S_L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, M, 16])
+    O_L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DPAD, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_L, k_width=2)
     blocks = gl.cdiv(Skv, KEYS)
     tiles = B * Hkv * blocks

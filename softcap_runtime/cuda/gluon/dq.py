@@ -43,21 +43,7 @@ from softcap_runtime.cuda.gluon.common import (
     without_holes,
 )
 
-NUMBERS = [
-    "slo_b",
-    "B",
-    "Hq",
-    "G",
-    "Sq",
-    "SqPad",
-    "Skv",
-    "left",
-    "right",
-    "kept_len",
-    "inner",
-    "coef",
-    "gain",
-]
+NUMBERS = ["slo_b", "B", "Hq", "G", "Sq", "SqPad", "Skv", "left", "right", "kept_len", "inner", "coef", "gain"]
 
 
 @gluon.jit
@@ -163,12 +149,8 @@ def _consume_dq(
     slo_b, B, Hq, G, Sq, SqPad, Skv, left, right, kept_len = sizes
     inner, coef, gain = factors
     ROWS: gl.constexpr = M * WARPGROUPS
-    S_L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16]
-    )
-    O_L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DPAD, 16]
-    )
+    S_L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    O_L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DPAD, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_L, k_width=2)
     ROW_L: gl.constexpr = gl.SliceLayout(1, S_L)
     blocks = gl.cdiv(Sq, ROWS)

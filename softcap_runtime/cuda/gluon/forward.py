@@ -153,16 +153,10 @@ def _consume(
     inner, coef, bias, reference = factors
     ROWS: gl.constexpr = M * WARPGROUPS
     dtype: gl.constexpr = q_s.dtype
-    S_L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16]
-    )
-    O_L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DPAD, 16]
-    )
+    S_L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    O_L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DPAD, 16])
     P_L: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_L, k_width=2)
-    T_L: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 16]
-    )
+    T_L: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 16])
     ROW_L: gl.constexpr = gl.SliceLayout(1, S_L)
     blocks = gl.cdiv(Sq, ROWS)
     tiles = B * Hq * blocks
@@ -193,9 +187,7 @@ def _consume(
                 slot, phase = advance(slot, phase, STAGES)
             mbarrier.wait(q_full.index(C), turn_phase)
             mbarrier.wait(k_full.index(slot), phase)
-            s = warpgroup_mma(
-                q, k_s.index(slot).reshape([N, DPAD]).permute((1, 0)), none, use_acc=False, is_async=True
-            )
+            s = warpgroup_mma(q, k_s.index(slot).reshape([N, DPAD]).permute((1, 0)), none, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_empty.index(slot), count=1)
             m = gl.full([M], float("-inf"), gl.float32, ROW_L)
@@ -294,9 +286,7 @@ def _step(
 ):  # fmt: skip
     """The product of the next keys, that of the last weights with their values, then the next weights."""
     mbarrier.wait(k_full.index(slot), phase)
-    s = warpgroup_mma(
-        q, k_s.index(slot).reshape([N, DPAD]).permute((1, 0)), none, use_acc=False, is_async=True
-    )
+    s = warpgroup_mma(q, k_s.index(slot).reshape([N, DPAD]).permute((1, 0)), none, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(last_slot), last_phase)
     acc = warpgroup_mma(p, v_s.index(last_slot).reshape([N, DPAD]), acc, is_async=True)
     if HOLES:  # of the next keys

@@ -10,24 +10,9 @@ from torch import Tensor
 from softcap_runtime.cuda.cubin import GpuKernels, Parameter, Pointer
 from softcap_runtime.cuda.gluon.attention import output_tile
 from softcap_runtime.cuda.gluon.options import WARPGROUP_ROWS, backward_options, programs
-from softcap_runtime.cuda.options import (
-    Direction,
-    device_limits,
-    key_directions,
-    padded_rows,
-    tile_width,
-)
+from softcap_runtime.cuda.options import Direction, device_limits, key_directions, padded_rows, tile_width
 from softcap_runtime.cuda.triton.call import Factors, Mask
-from softcap_runtime.cuda.triton.launch import (
-    Output,
-    as_edges,
-    edge_parameters,
-    launcher,
-    on,
-    strides,
-    tile,
-    vector,
-)
+from softcap_runtime.cuda.triton.launch import Output, as_edges, edge_parameters, launcher, on, strides, tile, vector
 
 Hull = Callable[..., tuple[Tensor | None, ...]]
 
@@ -78,9 +63,7 @@ def bind_gluon_backward(
     return run
 
 
-def _bind_statistics(
-    grad: Tensor, out: Tensor, padded: int, call: Factors, kernels: GpuKernels
-) -> Callable[..., None]:
+def _bind_statistics(grad: Tensor, out: Tensor, padded: int, call: Factors, kernels: GpuKernels) -> Callable[..., None]:
     batch, heads, rows, dim = grad.shape
     block = 32
     return launcher(

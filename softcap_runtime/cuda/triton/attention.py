@@ -15,14 +15,7 @@ from torch import Tensor
 from softcap_runtime.cuda.cubin import GpuKernels, Pointer
 from softcap_runtime.cuda.gluon.attention import bind_gluon_forward
 from softcap_runtime.cuda.gluon.options import faster_forward, serves
-from softcap_runtime.cuda.options import (
-    decode_rows,
-    device_limits,
-    most_splits,
-    padded,
-    split_count,
-    tile_width,
-)
+from softcap_runtime.cuda.options import decode_rows, device_limits, most_splits, padded, split_count, tile_width
 from softcap_runtime.cuda.triton.call import Factors, Mask, factors, make_mask, multiply_adds
 from softcap_runtime.cuda.triton.launch import (
     Layout,
@@ -128,14 +121,7 @@ def _bind_forward(
 
 
 def _bind_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    call: Factors,
-    total: bool,
-    kernels: GpuKernels,
-    output: Output,
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, call: Factors, total: bool, kernels: GpuKernels, output: Output
 ) -> Forward:
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
@@ -193,9 +179,7 @@ def bind_shares(
         device=device, dtype=q.dtype, warps=4, aligned=where.align > 1,
     )  # fmt: skip
 
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor | None, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         out = output.empty() if out is None else out
         lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
         shape = (splits, batch, heads, rows)

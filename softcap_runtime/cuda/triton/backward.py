@@ -126,9 +126,7 @@ def statistics_kernel(
 
 
 @triton.jit
-def _query_ranges(
-    n, First, Last, b, shull_b, left, right, Sq, BAND: tl.constexpr, M: tl.constexpr, N: tl.constexpr
-):
+def _query_ranges(n, First, Last, b, shull_b, left, right, Sq, BAND: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """Blocks of M query rows that see keys n...n+N, as ``block_ranges``; with intervals none counts as full."""
     if BAND:
         # Row i sees some of the keys when i + left < n + N and i + right > n, all of them when
@@ -281,9 +279,7 @@ def query_hull_kernel(
             group = start // EACH + tl.arange(0, ROWS // EACH)
             tl.store(LoMost + b * (SqPad // EACH) + group, most, mask=group < SqPad // EACH)
             tl.store(HiLeast + b * (SqPad // EACH) + group, least, mask=group < SqPad // EACH)
-        meets = (lo[:, None] < (block * BLOCK_N + BLOCK_N)[None, :]) & (
-            hi[:, None] > (block * BLOCK_N)[None, :]
-        )
+        meets = (lo[:, None] < (block * BLOCK_N + BLOCK_N)[None, :]) & (hi[:, None] > (block * BLOCK_N)[None, :])
         first = tl.minimum(first, tl.min(tl.where(meets, rows[:, None], FAR), 0))
         last = tl.maximum(last, tl.max(tl.where(meets, rows[:, None] + 1, 0), 0))
     tl.store(First + b * blocks + block, first, mask=block < blocks)

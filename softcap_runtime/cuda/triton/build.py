@@ -33,9 +33,7 @@ MODULES = {
 _ASSERTING = ("row_intervals_kernel",)
 _NUMBERS = {"i": "i32", "l": "i64", "f": "fp32"}
 _BYTES = {"i": 4, "l": 8, "f": 4}
-_PARAMETER = re.compile(
-    r"\.param (?:\.align \d+ )?\.(\w+)(?: \.ptr[\w. ]*)? \w+_param_\d+(?:\[(\d+)\])?[,\n]"
-)
+_PARAMETER = re.compile(r"\.param (?:\.align \d+ )?\.(\w+)(?: \.ptr[\w. ]*)? \w+_param_\d+(?:\[(\d+)\])?[,\n]")
 
 
 def build(spec: CubinSpec) -> bytes:
@@ -67,9 +65,7 @@ def _compile(spec: CubinSpec) -> Any:
     kernel = kernel_of(spec)
     gluon = MODULES[spec.kernel].startswith("cuda.gluon.")
     if gluon:
-        from triton.experimental.gluon._runtime import (
-            GluonASTSource as ASTSource,
-        )  # no public name (Triton 3.7)
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource  # no public name (Triton 3.7)
     types = [*spec.tensors, *(_NUMBERS[letter] for letter in spec.numbers)]
     constants = dict(spec.constants)
     signature, known, attributes = {}, {}, {}

@@ -48,9 +48,7 @@ def decode_kernel(
     kept_at = kept_row(b, slo_b, Skv)
     columns = tl.arange(0, DPAD)
     q_at = (b.to(tl.int64) * sq_b + h.to(tl.int64) * sq_h + row.to(tl.int64) * sq_s) * ALIGN
-    q = tl.load(
-        Q + q_at[:, None] + columns[None, :], mask=inside[:, None] & (columns[None, :] < D), other=0.0
-    )
+    q = tl.load(Q + q_at[:, None] + columns[None, :], mask=inside[:, None] & (columns[None, :] < D), other=0.0)
     acc = tl.zeros([BLOCK_M, DPAD], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)

@@ -88,9 +88,7 @@ def _bind_backward(
     directions = key_directions(q.shape[-1])
     written = _whole_blocks(rows, kernels.options(q, "dq").block_m)
     read = max(_whole_blocks(rows, kernels.options(q, direction).block_m) for direction in directions)
-    run_dkdv = [
-        _bind_dkdv(q, k, v, grad, outputs, mask, call, where, kernels, direction) for direction in directions
-    ]
+    run_dkdv = [_bind_dkdv(q, k, v, grad, outputs, mask, call, where, kernels, direction) for direction in directions]
 
     def run(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor,
@@ -158,11 +156,7 @@ def _bind_dkdv(
 
     intervals: list[Parameter] = [None] * 5
     if mask.batch is not None:
-        intervals = [
-            *[statistic(torch.int32, mask.batch)] * 2,
-            *[Pointer(torch.int32)] * 2,
-            Pointer(torch.int32),
-        ]
+        intervals = [*[statistic(torch.int32, mask.batch)] * 2, *[Pointer(torch.int32)] * 2, Pointer(torch.int32)]
     kernel = launcher(
         kernels,
         "dkdv_kernel",
@@ -217,9 +211,7 @@ def _bind_query_hull(
     def run(*edges: Tensor) -> tuple[Tensor, ...]:
         lo, hi = torch.empty((2, batch, padded), dtype=torch.int32, device=device)
         first, last = torch.empty((2, each), dtype=torch.int32, device=device)
-        most, least = torch.empty(
-            (2, _whole_blocks(lo.numel() // ROW_BLOCK, 4)), dtype=torch.int32, device=device
-        )
+        most, least = torch.empty((2, _whole_blocks(lo.numel() // ROW_BLOCK, 4)), dtype=torch.int32, device=device)
         kernel(*edges, lo, hi, first, last, most, least)
         return lo, hi, first, last, most, least
 

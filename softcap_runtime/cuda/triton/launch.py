@@ -165,9 +165,7 @@ def attending(kernel: Callable[..., None], output: Output) -> Callable[..., tupl
     """The forward of a ``kernel`` that takes q, k, v, out, the logsumexp and the mask's edges."""
     device, rows = output.device, output.shape[:3]
 
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, *edges: Tensor, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         out = output.empty() if out is None else out
         lse = torch.empty(rows, dtype=torch.float32, device=device)
         with on(device):

@@ -83,9 +83,7 @@ def paged_kernel(
     columns = tl.arange(0, DPAD)
     at_row = (first_row + row).to(tl.int64)
     q_at = (batch * sq_b + h.to(tl.int64) * sq_h + at_row * sq_s) * ALIGN
-    q = tl.load(
-        Q + q_at[:, None] + columns[None, :], mask=inside[:, None] & (columns[None, :] < D), other=0.0
-    )
+    q = tl.load(Q + q_at[:, None] + columns[None, :], mask=inside[:, None] & (columns[None, :] < D), other=0.0)
     table = Table + b.to(tl.int64) * pages
     key_head = K + hk.to(tl.int64) * sk_h * ALIGN
     value_head = V + hk.to(tl.int64) * sv_h * ALIGN

@@ -48,9 +48,7 @@ def work(folder: Path, log: Path, known: dict[Artifact, bytes], seed: int, until
 class Run:
     """The parent: starts, kills and watches workers, and damages the database under them."""
 
-    def __init__(
-        self, folder: Path, known: dict[Artifact, bytes], processes: int, seed: int, until: float
-    ) -> None:
+    def __init__(self, folder: Path, known: dict[Artifact, bytes], processes: int, seed: int, until: float) -> None:
         self.folder = folder
         self.log = folder.parent / "events"
         self.reader = Reader(self.log)
@@ -186,9 +184,7 @@ def report(run: Run, left: list[str]) -> bool:
     for name, count in bad.items():
         table.add_row(name, f"[{'red' if count else 'green'}]{count:,}")
     Console().print(table)
-    print(
-        f"Kernels were compiled before the run; one build in {ONE_COMPILES_IN} compiled, others published again."
-    )
+    print(f"Kernels were compiled before the run; one build in {ONE_COMPILES_IN} compiled, others published again.")
     for line in [*wrong, *errors, *left][:20]:
         print(line, file=sys.stderr)
     return not any(bad.values())

@@ -79,12 +79,7 @@ class Calls:
     """The runtimes of one worker, over the folder under stress."""
 
     def __init__(
-        self,
-        settings: dict[str, object],
-        known: dict[Artifact, bytes],
-        draw: random.Random,
-        note: Note,
-        until: float,
+        self, settings: dict[str, object], known: dict[Artifact, bytes], draw: random.Random, note: Note, until: float
     ) -> None:
         self.settings, self.known, self.draw, self.note, self.until = settings, known, draw, note, until
         self.compiling = Path(str(settings["cache_dir"])).parent / "compiling"
@@ -131,9 +126,7 @@ class Calls:
             scale=HEAD_DIM**-0.5,
             window=draw.choice([None, draw.randint(1, 100)]),
         )
-        inputs = [
-            torch.randn(batch, heads, n, HEAD_DIM) for heads, n in ((4, q_len), (2, kv_len), (2, kv_len))
-        ]
+        inputs = [torch.randn(batch, heads, n, HEAD_DIM) for heads, n in ((4, q_len), (2, kv_len), (2, kv_len))]
         masks = self.masks(batch, kv_len)
         mask = visible(q_len, kv_len, config.window, masks)
         exact = [x.double().requires_grad_(train) for x in inputs]

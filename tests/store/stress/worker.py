@@ -33,9 +33,7 @@ def payload(name: int) -> bytes:
 class Worker:
     """A store and runtimes over one folder, and what may be done with them."""
 
-    def __init__(
-        self, folder: Path, log: Path, known: dict[Artifact, bytes], seed: int, until: float
-    ) -> None:
+    def __init__(self, folder: Path, log: Path, known: dict[Artifact, bytes], seed: int, until: float) -> None:
         self.store = Store(folder, SIZE_LIMIT)
         self.draw = random.Random(seed)
         self.note = events.writer(log)
