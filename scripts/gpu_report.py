@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from benchmarks import gpu_peers
-from benchmarks.gpu_peers import CAP
+from benchmarks.peers import SOFTCAP, sdpa
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, reference
@@ -145,7 +145,7 @@ def error(report: Report, tensors: list[Tensor], out: Tensor, window: int | None
     lo_hi = band(length, length, causal=True, window=window)
     mask = dense(lo_hi, report.device)[:, rows] if length <= 16384 else None
     wide = [q[:1, :groups, rows].double(), k[:1, :1].double(), v[:1, :1].double()]
-    true, _ = reference.attention(*wide, mask, scale=q.shape[3] ** -0.5, softcap=CAP)
+    true, _ = reference.attention(*wide, mask, scale=q.shape[3] ** -0.5, softcap=SOFTCAP)
     return float((out[:1, :groups, rows].double() - true).norm() / true.norm())
 
 
@@ -167,7 +167,7 @@ def installed_peers(
             found["stock flex"] = flex()
             if window is None:
                 found["flex, sigmoid"] = flex(gpu_peers.sigmoid_cap)
-                found["SDPA by cuDNN, no softcap"] = gpu_peers.sdpa(cudnn=True)
+                found["SDPA by cuDNN, no softcap"] = gpu_peers.cudnn_sdpa
             if head_dim == 128 and gpu_peers.flash4(window, scale):
                 found["flex, FLASH"] = flex(backend="FLASH")
     return {
@@ -195,7 +195,7 @@ def training_shapes(report: Report) -> None:
     for batch, heads, kv_heads, length, head_dim, window in shapes:
         tensors = report.inputs(batch, heads, kv_heads, length, head_dim)
         grad = torch.randn_like(tensors[0])
-        config = AttentionConfig(softcap=CAP, scale=head_dim**-0.5, window=window)
+        config = AttentionConfig(softcap=SOFTCAP, scale=head_dim**-0.5, window=window)
         approx = approximate(report)
         peers: dict[str, Callable[..., Tensor]] = {
             "softcap_runtime": lambda *qkv, config=config: report.runtime.attention(*qkv, config),
@@ -203,7 +203,7 @@ def training_shapes(report: Report) -> None:
         }
         peers |= installed_peers(report, head_dim, length, window, tensors, grad)
         if window is None:
-            peers["SDPA, no softcap"] = gpu_peers.sdpa()
+            peers["SDPA, no softcap"] = sdpa
         pairs = length * (length + 1) / 2 - (0 if window is None else (length - window) ** 2 / 2)
         flop = 4 * batch * heads * head_dim * pairs
         with torch.no_grad():
@@ -240,11 +240,11 @@ def saturated(report: Report) -> None:
             mask = dense(band(length, length, causal=True, window=None), report.device)
 
             def attend(*qkv: Tensor, mask: Tensor = mask) -> Tensor:
-                return reference.attention(*qkv, mask, scale=qkv[0].shape[3] ** -0.5, softcap=CAP)[0]
+                return reference.attention(*qkv, mask, scale=qkv[0].shape[3] ** -0.5, softcap=SOFTCAP)[0]
 
             wide = [x.detach().double().requires_grad_() for x in tensors]
             true = [attend(*wide), *step(attend, wide, grad.double())()]
-            config = AttentionConfig(softcap=CAP, scale=head_dim**-0.5)
+            config = AttentionConfig(softcap=SOFTCAP, scale=head_dim**-0.5)
             for who, call in (
                 ("softcap_runtime", lambda *qkv, config=config: report.runtime.attention(*qkv, config)),
                 ("eager", attend),
@@ -264,7 +264,7 @@ def packed(report: Report) -> None:
     ends = torch.sort(torch.randint(1, length, (length // mean,), device=report.device)).values
     ids = torch.bucketize(torch.arange(length, device=report.device), ends, right=True)[None]
     scale = tensors[0].shape[3] ** -0.5
-    config = AttentionConfig(softcap=CAP, scale=scale)
+    config = AttentionConfig(softcap=SOFTCAP, scale=scale)
     calls: dict[str, Callable[..., Tensor]] = {
         "softcap_runtime": lambda *t: report.runtime.attention(*t, config, document_ids=ids)
     }
@@ -285,7 +285,7 @@ def decoding(report: Report) -> None:
     batch, length, head_dim = (2, 64, 64) if report.smoke else (32, 8192, 256)
     q = torch.randn(batch, 16, 1, head_dim, device=report.device).bfloat16()
     k, v = (torch.randn(batch, 8, length, head_dim, device=report.device).bfloat16() for _ in range(2))
-    config = AttentionConfig(softcap=CAP, scale=head_dim**-0.5)
+    config = AttentionConfig(softcap=SOFTCAP, scale=head_dim**-0.5)
     with torch.no_grad():
         seconds = report.seconds(lambda: report.runtime.attention(q, k, v, config))
     rate = 2 * k.numel() * k.element_size() / seconds
@@ -296,7 +296,7 @@ def decoding(report: Report) -> None:
 def paged(report: Report) -> None:
     """The same keys in pages that lie in any order, one new row and several, beside keys that lie together."""
     batch, length, head_dim = (2, 64, 64) if report.smoke else (32, 8192, 256)
-    config = AttentionConfig(softcap=CAP, scale=head_dim**-0.5)
+    config = AttentionConfig(softcap=SOFTCAP, scale=head_dim**-0.5)
     k, v = (torch.randn(batch, 8, length, head_dim, device=report.device).bfloat16() for _ in range(2))
     lengths = torch.full((batch,), length, device=report.device)
     sizes = (16,) if report.smoke else (16, 64, 256)
@@ -327,7 +327,7 @@ def memory(report: Report) -> None:
     for length in (128, 256) if report.smoke else (16384, 32768):
         tensors = report.inputs(1, 16, 8, length, 64 if report.smoke else 256)
         grad = torch.randn_like(tensors[0])
-        config = AttentionConfig(softcap=CAP, scale=0.0625)
+        config = AttentionConfig(softcap=SOFTCAP, scale=0.0625)
         run = step(lambda *t, config=config: report.runtime.attention(*t, config), tensors, grad)
         run()
         if report.device == "cuda":
@@ -345,12 +345,12 @@ def overhead(report: Report) -> None:
     """Host time of an eager call and of a training step, tiny inputs, nothing waited for."""
     q = torch.randn(1, 16, 128, 64, device=report.device).bfloat16()
     leaf, grad = q.clone().requires_grad_(), torch.randn_like(q)
-    config = AttentionConfig(softcap=CAP, scale=0.125)
+    config = AttentionConfig(softcap=SOFTCAP, scale=0.125)
 
     def ours(*qkv: Tensor) -> Tensor:
         return report.runtime.attention(*qkv, config)
 
-    calls: dict[str, Callable[..., Tensor]] = {"softcap_runtime": ours, "SDPA, no softcap": gpu_peers.sdpa()}
+    calls: dict[str, Callable[..., Tensor]] = {"softcap_runtime": ours, "SDPA, no softcap": sdpa}
     if report.device == "cuda":
         calls["stock flex"] = gpu_peers.flex(128, None, 0.125, report.device)
     rows = []

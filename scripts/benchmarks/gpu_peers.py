@@ -6,30 +6,25 @@ FlashAttention-4 (``flash-attn-4``) has a softcap of its own, and flex attention
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-CAP = 50.0
+from benchmarks.peers import SOFTCAP, sdpa, tanh_softcap
+
 Attend = Callable[..., Tensor]
 Score = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def tanh_cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """The documented score_mod."""
-    return CAP * torch.tanh(score / CAP)
-
-
 def sigmoid_cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """The same function by an exponential, which GPUs compute faster than tanh."""
-    return CAP * (2 * torch.sigmoid(2 / CAP * score) - 1)
+    return SOFTCAP * (2 * torch.sigmoid(2 / SOFTCAP * score) - 1)
 
 
 def flex(
-    length: int, window: int | None, scale: float, device: str, cap: Score = tanh_cap, backend: str = "AUTO"
+    length: int, window: int | None, scale: float, device: str, cap: Score = tanh_softcap, backend: str = "AUTO"
 ) -> Attend:
     """Compiled flex attention with a causal mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -64,7 +59,7 @@ def packed_flex(ids: Tensor, scale: float) -> Attend:
 
     def run(*qkv: Tensor) -> Tensor:
         mask = make(visible, None, None, len(ids), len(ids), device=ids.device.type)
-        out: Tensor = compiled(*qkv, score_mod=tanh_cap, block_mask=mask, scale=scale, enable_gqa=True)
+        out: Tensor = compiled(*qkv, score_mod=tanh_softcap, block_mask=mask, scale=scale, enable_gqa=True)
         return out
 
     return run
@@ -79,7 +74,7 @@ def flash4(window: int | None, scale: float) -> Attend | None:
 
     def run(*qkv: Tensor) -> Tensor:
         rows = (x.transpose(1, 2) for x in qkv)
-        out = functions.flash_attn_func(*rows, softmax_scale=scale, causal=True, window_size=edges, softcap=CAP)
+        out = functions.flash_attn_func(*rows, softmax_scale=scale, causal=True, window_size=edges, softcap=SOFTCAP)
         return _first(out).transpose(1, 2)
 
     return run
@@ -98,7 +93,7 @@ def packed_flash4(ids: Tensor, scale: float) -> Attend | None:
         rows = (x[0].transpose(0, 1) for x in qkv)
         out = functions.flash_attn_varlen_func(
             *rows, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest,
-            softmax_scale=scale, causal=True, softcap=CAP,
+            softmax_scale=scale, causal=True, softcap=SOFTCAP,
         )  # fmt: skip
         return _first(out).transpose(0, 1)[None]
 
@@ -119,17 +114,10 @@ def _first(out: Any) -> Tensor:
     return found
 
 
-def sdpa(cudnn: bool = False) -> Attend:
-    """Uncapped ``scaled_dot_product_attention``: as torch chooses, or by cuDNN."""
-
-    def backend() -> AbstractContextManager[Any]:
-        return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if cudnn else nullcontext()
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with backend():
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    return run
+def cudnn_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Uncapped ``scaled_dot_product_attention`` by cuDNN."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v)
 
 
 def usable(who: str, call: Callable[[], Any]) -> bool:
