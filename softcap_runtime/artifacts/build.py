@@ -104,11 +104,22 @@ def built_by(
     raise BuildFailed(f"cannot build {name} (exit {code}): {_reason(stderr)}")
 
 
+# ``python -c RUN_MODULE PACKAGE_FOLDER MODULE ARGUMENTS...``: ``python -m`` without the package's ``__init__``, which
+# imports torch: that takes longer than Triton needs for most kernels.
+_RUN_MODULE = """
+import runpy, sys, types
+package = sys.modules["softcap_runtime"] = types.ModuleType("softcap_runtime")
+package.__path__ = [sys.argv.pop(1)]
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
 def built_by_module(
     name: str, module: str, request: str, file: str, environment: Mapping[str, str] | None = None
 ) -> bytes:
     """``built_by`` a module of ours, which is run with ``request`` and the path of the file to write."""
-    return built_by(name, lambda folder: [sys.executable, "-m", module, request, str(folder / file)], file, environment)
+    run = [sys.executable, "-c", _RUN_MODULE, str(Path(__file__).resolve().parents[1]), module, request]
+    return built_by(name, lambda folder: [*run, str(folder / file)], file, environment)
 
 
 def _is_one_word(path: str) -> bool:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.compat.torch_private import current_stream
-from softcap_runtime.cuda.cubin import Box, Cubin, Number, Parameter, Pointer, Tile, letter
+from softcap_runtime.cuda.cubin import Box, Cubin
+from softcap_runtime.cuda.parameters import Number, Parameter, Pointer, Tile, letter
 from softcap_runtime.errors import SoftcapRuntimeError
 
 # Names and values of cuda.h.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softcap_runtime.cuda.cubin import GpuKernels, Pointer
+from softcap_runtime.cuda.parameters import GpuKernels, Pointer
 from softcap_runtime.cuda.triton.launch import launcher, on
 from softcap_runtime.masks.intervals import band
 from softcap_runtime.masks.tokens import FindIntervals, tokens_of

@@ -10,7 +10,7 @@ from softcap_runtime.artifacts import build
 from softcap_runtime.artifacts.sources import digest
 from softcap_runtime.cuda.cubin import Cubin, CubinSpec
 from softcap_runtime.cuda.driver import LoadedCubin
-from softcap_runtime.engines.spec import KernelSpec
+from softcap_runtime.engines.spec import KernelSpec, MaskKind
 from softcap_runtime.errors import SoftcapRuntimeError
 from softcap_runtime.store.fingerprint import fingerprint, version_of
 from softcap_runtime.store.key import Key
@@ -49,7 +49,10 @@ class GpuKernel(NamedTuple):
 
     def describe(self) -> KernelSpec:
         """See ``Artifact``."""
-        return self.spec.summary()
+        spec, known = self.spec, dict(self.spec.constants)
+        mask: MaskKind = "" if "BAND" not in known else "band" if known["BAND"] else "intervals"
+        head_dim, capped = int(known.get("D", 0)), known.get("FORM", 1) != 0
+        return KernelSpec(spec.kernel, "cuda", spec.dtype, head_dim, capped, mask)
 
     def build(self) -> bytes:
         """Compile it; see ``Artifact`` for what it raises. No GPU is needed."""

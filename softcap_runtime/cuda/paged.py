@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softcap_runtime.cuda.cubin import GpuKernels, Pointer
 from softcap_runtime.cuda.options import decode_rows, device_limits, padded, split_count
+from softcap_runtime.cuda.parameters import GpuKernels, Pointer
 from softcap_runtime.cuda.triton.attention import bind_shares
 from softcap_runtime.cuda.triton.call import factors, make_mask
 from softcap_runtime.cuda.triton.launch import Output, constants, launcher, layout, strides

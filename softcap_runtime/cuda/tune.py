@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softcap_runtime.cuda.cubin import CubinSpec, Function
+from softcap_runtime.cuda.cubin import CubinSpec
 from softcap_runtime.cuda.driver import LoadedCubin
 from softcap_runtime.cuda.kernel import GpuKernel
 from softcap_runtime.cuda.options import BlockOptions, Direction, choose, device_limits, variants
+from softcap_runtime.cuda.parameters import Function
 from softcap_runtime.cuda.triton.attention import bind_forward
 from softcap_runtime.cuda.triton.gradient import bind_backward
 

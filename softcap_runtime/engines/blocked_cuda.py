@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softcap_runtime.cuda.cubin import CubinSpec, Function
+from softcap_runtime.cuda.cubin import CubinSpec
 from softcap_runtime.cuda.intervals import bind_intervals
 from softcap_runtime.cuda.kernel import GpuKernel
 from softcap_runtime.cuda.options import (
@@ -27,6 +27,7 @@ from softcap_runtime.cuda.options import (
     has_triton,
     triton_version,
 )
+from softcap_runtime.cuda.parameters import Function
 from softcap_runtime.cuda.triton.launch import TMA_FROM
 from softcap_runtime.engines.engine import Backward, Engine, Forward, Kernels, Problem
 from softcap_runtime.masks.intervals import RowIntervals, band

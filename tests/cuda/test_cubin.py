@@ -14,8 +14,9 @@ import torch
 from softcap_runtime import RuntimeSettings
 from softcap_runtime.artifacts.sources import digest
 from softcap_runtime.cuda import driver as cuda_driver
-from softcap_runtime.cuda.cubin import Box, Cubin, CubinSpec, Parameter, Pointer, Tile, spec_of
+from softcap_runtime.cuda.cubin import Box, Cubin, CubinSpec
 from softcap_runtime.cuda.kernel import SOURCES, GpuKernel
+from softcap_runtime.cuda.parameters import Parameter, Pointer, Tile, spec_of
 from softcap_runtime.cuda.triton import build as triton_build
 from softcap_runtime.engines.engine import Problem
 from softcap_runtime.errors import BuildFailed, KernelNotPrewarmed
@@ -61,7 +62,7 @@ def test_a_key_in_words() -> None:
     assert fields["numbers"] == "ilf"
     assert fields["op"] == "forward_kernel"
     assert (fields["band"], fields["d"], fields["capability"]) == (True, 128, 90)
-    summary = spec().summary()
+    summary = GpuKernel(spec(), 0).describe()
     assert (summary.dtype, summary.head_dim, summary.capped, summary.mask) == ("bfloat16", 128, True, "band")
 
 

@@ -9,7 +9,6 @@ import torch
 from rich.console import Console
 
 from softcap_runtime.cli import tables as cli_tables
-from softcap_runtime.cuda.cubin import spec_of
 from softcap_runtime.cuda.options import (
     PADDED_ROWS,
     BlockOptions,
@@ -23,6 +22,7 @@ from softcap_runtime.cuda.options import (
     table,
     variants,
 )
+from softcap_runtime.cuda.parameters import spec_of
 from softcap_runtime.cuda.triton import launch as triton_launch
 from softcap_runtime.report import gpus as gpu_info
 from softcap_runtime.store import Key

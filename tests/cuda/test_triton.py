@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from softcap_runtime.artifacts import build
+from softcap_runtime.cuda.cubin import Cubin
+from softcap_runtime.cuda.kernel import BUILDER
 from softcap_runtime.cuda.machine_code import overwritten_operands
 from softcap_runtime.cuda.options import DeviceLimits, choose, shared_bytes
+from softcap_runtime.cuda.parameters import Pointer, spec_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -253,7 +257,8 @@ def test_a_kernel_of_a_call_compiles_ahead_of_time(
 IN_A_CHILD = """
 import sys, torch
 from softcap_runtime import BuildFailed
-from softcap_runtime.cuda.cubin import Cubin, Pointer, spec_of
+from softcap_runtime.cuda.cubin import Cubin
+from softcap_runtime.cuda.parameters import Pointer, spec_of
 from softcap_runtime.cuda.kernel import GpuKernel
 single = Pointer(torch.float32)
 constants = {"D": 64, "DPAD": 64, "SPLITS": 8, "ALIGN": 8}
@@ -283,3 +288,15 @@ def test_the_process_that_wants_a_kernel_imports_no_triton(tmp_path: Path) -> No
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == [], "nothing is left, nor kept where another process would trust it"
+
+
+def test_a_builder_does_not_import_torch(tmp_path: Path) -> None:
+    """It would take longer than most kernels."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is imported')")
+    wanted = spec_of(
+        "row_intervals_kernel", [Pointer(torch.int32)] * 5, [0] * 12, {"BLOCK": 128},
+        capability=(9, 0), dtype=torch.int32, aligned=False, warps=4, stages=1,
+    )  # fmt: skip
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, PLACE)))}
+    data = build.built_by_module("a kernel", BUILDER, json.dumps(wanted), "kernel.cubin", environment)
+    assert Cubin.unpack(data).code[:4] == b"\x7fELF"

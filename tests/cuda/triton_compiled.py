@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.cuda import options as gpu_options
-from softcap_runtime.cuda.cubin import Cubin, CubinSpec, Number, Parameter
+from softcap_runtime.cuda.cubin import Cubin, CubinSpec
 from softcap_runtime.cuda.intervals import bind_intervals
+from softcap_runtime.cuda.parameters import Number, Parameter
 from softcap_runtime.cuda.triton import build as triton_build
 from softcap_runtime.cuda.triton.attention import bind_forward
 from softcap_runtime.cuda.triton.gradient import bind_backward

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from softcap_runtime import reference
 from softcap_runtime.cuda import options as gpu_options
-from softcap_runtime.cuda.cubin import CubinSpec, Number, Parameter
+from softcap_runtime.cuda.cubin import CubinSpec
+from softcap_runtime.cuda.parameters import Number, Parameter
 from softcap_runtime.cuda.triton.attention import bind_forward
 from softcap_runtime.cuda.triton.build import kernel_of
 from softcap_runtime.cuda.triton.gradient import bind_backward

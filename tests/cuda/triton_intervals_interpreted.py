@@ -14,7 +14,8 @@ from triton.runtime import interpreter
 from triton_interpreted import LIMITS, poisoned
 
 from softcap_runtime.cuda import intervals
-from softcap_runtime.cuda.cubin import CubinSpec, Number, Parameter
+from softcap_runtime.cuda.cubin import CubinSpec
+from softcap_runtime.cuda.parameters import Number, Parameter
 from softcap_runtime.cuda.triton.build import kernel_of
 from softcap_runtime.masks import check_mask_arguments, row_intervals
 from softcap_runtime.masks.intervals import with_kept

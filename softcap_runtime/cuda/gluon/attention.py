@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softcap_runtime.cuda.cubin import GpuKernels, Parameter, Pointer, Tile
 from softcap_runtime.cuda.gluon.options import WARPGROUP_ROWS, forward_options, programs
 from softcap_runtime.cuda.options import device_limits, tile_width
+from softcap_runtime.cuda.parameters import GpuKernels, Parameter, Pointer, Tile
 from softcap_runtime.cuda.triton.call import Factors, Mask
 from softcap_runtime.cuda.triton.launch import Output, attending, edge_parameters, launcher, tile
 

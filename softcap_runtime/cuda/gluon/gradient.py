@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softcap_runtime.cuda.cubin import GpuKernels, Parameter, Pointer
 from softcap_runtime.cuda.gluon.attention import output_tile
 from softcap_runtime.cuda.gluon.options import WARPGROUP_ROWS, backward_options, programs
 from softcap_runtime.cuda.options import Direction, device_limits, key_directions, padded_rows, tile_width
+from softcap_runtime.cuda.parameters import GpuKernels, Parameter, Pointer
 from softcap_runtime.cuda.triton.call import Factors, Mask
 from softcap_runtime.cuda.triton.launch import Output, as_edges, edge_parameters, launcher, on, strides, tile, vector
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softcap_runtime.cuda.cubin import GpuKernels, Pointer
 from softcap_runtime.cuda.gluon.attention import bind_gluon_forward
 from softcap_runtime.cuda.gluon.options import faster_forward, serves
 from softcap_runtime.cuda.options import decode_rows, device_limits, most_splits, padded, split_count, tile_width
+from softcap_runtime.cuda.parameters import GpuKernels, Pointer
 from softcap_runtime.cuda.triton.call import Factors, Mask, factors, make_mask, multiply_adds
 from softcap_runtime.cuda.triton.launch import (
     Layout,

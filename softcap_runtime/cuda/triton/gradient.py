@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from softcap_runtime.cuda.cubin import GpuKernels, Parameter, Pointer
 from softcap_runtime.cuda.gluon.gradient import bind_gluon_backward
 from softcap_runtime.cuda.gluon.options import serves
 from softcap_runtime.cuda.options import Direction, device_limits, key_directions, padded_rows
+from softcap_runtime.cuda.parameters import GpuKernels, Parameter, Pointer
 from softcap_runtime.cuda.triton.call import Factors, Mask, factors, make_mask, multiply_adds
 from softcap_runtime.cuda.triton.launch import (
     Layout,

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softcap_runtime.cuda.cubin import GpuKernels, Number, Parameter, Pointer, Tile, spec_of
 from softcap_runtime.cuda.options import (
     TRITON_WITH_DESCRIPTORS,
     BlockOptions,
@@ -22,6 +21,7 @@ from softcap_runtime.cuda.options import (
     tile_width,
     triton_version,
 )
+from softcap_runtime.cuda.parameters import GpuKernels, Number, Parameter, Pointer, Tile, spec_of
 from softcap_runtime.cuda.triton.call import Mask
 
 # Triton's interpreter runs the kernels on the CPU, for tests; it knows no inline assembly.
