@@ -295,7 +295,14 @@ def decoding(report: Report) -> None:
 
 def paged(report: Report) -> None:
     """The same keys in pages that lie in any order, one new row and several, beside keys that lie together."""
-    batch, length, head_dim = (2, 64, 64) if report.smoke else (32, 8192, 256)
+    batch, length = (2, 64) if report.smoke else (32, 8192)
+    dims = (64,) if report.smoke else (256, 128)
+    found = [row for head_dim in dims for row in pages_of(report, batch, length, head_dim)]
+    report.table(f"decoding from pages, B{batch}, {length} keys", found)
+
+
+def pages_of(report: Report, batch: int, length: int, head_dim: int) -> list[dict[str, Any]]:
+    """Rows of ``paged`` for a head_dim."""
     config = AttentionConfig(softcap=SOFTCAP, scale=head_dim**-0.5)
     k, v = (torch.randn(batch, 8, length, head_dim, device=report.device).bfloat16() for _ in range(2))
     lengths = torch.full((batch,), length, device=report.device)
@@ -307,18 +314,34 @@ def paged(report: Report) -> None:
         for size in sizes if rows == 1 else sizes[:1]:
             pages = [x.view(-1, size, 8, head_dim) for x in (k, v)]  # random, whichever way it is read
             table = torch.randperm(batch * length // size, device=report.device).int().view(batch, -1)
-            calls[f"pages of {size}, {rows} rows"] = partial(
-                report.runtime.paged_attention, q, *pages, config, table, lengths
-            )
+            ours = partial(report.runtime.paged_attention, q, *pages, config, table, lengths)
+            calls[f"pages of {size}, {rows} rows"] = ours
+            if rows == 1 and report.device == "cuda":
+                peers = flashinfer_calls(q, pages, table, ours)
+                calls |= {f"pages of {size}, {rows} rows, {who}": call for who, call in peers.items()}
     with torch.no_grad():
         seconds = report.in_turns(calls)
     moved = 2 * k.numel() * k.element_size()
-    first = seconds["together, 1 rows"]
-    found = [
-        {"keys": who, "ms": each * 1e3, "x together, 1 row": each / first, "share of copy": moved / each / report.copy}
-        for who, each in seconds.items()
-    ]
-    report.table(f"decoding from pages, B{batch}, {length} keys", found)
+    found = []
+    for who, each in seconds.items():
+        shares = {"x together, 1 row": each / seconds["together, 1 rows"], "share of copy": moved / each / report.copy}
+        found.append({"D": head_dim, "keys": who, "ms": each * 1e3, **shares})
+    return found
+
+
+def flashinfer_calls(q: Tensor, pages: list[Tensor], table: Tensor, ours: Call) -> dict[str, Call]:
+    """FlashInfer's two kernels, planned beforehand, where it is installed and they give what ours do."""
+    found: dict[str, Call] = {}
+    for who, cores in (("FlashInfer", False), ("FlashInfer by tensor cores", True)):
+
+        def add(who: str = who, cores: bool = cores) -> None:
+            attend = gpu_peers.flashinfer(q, *pages, table, cores=cores)
+            if attend is not None:
+                torch.testing.assert_close(attend(q, *pages), ours(), rtol=2e-2, atol=1e-3)
+                found[who] = partial(attend, q, *pages)
+
+        gpu_peers.usable(who, add)
+    return found
 
 
 def memory(report: Report) -> None:

@@ -1,6 +1,7 @@
 """What the GPU report compares with, each written from its documented formula; some only where they are installed.
 
 FlashAttention-4 (``flash-attn-4``) has a softcap of its own, and flex attention can generate code for it (``FLASH``).
+FlashInfer (``flashinfer-python``) has one for decoding from pages.
 """
 
 from __future__ import annotations
@@ -96,6 +97,33 @@ def packed_flash4(ids: Tensor, scale: float) -> Attend | None:
             softmax_scale=scale, causal=True, softcap=SOFTCAP,
         )  # fmt: skip
         return _first(out).transpose(0, 1)[None]
+
+    return run
+
+
+def flashinfer(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, cores: bool) -> Attend | None:
+    """FlashInfer's decoding from full pages, by tensor ``cores`` or not, planned here; None where it is not installed.
+
+    ``q`` ``[B, Hq, 1, D]``; ``k``, ``v`` ``[num_pages, page_size, Hkv, D]``; ``table`` int32 ``[B, pages]``.
+    """
+    try:
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+    except ImportError:
+        return None
+    size, kv_heads = k.shape[1:3]
+    batch, pages = table.shape
+    space = torch.empty(2**27, dtype=torch.uint8, device=q.device)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(space, "NHD", use_tensor_cores=cores)
+    first = torch.arange(batch + 1, dtype=torch.int32) * pages
+    full = torch.full((batch,), size, dtype=torch.int32)
+    wrapper.plan(
+        first, table.flatten(), full, q.shape[1], kv_heads, q.shape[3], size,
+        logits_soft_cap=SOFTCAP, sm_scale=q.shape[3] ** -0.5, q_data_type=q.dtype, kv_data_type=k.dtype,
+    )  # fmt: skip
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = wrapper.run(q[:, :, 0], (k, v))
+        return out[:, :, None]
 
     return run
 
