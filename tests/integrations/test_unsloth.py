@@ -149,6 +149,41 @@ def test_packed_sequences(unsloth: dict[str, ModuleType], generating: bool, seed
         forward(q, k, v, checkered, LAYER, generating, packed=info)
 
 
+class Attention(torch.nn.Module):
+    """A layer as unsloth 2026.10.9 compiles it: all of it in one region, its masks passed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = LAYER.config
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        return sys.modules["unsloth.models.gemma2"].forward(q, k, v, mask, self)
+
+
+def test_a_compiled_layer(unsloth: dict[str, ModuleType], fresh_dynamo: None, seed: int) -> None:
+    """One graph for every length, without a break, though the layer asks for packed sequences on the way."""
+    patch()
+    layer, graphs = Attention(), []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(layer, fullgraph=True, backend=counting)
+    mask = unsloth["unsloth.models.gemma2"].create_flex_attention_sliding_window_mask(96, 16)
+    for length in (40, 57, 33):
+        q, k, v = (x.requires_grad_() for x in make_qkv(Sizes(2, 4, 2, length, length)))
+        for x in (q, k, v):
+            torch._dynamo.maybe_mark_dynamic(x, 2)
+        out = compiled(q, k, v, mask)
+        assert relative_error(out, wanted(q, k, v, 16)) <= 2e-6
+        upstream = torch.randn_like(out)
+        found = torch.autograd.grad(out, (q, k, v), upstream)
+        for ours, plain in zip(found, torch.autograd.grad(layer(q, k, v, mask), (q, k, v), upstream), strict=True):
+            assert relative_error(ours, plain) <= 2e-6
+    assert len(graphs) == 1
+
+
 def wanted(q: Tensor, k: Tensor, v: Tensor, window: int | None, **masks: Any) -> Tensor:
     config = AttentionConfig(softcap=30.0, scale=HEAD_DIM**-0.5, window=window)
     return expected(q, k, v, config, **masks).transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
