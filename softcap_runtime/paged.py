@@ -43,22 +43,27 @@ class Pages(NamedTuple):
     lengths: Tensor
 
 
+# Serves calls of one kind: of q, the pages and the offsets. None for contents that it refuses.
+Way = Callable[[Tensor, Pages, "Tensor | None"], "Tensor | None"]
+
+
 def paged_attention(
     runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
 ) -> Tensor:
     """What ``Runtime.paged_attention`` documents."""
     kind = _kind(q, pages, config, cu_seqlens_q)
     way = runtime.plans.paged.get(kind)
-    # The library looks at the contents of table, lengths and offsets itself, at each call.
+    # The kernels look at the contents of table, lengths and offsets themselves, at each call.
     out = None if way is None else way(q, pages, cu_seqlens_q)
     if out is None:
         cu_seqlens_q = check(q, pages, config, cu_seqlens_q)
-        if _through_the_table(runtime, q, config):
-            out = _on_gpu(runtime, q, pages, config, cu_seqlens_q)
-        elif way is None and (way := _on_cpu(runtime, q, pages, config, cu_seqlens_q)) is not None:
-            if kind is not None:
-                runtime.plans.keep_paged(kind, way)
-            out = way(q, pages, cu_seqlens_q)
+        if way is None:
+            bind = _on_gpu if _through_the_table(runtime, q, config) else _on_cpu
+            way = bind(runtime, q, pages, config, cu_seqlens_q)
+            if way is not None:
+                if kind is not None:
+                    runtime.plans.keep_paged(kind, way)
+                out = way(q, pages, cu_seqlens_q)
     if out is not None:
         runtime.plans.paged_calls += 1
         return out
@@ -67,21 +72,24 @@ def paged_attention(
 
 
 def _kind(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None) -> Hashable:
-    """All that a call on the CPU can differ in, contents aside; None where one goes the long way: under a transform, a
-    mode or autocast, or of anything but dense tensors of the CPU."""
+    """All that a call can differ in, contents aside; None where one goes the long way: of anything but dense tensors of
+    one device and, on the CPU, under a transform, a mode or autocast."""
     k, v, table, lengths = pages
     offsets = lengths if cu_seqlens_q is None else cu_seqlens_q
-    types = type(q), type(k), type(v), type(table), type(lengths), type(offsets)
-    if type(config) is not AttentionConfig or not _PLAIN.issuperset(types):
+    tensors = q, k, v, table, lengths, offsets
+    if type(config) is not AttentionConfig or not _PLAIN.issuperset(map(type, tensors)):
         return None
-    if interpreters_active() or torch.compiler.is_compiling():
+    device = q.device
+    on_cpu = device.type == "cpu"
+    if on_cpu and (interpreters_active() or torch.compiler.is_compiling()):
         return None
-    for x in (q, k, v, table, lengths, offsets):
-        if not x.is_cpu or x.layout is not torch.strided or x.is_nested or x.is_neg():
+    for x in tensors:
+        if x.device != device or x.layout is not torch.strided or x.is_nested or x.is_neg():
             return None
     recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return (
-        config, recorded, cu_seqlens_q is None,
+        config, recorded, cu_seqlens_q is None, device,
+        None if on_cpu else (q.data_ptr() & 15, k.data_ptr() & 15, v.data_ptr() & 15, table.data_ptr() & 15),
         q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype,
         table.shape, table.stride(), table.dtype, lengths.shape, lengths.stride(), lengths.dtype,
         offsets.shape, offsets.stride(), offsets.dtype,
@@ -104,41 +112,47 @@ def _problem(runtime: Server, q: Tensor, k: Tensor, config: AttentionConfig) -> 
     return call.problem(q, k, runtime.settings.softcap_approx)
 
 
-def _on_gpu(runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None) -> Tensor:
-    """By ``cuda.triton.paged``'s kernel, bound once for each layout of a call's tensors."""
+def _on_gpu(
+    runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
+) -> Way | None:
+    """``cuda.triton.paged``'s kernel, bound for this layout of tensors; None for pages that no kernel reads."""
     from softcap_runtime.cuda.paged import bind_paged
 
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    k, v = (x.transpose(1, 2) for x in (pages.k, pages.v))
-    if k.stride(-1) != 1 or v.stride(-1) != 1:
+    if pages.k.stride(-1) != 1 or pages.v.stride(-1) != 1:
         raise ValueError("k, v: last stride above 1, expected pages whose heads are contiguous")
-    table, lengths = (x.to(torch.int32).contiguous() for x in (pages.table, pages.lengths))
-    offsets = None if cu_seqlens_q is None else cu_seqlens_q.to(torch.int32).contiguous()
-    tensors = (q, k, v, table)
-    key = (
-        *[(x.shape, x.stride(), x.data_ptr() & 15) for x in tensors],
-        q.dtype, q.device, config, cu_seqlens_q is None,
-    )  # fmt: skip
-    run = runtime.plans.paged.get(key)
-    if run is None:
-        problem = _problem(runtime, q, k, config)
-        run = bind_paged(
-            *tensors,
-            ragged=cu_seqlens_q is not None,
-            kernels=blocked_cuda.GpuKernelsOf(runtime.supply.kernels(problem, paged=True), q.device.index),
-            scale=config.scale,
-            softcap=config.softcap,
-            left=problem.mask.left if config.window is not None else None,
-            right=problem.mask.right,
-            approx=problem.softcap_approx,
-        )
-        runtime.plans.keep_paged(key, run)
-    return run(*tensors, lengths, offsets)
+    if pages.k.is_neg() or pages.v.is_neg():
+        return None
+    like = _as_on_gpu(q, pages, cu_seqlens_q)
+    problem = _problem(runtime, q, like[1], config)
+    run = bind_paged(
+        *like[:4],
+        ragged=cu_seqlens_q is not None,
+        kernels=blocked_cuda.GpuKernelsOf(runtime.supply.kernels(problem, paged=True), q.device.index),
+        scale=config.scale,
+        softcap=config.softcap,
+        left=problem.mask.left if config.window is not None else None,
+        right=problem.mask.right,
+        approx=problem.softcap_approx,
+    )
+    return lambda *given: run(*_as_on_gpu(*given))
+
+
+def _as_on_gpu(
+    q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """A call's tensors as the kernel takes them; offsets are those that a check on the GPU lets through."""
+    offsets = None if cu_seqlens_q is None else _int32(_checked_offsets(q, cu_seqlens_q))
+    k, v = pages.k.transpose(1, 2), pages.v.transpose(1, 2)
+    return rows_together(q), k, v, _int32(pages.table), _int32(pages.lengths), offsets
+
+
+def _int32(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.int32 and x.is_contiguous() else x.to(torch.int32).contiguous()
 
 
 def _on_cpu(
     runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
-) -> Callable[[Tensor, Pages, Tensor | None], Tensor | None] | None:
+) -> Way | None:
     """The C++ library, where it is what serves and the rows are few; else None.
 
     The result serves calls with as many rows in every sequence, and returns None for others and for wrong contents.
@@ -276,8 +290,7 @@ def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> 
     if cu_seqlens_q is not None:
         _check_offsets(q, pages, cu_seqlens_q)
         if q.is_cuda:
-            given, rows = cu_seqlens_q, q.shape[2]
-            cu_seqlens_q = checked(given, lambda: rise_from_zero(given) & (given[-1] <= rows), _OFFSETS, (rows,))
+            cu_seqlens_q = _checked_offsets(q, cu_seqlens_q)
     if data_is_readable(pages.table) and data_is_readable(pages.lengths):
         _check_contents(q, pages, cu_seqlens_q)
     return cu_seqlens_q
@@ -308,6 +321,11 @@ def _check_offsets(q: Tensor, pages: Pages, cu_seqlens_q: Tensor) -> None:
         raise ValueError(f"q: batch {q.shape[0]}, expected 1 with cu_seqlens_q; lay the sequences side by side")
     if cu_seqlens_q.device != q.device:
         raise ValueError(f"cu_seqlens_q: on {cu_seqlens_q.device}, expected q's {q.device}; move it")
+
+
+def _checked_offsets(q: Tensor, offsets: Tensor) -> Tensor:
+    rows = q.shape[2]
+    return checked(offsets, lambda: rise_from_zero(offsets) & (offsets[-1] <= rows), _OFFSETS, (rows,))
 
 
 def _check_contents(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> None:

@@ -47,6 +47,11 @@ def bind_paged(
     mask, call = make_mask(left, right, ()), factors(q.dtype, scale, softcap, approx)
     options = kernels.options(q, "decode")
     block_m = max(options.block_m, min(padded(group * rows), decode_rows(q.dtype)))
+    if block_m == options.block_m:  # few rows: bound by memory
+        # Triton gives half of the stages to the page numbers, which the addresses of keys wait for: with so many, as
+        # many keys are under way as in ``decode_kernel``, in the same shared memory.
+        options = options._replace(stages=2 * options.stages - 1)
+    options = options._replace(block_m=block_m)
     blocks = -(-group * rows // block_m)
     programs = sequences * kv_heads * blocks
     width = mask.width(min(rows, block_m), pages * page_size)
@@ -64,7 +69,7 @@ def bind_paged(
             mask.left, mask.right, call.inner, call.coef, call.bias - call.reference, call.reference,
         ],
         {"RAGGED": ragged, "ONLINE": call.online, "FORM": call.form,
-         **constants(dim, q.dtype, options._replace(block_m=block_m), where)},
+         **constants(dim, q.dtype, options, where)},
         device=q.device, dtype=q.dtype, warps=options.warps, stages=options.stages, aligned=where.align > 1,
     )  # fmt: skip
     # Rows of no sequence are written by no share.

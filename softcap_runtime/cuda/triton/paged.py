@@ -12,18 +12,31 @@ import triton.language as tl
 from softcap_runtime.cuda.triton.common import FAR, INTS
 from softcap_runtime.cuda.triton.forward import softmax_step
 
+# Keys that a page holds at the least; blocks of keys are multiples of it.
+FEWEST = tl.constexpr(16)
+
 
 @triton.jit
-def _load_keys(source, pages, stride_page, stride_s, keys, end, num_pages, page_bits, D: tl.constexpr,
-               DPAD: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
-    """Rows ``keys`` of one head of a sequence as ``[keys, DPAD]``; those from ``end`` on read as 0."""
-    inside = keys < end
-    page = tl.load(pages + (keys >> page_bits), mask=inside, other=0)
-    # A table that names no page reads another: memory outside of the cache is never touched.
-    page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
+def _pages_of(table, first, end, num_pages, page_bits, BLOCK_N: tl.constexpr):
+    """The page of each of the keys from ``first`` on: a load for each 16, as no page holds fewer."""
+    places = tl.arange(0, BLOCK_N)
+    found = tl.zeros([BLOCK_N], tl.int32)
+    for part in tl.static_range(BLOCK_N // FEWEST):
+        key = first + part * FEWEST
+        page = tl.load(table + (key >> page_bits), mask=key < end, other=0)
+        # A table that names no page reads another: memory outside of the cache is never touched.
+        page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
+        found = tl.where(places >= part * FEWEST, page, found)
+    return found
+
+
+@triton.jit
+def _load_keys(source, page, stride_page, stride_s, keys, end, page_bits, D: tl.constexpr, DPAD: tl.constexpr,
+               ALIGN: tl.constexpr):  # fmt: skip
+    """Rows ``keys`` of one head of a sequence, each in its ``page``, as ``[keys, DPAD]``; 0 from ``end`` on."""
     columns = tl.arange(0, DPAD)
     at = page.to(tl.int64) * stride_page + (keys & ((1 << page_bits) - 1)).to(tl.int64) * stride_s
-    mask = inside[:, None]
+    mask = (keys < end)[:, None]
     if D != DPAD:
         mask &= columns[None, :] < D
     return tl.load(source + (at * ALIGN)[:, None] + columns[None, :], mask=mask, other=0.0)
@@ -47,12 +60,12 @@ def paged_kernel(
     NaN are the rows of a block that sees a page that isn't there, and those of a sequence with more keys than its table
     holds or fewer than it has rows.
     """
-    split = tl.program_id(0) % splits
-    rest = tl.program_id(0) // splits
-    block = rest % blocks
-    pair = rest // blocks
-    b = pair // Hkv
-    hk = pair % Hkv
+    # The heads of the same keys run together: they lie side by side in a page.
+    hk = tl.program_id(0) % Hkv
+    rest = tl.program_id(0) // Hkv
+    split = rest % splits
+    block = rest // splits % blocks
+    b = rest // splits // blocks
     if RAGGED:
         first_row = tl.minimum(tl.maximum(tl.load(Offsets + b), 0), Sq)
         count = tl.minimum(tl.load(Offsets + b + 1), Sq) - first_row
@@ -90,8 +103,8 @@ def paged_kernel(
     # All pages of this share are looked at here, so that the loop below, which is bound by memory, does nothing more.
     wrong = (said > length) | (said < count)
     past_page = tl.cdiv(tl.minimum(stop * BLOCK_N, length), 1 << page_bits)
-    for page in tl.range((start * BLOCK_N) >> page_bits, past_page, 256):
-        places = page + tl.arange(0, 256)
+    for first_page in tl.range((start * BLOCK_N) >> page_bits, past_page, 256):
+        places = first_page + tl.arange(0, 256)
         named = tl.load(table + places, mask=places < past_page, other=0)
         wrong |= tl.max(((named < 0) | (named >= num_pages)).to(tl.int32), 0) != 0
     acc = tl.zeros([BLOCK_M, DPAD], tl.float32)
@@ -99,7 +112,8 @@ def paged_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)
     for step in tl.range(start, stop, num_stages=STAGES):
         keys = step * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = _load_keys(key_head, table, sk_b, sk_s, keys, length, num_pages, page_bits, D, DPAD, ALIGN)
+        page = _pages_of(table, step * BLOCK_N, length, num_pages, page_bits, BLOCK_N)
+        k = _load_keys(key_head, page, sk_b, sk_s, keys, length, page_bits, D, DPAD, ALIGN)
         x = tl.dot(q, k.T, input_precision=PRECISION)
         visible = (keys[None, :] >= lo[:, None]) & (keys[None, :] < hi[:, None])
         p, alpha, m, l, _ = softmax_step(
@@ -107,7 +121,7 @@ def paged_kernel(
         )
         if ONLINE:
             acc = acc * alpha[:, None]
-        v = _load_keys(value_head, table, sv_b, sv_s, keys, length, num_pages, page_bits, D, DPAD, ALIGN)
+        v = _load_keys(value_head, page, sv_b, sv_s, keys, length, page_bits, D, DPAD, ALIGN)
         acc = tl.dot(p, v, acc, input_precision=PRECISION)
 
     l = tl.where(wrong, float("nan"), l)
