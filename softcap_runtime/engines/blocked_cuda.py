@@ -144,10 +144,12 @@ def paged_artifacts(problem: Problem, kernels: Kernels) -> list[GpuKernel]:
 def _alike(problem: Problem) -> list[Problem]:
     """Short and long calls, whose kernels differ, and those of decoding in how many query rows they take together and
     in how many shares they cut the keys."""
-    long = MANY_ROWS
-    while 2 * problem.num_heads * problem.head_dim * long**2 < TMA_FROM:
-        long *= 2
-    lengths = [(MANY_ROWS, 1), (long, long)]  # one key: little work, however many heads
+    lengths = [(MANY_ROWS, 1)]  # one key: little work, however many heads
+    for keys in (MANY_ROWS, MANY_KEYS):
+        rows = MANY_ROWS
+        while 2 * problem.num_heads * problem.head_dim * rows * keys < TMA_FROM:
+            rows *= 2
+        lengths.append((rows, keys))
     lengths += [(count, keys) for keys in (1, MANY_KEYS) for count in _decode_rows(problem)]
     masks = [mask for each in lengths for mask in _masks_alike(problem.mask, *each)]
     return [problem._replace(batch=1, mask=mask) for mask in masks]

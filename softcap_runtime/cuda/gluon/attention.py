@@ -27,7 +27,7 @@ def bind_gluon_forward(
     kernel = launcher(
         kernels,
         "gluon_forward_kernel",
-        programs(device_limits(device.index), tiles, mask.band, beside),
+        programs(device_limits(device.index), tiles, mask.band or mask.kept, beside),
         [
             tile(q, WARPGROUP_ROWS, True), tile(k, options.block_n, True), tile(v, options.block_n, True),
             output_tile(output), Pointer(torch.float32), *edge_parameters(mask),

@@ -89,6 +89,16 @@ def tile_of(turn, heads):
 
 
 @gluon.jit
+def batch_and_head(place, B, H, BAND: gl.constexpr):
+    """Batch row and head at a place among all heads. With intervals the batch rows take turns, so that no program has
+    all its tiles of one with much padding."""
+    if BAND:
+        return place // H, place % H
+    else:
+        return place % B, place // B
+
+
+@gluon.jit
 def block_at(index, first, full_end, end):
     """The block of keys at a place of the order that all warps keep: from the end those past the full ones, then the
     others from the first on."""

@@ -27,6 +27,7 @@ from softcap_runtime.cuda.gluon.common import (
     SECOND,
     THIRD,
     advance,
+    batch_and_head,
     block_at,
     capped,
     exp2,
@@ -65,10 +66,9 @@ def _produce(
     tiles = B * Hq * blocks
     slot, phase, turn_phase = 0, 1, 1
     for turn in range(0, gl.cdiv(tiles, gl.num_programs(0))):
-        tile, place, head = tile_of(turn, B * Hq)
+        tile, place, among = tile_of(turn, B * Hq)
         if tile < tiles:
-            b = head // Hq
-            h = head % Hq
+            b, h = batch_and_head(among, B, Hq, BAND)
             hk = h // G
             start = (blocks - 1 - place) * ROWS
             kept_at = kept_row(b, slo_b, Skv)
@@ -165,10 +165,9 @@ def _consume(
     q = q_tile.reshape([M, DPAD])
     none = gl.zeros([M, N], gl.float32, S_L)
     for turn in range(0, gl.cdiv(tiles, gl.num_programs(0))):
-        tile, place, head = tile_of(turn, B * Hq)
+        tile, place, among = tile_of(turn, B * Hq)
         if tile < tiles:
-            b = head // Hq
-            h = head % Hq
+            b, h = batch_and_head(among, B, Hq, BAND)
             block = (blocks - 1 - place) * ROWS
             kept_at = kept_row(b, slo_b, Skv)
             first, full_first, clean, full_end, end = key_blocks(
@@ -254,7 +253,7 @@ def _consume(
             else:
                 top = gl.full([M], 0.0, gl.float32, ROW_L) + reference
             lse = gl.where(seen, (gl.log2(l) + top) * LN2, float("-inf"))
-            gl.store(Lse + head.to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
+            gl.store(Lse + (b * Hq + h).to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
             if TOTAL:
                 share = gl.where(seen, 1.0 / gl.convert_layout(gl.max(total, axis=1), ROW_L), 0.0)
             else:

@@ -39,6 +39,8 @@ from softcap_runtime.cuda.triton.call import Factors, Mask
 # What compiles the kernels: warp specialisation as they use it. The forms of a softcap that they know.
 OLDEST_TRITON = (3, 6)
 FORMS = (0, 1, 2)
+# Keys from which it is the faster one in inference where some may not be kept, by tile width.
+KEPT_FROM = {64: 4096, 128: 2048}
 # Rows that a warpgroup takes: those of one matrix instruction.
 WARPGROUP_ROWS = 64
 
@@ -92,14 +94,18 @@ def serves(limits: DeviceLimits, dtype: torch.dtype, call: Factors, tma: bool) -
     )
 
 
-def faster_forward(head_dim: int, mask: Mask, call: Factors, total: bool) -> bool:
+def faster_forward(head_dim: int, keys: int, mask: Mask, call: Factors, total: bool) -> bool:
     """Whether the forward kernel is the faster one where it serves; the backward kernels always are.
 
     ``total``: it sums the rounded weights, for training.
     """
     width = tile_width(head_dim)
-    exact = call.form == 1 and not call.online and not total
-    return width == 256 or total or mask.kept or (width == 128 and (mask.band or not exact))
+    if width == 256 or total:
+        return True
+    if mask.kept:
+        return keys >= KEPT_FROM[width]
+    exact = call.form == 1 and not call.online
+    return width == 128 and (mask.band or not exact)
 
 
 def forward_options(head_dim: int, call: Factors, total: bool) -> ForwardOptions:
@@ -114,12 +120,12 @@ def backward_options(direction: Direction, head_dim: int) -> BackwardOptions:
     return _BACKWARD[direction, tile_width(head_dim)]
 
 
-def programs(limits: DeviceLimits, tiles: int, band: bool, beside: bool) -> tuple[int, int, int]:
+def programs(limits: DeviceLimits, tiles: int, alike: bool, beside: bool) -> tuple[int, int, int]:
     """The grid for a number of tiles.
 
-    A program a multiprocessor, which takes tiles until none is left; with intervals a program a tile, since tiles then
-    differ in ways that no fixed order balances (packed, head_dim 256: 0.87 and 0.82 ms forward, 4.63 and 4.52
-    backward). So too ``beside`` an exchange, which holds some multiprocessors: those of a program each would only start
-    when it ends, or it would wait for them all.
+    A program a multiprocessor, which takes tiles until none is left; where they are not ``alike`` a program a tile,
+    since they then differ in ways that no fixed order balances (packed, head_dim 256: 0.87 and 0.82 ms forward, 4.63
+    and 4.52 backward). So too ``beside`` an exchange, which holds some multiprocessors: those of a program each would
+    only start when it ends, or it would wait for them all.
     """
-    return (min(tiles, limits.multiprocessors) if band and not beside else tiles), 1, 1
+    return (min(tiles, limits.multiprocessors) if alike and not beside else tiles), 1, 1

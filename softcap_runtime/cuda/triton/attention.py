@@ -78,7 +78,7 @@ def bind_forward(
     where = layout(multiply_adds(2, q, k, mask), *read)
     if gluon is None:
         served = serves(device_limits(q.device.index), q.dtype, call, where.tma)
-        gluon = served and faster_forward(q.shape[-1], mask, call, total)
+        gluon = served and faster_forward(q.shape[-1], k.shape[2], mask, call, total)
     if gluon:
         run = bind_gluon_forward(*read, mask, call, total, kernels, Output(q, out), beside)
     else:
