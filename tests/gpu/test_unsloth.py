@@ -46,12 +46,11 @@ def test_every_part_ran(results: dict[str, Any]) -> None:
 
 def test_our_functions_were_called(results: dict[str, Any]) -> None:
     assert results["masks"]["patched"] == ["BlockMask", "BlockMask"]
-    for part in ("prefill", "generate", "generate padded", "packed"):
+    for part in ("prefill", "generate", "generate padded", "train", "packed"):
         calls = results[f"{part}: calls"]["patched"]
         assert sum(count for name, count in calls.items() if name.startswith("ours")) > 0
         assert not any(name.startswith("unsloth") for name in calls)
-    # Training runs inside the graphs that unsloth makes of whole layers: there the engine counts.
-    assert sum(results["train: engines"]["patched"].values()) > 0
+        assert sum(results[f"{part}: engines"]["patched"].values()) > 0
     assert results["blocks"]["patched"]["failures"] == results["blocks"]["unsloth"]["failures"]
 
 

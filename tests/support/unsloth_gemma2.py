@@ -26,6 +26,8 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     UNSLOTH_DISABLE_STATISTICS="1",
     UNSLOTH_MEGA_CACHE="0",
+    # Compiling whole layers, torch 2.11 fails in the backward of unsloth's own training.
+    UNSLOTH_BLOCK_COMPILE="0",
     UNSLOTH_COMPILE_LOCATION=f"{SCRATCH}/unsloth_compiled_cache",
     TOKENIZERS_PARALLELISM="false",
     # What unsloth can't find it may offer to install.
