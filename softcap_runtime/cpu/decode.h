@@ -4,9 +4,10 @@
 // A part of the keys gives sum_j w_j v_j, sum_j w_j and the reference of its weights; parts are added in order. A task
 // walks over its keys step by step, all key heads of a step before the next: in a cache [B, S, H, D] those are
 // neighbours. While it multiplies a step's keys it fetches their values, and with the values the next keys: into the
-// first cache, with steps short enough for both to stay there. (Into the second, or by longer steps, or not at all, the
-// same keys took 1.1 to 1.7 times as long on a core with 48 KiB.) Only long rows, and rows that lie apart in one long
-// run, which fall on few sets of the first, go to the second by long steps.
+// second cache, by long steps; or into the first, with steps short enough for both to stay there. Which is faster is the
+// machine's: into the second the same keys took 1.1 to 1.7 times as long on a core of Zen 5 (48 KiB), 0.5 times on one of
+// Zen 4 (32 KiB). Long rows, and rows that lie apart in one long run, which fall on few sets of the first cache, always
+// go to the second.
 #pragma once
 
 #include <type_traits>
@@ -221,7 +222,7 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
     for (int64_t r = 0; r < rows; r++) own.peak[r] = cap.bounded ? 0 : -INFINITY;
   }
   int64_t step_keys = STEP_BYTES / (p.dim * int64_t(sizeof(T))) / LANES * LANES;
-  const bool near = step_keys > 0 && (t.table || (p.k.row == p.dim && p.v.row == p.dim));
+  const bool near = p.near && step_keys > 0 && (t.table || (p.k.row == p.dim && p.v.row == p.dim));
   if (!near || step_keys > DECODE_STEP) step_keys = DECODE_STEP;
   // Keys [j, j + keys) of one head, one page.
   auto keys_from = [&](int64_t j) {

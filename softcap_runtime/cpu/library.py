@@ -55,7 +55,8 @@ _PROBE = (
     "import ctypes, sys\n"
     "try: ctypes.CDLL('libgomp.so.1', ctypes.RTLD_GLOBAL)\n"
     "except OSError: pass\n"
-    "print(ctypes.CDLL(sys.argv[1]).softcap_fastest(), file=open(sys.argv[2], 'w'))"
+    "library = ctypes.CDLL(sys.argv[1])\n"
+    "print(library.softcap_arithmetic(), library.softcap_near(), file=open(sys.argv[2], 'w'))"
 )
 
 
@@ -63,8 +64,8 @@ class Library(NamedTuple):
     """The loaded library. ``forward``, ``paged`` and ``backward`` take addresses, ``intervals`` numbers too: see
     attention.cpp.
 
-    ``arithmetic``: what multiplies bfloat16 fastest on this machine, as its build measured (1 float32, 2 pairs, 3
-    tiles).
+    As its build measured on this machine, ``arithmetic``: what multiplies bfloat16 fastest (1 float32, 2 pairs, 3
+    tiles); ``near``: whether decoding is faster where it fetches keys into the first cache (1), not the second (0).
     """
 
     forward: Any
@@ -72,6 +73,7 @@ class Library(NamedTuple):
     backward: Any
     intervals: Any
     arithmetic: int
+    near: int
 
 
 class CpuLibrary(NamedTuple):
@@ -96,10 +98,10 @@ class CpuLibrary(NamedTuple):
 
         def probe(folder: Path) -> Sequence[str]:
             (folder / "kernel.so").write_bytes(library)
-            return [sys.executable, "-I", "-c", _PROBE, str(folder / "kernel.so"), str(folder / "fastest")]
+            return [sys.executable, "-I", "-c", _PROBE, str(folder / "kernel.so"), str(folder / "measured")]
 
-        fastest = int(build.built_by(name, probe, "fastest"))
-        return json.dumps({"arithmetic": fastest}).encode() + b"\n" + library
+        arithmetic, near = map(int, build.built_by(name, probe, "measured").split())
+        return json.dumps({"arithmetic": arithmetic, "near": near}).encode() + b"\n" + library
 
     def provenance(self) -> Mapping[str, str]:
         """The C++ compiler."""
@@ -109,7 +111,8 @@ class CpuLibrary(NamedTuple):
         """The library, from a file in memory; see ``Artifact`` for what it raises."""
         line, _, code = data.partition(b"\n")
         try:
-            arithmetic = int(json.loads(line)["arithmetic"])
+            measured = json.loads(line)
+            arithmetic, near = int(measured["arithmetic"]), int(measured["near"])
         except (KeyError, TypeError, ValueError):
             raise SoftcapRuntimeError(
                 "the library of kernel attention is not what this version writes; run: softcap-runtime clear"
@@ -129,7 +132,7 @@ class CpuLibrary(NamedTuple):
         tokens: list[type[ctypes._SimpleCData[Any]]] = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         intervals.argtypes = [*tokens, *tokens, *[ctypes.c_int64] * 5, *[ctypes.c_void_p] * 2]
         intervals.restype = ctypes.c_int64
-        return Library(forward, paged, backward, intervals, arithmetic)
+        return Library(forward, paged, backward, intervals, arithmetic, near)
 
 
 def library() -> CpuLibrary:

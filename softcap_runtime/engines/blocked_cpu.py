@@ -52,7 +52,7 @@ class CpuProblem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("dtype", "batch", "heads", "kv_heads", "q_len", "kv_len", "dim")),
         *((name, ctypes.c_int64) for name in _STRIDES),
-        *((name, ctypes.c_int64) for name in ("left", "right", "edge_stride", "threads", "arithmetic")),
+        *((name, ctypes.c_int64) for name in ("left", "right", "edge_stride", "threads", "arithmetic", "near")),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("page_size", "table_stride", "pages")),
@@ -78,7 +78,7 @@ def _artifacts(problem: Problem, kernels: Kernels) -> Sequence[Artifact]:
     return [library()]
 
 
-def _described(problem: Problem, arithmetic: int, threads: int, *strides: tuple[int, ...]) -> CpuProblem:
+def _described(problem: Problem, loaded: Library, threads: int, *strides: tuple[int, ...]) -> CpuProblem:
     """The problem for tensors ``[B, H, S, D]`` with these strides, in the order of the fields."""
     mask = problem.mask
     steps = [step for each in strides for step in each[:3]]
@@ -96,13 +96,14 @@ def _described(problem: Problem, arithmetic: int, threads: int, *strides: tuple[
         mask.right or 0,
         mask.q_len if mask.lo is not None and mask.lo.shape[0] > 1 else 0,
         threads,
-        arithmetic,
+        loaded.arithmetic,
+        loaded.near,
         problem.scale,
         problem.softcap or 0.0,
     )
 
 
-def _layouts(problem: Problem, arithmetic: int) -> Callable[..., tuple[int, CpuProblem]]:
+def _layouts(problem: Problem, loaded: Library) -> Callable[..., tuple[int, CpuProblem]]:
     """The described problem after its address, kept for each layout of a call's tensors and number of threads.
 
     The caller holds both until the library is done: another thread may empty the table meanwhile.
@@ -116,7 +117,7 @@ def _layouts(problem: Problem, arithmetic: int) -> Callable[..., tuple[int, CpuP
         if found is None:
             if len(known) >= MAX_LAYOUTS:
                 known.clear()
-            made = _described(problem, arithmetic, threads, *strides)
+            made = _described(problem, loaded, threads, *strides)
             found = known[key] = ctypes.addressof(made), made
         return found
 
@@ -125,7 +126,7 @@ def _layouts(problem: Problem, arithmetic: int) -> Callable[..., tuple[int, CpuP
 
 def _forward(problem: Problem, kernels: Kernels) -> Forward:
     loaded: Library = kernels.get(library())
-    attend, layout, train = loaded.forward, _layouts(problem, loaded.arithmetic), problem.train
+    attend, layout, train = loaded.forward, _layouts(problem, loaded), problem.train
 
     shape, strides = output_layout(problem.batch, problem.num_heads, problem.mask.q_len, problem.head_dim)
 
@@ -190,7 +191,7 @@ def bind_paged(
         threads = _threads()
         made = described.get(threads)
         if made is None:
-            made = _described(problem, loaded.arithmetic, threads, *steps)
+            made = _described(problem, loaded, threads, *steps)
             made.page_size, made.table_stride, made.pages = sizes
             described[threads] = made
         out = q.new_empty_strided(shape, strides)
@@ -246,7 +247,7 @@ def bind_intervals(kernels: Kernels) -> FindIntervals:
 
 def _backward(problem: Problem, kernels: Kernels) -> Backward:
     loaded: Library = kernels.get(library())
-    differentiate, layout = loaded.backward, _layouts(problem, loaded.arithmetic)
+    differentiate, layout = loaded.backward, _layouts(problem, loaded)
 
     def run(
         grad_out: Tensor,

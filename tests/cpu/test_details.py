@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -153,11 +154,22 @@ def test_the_arithmetic_that_is_asked_for_runs(libraries: Libraries, kernel: Ker
     assert not torch.equal(mine[1], single[1])
 
 
+@KERNELS
+@pytest.mark.parametrize("layout", ["contiguous", "fused"])
+def test_decoding_into_either_cache(libraries: Libraries, kernel: Kernel, layout: str, seed: int) -> None:
+    """A machine measures which is faster, so its other tests see one of them."""
+    for near, (head_dim, rows, keys) in itertools.product((0, 1), ((64, 1, 300), (256, 3, 77), (40, 2, 515))):
+        mask = band(rows, keys, causal=True, window=None)
+        call = Call(Sizes(2, 4, 2, rows, keys, head_dim), mask, 0.1, 50.0, layout, seed, 2)
+        check(libraries(kernel)._replace(near=near), call, kernel.dtype)
+
+
 def test_a_build_measures_what_multiplies_fastest(libraries: Libraries) -> None:
     from softcap_runtime.artifacts.lifecycle import Artifacts
 
     artifacts: Artifacts = libraries._artifacts
     assert artifacts.get(cpu_library.library()).arithmetic in range(1, TILES + 1)
+    assert artifacts.get(cpu_library.library()).near in (0, 1)
     for capability in ("AVX2", "DEFAULT"):
         assert artifacts.get(cpu_library.CpuLibrary(capability)).arithmetic == 1
 
