@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.checks import FLOATS, check_config
-from softcap_runtime.compat.torch_transforms import interpreters_active
+from softcap_runtime.compat.torch_transforms import has_memory, interpreters_active
 from softcap_runtime.config import AttentionConfig
 from softcap_runtime.engines import blocked_cpu as blocked
 from softcap_runtime.engines import blocked_cuda
@@ -73,7 +73,7 @@ def paged_attention(
 
 def _kind(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None) -> Hashable:
     """All that a call can differ in, contents aside; None where one goes the long way: of anything but dense tensors of
-    one device and, on the CPU, under a transform, a mode or autocast."""
+    one device that have memory and, on the CPU, under a transform, a mode or autocast."""
     k, v, table, lengths = pages
     offsets = lengths if cu_seqlens_q is None else cu_seqlens_q
     tensors = q, k, v, table, lengths, offsets
@@ -87,9 +87,12 @@ def _kind(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor
         if x.device != device or x.layout is not torch.strided or x.is_nested or x.is_neg():
             return None
     recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    try:
+        aligned = None if on_cpu else (q.data_ptr() & 15, k.data_ptr() & 15, v.data_ptr() & 15, table.data_ptr() & 15)
+    except RuntimeError:  # a torch.func transform's tensors have no memory
+        return None
     return (
-        config, recorded, cu_seqlens_q is None, device,
-        None if on_cpu else (q.data_ptr() & 15, k.data_ptr() & 15, v.data_ptr() & 15, table.data_ptr() & 15),
+        config, recorded, cu_seqlens_q is None, device, aligned,
         q.shape, q.stride(), q.dtype, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype,
         table.shape, table.stride(), table.dtype, lengths.shape, lengths.stride(), lengths.dtype,
         offsets.shape, offsets.stride(), offsets.dtype,
@@ -115,12 +118,12 @@ def _problem(runtime: Server, q: Tensor, k: Tensor, config: AttentionConfig) -> 
 def _on_gpu(
     runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
 ) -> Way | None:
-    """``cuda.triton.paged``'s kernel, bound for this layout of tensors; None for pages that no kernel reads."""
+    """``cuda.triton.paged``'s kernel, bound for this layout of tensors; None for tensors that no kernel reads."""
     from softcap_runtime.cuda.paged import bind_paged
 
     if pages.k.stride(-1) != 1 or pages.v.stride(-1) != 1:
         raise ValueError("k, v: last stride above 1, expected pages whose heads are contiguous")
-    if pages.k.is_neg() or pages.v.is_neg():
+    if pages.k.is_neg() or pages.v.is_neg() or not all(map(has_memory, (q, *pages, cu_seqlens_q))):
         return None
     like = _as_on_gpu(q, pages, cu_seqlens_q)
     problem = _problem(runtime, q, like[1], config)
@@ -162,7 +165,7 @@ def _on_cpu(
     if q.device.type != "cpu" or not 0 < each * group <= blocked.MOST_ROWS or spare:
         return None
     contents = (pages.table, pages.lengths, cu_seqlens_q)
-    if not all(x is None or data_is_readable(x) for x in contents):
+    if not all(x is None or data_is_readable(x) for x in contents) or not all(map(has_memory, (q, pages.k, pages.v))):
         return None
     if pages.k.stride(-1) != 1 or pages.v.stride(-1) != 1 or pages.k.is_neg() or pages.v.is_neg():
         return None

@@ -25,6 +25,12 @@ def in_transform(x: Tensor) -> bool:
     return wrapped is not None and not public_only() and bool(wrapped(x))
 
 
+def has_memory(x: Tensor | None) -> bool:
+    """Whether a kernel can read ``x``, or there is none: a tensor of a torch.func transform, or of a class with a
+    ``__torch_dispatch__``, only stands for others."""
+    return x is None or (_is_read(x) and not in_transform(x))
+
+
 def below_autograd(recording: bool) -> AbstractContextManager[object]:
     """A context in which an operator's call goes past its own autograd kernel, to what comes next.
 

@@ -9,13 +9,21 @@ import subprocess
 import sys
 import weakref
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from support.helpers import NEEDS_FLEX, Block, Sizes, expected, gradients, in_model_order, make_qkv, relative_error
+from support.helpers import (
+    NEEDS_FLEX,
+    Block,
+    Sizes,
+    Wrapped,
+    expected,
+    gradients,
+    in_model_order,
+    make_qkv,
+    relative_error,
+)
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -352,23 +360,6 @@ def test_fake_tensors_and_fake_masks(runtime: Runtime, seed: int) -> None:
             {"cache_lengths": torch.full((2,), 40)},
         ):
             assert runtime.attention(q, k, v, CONFIG, **masks).shape == q.shape
-
-
-class Wrapped(Tensor):
-    """A tensor around another, as quantized, distributed and fake ones are: it has no memory of its own."""
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> Wrapped:
-        strides, kind = inner.stride(), {"dtype": inner.dtype, "device": inner.device}
-        return Tensor._make_wrapper_subclass(cls, inner.shape, strides=strides, **kind)
-
-    def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
-        args = tree_map_only(Wrapped, lambda x: x.inner, args)
-        return tree_map_only(Tensor, Wrapped, function(*args, **(kwargs or {})))
 
 
 @pytest.mark.parametrize("engine", ["auto", pytest.param("flex", marks=NEEDS_FLEX), "blocked", "eager"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import HEAD_DIM, expected, relative_error
+from support.helpers import HEAD_DIM, Wrapped, expected, relative_error
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, paged
@@ -198,6 +198,35 @@ def test_tensors_that_lie_otherwise(served: Runtime, seed: int) -> None:
         assert given[0].is_neg() == (make is negated)
         out = served.paged_attention(*given, config, cache.table, cache.lengths)
         assert relative_error(out, want) <= 2e-6
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_under_vmap(served: Runtime, device: str, seed: int) -> None:
+    """A batch of calls at once, whose tensors have no memory that a kernel could read; meta stands in for a GPU."""
+    config, cache = AttentionConfig(softcap=30.0, scale=0.1), Cache([100, 33], 16)
+    given = [x.to(device) for x in (cache.k, cache.v, cache.table, cache.lengths)]
+
+    def attend(q: Tensor) -> Tensor:
+        return served.paged_attention(q, *given[:2], config, *given[2:])
+
+    q = torch.randn(3, 2, HEADS, 1, HEAD_DIM, device=device)
+    out = torch.vmap(attend)(q)
+    assert out.shape == q.shape
+    if device == "cpu":
+        assert relative_error(out, torch.stack([attend(x) for x in q])) <= 2e-6
+
+
+def test_tensors_that_wrap_others(served: Runtime, seed: int) -> None:
+    """They have no memory of their own that a kernel could read."""
+    config, cache = AttentionConfig(softcap=30.0, scale=0.1), Cache([100, 33], 16)
+    cache.k, cache.v = cache.k.nan_to_num(), cache.v.nan_to_num()
+    q = torch.randn(2, HEADS, 1, HEAD_DIM)
+    want = served.paged_attention(q, cache.k, cache.v, config, cache.table, cache.lengths)
+    for place in range(3):
+        given = [q, cache.k, cache.v]
+        given[place] = Wrapped(given[place])
+        out = served.paged_attention(*given, config, cache.table, cache.lengths)
+        assert relative_error(out.inner, want) <= 2e-6
 
 
 def test_calls_are_counted(runtime: Runtime) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from softcap_runtime import AttentionConfig, Runtime, reference
 from softcap_runtime.artifacts.artifact import Artifact
@@ -270,3 +271,20 @@ class Backend:
     def __call__(self, graph: torch.fx.GraphModule, example: Any) -> Any:
         self.graphs.append(graph)
         return graph.forward
+
+
+class Wrapped(Tensor):
+    """A tensor around another, as quantized, distributed and fake ones are: it has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        strides, kind = inner.stride(), {"dtype": inner.dtype, "device": inner.device}
+        return Tensor._make_wrapper_subclass(cls, inner.shape, strides=strides, **kind)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        args = tree_map_only(Wrapped, lambda x: x.inner, args)
+        return tree_map_only(Tensor, Wrapped, function(*args, **(kwargs or {})))
