@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softcap_runtime.checks import FLOATS, check_config
-from softcap_runtime.compat.torch_transforms import has_memory, interpreters_active
+from softcap_runtime.compat.torch_transforms import in_forward_mode, interpreters_active, is_numbers_alone
 from softcap_runtime.config import AttentionConfig
 from softcap_runtime.engines import blocked_cpu as blocked
 from softcap_runtime.engines import blocked_cuda
@@ -72,8 +72,8 @@ def paged_attention(
 
 
 def _kind(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None) -> Hashable:
-    """All that a call can differ in, contents aside; None where one goes the long way: of anything but dense tensors of
-    one device that have memory and, on the CPU, under a transform, a mode or autocast."""
+    """All that a call can differ in, contents aside. None where one goes the long way: of anything but dense tensors of
+    one device that have memory, in forward-mode AD and, on the CPU, under a transform, a mode or autocast."""
     k, v, table, lengths = pages
     offsets = lengths if cu_seqlens_q is None else cu_seqlens_q
     tensors = q, k, v, table, lengths, offsets
@@ -81,7 +81,7 @@ def _kind(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor
         return None
     device = q.device
     on_cpu = device.type == "cpu"
-    if on_cpu and (interpreters_active() or torch.compiler.is_compiling()):
+    if in_forward_mode() or (on_cpu and (interpreters_active() or torch.compiler.is_compiling())):
         return None
     for x in tensors:
         if x.device != device or x.layout is not torch.strided or x.is_nested or x.is_neg():
@@ -123,7 +123,7 @@ def _on_gpu(
 
     if pages.k.stride(-1) != 1 or pages.v.stride(-1) != 1:
         raise ValueError("k, v: last stride above 1, expected pages whose heads are contiguous")
-    if pages.k.is_neg() or pages.v.is_neg() or not all(map(has_memory, (q, *pages, cu_seqlens_q))):
+    if pages.k.is_neg() or pages.v.is_neg() or not all(map(is_numbers_alone, (q, *pages, cu_seqlens_q))):
         return None
     like = _as_on_gpu(q, pages, cu_seqlens_q)
     problem = _problem(runtime, q, like[1], config)
@@ -165,7 +165,9 @@ def _on_cpu(
     if q.device.type != "cpu" or not 0 < each * group <= blocked.MOST_ROWS or spare:
         return None
     contents = (pages.table, pages.lengths, cu_seqlens_q)
-    if not all(x is None or data_is_readable(x) for x in contents) or not all(map(has_memory, (q, pages.k, pages.v))):
+    if not all(x is None or data_is_readable(x) for x in contents):
+        return None
+    if not all(map(is_numbers_alone, (q, pages.k, pages.v))):
         return None
     if pages.k.stride(-1) != 1 or pages.v.stride(-1) != 1 or pages.k.is_neg() or pages.v.is_neg():
         return None

@@ -118,7 +118,7 @@ def built_by_module(
     name: str, module: str, request: str, file: str, environment: Mapping[str, str] | None = None
 ) -> bytes:
     """``built_by`` a module of ours, which is run with ``request`` and the path of the file to write."""
-    run = [sys.executable, "-c", _RUN_MODULE, str(Path(__file__).resolve().parents[1]), module, request]
+    run = [sys.executable, "-c", _RUN_MODULE, str(Path(__file__).absolute().parents[1]), module, request]
     return built_by(name, lambda folder: [*run, str(folder / file)], file, environment)
 
 

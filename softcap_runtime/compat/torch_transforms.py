@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from softcap_runtime.compat.torch_private import public_only
 
@@ -25,10 +26,18 @@ def in_transform(x: Tensor) -> bool:
     return wrapped is not None and not public_only() and bool(wrapped(x))
 
 
-def has_memory(x: Tensor | None) -> bool:
-    """Whether a kernel can read ``x``, or there is none: a tensor of a torch.func transform, or of a class with a
-    ``__torch_dispatch__``, only stands for others."""
-    return x is None or (_is_read(x) and not in_transform(x))
+def is_numbers_alone(x: Tensor | None) -> bool:
+    """Whether a kernel's reading ``x`` loses nothing, or there is none: not a tensor that only stands for others, as in
+    a torch.func transform or of a class with a ``__torch_dispatch__``, nor one with a tangent of forward-mode AD."""
+    return x is None or (_is_read(x) and not in_transform(x) and unpack_dual(x).tangent is None)
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents of forward-mode AD.
+
+    Private: its level; the public ``unpack_dual`` tells it of one tensor, slowly. Gone: always.
+    """
+    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
 def below_autograd(recording: bool) -> AbstractContextManager[object]:

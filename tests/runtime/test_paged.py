@@ -229,6 +229,17 @@ def test_tensors_that_wrap_others(served: Runtime, seed: int) -> None:
         assert relative_error(out.inner, want) <= 2e-6
 
 
+def test_tangents_are_refused_not_dropped(runtime: Runtime) -> None:
+    from torch.autograd import forward_ad
+
+    cache, config, q = Cache([100, 33], 16), AttentionConfig(scale=0.1), torch.randn(2, HEADS, 1, HEAD_DIM)
+    runtime.paged_attention(q, cache.k, cache.v, config, cache.table, cache.lengths)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            runtime.paged_attention(dual, cache.k, cache.v, config, cache.table, cache.lengths)
+
+
 def test_calls_are_counted(runtime: Runtime) -> None:
     def counted() -> int:
         return sum(row.calls for row in runtime.stats().engines if row.reason.startswith("a paged cache"))
