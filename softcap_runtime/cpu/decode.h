@@ -19,6 +19,9 @@ namespace softcap {
 // Rows (query heads of a group times query rows) that are always taken here, and at most. Keys whose logits are made at
 // once, at most, and the bytes of theirs that make fewer do.
 constexpr int64_t FEW_ROWS = 8, MOST_ROWS = 64, DECODE_STEP = 64, STEP_BYTES = 8192;
+// Keys that a page holds at the least; the shift of a run that is a whole step.
+constexpr int64_t FEWEST = 16, LONGEST_RUN = 6;
+static_assert(1 << LONGEST_RUN == DECODE_STEP, "a step is one run at most");
 // Keys whose products are summed side by side, for sums enough to hide the adders' latency.
 constexpr int TOGETHER = 4;
 // Rows that are taken at once, so that their sums stay in registers.
@@ -36,16 +39,21 @@ template <class T>
 using QueryWord = float;
 #endif
 
-// Rows of keys or values that are needed next.
-struct Ahead {
-  const char* base;
-  int64_t stride, rows;  // in bytes; rows that there are
-  bool near;             // into the first cache, not the second
+// Rows of keys or values of one head, for one step: `count` of them, in runs of `1 << shift` that lie in a page each.
+struct Rows {
+  const char* starts[DECODE_STEP / FEWEST];  // where row 0 would be if all lay as run i does
+  int64_t offset;                            // of the head, in bytes
+  int64_t stride, shift, count;              // in bytes; rows
+  bool near;                                 // fetch into the first cache, not the second
+  template <class T = char>
+  const T* at(int64_t row) const {
+    return reinterpret_cast<const T*>(starts[row >> shift] + offset + row * stride);
+  }
   // Bytes [from, to) of a row. Inlined by force: GCC takes a function that only fetches for one without effects, and
   // drops its calls.
   __attribute__((always_inline)) void fetch(int64_t row, int64_t from, int64_t to) const {
-    if (row >= rows) return;
-    const char* start = base + row * stride;
+    if (row >= count) return;
+    const char* start = at(row);
     if (near)
       for (int64_t byte = from; byte < to; byte += 64) __builtin_prefetch(start + byte, 0, 3);
     else
@@ -93,15 +101,14 @@ inline void add_products(Vec (&sums)[ROWS][TOGETHER], const uint32_t* q, int64_t
 
 // Products of `ROWS` rows of q ([ROWS][ld] floats, or pairs in half of that) with keys: to[r * DECODE_STEP + j].
 template <int ROWS, class T>
-inline void dot_keys(const float* q, int64_t ld, const T* k, int64_t row_stride, int64_t keys, int64_t dim, float* to,
-                     const Ahead& ahead) {
+inline void dot_keys(const float* q, int64_t ld, const Rows& k, int64_t dim, float* to, const Rows& ahead) {
   auto query = reinterpret_cast<const QueryWord<T>*>(q);
-  for (int64_t j = 0; j < keys; j += TOGETHER) {
+  for (int64_t j = 0; j < k.count; j += TOGETHER) {
     const T* rows[TOGETHER];
     Vec sums[ROWS][TOGETHER] = {};
 #pragma GCC unroll 4
     for (int i = 0; i < TOGETHER; i++) {
-      rows[i] = k + (j + i < keys ? j + i : keys - 1) * row_stride;
+      rows[i] = k.at<T>(j + i < k.count ? j + i : k.count - 1);
       ahead.fetch(j + i, 0, dim * int64_t(sizeof(T)));
     }
     int64_t d = 0;
@@ -114,14 +121,15 @@ inline void dot_keys(const float* q, int64_t ld, const T* k, int64_t row_stride,
 
 // out[r] += sum_j w[r][j] v_j for the elements [d, d + WIDE * TIMES); `count` of the first WIDE are there.
 template <int ROWS, int TIMES, class T>
-inline void add_values(float* out, int64_t ld, const float* w, const T* v, int64_t row_stride, int64_t keys,
-                       int64_t count, const Ahead& ahead, int64_t d) {
+inline void add_values(float* out, int64_t ld, const float* w, const Rows& v, int64_t count, const Rows& ahead,
+                       int64_t d) {
   Vec sums[ROWS][2 * TIMES] = {};
-  for (int64_t j = 0; j < keys; j++) {
+  for (int64_t j = 0; j < v.count; j++) {
+    const T* row = v.at<T>(j) + d;
     ahead.fetch(j, d * int64_t(sizeof(T)), (d + WIDE * TIMES) * int64_t(sizeof(T)));
 #pragma GCC unroll 4
     for (int i = 0; i < TIMES; i++) {
-      Halves x = halves(v + j * row_stride + d + i * WIDE, count);
+      Halves x = halves(row + i * WIDE, count);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; r++) {
         sums[r][2 * i] += x.first * w[r * DECODE_STEP + j];
@@ -148,11 +156,12 @@ inline IVec kept_lanes(const int32_t* kept, int64_t count) {
 
 // `ROWS` rows from `q` on, keys [first, first + keys): logits, weights, sums.
 template <int ROWS, class T>
-inline void decode_step(const Problem& p, const Softcap& c, const float* q, int64_t ld, const T* k, const T* v,
-                        int64_t first, int64_t keys, const Ahead& values, const Ahead& next_keys, const int32_t* lo,
-                        const int32_t* hi, const int32_t* kept, float* out, float* total, float* peak) {
+inline void decode_step(const Problem& p, const Softcap& c, const float* q, int64_t ld, const Rows& k, const Rows& v,
+                        int64_t first, const Rows& values, const Rows& next_keys, const int32_t* lo, const int32_t* hi,
+                        const int32_t* kept, float* out, float* total, float* peak) {
   alignas(64) float w[ROWS * DECODE_STEP];
-  dot_keys<ROWS>(q, ld, k, p.k.row, keys, p.dim, w, values);
+  const int64_t keys = k.count;
+  dot_keys<ROWS, T>(q, ld, k, p.dim, w, values);
   for (int r = 0; r < ROWS; r++) {
     float* x = w + r * DECODE_STEP;
     IVec from = splat(lo[r]), to = splat(hi[r]);
@@ -184,8 +193,8 @@ inline void decode_step(const Problem& p, const Softcap& c, const float* q, int6
   }
   int64_t d = 0;
   for (; d + 2 * WIDE <= p.dim; d += 2 * WIDE)
-    add_values<ROWS, 2>(out, ld, w, v, p.v.row, keys, WIDE, next_keys, d);
-  for (; d < p.dim; d += WIDE) add_values<ROWS, 1>(out, ld, w, v, p.v.row, keys, p.dim - d, next_keys, d);
+    add_values<ROWS, 2, T>(out, ld, w, v, WIDE, next_keys, d);
+  for (; d < p.dim; d += WIDE) add_values<ROWS, 1, T>(out, ld, w, v, p.dim - d, next_keys, d);
 }
 
 
@@ -224,37 +233,43 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
   int64_t step_keys = STEP_BYTES / (p.dim * int64_t(sizeof(T))) / LANES * LANES;
   const bool near = p.near && step_keys > 0 && (t.table || (p.k.row == p.dim && p.v.row == p.dim));
   if (!near || step_keys > DECODE_STEP) step_keys = DECODE_STEP;
-  // Keys [j, j + keys) of one head, one page.
-  auto keys_from = [&](int64_t j) {
-    int64_t keys = to - j < step_keys ? to - j : step_keys;
-    return t.table && keys > p.page_size - j % p.page_size ? p.page_size - j % p.page_size : keys;
+  // A step from key j: whole pages, several where they are short, or the rest of one.
+  auto rows_at = [&](const void* base, const Strides& strides, int64_t j) {
+    Rows rows{{}, 0, strides.row * int64_t(sizeof(T)), LONGEST_RUN, to - j < step_keys ? to - j : step_keys, near};
+    if (rows.count <= 0) return Rows{};
+    if (t.table) {
+      int64_t rest = p.page_size - j % p.page_size;
+      if (rest < p.page_size || p.page_size >= DECODE_STEP)
+        rows.count = rest < rows.count ? rest : rows.count;
+      else
+        rows.shift = __builtin_ctzll(p.page_size);
+    }
+    for (int64_t run = 0; run << rows.shift < rows.count; run++)
+      rows.starts[run] = key_at(base, p, t, strides, batch, 0, j + (run << rows.shift)) - (run << rows.shift) * rows.stride;
+    return rows;
   };
-  auto ahead = [&](const void* base, const Strides& strides, int64_t head, int64_t j) {
-    return Ahead{key_at(base, p, t, strides, batch, head, j), strides.row * int64_t(sizeof(T)), keys_from(j), near};
-  };
-  for (int64_t j = from, keys; j < to; j += keys) {
-    keys = keys_from(j);
+  const Rows none{};
+  for (Rows k = rows_at(t.k, p.k, from); k.count > 0;) {
+    const int64_t j = from;
+    from += k.count;
+    Rows v = rows_at(t.v, p.v, j), next = rows_at(t.k, p.k, from);
     // The next step's rows may lie in other pages of memory, whose addresses take as long to find as a line to come.
-    if (near && j + keys < to) {
-      Ahead next[] = {ahead(t.k, p.k, 0, j + keys), ahead(t.v, p.v, 0, j + keys)};
-      for (const Ahead& rows : next)
-        for (int64_t row = 0; row < rows.rows; row++) rows.fetch(row, 0, 1);
+    if (near) {
+      const Rows both[] = {next, rows_at(t.v, p.v, from)};
+      for (const Rows& rows : both)
+        for (int64_t row = 0; row < rows.count; row++) rows.fetch(row, 0, 1);
     }
     for (int64_t head = 0; head < p.kv_heads; head++) {
-      Ahead values = ahead(t.v, p.v, head, j), next_keys{};
-      if (head + 1 < p.kv_heads)
-        next_keys = ahead(t.k, p.k, head + 1, j);
-      else if (j + keys < to)
-        next_keys = ahead(t.k, p.k, 0, j + keys);
-      const T* k = reinterpret_cast<const T*>(key_at(t.k, p, t, p.k, batch, head, j));
-      const T* v = reinterpret_cast<const T*>(values.base);
+      v.offset = head * p.v.head * int64_t(sizeof(T));
+      k.offset = head * p.k.head * int64_t(sizeof(T));
+      Rows ahead = head + 1 < p.kv_heads ? k : next;
+      if (head + 1 < p.kv_heads) ahead.offset += p.k.head * int64_t(sizeof(T));
       PartialSums own(sums + head * step, rows, ld);
       for (int64_t r = 0; r < rows;) {
         auto take = [&](auto step, int64_t count) {
-          step(p, cap, queries + (head * rows + r) * ld, ld, k, v, j, keys, values, next_keys, lo + r, hi + r, kept,
-               own.out + r * ld, own.total + r, own.peak + r);
+          step(p, cap, queries + (head * rows + r) * ld, ld, k, v, j, r == 0 ? v : none, r == 0 ? ahead : none, lo + r,
+               hi + r, kept, own.out + r * ld, own.total + r, own.peak + r);
           r += count;
-          values.rows = next_keys.rows = 0;  // fetched
         };
         if (ROWS_AT_ONCE == 4 && rows - r >= 4)
           take(decode_step<ROWS_AT_ONCE, T>, 4);
@@ -264,6 +279,7 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
           take(decode_step<1, T>, 1);
       }
     }
+    k = next;
   }
 }
 
