@@ -89,13 +89,13 @@ def tile_of(turn, heads):
 
 
 @gluon.jit
-def batch_and_head(place, B, H, BAND: gl.constexpr):
-    """Batch row and head at a place among all heads. With intervals the batch rows take turns, so that no program has
-    all its tiles of one with much padding."""
+def head_at(place, B, H, BAND: gl.constexpr):
+    """The head, of all batch rows' H, at a place. With intervals the batch rows take turns, so that no program has all
+    its tiles of one with much padding."""
     if BAND:
-        return place // H, place % H
+        return place
     else:
-        return place % B, place // B
+        return place % B * H + place // B
 
 
 @gluon.jit

@@ -27,11 +27,11 @@ from softcap_runtime.cuda.gluon.common import (
     SECOND,
     THIRD,
     advance,
-    batch_and_head,
     block_at,
     capped,
     exp2,
     fixed_weights,
+    head_at,
     kept_bits,
     kept_columns,
     kept_numbers,
@@ -68,7 +68,9 @@ def _produce(
     for turn in range(0, gl.cdiv(tiles, gl.num_programs(0))):
         tile, place, among = tile_of(turn, B * Hq)
         if tile < tiles:
-            b, h = batch_and_head(among, B, Hq, BAND)
+            head = head_at(among, B, Hq, BAND)
+            b = head // Hq
+            h = head % Hq
             hk = h // G
             start = (blocks - 1 - place) * ROWS
             kept_at = kept_row(b, slo_b, Skv)
@@ -167,7 +169,9 @@ def _consume(
     for turn in range(0, gl.cdiv(tiles, gl.num_programs(0))):
         tile, place, among = tile_of(turn, B * Hq)
         if tile < tiles:
-            b, h = batch_and_head(among, B, Hq, BAND)
+            head = head_at(among, B, Hq, BAND)
+            b = head // Hq
+            h = head % Hq
             block = (blocks - 1 - place) * ROWS
             kept_at = kept_row(b, slo_b, Skv)
             first, full_first, clean, full_end, end = key_blocks(
@@ -253,7 +257,7 @@ def _consume(
             else:
                 top = gl.full([M], 0.0, gl.float32, ROW_L) + reference
             lse = gl.where(seen, (gl.log2(l) + top) * LN2, float("-inf"))
-            gl.store(Lse + (b * Hq + h).to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
+            gl.store(Lse + head.to(gl.int64) * Sq + rows, lse, mask=rows < Sq)
             if TOTAL:
                 share = gl.where(seen, 1.0 / gl.convert_layout(gl.max(total, axis=1), ROW_L), 0.0)
             else:
