@@ -81,7 +81,7 @@ def _kind(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor
         return None
     device = q.device
     on_cpu = device.type == "cpu"
-    if in_forward_mode() or (on_cpu and (interpreters_active() or torch.compiler.is_compiling())):
+    if interpreters_active() or torch.compiler.is_compiling() if on_cpu else in_forward_mode():
         return None
     for x in tensors:
         if x.device != device or x.layout is not torch.strided or x.is_nested or x.is_neg():
@@ -125,10 +125,10 @@ def _on_gpu(
         raise ValueError("k, v: last stride above 1, expected pages whose heads are contiguous")
     if pages.k.is_neg() or pages.v.is_neg() or not all(map(is_numbers_alone, (q, *pages, cu_seqlens_q))):
         return None
-    like = _as_on_gpu(q, pages, cu_seqlens_q)
+    like = _as_on_gpu(q, pages, None)[:4]
     problem = _problem(runtime, q, like[1], config)
     run = bind_paged(
-        *like[:4],
+        *like,
         ragged=cu_seqlens_q is not None,
         kernels=blocked_cuda.GpuKernelsOf(runtime.supply.kernels(problem, paged=True), q.device.index),
         scale=config.scale,
@@ -195,7 +195,7 @@ def _as_read(
 def _integers(x: Tensor) -> Tensor:
     if x.dtype in _READ and x.stride(-1) == 1:
         return x
-    return x.to(torch.int32).contiguous()
+    return _int32(x)
 
 
 def gathered(

@@ -4,10 +4,10 @@
 // A part of the keys gives sum_j w_j v_j, sum_j w_j and the reference of its weights; parts are added in order. A task
 // walks over its keys step by step, all key heads of a step before the next: in a cache [B, S, H, D] those are
 // neighbours. While it multiplies a step's keys it fetches their values, and with the values the next keys: into the
-// second cache, by long steps; or into the first, with steps short enough for both to stay there. Which is faster is the
-// machine's: into the second the same keys took 1.1 to 1.7 times as long on a core of Zen 5 (48 KiB), 0.5 times on one of
-// Zen 4 (32 KiB). Long rows, and rows that lie apart in one long run, which fall on few sets of the first cache, always
-// go to the second.
+// second cache, by long steps; or into the first, with steps short enough for both to stay there. Which is faster, a
+// build measures: into the second the same keys took 1.1 to 1.7 times as long on a core of Zen 5 (48 KiB), 0.5 times on
+// one of Zen 4 (32 KiB). Long rows, and rows that lie apart in one long run, which fall on few sets of the first cache,
+// always go to the second.
 #pragma once
 
 #include <type_traits>
@@ -244,25 +244,25 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
       else
         rows.shift = __builtin_ctzll(p.page_size);
     }
-    for (int64_t run = 0; run << rows.shift < rows.count; run++)
-      rows.starts[run] = key_at(base, p, t, strides, batch, 0, j + (run << rows.shift)) - (run << rows.shift) * rows.stride;
+    for (int64_t run = 0; run << rows.shift < rows.count; run++) {
+      int64_t first = run << rows.shift;
+      rows.starts[run] = key_at(base, p, t, strides, batch, 0, j + first) - first * rows.stride;
+    }
     return rows;
   };
   const Rows none{};
-  for (Rows k = rows_at(t.k, p.k, from); k.count > 0;) {
+  for (Rows k = rows_at(t.k, p.k, from), v = rows_at(t.v, p.v, from); k.count > 0;) {
     const int64_t j = from;
     from += k.count;
-    Rows v = rows_at(t.v, p.v, j), next = rows_at(t.k, p.k, from);
+    const Rows next[] = {rows_at(t.k, p.k, from), rows_at(t.v, p.v, from)};
     // The next step's rows may lie in other pages of memory, whose addresses take as long to find as a line to come.
-    if (near) {
-      const Rows both[] = {next, rows_at(t.v, p.v, from)};
-      for (const Rows& rows : both)
+    if (near)
+      for (const Rows& rows : next)
         for (int64_t row = 0; row < rows.count; row++) rows.fetch(row, 0, 1);
-    }
     for (int64_t head = 0; head < p.kv_heads; head++) {
       v.offset = head * p.v.head * int64_t(sizeof(T));
       k.offset = head * p.k.head * int64_t(sizeof(T));
-      Rows ahead = head + 1 < p.kv_heads ? k : next;
+      Rows ahead = head + 1 < p.kv_heads ? k : next[0];
       if (head + 1 < p.kv_heads) ahead.offset += p.k.head * int64_t(sizeof(T));
       PartialSums own(sums + head * step, rows, ld);
       for (int64_t r = 0; r < rows;) {
@@ -279,7 +279,7 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
           take(decode_step<1, T>, 1);
       }
     }
-    k = next;
+    k = next[0], v = next[1];
   }
 }
 
