@@ -2,12 +2,11 @@
 // lie, and long keys are split over threads.
 //
 // A part of the keys gives sum_j w_j v_j, sum_j w_j and the reference of its weights; parts are added in order. A task
-// walks over its keys step by step, all key heads of a step before the next: in a cache [B, S, H, D] those are
-// neighbours. While it multiplies a step's keys it fetches their values, and with the values the next keys: into the
-// second cache, by long steps; or into the first, with steps short enough for both to stay there. Which is faster, a
-// build measures: into the second the same keys took 1.1 to 1.7 times as long on a core of Zen 5 (48 KiB), 0.5 times on
-// one of Zen 4 (32 KiB). Long rows, and rows that lie apart in one long run, which fall on few sets of the first cache,
-// always go to the second.
+// walks over its keys step by step; where the heads of a key lie side by side, as in a cache [B, S, H, D], it takes
+// several of them in a step, else one head after the other. While it multiplies the keys of a step it fetches the values
+// of the next one, and with the values the next keys, both in the order in which they lie: out of order, the same keys
+// took 1.4 times as long on a core of Zen 3, as processors foresee what is read in order. How long a step is best,
+// and whether it is fetched into the first or the second cache, a build measures: see Fetch.
 #pragma once
 
 #include <type_traits>
@@ -16,9 +15,12 @@
 
 namespace softcap {
 
+// How keys and values are fetched. Long steps are of DECODE_STEP keys, short ones of STEP_BYTES bytes.
+enum Fetch : int64_t { LONG_TO_SECOND = 0, SHORT_TO_FIRST = 1, SHORT_TO_SECOND = 2, FETCHES = 3 };
+
 // Rows (query heads of a group times query rows) that are always taken here, and at most. Keys whose logits are made at
-// once, at most, and the bytes of theirs that make fewer do.
-constexpr int64_t FEW_ROWS = 8, MOST_ROWS = 64, DECODE_STEP = 64, STEP_BYTES = 8192;
+// once, at most, and the bytes of theirs in a short step. Heads of a key that are taken together.
+constexpr int64_t FEW_ROWS = 8, MOST_ROWS = 64, DECODE_STEP = 64, STEP_BYTES = 8192, HEADS_TOGETHER = 4;
 // Keys that a page holds at the least; the shift of a run that is a whole step.
 constexpr int64_t FEWEST = 16, LONGEST_RUN = 6;
 static_assert(1 << LONGEST_RUN == DECODE_STEP, "a step is one run at most");
@@ -39,26 +41,43 @@ template <class T>
 using QueryWord = float;
 #endif
 
-// Rows of keys or values of one head, for one step: `count` of them, in runs of `1 << shift` that lie in a page each.
+// Rows of keys or values, for one step: `count` of them, in runs of `1 << shift` that lie in a page each.
 struct Rows {
   const char* starts[DECODE_STEP / FEWEST];  // where row 0 would be if all lay as run i does
   int64_t offset;                            // of the head, in bytes
   int64_t stride, shift, count;              // in bytes; rows
-  bool near;                                 // fetch into the first cache, not the second
   template <class T = char>
   const T* at(int64_t row) const {
     return reinterpret_cast<const T*>(starts[row >> shift] + offset + row * stride);
   }
-  // Bytes [from, to) of a row. Inlined by force: GCC takes a function that only fetches for one without effects, and
-  // drops its calls.
-  __attribute__((always_inline)) void fetch(int64_t row, int64_t from, int64_t to) const {
-    if (row >= count) return;
-    const char* start = at(row);
-    if (near)
-      for (int64_t byte = from; byte < to; byte += 64) __builtin_prefetch(start + byte, 0, 3);
+};
+
+// Rows of a step to come, `heads` pieces of `bytes` bytes each, fetched bit by bit in the order in which they lie.
+class Ahead {
+ public:
+  Ahead() : rows_{}, heads_(1), bytes_(0), step_(0), head_(0), row_(0), byte_(0), first_(false) {}
+  // From piece `begin` on; heads lie `step` bytes apart. Into the first cache, or the second.
+  Ahead(const Rows& rows, int64_t heads, int64_t bytes, int64_t step, int64_t begin, bool first)
+      : rows_(rows), heads_(heads), bytes_(bytes), step_(step), head_(begin % heads), row_(begin / heads), byte_(0),
+        first_(first) {}
+  // The next `bytes` bytes, or what is left of a piece. Inlined by force: GCC takes a function that only fetches for
+  // one without effects, and drops its calls.
+  __attribute__((always_inline)) void fetch(int64_t bytes) {
+    if (row_ >= rows_.count) return;
+    const char* from = rows_.at(row_) + head_ * step_ + byte_;
+    if (first_)
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte, 0, 3);
     else
-      for (int64_t byte = from; byte < to; byte += 64) __builtin_prefetch(start + byte, 0, 2);
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+    if ((byte_ += bytes) < bytes_) return;
+    byte_ = 0;
+    if (++head_ == heads_) head_ = 0, row_++;
   }
+
+ private:
+  Rows rows_;
+  int64_t heads_, bytes_, step_, head_, row_, byte_;
+  bool first_;
 };
 
 // sums[r][i] += q_r * k_i for the elements [d, d + WIDE); `count` of them are there.
@@ -101,7 +120,7 @@ inline void add_products(Vec (&sums)[ROWS][TOGETHER], const uint32_t* q, int64_t
 
 // Products of `ROWS` rows of q ([ROWS][ld] floats, or pairs in half of that) with keys: to[r * DECODE_STEP + j].
 template <int ROWS, class T>
-inline void dot_keys(const float* q, int64_t ld, const Rows& k, int64_t dim, float* to, const Rows& ahead) {
+inline void dot_keys(const float* q, int64_t ld, const Rows& k, int64_t dim, float* to, Ahead ahead) {
   auto query = reinterpret_cast<const QueryWord<T>*>(q);
   for (int64_t j = 0; j < k.count; j += TOGETHER) {
     const T* rows[TOGETHER];
@@ -109,7 +128,7 @@ inline void dot_keys(const float* q, int64_t ld, const Rows& k, int64_t dim, flo
 #pragma GCC unroll 4
     for (int i = 0; i < TOGETHER; i++) {
       rows[i] = k.at<T>(j + i < k.count ? j + i : k.count - 1);
-      ahead.fetch(j + i, 0, dim * int64_t(sizeof(T)));
+      ahead.fetch(dim * int64_t(sizeof(T)));
     }
     int64_t d = 0;
     for (; d + WIDE <= dim; d += WIDE) add_products<ROWS>(sums, query, ld, rows, d, WIDE);
@@ -121,12 +140,12 @@ inline void dot_keys(const float* q, int64_t ld, const Rows& k, int64_t dim, flo
 
 // out[r] += sum_j w[r][j] v_j for the elements [d, d + WIDE * TIMES); `count` of the first WIDE are there.
 template <int ROWS, int TIMES, class T>
-inline void add_values(float* out, int64_t ld, const float* w, const Rows& v, int64_t count, const Rows& ahead,
+inline void add_values(float* out, int64_t ld, const float* w, const Rows& v, int64_t count, Ahead& ahead,
                        int64_t d) {
   Vec sums[ROWS][2 * TIMES] = {};
   for (int64_t j = 0; j < v.count; j++) {
     const T* row = v.at<T>(j) + d;
-    ahead.fetch(j, d * int64_t(sizeof(T)), (d + WIDE * TIMES) * int64_t(sizeof(T)));
+    ahead.fetch(WIDE * TIMES * int64_t(sizeof(T)));
 #pragma GCC unroll 4
     for (int i = 0; i < TIMES; i++) {
       Halves x = halves(row + i * WIDE, count);
@@ -157,11 +176,11 @@ inline IVec kept_lanes(const int32_t* kept, int64_t count) {
 // `ROWS` rows from `q` on, keys [first, first + keys): logits, weights, sums.
 template <int ROWS, class T>
 inline void decode_step(const Problem& p, const Softcap& c, const float* q, int64_t ld, const Rows& k, const Rows& v,
-                        int64_t first, const Rows& values, const Rows& next_keys, const int32_t* lo, const int32_t* hi,
+                        int64_t first, const Ahead& next_values, Ahead next_keys, const int32_t* lo, const int32_t* hi,
                         const int32_t* kept, float* out, float* total, float* peak) {
   alignas(64) float w[ROWS * DECODE_STEP];
   const int64_t keys = k.count;
-  dot_keys<ROWS, T>(q, ld, k, p.dim, w, values);
+  dot_keys<ROWS, T>(q, ld, k, p.dim, w, next_values);
   for (int r = 0; r < ROWS; r++) {
     float* x = w + r * DECODE_STEP;
     IVec from = splat(lo[r]), to = splat(hi[r]);
@@ -230,12 +249,16 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
     std::memset(own.out, 0, rows * (ld + 1) * sizeof(float));
     for (int64_t r = 0; r < rows; r++) own.peak[r] = cap.bounded ? 0 : -INFINITY;
   }
-  int64_t step_keys = STEP_BYTES / (p.dim * int64_t(sizeof(T))) / LANES * LANES;
-  const bool near = p.near && step_keys > 0 && (t.table || (p.k.row == p.dim && p.v.row == p.dim));
-  if (!near || step_keys > DECODE_STEP) step_keys = DECODE_STEP;
+  // Heads that lie side by side are taken together, through the second cache.
+  const bool together = p.k.head < p.k.row && p.v.head < p.v.row;
+  const int64_t bytes = p.dim * int64_t(sizeof(T)), most = together ? HEADS_TOGETHER : 1;
+  int64_t step_keys = STEP_BYTES / bytes / LANES * LANES;
+  if (step_keys == 0 || step_keys > DECODE_STEP || (p.fetch == LONG_TO_SECOND && !together)) step_keys = DECODE_STEP;
+  const bool to_first = p.fetch == SHORT_TO_FIRST && !together && step_keys * bytes <= STEP_BYTES;
   // A step from key j: whole pages, several where they are short, or the rest of one.
-  auto rows_at = [&](const void* base, const Strides& strides, int64_t j) {
-    Rows rows{{}, 0, strides.row * int64_t(sizeof(T)), LONGEST_RUN, to - j < step_keys ? to - j : step_keys, near};
+  auto rows_at = [&](const void* base, const Strides& strides, int64_t head, int64_t j) {
+    Rows rows{{}, head * strides.head * int64_t(sizeof(T)), strides.row * int64_t(sizeof(T)), LONGEST_RUN,
+              to - j < step_keys ? to - j : step_keys};
     if (rows.count <= 0) return Rows{};
     if (t.table) {
       int64_t rest = p.page_size - j % p.page_size;
@@ -250,36 +273,35 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
     }
     return rows;
   };
-  const Rows none{};
-  for (Rows k = rows_at(t.k, p.k, from), v = rows_at(t.v, p.v, from); k.count > 0;) {
-    const int64_t j = from;
-    from += k.count;
-    const Rows next[] = {rows_at(t.k, p.k, from), rows_at(t.v, p.v, from)};
-    // The next step's rows may lie in other pages of memory, whose addresses take as long to find as a line to come.
-    if (near)
-      for (const Rows& rows : next)
-        for (int64_t row = 0; row < rows.count; row++) rows.fetch(row, 0, 1);
-    for (int64_t head = 0; head < p.kv_heads; head++) {
-      v.offset = head * p.v.head * int64_t(sizeof(T));
-      k.offset = head * p.k.head * int64_t(sizeof(T));
-      Rows ahead = head + 1 < p.kv_heads ? k : next[0];
-      if (head + 1 < p.kv_heads) ahead.offset += p.k.head * int64_t(sizeof(T));
-      PartialSums own(sums + head * step, rows, ld);
-      for (int64_t r = 0; r < rows;) {
-        auto take = [&](auto step, int64_t count) {
-          step(p, cap, queries + (head * rows + r) * ld, ld, k, v, j, r == 0 ? v : none, r == 0 ? ahead : none, lo + r,
-               hi + r, kept, own.out + r * ld, own.total + r, own.peak + r);
-          r += count;
-        };
-        if (ROWS_AT_ONCE == 4 && rows - r >= 4)
-          take(decode_step<ROWS_AT_ONCE, T>, 4);
-        else if (rows - r >= 2)
-          take(decode_step<2, T>, 2);
-        else
-          take(decode_step<1, T>, 1);
+  const Ahead none;
+  for (int64_t head = 0; head < p.kv_heads; head += most) {
+    const int64_t heads = p.kv_heads - head < most ? p.kv_heads - head : most;
+    int64_t j = from;
+    for (Rows k = rows_at(t.k, p.k, head, j), v = rows_at(t.v, p.v, head, j); k.count > 0;) {
+      const Rows next_k = rows_at(t.k, p.k, head, j + k.count), next_v = rows_at(t.v, p.v, head, j + k.count);
+      const int64_t count = k.count, k_step = p.k.head * int64_t(sizeof(T)), v_step = p.v.head * int64_t(sizeof(T));
+      for (int64_t n = 0; n < heads; n++, k.offset += k_step, v.offset += v_step) {
+        const int64_t place = head + n, share = n * next_k.count;
+        const Ahead keys(next_k, heads, bytes, k_step, share, to_first);
+        const Ahead values(next_v, heads, bytes, v_step, share, to_first);
+        PartialSums own(sums + place * step, rows, ld);
+        for (int64_t r = 0; r < rows;) {
+          auto take = [&](auto step, int64_t many) {
+            step(p, cap, queries + (place * rows + r) * ld, ld, k, v, j, r == 0 ? values : none, r == 0 ? keys : none,
+                 lo + r, hi + r, kept, own.out + r * ld, own.total + r, own.peak + r);
+            r += many;
+          };
+          if (ROWS_AT_ONCE == 4 && rows - r >= 4)
+            take(decode_step<ROWS_AT_ONCE, T>, 4);
+          else if (rows - r >= 2)
+            take(decode_step<2, T>, 2);
+          else
+            take(decode_step<1, T>, 1);
+        }
       }
+      j += count;
+      k = next_k, v = next_v;
     }
-    k = next[0], v = next[1];
   }
 }
 

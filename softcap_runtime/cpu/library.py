@@ -56,7 +56,7 @@ _PROBE = (
     "try: ctypes.CDLL('libgomp.so.1', ctypes.RTLD_GLOBAL)\n"
     "except OSError: pass\n"
     "library = ctypes.CDLL(sys.argv[1])\n"
-    "print(library.softcap_arithmetic(), library.softcap_near(), file=open(sys.argv[2], 'w'))"
+    "print(library.softcap_arithmetic(), library.softcap_fetch(), file=open(sys.argv[2], 'w'))"
 )
 
 
@@ -65,7 +65,7 @@ class Library(NamedTuple):
     attention.cpp.
 
     As its build measured on this machine, ``arithmetic``: what multiplies bfloat16 fastest (1 float32, 2 pairs, 3
-    tiles); ``near``: whether decoding is faster where it fetches keys into the first cache (1), not the second (0).
+    tiles); ``fetch``: how decoding fetches keys and values fastest (see Fetch in decode.h).
     """
 
     forward: Any
@@ -73,7 +73,7 @@ class Library(NamedTuple):
     backward: Any
     intervals: Any
     arithmetic: int
-    near: int
+    fetch: int
 
 
 class CpuLibrary(NamedTuple):
@@ -100,8 +100,8 @@ class CpuLibrary(NamedTuple):
             (folder / "kernel.so").write_bytes(library)
             return [sys.executable, "-I", "-c", _PROBE, str(folder / "kernel.so"), str(folder / "measured")]
 
-        arithmetic, near = map(int, build.built_by(name, probe, "measured").split())
-        return json.dumps({"arithmetic": arithmetic, "near": near}).encode() + b"\n" + library
+        arithmetic, fetch = map(int, build.built_by(name, probe, "measured").split())
+        return json.dumps({"arithmetic": arithmetic, "fetch": fetch}).encode() + b"\n" + library
 
     def provenance(self) -> Mapping[str, str]:
         """The C++ compiler."""
@@ -112,7 +112,7 @@ class CpuLibrary(NamedTuple):
         line, _, code = data.partition(b"\n")
         try:
             measured = json.loads(line)
-            arithmetic, near = int(measured["arithmetic"]), int(measured["near"])
+            arithmetic, fetch = int(measured["arithmetic"]), int(measured["fetch"])
         except (KeyError, TypeError, ValueError):
             raise SoftcapRuntimeError(
                 "the library of kernel attention is not what this version writes; run: softcap-runtime clear"
@@ -132,7 +132,7 @@ class CpuLibrary(NamedTuple):
         tokens: list[type[ctypes._SimpleCData[Any]]] = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         intervals.argtypes = [*tokens, *tokens, *[ctypes.c_int64] * 5, *[ctypes.c_void_p] * 2]
         intervals.restype = ctypes.c_int64
-        return Library(forward, paged, backward, intervals, arithmetic, near)
+        return Library(forward, paged, backward, intervals, arithmetic, fetch)
 
 
 def library() -> CpuLibrary:

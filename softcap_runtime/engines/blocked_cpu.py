@@ -52,7 +52,7 @@ class CpuProblem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("dtype", "batch", "heads", "kv_heads", "q_len", "kv_len", "dim")),
         *((name, ctypes.c_int64) for name in _STRIDES),
-        *((name, ctypes.c_int64) for name in ("left", "right", "edge_stride", "threads", "arithmetic", "near")),
+        *((name, ctypes.c_int64) for name in ("left", "right", "edge_stride", "threads", "arithmetic", "fetch")),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("page_size", "table_stride", "pages")),
@@ -97,7 +97,7 @@ def _described(problem: Problem, loaded: Library, threads: int, *strides: tuple[
         mask.q_len if mask.lo is not None and mask.lo.shape[0] > 1 else 0,
         threads,
         loaded.arithmetic,
-        loaded.near,
+        loaded.fetch,
         problem.scale,
         problem.softcap or 0.0,
     )

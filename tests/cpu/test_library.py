@@ -103,8 +103,8 @@ def test_another_cpu_has_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"\xff\xfe\n", "is not what this version writes; run: softcap-runtime clear"),
         (b"[1]\n", "is not what this version writes; run: softcap-runtime clear"),
         (b'{"arithmetic": null}\n', "is not what this version writes; run: softcap-runtime clear"),
-        (b'{"arithmetic": 1, "near": 0}\n', "cannot be loaded: .*; raise this process's limits .* clear"),
-        (b'{"arithmetic": 1, "near": 0}\n\x7fELF and no more', "cannot be loaded: .* clear"),
+        (b'{"arithmetic": 1, "fetch": 0}\n', "cannot be loaded: .*; raise this process's limits .* clear"),
+        (b'{"arithmetic": 1, "fetch": 0}\n\x7fELF and no more', "cannot be loaded: .* clear"),
     ],
 )
 def test_bytes_that_are_no_library(data: bytes, words: str) -> None:
@@ -117,7 +117,7 @@ def test_another_program_s_library(tmp_path: Path) -> None:
     (tmp_path / "other.c").write_text("int other(void) { return 1; }")
     command = ["gcc", "-shared", "-fPIC", "other.c", "-o", "other.so"]
     subprocess.run(command, cwd=tmp_path, check=True)
-    data = json.dumps({"arithmetic": 1, "near": 0}).encode() + b"\n" + (tmp_path / "other.so").read_bytes()
+    data = json.dumps({"arithmetic": 1, "fetch": 0}).encode() + b"\n" + (tmp_path / "other.so").read_bytes()
     with pytest.raises(SoftcapRuntimeError, match=r"^kernel attention cannot be loaded: .*softcap_forward.* clear$"):
         library().load(data)
 
