@@ -252,8 +252,8 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
   // Heads that lie side by side are taken together, through the second cache.
   const bool together = p.k.head < p.k.row && p.v.head < p.v.row;
   const int64_t bytes = p.dim * int64_t(sizeof(T)), most = together ? HEADS_TOGETHER : 1;
-  int64_t step_keys = STEP_BYTES / bytes / LANES * LANES;
-  if (step_keys == 0 || step_keys > DECODE_STEP || (p.fetch == LONG_TO_SECOND && !together)) step_keys = DECODE_STEP;
+  int64_t step_keys = STEP_BYTES < LANES * bytes ? LANES : STEP_BYTES / bytes / LANES * LANES;
+  if (step_keys > DECODE_STEP || (p.fetch == LONG_TO_SECOND && !together)) step_keys = DECODE_STEP;
   const bool to_first = p.fetch == SHORT_TO_FIRST && !together && step_keys * bytes <= STEP_BYTES;
   // A step from key j: whole pages, several where they are short, or the rest of one.
   auto rows_at = [&](const void* base, const Strides& strides, int64_t head, int64_t j) {

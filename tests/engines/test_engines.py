@@ -30,7 +30,6 @@ from support.helpers import (
 from support.rounding import logsumexp_error, output_error
 
 from softcap_runtime import AttentionConfig, Runtime, reference
-from softcap_runtime.engines import flex_cpu as flex
 from softcap_runtime.engines.engine import Call
 from softcap_runtime.masks.intervals import RowIntervals, row_intervals
 
@@ -137,17 +136,8 @@ def test_lengths_at_the_edges_of_blocks(
         check_each(tolerances, Case(Sizes(2, 4, 2, *lengths), config, {}, layout, seed), torch.float32)
 
 
-@pytest.mark.parametrize("groups", ["together", "apart"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_decoding_of_groups(
-    runtimes: dict[str, Runtime], monkeypatch: pytest.MonkeyPatch, groups: str, dtype: torch.dtype, seed: int
-) -> None:
-    """One row a head: on the CPU flex takes the heads of a group together where there is one for each thread."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 6 if groups == "together" else 7)
-    for few in ("FEW_KEYS", "FEW_HALF_KEYS"):
-        monkeypatch.setattr(flex, few, 1)
-    grouped, by_group = [], flex._bound_by_group
-    monkeypatch.setattr(flex, "_bound_by_group", lambda *of: grouped.append(of) or by_group(*of))
+def test_decoding_by_flex(runtimes: dict[str, Runtime], dtype: torch.dtype, seed: int) -> None:
     sizes, masks = Sizes(3, 8, 2, 1, 300), [{}]
     masks.append({"attention_mask": torch.arange(300) >= torch.tensor([[0], [299], [300]])})
     masks.append({"cache_lengths": torch.tensor([1, 300, 128])})
@@ -156,7 +146,6 @@ def test_decoding_of_groups(
         for given_masks, layout in itertools.product(masks, LAYOUTS):
             case = Case(sizes, config, given_masks, layout, seed)
             check(runtimes["flex"], case, dtype, FORWARD_TOLERANCE[dtype])
-    assert bool(grouped) is (groups == "together")
     q, k, v = make_qkv(sizes, dtype)
     # Bands that the operator's callers alone can make: nothing is seen.
     for left, right in ((0, 0), (300, 301), (-5, -1)):
