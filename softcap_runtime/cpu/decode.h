@@ -3,10 +3,10 @@
 //
 // A part of the keys gives sum_j w_j v_j, sum_j w_j and the reference of its weights; parts are added in order. A task
 // walks over its keys step by step; where the heads of a key lie side by side, as in a cache [B, S, H, D], it takes
-// several of them in a step, else one head after the other. While it multiplies the keys of a step it fetches the values
-// of the next one, and with the values the next keys, both in the order in which they lie: out of order, the same keys
-// took 1.4 times as long on a core of Zen 3, as processors foresee what is read in order. How long a step is best,
-// and whether it is fetched into the first or the second cache, a build measures: see Fetch.
+// several of them in a step, else one head after the other. While it multiplies the keys of a step it fetches the
+// values of the next one, and with the values the next keys, both in the order in which they lie: out of order, the
+// same keys took 1.4 times as long on a core of Zen 3, as processors foresee what is read in order. How long a step is
+// best, and whether it is fetched into the first or the second cache, a build measures: see Fetch.
 #pragma once
 
 #include <type_traits>
@@ -21,9 +21,6 @@ enum Fetch : int64_t { LONG_TO_SECOND = 0, SHORT_TO_FIRST = 1, SHORT_TO_SECOND =
 // Rows (query heads of a group times query rows) that are always taken here, and at most. Keys whose logits are made at
 // once, at most, and the bytes of theirs in a short step. Heads of a key that are taken together.
 constexpr int64_t FEW_ROWS = 8, MOST_ROWS = 64, DECODE_STEP = 64, STEP_BYTES = 8192, HEADS_TOGETHER = 4;
-// Keys that a page holds at the least; the shift of a run that is a whole step.
-constexpr int64_t FEWEST = 16, LONGEST_RUN = 6;
-static_assert(1 << LONGEST_RUN == DECODE_STEP, "a step is one run at most");
 // Keys whose products are summed side by side, for sums enough to hide the adders' latency.
 constexpr int TOGETHER = 4;
 // Rows that are taken at once, so that their sums stay in registers.
@@ -41,43 +38,57 @@ template <class T>
 using QueryWord = float;
 #endif
 
-// Rows of keys or values, for one step: `count` of them, in runs of `1 << shift` that lie in a page each.
+// Where the rows of a step's keys or values begin, of the first of the heads that are taken together.
 struct Rows {
-  const char* starts[DECODE_STEP / FEWEST];  // where row 0 would be if all lay as run i does
-  int64_t offset;                            // of the head, in bytes
-  int64_t stride, shift, count;              // in bytes; rows
-  template <class T = char>
+  const char* starts[DECODE_STEP];
+  int64_t count;
+};
+
+// Those of one of these heads, whose rows begin `offset` bytes later.
+struct HeadRows {
+  const Rows& step;
+  int64_t offset;
+  int64_t count() const { return step.count; }
+  template <class T>
   const T* at(int64_t row) const {
-    return reinterpret_cast<const T*>(starts[row >> shift] + offset + row * stride);
+    return reinterpret_cast<const T*>(step.starts[row] + offset);
   }
 };
 
 // Rows of a step to come, `heads` pieces of `bytes` bytes each, fetched bit by bit in the order in which they lie.
 class Ahead {
  public:
-  Ahead() : rows_{}, heads_(1), bytes_(0), step_(0), head_(0), row_(0), byte_(0), first_(false) {}
+  Ahead() = default;  // of nothing
   // From piece `begin` on; heads lie `step` bytes apart. Into the first cache, or the second.
   Ahead(const Rows& rows, int64_t heads, int64_t bytes, int64_t step, int64_t begin, bool first)
-      : rows_(rows), heads_(heads), bytes_(bytes), step_(step), head_(begin % heads), row_(begin / heads), byte_(0),
-        first_(first) {}
+      : rows_(&rows), heads_(heads), bytes_(bytes), step_(step), row_(begin / heads), head_(begin % heads),
+        first_(first) {
+    find();
+  }
   // The next `bytes` bytes, or what is left of a piece. Inlined by force: GCC takes a function that only fetches for
   // one without effects, and drops its calls.
   __attribute__((always_inline)) void fetch(int64_t bytes) {
-    if (row_ >= rows_.count) return;
-    const char* from = rows_.at(row_) + head_ * step_ + byte_;
+    if (left_ <= 0) return;
     if (first_)
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte, 0, 3);
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at_ + byte, 0, 3);
     else
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
-    if ((byte_ += bytes) < bytes_) return;
-    byte_ = 0;
+      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at_ + byte, 0, 2);
+    at_ += bytes;
+    if ((left_ -= bytes) > 0) return;
     if (++head_ == heads_) head_ = 0, row_++;
+    find();
   }
 
  private:
-  Rows rows_;
-  int64_t heads_, bytes_, step_, head_, row_, byte_;
-  bool first_;
+  void find() {
+    left_ = row_ < rows_->count ? bytes_ : 0;
+    if (left_) at_ = rows_->starts[row_] + head_ * step_;
+  }
+  const Rows* rows_ = nullptr;
+  int64_t heads_ = 0, bytes_ = 0, step_ = 0, row_ = 0, head_ = 0;
+  const char* at_ = nullptr;
+  int64_t left_ = 0;
+  bool first_ = false;
 };
 
 // sums[r][i] += q_r * k_i for the elements [d, d + WIDE); `count` of them are there.
@@ -120,14 +131,14 @@ inline void add_products(Vec (&sums)[ROWS][TOGETHER], const uint32_t* q, int64_t
 
 // Products of `ROWS` rows of q ([ROWS][ld] floats, or pairs in half of that) with keys: to[r * DECODE_STEP + j].
 template <int ROWS, class T>
-inline void dot_keys(const float* q, int64_t ld, const Rows& k, int64_t dim, float* to, Ahead ahead) {
+inline void dot_keys(const float* q, int64_t ld, HeadRows k, int64_t dim, float* to, Ahead ahead) {
   auto query = reinterpret_cast<const QueryWord<T>*>(q);
-  for (int64_t j = 0; j < k.count; j += TOGETHER) {
+  for (int64_t j = 0; j < k.count(); j += TOGETHER) {
     const T* rows[TOGETHER];
     Vec sums[ROWS][TOGETHER] = {};
 #pragma GCC unroll 4
     for (int i = 0; i < TOGETHER; i++) {
-      rows[i] = k.at<T>(j + i < k.count ? j + i : k.count - 1);
+      rows[i] = k.at<T>(j + i < k.count() ? j + i : k.count() - 1);
       ahead.fetch(dim * int64_t(sizeof(T)));
     }
     int64_t d = 0;
@@ -140,12 +151,13 @@ inline void dot_keys(const float* q, int64_t ld, const Rows& k, int64_t dim, flo
 
 // out[r] += sum_j w[r][j] v_j for the elements [d, d + WIDE * TIMES); `count` of the first WIDE are there.
 template <int ROWS, int TIMES, class T>
-inline void add_values(float* out, int64_t ld, const float* w, const Rows& v, int64_t count, Ahead& ahead,
+inline void add_values(float* out, int64_t ld, const float* w, HeadRows v, int64_t count, Ahead& ahead,
                        int64_t d) {
   Vec sums[ROWS][2 * TIMES] = {};
-  for (int64_t j = 0; j < v.count; j++) {
+  Ahead next = ahead;  // in registers
+  for (int64_t j = 0; j < v.count(); j++) {
     const T* row = v.at<T>(j) + d;
-    ahead.fetch(WIDE * TIMES * int64_t(sizeof(T)));
+    next.fetch(WIDE * TIMES * int64_t(sizeof(T)));
 #pragma GCC unroll 4
     for (int i = 0; i < TIMES; i++) {
       Halves x = halves(row + i * WIDE, count);
@@ -156,6 +168,7 @@ inline void add_values(float* out, int64_t ld, const float* w, const Rows& v, in
       }
     }
   }
+  ahead = next;
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
@@ -175,11 +188,11 @@ inline IVec kept_lanes(const int32_t* kept, int64_t count) {
 
 // `ROWS` rows from `q` on, keys [first, first + keys): logits, weights, sums.
 template <int ROWS, class T>
-inline void decode_step(const Problem& p, const Softcap& c, const float* q, int64_t ld, const Rows& k, const Rows& v,
+inline void decode_step(const Problem& p, const Softcap& c, const float* q, int64_t ld, HeadRows k, HeadRows v,
                         int64_t first, const Ahead& next_values, Ahead next_keys, const int32_t* lo, const int32_t* hi,
                         const int32_t* kept, float* out, float* total, float* peak) {
   alignas(64) float w[ROWS * DECODE_STEP];
-  const int64_t keys = k.count;
+  const int64_t keys = k.count();
   dot_keys<ROWS, T>(q, ld, k, p.dim, w, next_values);
   for (int r = 0; r < ROWS; r++) {
     float* x = w + r * DECODE_STEP;
@@ -255,40 +268,41 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
   int64_t step_keys = STEP_BYTES < LANES * bytes ? LANES : STEP_BYTES / bytes / LANES * LANES;
   if (step_keys > DECODE_STEP || (p.fetch == LONG_TO_SECOND && !together)) step_keys = DECODE_STEP;
   const bool to_first = p.fetch == SHORT_TO_FIRST && !together && step_keys * bytes <= STEP_BYTES;
-  // A step from key j: whole pages, several where they are short, or the rest of one.
-  auto rows_at = [&](const void* base, const Strides& strides, int64_t head, int64_t j) {
-    Rows rows{{}, head * strides.head * int64_t(sizeof(T)), strides.row * int64_t(sizeof(T)), LONGEST_RUN,
-              to - j < step_keys ? to - j : step_keys};
-    if (rows.count <= 0) return Rows{};
-    if (t.table) {
-      int64_t rest = p.page_size - j % p.page_size;
-      if (rest < p.page_size || p.page_size >= DECODE_STEP)
-        rows.count = rest < rows.count ? rest : rows.count;
-      else
-        rows.shift = __builtin_ctzll(p.page_size);
+  // The step from key j on.
+  auto find_rows = [&](Rows& rows, const void* base, const Strides& strides, int64_t head, int64_t j) {
+    rows.count = to - j < step_keys ? to - j : step_keys;
+    int64_t left = 0;  // of a page
+    for (int64_t row = 0; row < rows.count; row++, left--) {
+      if (left > 0) {
+        rows.starts[row] = rows.starts[row - 1] + strides.row * int64_t(sizeof(T));
+      } else {
+        rows.starts[row] = key_at(base, p, t, strides, batch, head, j + row);
+        left = t.table ? p.page_size - (j + row) % p.page_size : rows.count;
+      }
     }
-    for (int64_t run = 0; run << rows.shift < rows.count; run++) {
-      int64_t first = run << rows.shift;
-      rows.starts[run] = key_at(base, p, t, strides, batch, 0, j + first) - first * rows.stride;
-    }
-    return rows;
   };
+  const int64_t k_step = p.k.head * int64_t(sizeof(T)), v_step = p.v.head * int64_t(sizeof(T));
   const Ahead none;
+  Rows steps[2][2];  // this step's and the next one's keys and values
   for (int64_t head = 0; head < p.kv_heads; head += most) {
     const int64_t heads = p.kv_heads - head < most ? p.kv_heads - head : most;
-    int64_t j = from;
-    for (Rows k = rows_at(t.k, p.k, head, j), v = rows_at(t.v, p.v, head, j); k.count > 0;) {
-      const Rows next_k = rows_at(t.k, p.k, head, j + k.count), next_v = rows_at(t.v, p.v, head, j + k.count);
-      const int64_t count = k.count, k_step = p.k.head * int64_t(sizeof(T)), v_step = p.v.head * int64_t(sizeof(T));
-      for (int64_t n = 0; n < heads; n++, k.offset += k_step, v.offset += v_step) {
+    find_rows(steps[0][0], t.k, p.k, head, from);
+    find_rows(steps[0][1], t.v, p.v, head, from);
+    for (int64_t j = from, now = 0; j < to; j += steps[now][0].count, now = 1 - now) {
+      const Rows &k = steps[now][0], &v = steps[now][1];
+      Rows &next_k = steps[1 - now][0], &next_v = steps[1 - now][1];
+      find_rows(next_k, t.k, p.k, head, j + k.count);
+      find_rows(next_v, t.v, p.v, head, j + k.count);
+      for (int64_t n = 0; n < heads; n++) {
         const int64_t place = head + n, share = n * next_k.count;
         const Ahead keys(next_k, heads, bytes, k_step, share, to_first);
         const Ahead values(next_v, heads, bytes, v_step, share, to_first);
         PartialSums own(sums + place * step, rows, ld);
         for (int64_t r = 0; r < rows;) {
           auto take = [&](auto step, int64_t many) {
-            step(p, cap, queries + (place * rows + r) * ld, ld, k, v, j, r == 0 ? values : none, r == 0 ? keys : none,
-                 lo + r, hi + r, kept, own.out + r * ld, own.total + r, own.peak + r);
+            step(p, cap, queries + (place * rows + r) * ld, ld, HeadRows{k, n * k_step}, HeadRows{v, n * v_step}, j,
+                 r == 0 ? values : none, r == 0 ? keys : none, lo + r, hi + r, kept, own.out + r * ld, own.total + r,
+                 own.peak + r);
             r += many;
           };
           if (ROWS_AT_ONCE == 4 && rows - r >= 4)
@@ -299,8 +313,6 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
             take(decode_step<1, T>, 1);
         }
       }
-      j += count;
-      k = next_k, v = next_v;
     }
   }
 }
