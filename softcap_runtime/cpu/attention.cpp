@@ -3,12 +3,12 @@
 // For query row i and the keys j that it sees, with softmax in float32:
 //     s_ij = softcap * tanh(scale * <q_i, k_j> / softcap),  out_i = sum_j softmax_j(s_ij) v_j
 // Formula: Gemma 2 (Gemma Team, 2024), section 2. Every size, stride, cap and scale is a run-time argument; the mask is
-// a range of keys for each row, less the keys that are not kept. Relative error against float64 (Frobenius norm): float32 below 5e-7, gradients 7e-7;
-// bfloat16 below 2.5e-3 (its own rounding of the output), gradients 3.5e-3.
+// a range of keys for each row, less the keys that are not kept. Relative error against float64 (Frobenius norm):
+// float32 below 5e-7, gradients 7e-7; bfloat16 below 2.5e-3 (its own rounding of the output), gradients 3.5e-3.
 //
 // vectors.h: exponential, tanh, dtypes; products.h: matrix products; packing.h: their operands; problem.h: a call;
-// forward.h, backward.h, decode.h: the work on it; team.h: its threads; intervals.h, pages.h: masks of tokens and tables
-// of pages as ranges of keys.
+// forward.h, backward.h, decode.h (with ahead.h): the work on it; team.h: its threads; intervals.h, pages.h: masks of
+// tokens and tables of pages as ranges of keys.
 // Nothing here knows of Python or torch.
 #include "backward.h"
 #include "decode.h"

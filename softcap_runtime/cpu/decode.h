@@ -11,16 +11,14 @@
 
 #include <type_traits>
 
+#include "ahead.h"
 #include "forward.h"
 
 namespace softcap {
 
-// How keys and values are fetched. Long steps are of DECODE_STEP keys, short ones of STEP_BYTES bytes.
-enum Fetch : int64_t { LONG_TO_SECOND = 0, SHORT_TO_FIRST = 1, SHORT_TO_SECOND = 2, FETCHES = 3 };
-
-// Rows (query heads of a group times query rows) that are always taken here, and at most. Keys whose logits are made at
-// once, at most, and the bytes of theirs in a short step. Heads of a key that are taken together.
-constexpr int64_t FEW_ROWS = 8, MOST_ROWS = 64, DECODE_STEP = 64, STEP_BYTES = 8192, HEADS_TOGETHER = 4;
+// Rows (query heads of a group times query rows) that are always taken here, and at most. Heads of a key that are taken
+// together.
+constexpr int64_t FEW_ROWS = 8, MOST_ROWS = 64, HEADS_TOGETHER = 4;
 // Keys whose products are summed side by side, for sums enough to hide the adders' latency.
 constexpr int TOGETHER = 4;
 // Rows that are taken at once, so that their sums stay in registers.
@@ -37,59 +35,6 @@ using QueryWord = std::conditional_t<std::is_same_v<T, BFloat16>, uint32_t, floa
 template <class T>
 using QueryWord = float;
 #endif
-
-// Where the rows of a step's keys or values begin, of the first of the heads that are taken together.
-struct Rows {
-  const char* starts[DECODE_STEP];
-  int64_t count;
-};
-
-// Those of one of these heads, whose rows begin `offset` bytes later.
-struct HeadRows {
-  const Rows& step;
-  int64_t offset;
-  int64_t count() const { return step.count; }
-  template <class T>
-  const T* at(int64_t row) const {
-    return reinterpret_cast<const T*>(step.starts[row] + offset);
-  }
-};
-
-// Rows of a step to come, `heads` pieces of `bytes` bytes each, fetched bit by bit in the order in which they lie.
-class Ahead {
- public:
-  Ahead() = default;  // of nothing
-  // From piece `begin` on; heads lie `step` bytes apart. Into the first cache, or the second.
-  Ahead(const Rows& rows, int64_t heads, int64_t bytes, int64_t step, int64_t begin, bool first)
-      : rows_(&rows), heads_(heads), bytes_(bytes), step_(step), row_(begin / heads), head_(begin % heads),
-        first_(first) {
-    find();
-  }
-  // The next `bytes` bytes, or what is left of a piece. Inlined by force: GCC takes a function that only fetches for
-  // one without effects, and drops its calls.
-  __attribute__((always_inline)) void fetch(int64_t bytes) {
-    if (left_ <= 0) return;
-    if (first_)
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at_ + byte, 0, 3);
-    else
-      for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at_ + byte, 0, 2);
-    at_ += bytes;
-    if ((left_ -= bytes) > 0) return;
-    if (++head_ == heads_) head_ = 0, row_++;
-    find();
-  }
-
- private:
-  void find() {
-    left_ = row_ < rows_->count ? bytes_ : 0;
-    if (left_) at_ = rows_->starts[row_] + head_ * step_;
-  }
-  const Rows* rows_ = nullptr;
-  int64_t heads_ = 0, bytes_ = 0, step_ = 0, row_ = 0, head_ = 0;
-  const char* at_ = nullptr;
-  int64_t left_ = 0;
-  bool first_ = false;
-};
 
 // sums[r][i] += q_r * k_i for the elements [d, d + WIDE); `count` of them are there.
 template <int ROWS, class T>

@@ -23,6 +23,7 @@ from softcap_runtime.store.key import Key
 
 MAIN = "attention.cpp"
 HEADERS = (
+    "ahead.h",
     "backward.h",
     "decode.h",
     "forward.h",
@@ -65,7 +66,7 @@ class Library(NamedTuple):
     attention.cpp.
 
     As its build measured on this machine, ``arithmetic``: what multiplies bfloat16 fastest (1 float32, 2 pairs, 3
-    tiles); ``fetch``: how decoding fetches keys and values fastest (see Fetch in decode.h).
+    tiles); ``fetch``: how decoding fetches keys and values fastest (see Fetch in ahead.h).
     """
 
     forward: Any

@@ -20,7 +20,7 @@ struct Problem {
   int64_t edge_stride;  // from one batch row's lo and hi to the next one's; 0 where all share one
   int64_t threads;
   int64_t arithmetic;  // of products of bfloat16: 1 Single, 2 Dot, 3 Tile; one that is not here counts as 1
-  int64_t fetch;  // how decoding fetches keys and values: Fetch of decode.h
+  int64_t fetch;  // how decoding fetches keys and values: Fetch of ahead.h
   double scale, softcap;  // softcap 0: none
   int64_t page_size, table_stride, pages;  // of keys in pages, whose batch stride leads from page to page
 };
