@@ -174,7 +174,6 @@ inline void decode_step(const Problem& p, const Softcap& c, const float* q, int6
   for (; d < p.dim; d += WIDE) add_values<ROWS, 1, T>(out, ld, w, v, p.dim - d, next_keys, d);
 }
 
-
 // The sums of one task: for each row [ld] of w_j v_j, then [rows] of w_j, then [rows] references of the weights.
 struct PartialSums {
   float *out, *total, *peak;

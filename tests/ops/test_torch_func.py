@@ -64,7 +64,7 @@ def test_levels_of_torch_func(runtimes: dict[str, Runtime], engine: str, seed: i
             return grad(lambda q: run(q, k, v).pow(2).sum())(q)
 
     def batch_of_gradients(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.autograd.functional.jacobian(lambda q: run(q, k, v)[0, 0, :3], q, vectorize=True)
+        return torch.autograd.functional.jacobian(lambda q: run(q, k, v)[0, 0, -3:], q, vectorize=True)
 
     for case in (
         outer_of_vjp,
@@ -124,7 +124,8 @@ def test_torch_func_inside_a_graph(runtime: Runtime, backend: str, seed: int) ->
         return pull(out)[0]
 
     def of_jacobian(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.func.jacrev(lambda q: run(q, k, v)[0, 0, :2, :3])(q)
+        # Of rows that see many keys: over one or two, gradients cancel to almost nothing.
+        return torch.func.jacrev(lambda q: run(q, k, v)[0, 0, -2:, :3])(q)
 
     def grad_in_vmap(run: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return vmap(grad(lambda q: run(q, k, v).pow(2).sum()))(torch.stack([q, 2 * q]))
