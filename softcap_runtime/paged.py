@@ -81,7 +81,7 @@ def _kind(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor
         return None
     device = q.device
     on_cpu = device.type == "cpu"
-    if interpreters_active() or torch.compiler.is_compiling() if on_cpu else in_forward_mode():
+    if (interpreters_active() or torch.compiler.is_compiling()) if on_cpu else in_forward_mode():
         return None
     for x in tensors:
         if x.device != device or x.layout is not torch.strided or x.is_nested or x.is_neg():

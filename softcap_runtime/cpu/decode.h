@@ -6,7 +6,7 @@
 // several of them in a step, else one head after the other. While it multiplies the keys of a step it fetches the
 // values of the next one, and with the values the next keys, both in the order in which they lie: out of order, the
 // same keys took 1.4 times as long on a core of Zen 3, as processors foresee what is read in order. How long a step is
-// best, and whether it is fetched into the first or the second cache, a build measures: see Fetch.
+// best, and whether it is fetched into the first or the second cache, a build measures: see ahead.h.
 #pragma once
 
 #include <type_traits>
