@@ -261,11 +261,27 @@ def eager_errors(case: Case, wanted: tuple[Tensor, ...]) -> list[float]:
     return [relative(x, y) for x, y in zip(torch.autograd.grad(out, leaves, case.grad), wanted, strict=True)]
 
 
+def stored_output_errors(case: Case, out: Tensor, wanted: tuple[Tensor, ...]) -> list[float]:
+    """The errors of gradients that know the float64 output ``out`` only as it is stored, in the dtype of q.
+
+    They take delta, rowsum(dO * O), from it (FlashAttention-2, Dao 2023): dp - delta is off by the rounding of O.
+    """
+    q, k = case.q.double(), case.k.double()
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    tanh = torch.tanh(q @ k.mT * case.options["scale"] / case.options["softcap"])
+    weights = (tanh * case.options["softcap"]).masked_fill(~case.mask[:, None], -torch.inf).softmax(-1)
+    delta_error = (case.grad.double() * (out - out.to(case.q.dtype))).sum(-1, keepdim=True)
+    ds_error = weights * (1 - tanh**2) * delta_error * case.options["scale"]
+    dk_error = (ds_error.mT @ q).unflatten(1, (case.k.shape[1], -1)).sum(2)
+    dq, dk, _ = wanted
+    return [float((ds_error @ k).norm() / dq.norm()), float(dk_error.norm() / dk.norm()), 0.0]
+
+
 @pytest.mark.parametrize("gluon", [False, pytest.param(True, marks=on_hopper)])
 @pytest.mark.parametrize("dim", [128, 256])
 @pytest.mark.parametrize("spread", [1.0, 3.0, 10.0, 30.0])
 def test_gradients_at_saturated_logits(seed: int, spread: float, dim: int, gluon: bool) -> None:
-    """All inputs times ``spread``: never worse than eager's, whose logits bfloat16 rounds."""
+    """All inputs times ``spread``: never worse than eager's, whose logits bfloat16 rounds, and a stored output's."""
     case = make(batch=1, rows=1024, keys=1024, dim=dim, gluon=gluon)
     case = case._replace(q=case.q / 3 * spread, k=case.k * spread, v=case.v * spread)
     wide = [x.double().requires_grad_() for x in case[:3]]
@@ -275,7 +291,8 @@ def test_gradients_at_saturated_logits(seed: int, spread: float, dim: int, gluon
     found = backward(case.grad, *case[:3], mine, lse, **case.options)
     assert relative(mine, out.detach()) < 2.5e-3
     errors = [relative(x, y) for x, y in zip(found, wanted, strict=True)]
-    assert all(x < y for x, y in zip(errors, eager_errors(case, wanted), strict=True)), errors
+    allowed = zip(eager_errors(case, wanted), stored_output_errors(case, out.detach(), wanted), strict=True)
+    assert all(error < eager + stored for error, (eager, stored) in zip(errors, allowed, strict=True)), errors
 
 
 @pytest.mark.parametrize("dim", [80, 200])
