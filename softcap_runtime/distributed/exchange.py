@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
+
+from softcap_runtime.compat.torch_transforms import interpreters_active
 
 Arriving = TypeVar("Arriving")
 
@@ -48,4 +50,71 @@ def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     parts = [part for part in parts if part.shape[dim]]
     if len(parts) == 1:
         return parts[0]
-    return torch.cat([part.transpose(1, 2) for part in parts], 3 - dim).transpose(1, 2)
+    return cat([part.transpose(1, 2) for part in parts], 3 - dim).transpose(1, 2)
+
+
+def picked(pieces: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    """Pieces put together in an order, along their first dimension; the gradient is put together the same way."""
+    return cat([pieces[at] for at in order]) if len(order) != 1 else pieces[order[0]]
+
+
+def cat(pieces: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """``torch.cat``, faster for large pieces of strided tensors: see ``fill``. It waits for those that are on their
+    way; differentiable."""
+    here = (piece for piece in pieces if not isinstance(piece, collectives.AsyncCollectiveTensor))
+    if torch.compiler.is_compiling() or interpreters_active(*here):
+        return torch.cat(list(pieces), dim)
+    made: Tensor = _Cat.apply(dim, *pieces)  # type: ignore[no-untyped-call]
+    return made
+
+
+class _Cat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dim: int, *pieces: Tensor) -> Tensor:
+        ctx.dim, ctx.sizes = dim, [piece.shape[dim] for piece in pieces]
+        ctx.orders = [sorted(range(piece.dim()), key=piece.stride, reverse=True) for piece in pieces]
+        shape = list(pieces[0].shape)
+        shape[dim] = sum(ctx.sizes)
+        made = torch.empty(shape, dtype=pieces[0].dtype, device=pieces[0].device)
+        fill(made, pieces, dim)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parts = grad.split(ctx.sizes, ctx.dim)
+        if torch.is_grad_enabled():  # a second derivative follows
+            return None, *parts
+        # In the memory order of the pieces, which are views as a rule: their own derivatives then copy nothing.
+        return None, *map(_in_order, parts, ctx.orders)
+
+
+def _in_order(x: Tensor, order: list[int]) -> Tensor:
+    """x, its dimensions laid out in memory in an ``order``, the outermost first; a copy where they are not."""
+    ordered = x.permute(order)
+    if not ordered.is_contiguous():
+        made = torch.empty_like(ordered, memory_format=torch.contiguous_format)
+        fill(made, [ordered])
+        ordered = made
+    return ordered.permute([order.index(dim) for dim in range(x.dim())])
+
+
+def fill(target: Tensor, pieces: Sequence[Tensor], dim: int = 0) -> None:
+    """Write ``pieces`` one after the other along a dimension of ``target``, in words of 16 bytes where they are whole
+    ones.
+
+    torch copies strided tensors element by element: bfloat16 at 0.6 TB/s on an H200, which copies 4.
+    """
+    parts = target.split([piece.shape[dim] for piece in pieces], dim)
+    for part, piece in zip(parts, pieces, strict=True):
+        if isinstance(piece, collectives.AsyncCollectiveTensor):
+            piece = collectives.wait_tensor(piece)
+        if _is_of_words(part) and _is_of_words(piece):
+            part, piece = part.view(torch.complex128), piece.view(torch.complex128)
+        part.copy_(piece)
+
+
+def _is_of_words(x: Tensor) -> bool:
+    """Whether rows of x's last dimension are whole words of 16 bytes, each at a multiple of 16."""
+    word = 16 // x.element_size()
+    steps = (x.storage_offset(), *x.stride()[:-1], x.shape[-1])
+    return x.stride(-1) == 1 and not (x.is_neg() or x.data_ptr() % 16 or any(step % word for step in steps))

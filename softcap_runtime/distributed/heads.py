@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from softcap_runtime.distributed.context import HeadPlan, Layer
-from softcap_runtime.distributed.exchange import exchanged, in_stages, waited
-from softcap_runtime.distributed.ranges import picked
+from softcap_runtime.distributed.exchange import cat, exchanged, in_stages, picked, waited
 
 
 def attend_by_heads(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -30,7 +28,7 @@ def attend_by_heads(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # [rank, B, rows, heads, D] of each group: heads in the order of ranks, then of groups. A copy, so that what is
     # returned has been waited for.
     by_rank = zip(*(waited(out).view(shape).transpose(1, 2).unbind(0) for out in outs), strict=True)
-    return torch.cat([heads for groups in by_rank for heads in groups], 2).transpose(1, 2)
+    return cat([heads for groups in by_rank for heads in groups], 2).transpose(1, 2)
 
 
 def _head_groups(q: Tensor, k: Tensor, v: Tensor, ranks: int, stages: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -43,7 +41,7 @@ def _head_groups(q: Tensor, k: Tensor, v: Tensor, ranks: int, stages: int) -> li
 
 
 def _send_rows(q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, mesh: DeviceMesh) -> Tensor:
-    packed = torch.cat((q, k, v), 1)
+    packed = cat((q, k, v), 1)
     row = packed[0, :, :, 0].numel()
     here = packed.shape[3]
     received = [rows * row for rows in plan.rows]

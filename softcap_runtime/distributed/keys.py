@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from softcap_runtime.checks import check_no_context_parallel
 from softcap_runtime.compat.torch_transforms import interpreters_active
 from softcap_runtime.distributed.context import KeyPlan, Layer, Part
-from softcap_runtime.distributed.exchange import exchanged, in_stages, joined, waited
+from softcap_runtime.distributed.exchange import cat, exchanged, fill, in_stages, joined, waited
 from softcap_runtime.distributed.ranges import Ranges, length
 from softcap_runtime.engines.engine import empty_output
 from softcap_runtime.masks.intervals import RowIntervals
@@ -131,7 +131,7 @@ def _send_keys(layer: Layer, k: Tensor, v: Tensor) -> _Exchange:
         for part, there in zip(plan.outer_keys, keys.split(_sizes(plan.outer_keys)), strict=True):
             if not part.arrived:
                 for x, column in ((k_rows, 0), (v_rows, 1)):
-                    there[:, column].copy_(x[part.start : part.end])
+                    fill(there[:, column], [x[part.start : part.end]])
     return _Exchange(arrived, packed, work, keys)
 
 
@@ -143,9 +143,8 @@ def _start(arrived: Tensor, packed: Tensor, received: list[int], sent: list[int]
 def _packed(k_rows: Tensor, v_rows: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     """Some rows of keys and values, in this order, as they travel."""
     packed = k_rows.new_empty(length(ranges), 2, *k_rows.shape[1:])
-    if ranges:
-        for x, column in ((k_rows, 0), (v_rows, 1)):
-            torch.cat([x[start:end] for start, end in ranges], out=packed[:, column])
+    for x, column in ((k_rows, 0), (v_rows, 1)):
+        fill(packed[:, column], [x[start:end] for start, end in ranges])
     return packed
 
 
@@ -174,7 +173,7 @@ def _compute(
     with _beside(ready, q.device):
         keys, values = _outer_keys(k, v, coming, plan)
         if ahead and behind:
-            rows = torch.cat([first, last], 2)
+            rows = joined([first, last], 2)
             apart = empty_output(rows)
             lse = attend(rows, keys, values, plan.outer, apart, True)
             out_first.copy_(apart[:, :, :ahead])
@@ -226,7 +225,7 @@ def _together(k: Tensor, v: Tensor, arrived: Tensor, parts: Sequence[Part]) -> t
     if list(parts) == [Part(False, 0, k.shape[2])]:
         return k, v
     keys, values = (
-        torch.cat([(came if part.arrived else own)[part.start : part.end] for part in parts])
+        cat([(came if part.arrived else own)[part.start : part.end] for part in parts])
         for own, came in zip((_rows_first(k), _rows_first(v)), arrived.unbind(1), strict=True)
     )
     return keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)

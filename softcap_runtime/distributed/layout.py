@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 
-from softcap_runtime.distributed.ranges import Range, length, merged, pairs_of, picked
+from softcap_runtime.distributed.exchange import picked
+from softcap_runtime.distributed.ranges import Range, length, merged, pairs_of
 from softcap_runtime.masks.intervals import RowIntervals
 
 

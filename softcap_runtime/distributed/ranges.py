@@ -59,11 +59,6 @@ def placed(own: Ranges, ranges: Ranges) -> Ranges:
     return tuple(found)
 
 
-def picked(pieces: Sequence[Tensor], order: Sequence[int]) -> Tensor:
-    """Pieces put together in an order, along their first dimension; the gradient is put together the same way."""
-    return torch.cat([pieces[at] for at in order]) if len(order) != 1 else pieces[order[0]]
-
-
 def pairs_of(mask: RowIntervals, ranges: Sequence[Range]) -> list[int]:
     """How many pairs of a row and a key each range of rows sees, over the batch rows of the mask."""
     if mask.left is not None and mask.right is not None:
