@@ -33,13 +33,14 @@ DEVICE, QUICK, OUT = sys.argv[1], sys.argv[2] == "quick", Path(sys.argv[3])
 WINDOW = 256 if DEVICE == "cpu" else 4096
 # Gemma-2 9B's on a GPU.
 SHAPE = (8, 4, 64) if DEVICE == "cpu" else (16, 8, 256)
-# How often each length is measured, window layers on a GPU, which are short, three times as often; every way at the
+# How often each length is measured, window layers on a GPU, which are short, twice as often; every way at the
 # shortest, the others' most telling ones.
 LENGTHS = {512: 2} if QUICK else {2048: 9} if DEVICE == "cpu" else {32_768: 7, 131_072: 3, 262_144: 1}
 SHORTEST = min(LENGTHS)
 # Calls in a row that are not waited for, as layers of a model (Gemma-2 9B has 21 with a window): a device hides all of
-# the host's time but that of the first.
-QUEUED = 10
+# the host's time but that of the first. Global layers take so long that it is not seen.
+QUEUED = 20 if DEVICE == "cuda" else 5
+QUEUED_GLOBAL = 5
 # Expressions that names of cases, and of ways beside computing alone, must match.
 WANTED_CASES, WANTED_WAYS = (re.compile(os.environ.get(f"CONTEXT_BENCHMARK_{name}", "")) for name in ("CASES", "WAYS"))
 # Length, packed, window: the most telling first, as the time may not be enough for all.
@@ -91,8 +92,8 @@ def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, tu
     return dict(zip(calls, zip(*medians, strict=True), strict=True))
 
 
-def in_a_row(call: Callable[[], object]) -> None:
-    for _ in range(QUEUED):
+def in_a_row(call: Callable[[], object], count: int) -> None:
+    for _ in range(count):
         call()
 
 
@@ -242,6 +243,7 @@ def measure_case(
         want = Runtime.get().attention(*inputs, config, **whole_ids)
     made, rank = ways(config, ids, seq_len, inputs, mesh), mesh.get_local_rank()
     case = f"S{seq_len:,} {name_of(config, ids)}"
+    queued = QUEUED_GLOBAL if config.window is None else QUEUED
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, dict[str, Callable[[], object]]] = {
         "forward": {}, "queued": {}, "both": {}, "queued both": {}
@@ -253,13 +255,13 @@ def measure_case(
         part = way.layout.shard(want, 2, rank).float()
         error = float((forward().float() - part).norm() / part.norm())
         calls["forward"][way.name] = forward
-        calls["queued"][way.name] = functools.partial(in_a_row, forward)
+        calls["queued"][way.name] = functools.partial(in_a_row, forward, queued)
         used = None
         if DEVICE == "cuda" or not way.name.startswith("torch"):  # flex has no backward on the CPU
             both()
             calls["both"][way.name] = both
-            if config.window is not None:  # global layers take so long that the host is not seen
-                calls["queued both"][way.name] = functools.partial(in_a_row, both)
+            if config.window is not None:
+                calls["queued both"][way.name] = functools.partial(in_a_row, both, queued)
             used = memory_of(both) if DEVICE == "cuda" else None
         rows[way.name] = {"MB": way.received / 1e6, "pairs": way.pairs, "GB": used, "error": largest(error)}
     found: list[dict[str, Any]] = []
@@ -268,7 +270,7 @@ def measure_case(
         figures = {}
         for kind, measured in took.items():
             ms, ratio = measured.get(name, (None, None))
-            each = QUEUED if kind.startswith("queued") else 1
+            each = queued if kind.startswith("queued") else 1
             figures |= {f"{kind} ms": None if ms is None else ms / each, f"{kind} x": ratio}
         found.append({"case": case, "who": name, **figures, **row})
         say("  ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in found[-1].values()))
@@ -313,7 +315,7 @@ def main() -> None:
         config = AttentionConfig(softcap=50.0, scale=SHAPE[2] ** -0.5, window=window)
         if not WANTED_CASES.search(f"S{seq_len:,} {name_of(config, ids)}"):
             continue
-        rounds = LENGTHS[seq_len] * (3 if DEVICE == "cuda" and window is not None else 1)
+        rounds = LENGTHS[seq_len] * (2 if DEVICE == "cuda" and window is not None else 1)
         rows += measure_case(config, ids, seq_len, rounds, mesh)
         if dist.get_rank() == 0:
             OUT.write_text(json.dumps(rows))  # after each case, so that what was measured stays
