@@ -109,7 +109,7 @@ def _forward(layer: Layer, q: Tensor, k: Tensor, v: Tensor, train: bool) -> tupl
 
 
 def _groups(x: Tensor, stages: int) -> Sequence[Tensor]:
-    return x.split(x.shape[1] // stages, 1)
+    return (x,) if stages == 1 else x.split(x.shape[1] // stages, 1)
 
 
 def _send_keys(layer: Layer, k: Tensor, v: Tensor) -> _Exchange:
