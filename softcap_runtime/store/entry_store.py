@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from softcap_runtime.store import entry as entries_
 from softcap_runtime.store import processes
-from softcap_runtime.store.counters import Counters, added
+from softcap_runtime.store.counters import Counters
 from softcap_runtime.store.database import Database
 from softcap_runtime.store.entry import BadEntry, NotAuthenticated, Sealed
 from softcap_runtime.store.processes import DATABASE_LOCK
@@ -68,34 +68,33 @@ class EntryStore:
         A bad one is counted (``corrupt`` or ``rejected``), logged, removed where the folder is writable, and
         gives None. One that only lacks our HMAC stays, as others can use it; it is counted and logged once.
         """
-        return self.database.use("read", lambda index: self._read(index, digest), None)
+        with DATABASE_LOCK:  # so that no other thread replaces what is removed
+            found = self.examine(digest)
+            if not isinstance(found, BadEntry):
+                return found
+            if isinstance(found, NotAuthenticated):
+                if digest in self._not_authenticated:
+                    return None
+                self._not_authenticated.add(digest)
+            elif self.database.writable:
+                self.database.use("write", lambda index: index.delete(digest), None)
+            self.counters.add(found.kind)
+        log.warning("cache entry %s of %s is not used: %s", digest[:12], self.folder, found)
+        return None
 
     def examine(self, digest: str) -> Sealed | BadEntry | None:
         """The entry under ``digest`` on disk, or why it must not be used; counts, logs and removes nothing."""
-        return self.database.use("read", lambda index: self._examined(index, digest), None)
 
-    def _examined(self, index: Index, digest: str) -> Sealed | BadEntry | None:
-        try:
-            found = index.read(digest)
-            if found is not None:
-                entries_.verify(found.text, found.payload, digest, self.auth_key)
-            return found
-        except BadEntry as bad:
-            return bad
+        def read(index: Index) -> Sealed | BadEntry | None:
+            try:
+                found = index.read(digest)
+                if found is not None:
+                    entries_.verify(found.text, found.payload, digest, self.auth_key)
+                return found
+            except BadEntry as bad:
+                return bad
 
-    def _read(self, index: Index, digest: str) -> Sealed | None:
-        found = self._examined(index, digest)
-        if not isinstance(found, BadEntry):
-            return found
-        if digest in self._not_authenticated and isinstance(found, NotAuthenticated):
-            return None
-        self.counters.add(found.kind)
-        log.warning("cache entry %s of %s is not used: %s", digest[:12], self.folder, found)
-        if isinstance(found, NotAuthenticated):
-            self._not_authenticated.add(digest)
-        elif self.database.writable:
-            index.delete(digest)
-        return None
+        return self.database.use("read", read, None)
 
     # Writing
 
@@ -157,23 +156,23 @@ class EntryStore:
                     self._publish(digest)
                 else:  # another process was faster
                     del self._memory[digest]
-            counts, uses = self.counters.take()
-            if not counts and not uses:
+            held = self.counters
+            if not (held.counts or held.uses):
                 return
 
             def merge(index: Index) -> bool:
-                index.merge(uses, lambda stored: json.dumps(added(stored, counts)).encode())
+                index.merge(held.uses, lambda stored: json.dumps(held.total(stored)).encode())
                 return True
 
-            if not (self.database.can_write() and self.database.use("count", merge, False)):
-                self.counters.give_back(counts, uses)
+            if self.database.can_write() and self.database.use("count", merge, False):
+                held.clear()
 
     # Processes
 
     def forget_parent(self) -> None:
         """In a forked child: the parent's connection and counts are not ours."""
         self.database.forget_parent()
-        self.counters.forget_parent()
+        self.counters.clear()
 
     def close(self) -> None:
         """Write what is held and close the database; the store opens it again when used."""

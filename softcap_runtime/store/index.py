@@ -57,10 +57,6 @@ class BytesDisk(diskcache.Disk):
             raise BadEntry("rejected", f"its value is not plain bytes (mode {mode!r}, file {filename is not None})")
         return value
 
-    def filename(self, key: Any = None, value: Any = None) -> tuple[str, str]:
-        """Never: BadEntry."""
-        raise BadEntry("rejected", "entries name no files")
-
     def remove(self, file_path: Any) -> None:
         """Remove nothing: no file that a row names is ours."""
 
@@ -168,37 +164,28 @@ class Index(diskcache.Cache):
         self.check_place()
         sizes = "SELECT length(value), length(tag) FROM Cache WHERE key = ? AND raw = 1"
         for value_bytes, text_length in self._connection.execute(sizes, (digest,)).fetchall():
-            for what, size, limit in (
-                ("value has {} bytes", value_bytes, self._max_bytes),
-                ("document has {} characters", text_length, MAX_DOCUMENT),
-            ):
-                if (size or 0) > limit:
-                    raise BadEntry("rejected", f"its {what.format(size)}, expected at most {limit}")
+            if (value_bytes or 0) > self._max_bytes:
+                raise BadEntry("rejected", f"its value has {value_bytes} bytes, expected at most {self._max_bytes}")
+            if (text_length or 0) > MAX_DOCUMENT:
+                raise BadEntry(
+                    "rejected", f"its document has {text_length} characters, expected at most {MAX_DOCUMENT}"
+                )
         payload, text = self.get(digest, tag=True)
         return None if payload is None else Sealed(text, payload)
 
     def publish(self, digest: str, entry: Sealed, size_limit: int) -> int:
         """Store an entry, evict the least recently used others down to ``size_limit`` bytes; how many."""
+        # Kept: this one, then by last use as many as fit. Those used in the future (a clock ran ahead) are kept last:
+        # they would outlive the others for years.
+        evict = (
+            "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM (SELECT rowid, total(length(value)) OVER"
+            " (ORDER BY key IS ? DESC, access_time <= ? DESC, access_time DESC, rowid DESC) AS kept"
+            " FROM Cache WHERE key IS NOT ?) WHERE kept > ?)"
+        )
         with self._transact() as (execute, _):
             self.set(digest, entry.payload, tag=entry.text)
-            return self._evict(execute, digest, size_limit)
-
-    def _evict(self, execute: Any, keep: str, size_limit: int) -> int:
-        _, total = self.totals()
-        evicted = 0
-        if total <= size_limit:
-            return evicted
-        # Entries used in the future (a clock ran ahead) leave first: they would outlive the others for years.
-        oldest_first = (
-            "SELECT rowid, length(value) FROM Cache WHERE key IS NOT ? AND key IS NOT ?"
-            " ORDER BY access_time <= ?, access_time, rowid"
-        )
-        for rowid, size in execute(oldest_first, (keep, COUNTERS_KEY, time.time() + CLOCK_STEP_S)).fetchall():
-            execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
-            evicted, total = evicted + 1, total - (size or 0)
-            if total <= size_limit:
-                break
-        return evicted
+            now = time.time() + CLOCK_STEP_S
+            return int(execute(evict, (digest, now, COUNTERS_KEY, size_limit)).rowcount)
 
     def merge(self, uses: Mapping[str, int], counters: Callable[[bytes | None], bytes]) -> None:
         """Add ``uses`` to the entries' counts, and rewrite the counters row, in one transaction."""
@@ -216,18 +203,14 @@ class Index(diskcache.Cache):
             return None
         return data if isinstance(data, bytes) else None
 
-    def rows(self) -> Iterator[Row]:
-        """Every row but the counters, in batches: other processes may write meanwhile."""
+    def rows(self) -> list[Row]:
+        """Every row but the counters."""
         select = (
             f"SELECT rowid, key, raw, CASE WHEN length(tag) <= {MAX_DOCUMENT} THEN tag END, mode, filename,"
             " typeof(value), length(value), access_time, access_count"
-            " FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT 500"
+            " FROM Cache WHERE key IS NOT ? OR raw IS NOT 1 ORDER BY rowid"
         )
-        last = -(2**63)
-        while batch := self._connection.execute(select, (last,)).fetchall():
-            rows = map(Row._make, batch)
-            yield from (row for row in rows if (row.key, row.raw) != (COUNTERS_KEY, 1))
-            last = batch[-1][0]
+        return [Row._make(row) for row in self._connection.execute(select, (COUNTERS_KEY,)).fetchall()]
 
     def raw_row(self, rowid: int) -> tuple[Any, Any]:
         """Text and value of a row as they are, for the quarantine; None where there is no such row."""

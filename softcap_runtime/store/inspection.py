@@ -44,9 +44,8 @@ def entries(store: EntryStore) -> list[EntryInfo]:
 def rows(store: EntryStore) -> tuple[list[EntryInfo], BadRows]:
     """Every usable entry, least recently used first, and the rows that are none with the reason. Removes nothing."""
     store.flush()
-    good, bad = [], []
-    nothing: list[Row] = []
-    for row in store.database.use("read", lambda index: list(index.rows()), nothing):
+    good, bad, nothing = [], [], list[Row]()
+    for row in store.database.use("read", lambda index: index.rows(), nothing):
         try:
             good.append(_info(row))
         except BadEntry as why:
@@ -219,7 +218,7 @@ def _problems(store: EntryStore, index: Index, repair: bool) -> Iterator[Problem
         raise sqlite3.DatabaseError(damage[0])  # has the database moved aside
     for line in damage:
         yield Problem(where=schema.DBNAME, what=line, repaired=False)
-    for row in list(index.rows()):
+    for row in index.rows():
         try:
             digest = row.check()
             found = index.read(digest)
