@@ -189,7 +189,7 @@ def mask(
     out = console()
     out.print(draw.mask_text(intervals, ascii_only=out.options.ascii_only))
     if png is not None:
-        draw.save_png(png, intervals)
+        draw.save_png(png, {"Mask": intervals})
 
 
 def _document_ids(lengths: str, seq_len: int) -> Tensor:

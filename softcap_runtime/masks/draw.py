@@ -7,6 +7,7 @@ and for PNG files matplotlib.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from rich.text import Text
 from torch import Tensor
 
 from softcap_runtime.masks.blocks import BLOCK, KeyRanges, block_tables, count_blocks, key_ranges
-from softcap_runtime.masks.intervals import RowIntervals, band, edges, row_intervals
+from softcap_runtime.masks.intervals import RowIntervals, edges
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,54 +64,26 @@ def mask_text(intervals: RowIntervals, batch_row: int = 0, ascii_only: bool = Fa
     return text
 
 
-def save_png(path: str | Path, intervals: RowIntervals, batch_row: int = 0, name: str = "Mask") -> None:
-    """Write one batch row of the mask as a PNG file, its blocks outlined and the skipped share in the title.
+def save_png(path: str | Path, masks: Mapping[str, RowIntervals], batch_row: int = 0) -> None:
+    """Write one batch row of each mask, under its name, into a PNG file, two side by side.
 
-    Raises ValueError for a batch row that is not there, ImportError without matplotlib.
+    Blocks are outlined, and the share of skipped ones stands above. Raises ValueError for a batch row that is not
+    there, ImportError without matplotlib.
     """
-    figure = _figure(7.0, 7.6)
-    axes = figure.add_axes((0.11, 0.16, 0.84, 0.74))
-    _paint(axes, _one_row(intervals, batch_row), name)
-    axes.set_xlabel("key", color="#444444")
-    axes.set_ylabel("query", color="#444444")
-    _legend(figure, columns=2)
-    figure.savefig(path, dpi=150)
-
-
-def save_kinds_png(path: str | Path) -> None:
-    """Write the four main kinds of mask side by side: causal, window, packed documents, prefix and span.
-
-    Raises ImportError without matplotlib.
-    """
-    length = 1024
-    lengths = torch.tensor([310, 90, 404, 220])
-    documents = torch.repeat_interleave(torch.arange(4), lengths)[None]
-    kinds = {
-        "Causal": band(length, length, causal=True, window=None),
-        "Sliding window, 300 keys": band(length, length, causal=True, window=300),
-        "Packed documents, 310 + 90 + 404 + 220": row_intervals(
-            length, length, causal=True, window=None, document_ids=documents
-        ),
-        "Prefix of 280, image at 560 to 800": row_intervals(
-            length,
-            length,
-            causal=True,
-            window=None,
-            prefix_lengths=torch.tensor([280]),
-            spans=torch.tensor([[[560, 800]]]),
-        ),
-    }
-    figure = _figure(11.0, 11.9)
-    for index, (name, intervals) in enumerate(kinds.items()):
-        down, right = divmod(index, 2)
-        axes = figure.add_axes((0.065 + 0.485 * right, 0.552 - 0.472 * down, 0.425, 0.393))
-        _paint(axes, _one_row(intervals, 0), name)
-        if down:
-            axes.set_xlabel("key", color="#444444")
-        if not right:
-            axes.set_ylabel("query", color="#444444")
-    _legend(figure, columns=4)
-    figure.savefig(path, dpi=110)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError(
+            "matplotlib: not installed, needed for PNG files; run pip install 'softcap-runtime[plot]'"
+        ) from None
+    columns = min(len(masks), 2)
+    rows = -(-len(masks) // columns)
+    figure = Figure(figsize=(1 + 5.5 * columns, 1.5 + 5.5 * rows), facecolor="white", layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False)
+    for axes, (name, intervals) in zip(places.flat, masks.items(), strict=False):
+        _paint(axes, _one_row(intervals, batch_row), name)
+    _legend(figure, 2 * columns)
+    figure.savefig(path, dpi=130)
 
 
 def _one_row(intervals: RowIntervals, batch_row: int) -> RowIntervals:
@@ -167,16 +140,6 @@ def _at_scale(blocks: Tensor, scale: int, any_of: bool) -> Tensor:
     return tiles.any(3).any(1) if any_of else tiles.all(3).all(1)
 
 
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "matplotlib: not installed, needed for PNG files; run pip install 'softcap-runtime[plot]'"
-        ) from None
-    return Figure(figsize=(width, height), facecolor="white")
-
-
 def _paint(axes: Axes, intervals: RowIntervals, name: str) -> None:
     from matplotlib.colors import ListedColormap
 
@@ -188,6 +151,8 @@ def _paint(axes: Axes, intervals: RowIntervals, name: str) -> None:
     if max(q_len, kv_len) <= _MOST_LINES * BLOCK:
         axes.vlines(range(BLOCK, kv_len, BLOCK), 0, q_len, colors="white", linewidth=1.1)
         axes.hlines(range(BLOCK, q_len, BLOCK), 0, kv_len, colors="white", linewidth=1.1)
+    axes.set_xlabel("key", color="#444444")
+    axes.set_ylabel("query", color="#444444")
     axes.set_title(name, loc="left", fontsize=13, fontweight="bold", color="#222222", pad=24)
     axes.text(0, 1.018, _summary(intervals), transform=axes.transAxes, fontsize=10, color="#555555")
     axes.tick_params(length=0, labelsize=9, labelcolor="#777777")
@@ -203,4 +168,4 @@ def _legend(figure: Figure, columns: int) -> None:
 
     kinds = (FULL, PARTIAL, HIDDEN, SKIPPED)
     patches: list[Any] = [Patch(facecolor=_COLORS[kind], label=_WORDS[kind]) for kind in kinds]
-    figure.legend(handles=patches, loc="lower center", ncols=columns, frameon=False, fontsize=10, labelcolor="#333333")
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False, labelcolor="#333333")
