@@ -6,18 +6,15 @@ compilers need are set where no user code runs.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
 import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -31,7 +28,6 @@ BUILD_FOLDER = "softcap_build_"
 # How the line begins that says what went wrong: a compiler's first, as others follow from it, and Python's last.
 _COMPILER_ERROR = re.compile(r"\berror: ")
 _PYTHON_ERROR = re.compile(r"^[\w.]*(Error|Exception)\b")
-LEFT_BEHIND_S = 4 * BUILD_TIMEOUT_S
 _NOT_INHERITED = ("PYTHONOPTIMIZE", "PYTHONWARNINGS")
 
 
@@ -88,7 +84,6 @@ def built_by(
             f"cannot build {name}: the folder for temporary files is {temporary!r}, and torch gives compilers no "
             "path with spaces, quotes or backslashes; set TMPDIR to another"
         )
-    _sweep()
     try:
         with tempfile.TemporaryDirectory(prefix=BUILD_FOLDER, ignore_cleanup_errors=True) as made:
             folder = Path(made)
@@ -137,16 +132,6 @@ def _death(number: int) -> str:
         f"{killer}; if it does so again, torch cannot load what this compiler makes: set CXX to another, or use "
         "engine='eager'"
     )
-
-
-def _sweep() -> None:
-    """Remove what builders that were killed left in the folder for temporary files, by its age."""
-    for path in Path(tempfile.gettempdir()).glob(f"{BUILD_FOLDER}*"):
-        with contextlib.suppress(OSError):
-            status = path.lstat()
-            ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-            if ours and time.time() - status.st_mtime > LEFT_BEHIND_S:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _environment(folder: Path) -> dict[str, str]:
