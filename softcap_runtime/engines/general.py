@@ -26,29 +26,23 @@ def attend_elements(
     ``[B, Sq, Hq, D]`` in memory.
     """
     with torch.autocast(q.device.type, enabled=False):  # the inputs are cast already, the sums stay float32
-        return _attend_elements(q, k, v, mask, scale, softcap, dropout)
-
-
-def _attend_elements(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, dropout: float
-) -> Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    groups = q.shape[1] // k.shape[1]
-    keys, values = (x.to(wide).repeat_interleave(groups, dim=1) for x in (k, v))
-    logits = (q.to(wide) @ keys.mT) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if mask.dtype == torch.bool:
-        hidden = ~mask
-    else:
-        hidden = mask <= torch.finfo(mask.dtype).min / 2
-        logits = logits + mask.to(wide).masked_fill(hidden, 0.0)
-    empty = hidden.all(-1, keepdim=True)
-    logits = logits.masked_fill(hidden, -torch.inf).masked_fill(empty, 0.0)
-    weights = torch.softmax(logits, -1).masked_fill(empty, 0.0)
-    if dropout:
-        weights = torch.dropout(weights, dropout, True)
-    return (weights @ values).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        groups = q.shape[1] // k.shape[1]
+        keys, values = (x.to(wide).repeat_interleave(groups, dim=1) for x in (k, v))
+        logits = (q.to(wide) @ keys.mT) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if mask.dtype == torch.bool:
+            hidden = ~mask
+        else:
+            hidden = mask <= torch.finfo(mask.dtype).min / 2
+            logits = logits + mask.to(wide).masked_fill(hidden, 0.0)
+        empty = hidden.all(-1, keepdim=True)
+        logits = logits.masked_fill(hidden, -torch.inf).masked_fill(empty, 0.0)
+        weights = torch.softmax(logits, -1).masked_fill(empty, 0.0)
+        if dropout:
+            weights = torch.dropout(weights, dropout, True)
+        return (weights @ values).to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def attend_block_mask(

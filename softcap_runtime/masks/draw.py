@@ -42,13 +42,12 @@ _ASCII = {FULL: "##", PARTIAL: "++", HIDDEN: "--", SKIPPED: ".."}
 _TEXT_SIDE, _PNG_SIDE, _MOST_LINES = 40, 1024, 64
 
 
-def mask_text(intervals: RowIntervals, batch_row: int = 0, ascii_only: bool = False) -> Text:
-    """One batch row of the mask for ``rich.print``: queries downwards, keys to the right, up to 40 cells a side.
+def mask_text(intervals: RowIntervals, ascii_only: bool = False) -> Text:
+    """The mask's first batch row for ``rich.print``: queries downwards, keys to the right, up to 40 cells a side.
 
     A cell stands for a power of two of rows and of keys. ``ascii_only``: for terminals that show nothing else.
-    Raises ValueError for a batch row that is not there.
     """
-    one = _one_row(intervals, batch_row)
+    one = _first_row(intervals)
     cells, scale = _cells(one, _TEXT_SIDE)
     shades = {kind: (_ASCII[kind], style) if ascii_only else (sign, style) for kind, (sign, style) in _SHADES.items()}
     text = Text(no_wrap=True)
@@ -64,11 +63,10 @@ def mask_text(intervals: RowIntervals, batch_row: int = 0, ascii_only: bool = Fa
     return text
 
 
-def save_png(path: str | Path, masks: Mapping[str, RowIntervals], batch_row: int = 0) -> None:
-    """Write one batch row of each mask, under its name, into a PNG file, two side by side.
+def save_png(path: str | Path, masks: Mapping[str, RowIntervals]) -> None:
+    """Write the first batch row of each mask, under its name, into a PNG file, two side by side.
 
-    Blocks are outlined, and the share of skipped ones stands above. Raises ValueError for a batch row that is not
-    there, ImportError without matplotlib.
+    Blocks are outlined, and the share of skipped ones stands above. Raises ImportError without matplotlib.
     """
     try:
         from matplotlib.figure import Figure
@@ -81,17 +79,14 @@ def save_png(path: str | Path, masks: Mapping[str, RowIntervals], batch_row: int
     figure = Figure(figsize=(1 + 5.5 * columns, 1.5 + 5.5 * rows), facecolor="white", layout="constrained")
     places = figure.subplots(rows, columns, squeeze=False)
     for axes, (name, intervals) in zip(places.flat, masks.items(), strict=False):
-        _paint(axes, _one_row(intervals, batch_row), name)
+        _paint(axes, _first_row(intervals), name)
     _legend(figure, 2 * columns)
     figure.savefig(path, dpi=130)
 
 
-def _one_row(intervals: RowIntervals, batch_row: int) -> RowIntervals:
+def _first_row(intervals: RowIntervals) -> RowIntervals:
     lo, hi = edges(intervals, "cpu")
-    if not 0 <= batch_row < lo.shape[0]:
-        raise ValueError(f"batch_row: {batch_row}, expected 0 to {lo.shape[0] - 1}; the mask has no other rows")
-    only = slice(batch_row, batch_row + 1)
-    return RowIntervals(intervals.q_len, intervals.kv_len, None, None, lo[only], hi[only])
+    return RowIntervals(intervals.q_len, intervals.kv_len, None, None, lo[:1], hi[:1])
 
 
 def _summary(intervals: RowIntervals) -> str:
@@ -106,7 +101,7 @@ def _cells(intervals: RowIntervals, side: int) -> tuple[Tensor, int]:
     while scale * side < max(intervals.q_len, intervals.kv_len):
         scale *= 2
     ranges = key_ranges(intervals, scale)
-    assert isinstance(ranges, KeyRanges)  # _one_row makes the interval form
+    assert isinstance(ranges, KeyRanges)  # _first_row makes the interval form
     rows, cols = -(-intervals.q_len // scale), -(-intervals.kv_len // scale)
     keys = torch.arange(cols) * scale
     seen = (keys < ranges.hi_max[0, :, None]) & (keys + scale > ranges.lo_min[0, :, None])

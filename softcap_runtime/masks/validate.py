@@ -116,22 +116,16 @@ def check_row_intervals(mask: RowIntervals, q: Tensor, k: Tensor) -> None:
         raise ValueError(
             f"mask: made for {mask.q_len} queries over {mask.kv_len} keys, expected {lengths[0]} over {lengths[1]}"
         )
-    wanted = list(dict.fromkeys([torch.Size((1, mask.q_len)), torch.Size((q.shape[0], mask.q_len))]))
-    if mask.lo is not None and mask.lo.shape in wanted:
-        wanted = [mask.lo.shape]  # hi is sized as lo is
-    for name, edge in zip(("lo", "hi"), mask.vectors, strict=False):
-        if edge.shape not in wanted or (edge.dtype, edge.device) != (torch.int32, q.device):
+    batches = [1, q.shape[0]] if q.shape[0] > 1 else [1]
+    if mask.lo is not None and mask.lo.shape[:1] in [(batch,) for batch in batches]:
+        batches = [mask.lo.shape[0]]  # hi and kept have as many rows as lo
+    sizes = mask.q_len, mask.q_len, mask.kv_len
+    for name, vector, size in zip(("lo", "hi", "kept"), mask.vectors, sizes, strict=False):
+        wanted = [(batch, size) for batch in batches]
+        if vector.shape not in wanted or (vector.dtype, vector.device) != (torch.int32, q.device):
             raise ValueError(
-                f"mask.{name}: {edge.dtype} {tuple(edge.shape)} on {edge.device}, expected int32 "
-                f"{' or '.join(str(tuple(shape)) for shape in wanted)} on {q.device}"
-            )
-
-    if mask.kept is not None:
-        form = (mask.kept.shape, mask.kept.dtype, mask.kept.device)
-        if form != ((*wanted[0][:1], k.shape[2]), torch.int32, q.device):
-            raise ValueError(
-                f"mask.kept: {mask.kept.dtype} {tuple(mask.kept.shape)} on {mask.kept.device}, expected int32 "
-                f"{(*wanted[0][:1], k.shape[2])} on {q.device}"
+                f"mask.{name}: {vector.dtype} {tuple(vector.shape)} on {vector.device}, expected int32 "
+                f"{' or '.join(map(str, wanted))} on {q.device}"
             )
 
 

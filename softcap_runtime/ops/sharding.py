@@ -14,7 +14,6 @@ from torch import Tensor
 
 from softcap_runtime.compat.torch_private import constant_in_graphs
 
-_DIMS = ("the batch", "heads", "the sequence", "head_dim")
 _registered = False
 
 

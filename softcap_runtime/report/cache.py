@@ -18,12 +18,14 @@ from softcap_runtime.supply import Supply
 
 Fields = Mapping[str, FieldValue]
 OPS = ("attention", "flex_forward")
-# The values of a field, and the words for them in an error. GPU kernels have keys of another form.
-_KNOWN: dict[str, tuple[tuple[str, ...], str]] = {
-    "op": (OPS, ", ".join(OPS)),
-    "device": (("cpu",), "cpu; inspect lists the kernels of a GPU"),
-    "dtype": (("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
-    "mask": (("band", "intervals", ""), "band, intervals or nothing"),
+# What a field may be, by how it is written, and the words for that in an error. GPU kernels have keys of another form.
+_KNOWN: dict[str, tuple[Mapping[str, FieldValue], str]] = {
+    "op": ({op: op for op in OPS}, ", ".join(OPS)),
+    "device": ({"cpu": "cpu"}, "cpu; inspect lists the kernels of a GPU"),
+    "dtype": ({name: name for name in ("float32", "bfloat16", "float16")}, "float32, bfloat16 or float16"),
+    "head_dim": ({}, "an integer"),
+    "capped": ({"true": True, "false": False}, "true or false"),
+    "mask": ({kind: kind for kind in ("band", "intervals", "")}, "band, intervals or nothing"),
 }
 # Stands in for the fields that are not given while the cache holds no package.
 _DEFAULTS = Package("flex_forward", "cpu", "float32", 256, True, "band")
@@ -117,15 +119,9 @@ def _parsed(words: Sequence[str]) -> dict[str, FieldValue]:
 
 
 def _value(name: str, text: str) -> FieldValue:
-    if name == "head_dim":
-        if not text.isdecimal():
-            raise ValueError(f"--explain: head_dim={text!r}, expected an integer")
+    if name == "head_dim" and text.isdecimal():
         return int(text)
-    if name == "capped":
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"--explain: capped={text!r}, expected true or false")
-        return text.lower() == "true"
     known, expected = _KNOWN[name]
-    if text not in known:
+    if text.lower() not in known:
         raise ValueError(f"--explain: {name}={text!r}, expected {expected}")
-    return text
+    return known[text.lower()]

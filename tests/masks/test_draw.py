@@ -17,7 +17,7 @@ from .oracle import blocks_of
 
 
 def shown(intervals: RowIntervals, side: int) -> tuple[torch.Tensor, int]:
-    return draw._cells(draw._one_row(intervals, 0), side)
+    return draw._cells(draw._first_row(intervals), side)
 
 
 def packed(length: int) -> RowIntervals:
@@ -62,11 +62,6 @@ def test_text_is_plain_without_colour() -> None:
         "512 queries x 512 keys, a cell is 16 x 16 elements",
         "38% of 16 blocks skipped (6 full, 4 partial)",
     ]
-
-
-def test_batch_row_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match=r"^batch_row: 1, expected 0 to 0"):
-        draw.mask_text(band(4, 4, causal=True, window=None), batch_row=1)
 
 
 def kinds(length: int) -> dict[str, RowIntervals]:
