@@ -1,4 +1,4 @@
-"""Counters that every process adds to: kept in memory, and added to the database's row of counters by ``flush``."""
+"""Counters of all processes: each counts in memory, and ``flush`` adds that to a row of the database."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ NAMES = (
     "lock_waits",
     "longest_lock_wait_ms",
 )
-_GREATEST = "longest_lock_wait_ms"  # of this one the greatest is kept; the others add up
+_GREATEST = "longest_lock_wait_ms"  # the maximum is kept; all others are sums
 
 
 class Counters:
-    """What this process has counted and not yet written. Guarded by the lock under which it is written."""
+    """What this process has counted and not written yet; guarded by the lock under which it is written."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -34,18 +34,18 @@ class Counters:
             _add(self.counts, {name: amount})
 
     def use(self, digest: str, amount: int = 1) -> None:
-        """Count loads of an entry; 0 marks it as wanted, which keeps it from being the next to be evicted."""
+        """Count ``amount`` loads of an entry; 0 only renews its last use, so that it is not evicted next."""
         with DATABASE_LOCK:
             self.uses[digest] += amount
 
     def clear(self) -> None:
-        """Start anew: all was written, or in a forked child is the parent's to write."""
+        """Forget everything: it has been written or, in a forked child, is the parent's to write."""
         with DATABASE_LOCK:
             self.counts.clear()
             self.uses.clear()
 
     def total(self, stored: bytes | None) -> dict[str, int]:
-        """The stored counters plus these; what is missing or malformed there counts as 0."""
+        """The stored counters plus these; a missing or malformed one counts as 0."""
         try:
             document = json.loads(stored) if stored else {}
         except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The entries of one folder: read and verified, published, counted; held in memory where the disk cannot take them."""
+"""The entries of one folder: read and verified, published, counted; held in memory while the disk cannot be written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class EntryStore:
-    """What ``Store`` keeps, without building anything. Never raises for what is on disk."""
+    """A ``Store`` without building. Never raises for what is on disk."""
 
     def __init__(self, folder: str | os.PathLike[str], size_limit: int, auth_key: bytes | None = None) -> None:
         if size_limit < 1:
@@ -44,7 +44,7 @@ class EntryStore:
 
     @property
     def fault(self) -> str | None:
-        """Why the disk is not used, in one line; None before it was needed and once all works again."""
+        """Why the disk is not used, in one line; None before the first use and while everything works."""
         return self.database.fault
 
     @property
@@ -63,10 +63,10 @@ class EntryStore:
         return None if held is None else (held.payload, "memory")
 
     def sealed(self, digest: str) -> Sealed | None:
-        """The verified entry under ``digest`` on disk.
+        """The verified entry under ``digest`` on disk; None when there is none, or it is bad.
 
-        A bad one is counted (``corrupt`` or ``rejected``), logged, removed where the folder is writable, and
-        gives None. One that only lacks our HMAC stays, as others can use it; it is counted and logged once.
+        A bad one is counted (``corrupt`` or ``rejected``), logged, and removed if the folder is writable. One that
+        only lacks our HMAC stays, as others can use it; it is counted and logged once.
         """
         with DATABASE_LOCK:  # so that no other thread replaces what is removed
             found = self.examine(digest)
@@ -99,9 +99,9 @@ class EntryStore:
     # Writing
 
     def put(self, digest: str, sealed: Sealed) -> bool:
-        """Publish a verified entry; whether it is on disk. If not, it is held in memory and counted.
+        """Publish a verified entry; returns whether it is on disk. If not, it is counted and held in memory.
 
-        Entries in memory are written by a later ``flush``; the oldest are dropped above the size limit.
+        A later ``flush`` writes entries in memory; above the size limit the oldest are dropped.
         """
         with DATABASE_LOCK:
             self._memory[digest] = sealed
@@ -137,9 +137,9 @@ class EntryStore:
         return True
 
     def clear(self) -> int:
-        """Remove every entry, on disk and in memory; how many. Safe while other processes run.
+        """Remove every entry, on disk and in memory; returns how many. Safe while other processes run.
 
-        In a read-only folder nothing is removed from disk: ``database.writable`` says so.
+        Removes nothing from disk where the folder is read-only (see ``database.writable``).
         """
         with DATABASE_LOCK:
             held = len(self._memory)

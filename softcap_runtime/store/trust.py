@@ -32,7 +32,7 @@ class Verdict(NamedTuple):
 
 
 def check(folder: Path, lstat: LStat = os.lstat) -> Verdict:
-    """The verdict on ``folder``, an absolute path; reads only names, owners and modes. Never raises."""
+    """The verdict on ``folder``, an absolute path. Reads only names, owners and modes; never raises."""
     user = os.geteuid()
     try:
         status = os.stat(folder)
@@ -51,7 +51,7 @@ def check(folder: Path, lstat: LStat = os.lstat) -> Verdict:
 
 
 def probe(folder: Path) -> str | None:
-    """Why ``folder``, which need not exist yet, could not be used, in one line; creates nothing. Never raises."""
+    """Why ``folder``, which need not exist, cannot be used, in one line; None if it can. Never raises or creates."""
     if os.path.lexists(folder):
         return check(folder).problem
     above = next(path for path in folder.parents if os.path.lexists(path))
@@ -66,7 +66,7 @@ def probe(folder: Path) -> str | None:
 
 
 def make_private(folder: Path) -> None:
-    """Create ``folder`` and what is missing above it with mode 0700 whatever the umask. Raises OSError."""
+    """Create ``folder`` and its missing parents with mode 0700, whatever the umask. Raises OSError."""
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     for path in reversed(missing):
         try:
@@ -88,7 +88,7 @@ def _chain_problem(folder: Path, user: int, lstat: LStat) -> str | None:
 
 
 def _looked_up(folder: Path) -> tuple[list[Path], Path]:
-    """Every folder and link on the way to ``folder``, also behind links, and the real path it leads to."""
+    """Every folder and link that a look-up of ``folder`` passes, links followed, and the real path that it ends at."""
     place = Path("/")
     passed = [place]
     ahead = [*reversed(folder.parts[1:])]
@@ -100,7 +100,7 @@ def _looked_up(folder: Path) -> tuple[list[Path], Path]:
         elif (place / step).is_symlink():
             passed.append(place / step)
             links += 1
-            if links > _MOST_LINKS:  # somebody is changing them
+            if links > _MOST_LINKS:  # a loop, or somebody is changing them
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
             target = place / os.readlink(place / step)
             place = Path("/")
@@ -135,7 +135,7 @@ def _contents(folder: Path) -> Iterator[Path]:
             with os.scandir(place) as entries:
                 yield from [Path(entry.path) for entry in entries]
         except PermissionError:
-            continue  # private to its owner, who was checked; this process can use nothing in it
+            continue  # private to its owner, who was checked; this process cannot use its contents
 
 
 def _problem(path: Path, status: os.stat_result, user: int, *, above: bool) -> str | None:
@@ -154,7 +154,7 @@ def _problem(path: Path, status: os.stat_result, user: int, *, above: bool) -> s
 
 
 def _private_group(status: os.stat_result, user: int) -> bool:
-    """Whether the group is the user's own: the same number, and no other member."""
+    """Whether the group is the user's private one: the same number, and no other member."""
     if user == 0 or status.st_gid != user:
         return False
     import grp
@@ -168,7 +168,7 @@ def _private_group(status: os.stat_result, user: int) -> bool:
 
 
 def _is_host_root(uid: int) -> bool:
-    """Whether ``uid`` is what a user namespace shows for owners outside of it, as containers do for ``/``."""
+    """Whether ``uid`` stands for owners outside this user namespace, as that of ``/`` does in containers."""
     try:
         overflow = int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
         mapped = Path("/proc/self/uid_map").read_text(encoding="ascii").split()
@@ -178,7 +178,7 @@ def _is_host_root(uid: int) -> bool:
 
 
 def owner_name(uid: int) -> str:
-    """The user's name, or the number where it has none."""
+    """The user's name, or the number if it has none."""
     import pwd
 
     try:
