@@ -31,7 +31,7 @@ def hold(folder: Path, name: str, longest: float = LONGEST_WAIT_S) -> Iterator[f
     Goes on without the lock after ``longest`` seconds, or if no lock can be taken: this is logged, and costs at most
     a second build.
     """
-    lock, started, place = None, time.monotonic(), folder / FOLDER
+    lock, waiting_since, place = None, None, folder / FOLDER
     try:
         # Imported here: only builders need it, and it takes as long to import as a cache to open.
         from filelock import FileLock
@@ -40,15 +40,18 @@ def hold(folder: Path, name: str, longest: float = LONGEST_WAIT_S) -> Iterator[f
         if not _has_flock(place):
             raise OSError("its filesystem has no flock")
         wanted = FileLock(place / f"{name}.lock", mode=0o600)  # a new object each time, so that it excludes threads too
-        started = time.monotonic()
-        wanted.acquire(timeout=longest)
+        try:
+            wanted.acquire(blocking=False)
+        except TimeoutError:  # filelock's own is one
+            waiting_since = time.monotonic()
+            wanted.acquire(timeout=longest)
         lock = wanted
-    except TimeoutError:  # filelock's own is one
+    except TimeoutError:
         _warn_once(place, f"{name[:12]} is held for more than {longest:.0f} s")
     except (OSError, ImportError) as error:
         _warn_once(place, str(error))
     try:
-        yield time.monotonic() - started
+        yield 0.0 if waiting_since is None else time.monotonic() - waiting_since
     finally:
         if lock is not None:
             with contextlib.suppress(OSError):

@@ -67,7 +67,7 @@ class Store(EntryStore):
         if not self.database.can_write():
             return self._build(key, build, describe, 0.0)
         with locks.hold(self.folder, key.digest) as waited:
-            if waited > 0.01:
+            if waited:
                 self.counters.add("lock_waits")
                 self.counters.add("longest_lock_wait_ms", round(1000 * waited))
             return self._load(key, waited) or self._build(key, build, describe, waited)
