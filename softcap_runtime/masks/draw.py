@@ -1,8 +1,8 @@
 """Pictures of masks: in the terminal, and as PNG files.
 
-Both show the elements in the blocks that a kernel works in: full blocks need no mask, partial ones compute all
-their elements and hide some, skipped ones cost nothing. Not imported with the package: it brings rich along,
-and for PNG files matplotlib.
+Both show the elements in the blocks that a kernel works in: full blocks need no mask, partial ones compute all their
+elements and hide some, skipped ones cost nothing. Not imported with the package, as it imports rich and, for PNG
+files, matplotlib.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WORDS = {
     SKIPPED: "skipped: never computed",
 }
 _COLORS = {FULL: "#1f4e79", PARTIAL: "#e58a1f", HIDDEN: "#fbe3c3", SKIPPED: "#eef1f4"}
-# Told apart by shade too, for terminals and files without colour.
+# Distinct without colour too.
 _SHADES = {
     FULL: ("██", "dodger_blue3"),
     PARTIAL: ("▓▓", "orange1"),
@@ -96,7 +96,7 @@ def _summary(intervals: RowIntervals) -> str:
 
 
 def _cells(intervals: RowIntervals, side: int) -> tuple[Tensor, int]:
-    """The kinds of the cells ``[rows, cols]``, at most ``side`` a side, and how many elements a side each spans."""
+    """The kinds of the cells ``[rows, cols]``, at most ``side`` each way, and the elements that each spans each way."""
     scale = 1
     while scale * side < max(intervals.q_len, intervals.kv_len):
         scale *= 2
@@ -116,14 +116,14 @@ def _cells(intervals: RowIntervals, side: int) -> tuple[Tensor, int]:
 
 
 def _listed(num: Tensor, idx: Tensor) -> Tensor:
-    """The blocks in a table of one batch row: bool ``[rows, cols]``."""
+    """Which blocks a table of one batch row lists: bool ``[rows, cols]``."""
     entries = torch.arange(idx.shape[-1]) < num[0, 0, :, None]
     counts = torch.zeros(idx.shape[-2:], dtype=torch.int32)
     return counts.scatter_add_(1, idx[0, 0].to(torch.int64), entries.to(torch.int32)) > 0
 
 
 def _at_scale(blocks: Tensor, scale: int, any_of: bool) -> Tensor:
-    """Blocks as cells: repeated where a block is many cells, joined where a cell is many blocks."""
+    """Blocks as cells: repeated if a block spans many cells, joined if a cell spans many blocks."""
     if scale <= BLOCK:
         times = BLOCK // scale
         return blocks.repeat_interleave(times, 0).repeat_interleave(times, 1)
