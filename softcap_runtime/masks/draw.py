@@ -15,7 +15,7 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-from softcap_runtime.masks.blocks import BLOCK, KeyRanges, block_tables, count_blocks, key_ranges
+from softcap_runtime.masks.blocks import BLOCK, block_tables, by_block, count_blocks
 from softcap_runtime.masks.intervals import RowIntervals, edges
 
 if TYPE_CHECKING:
@@ -100,11 +100,10 @@ def _cells(intervals: RowIntervals, side: int) -> tuple[Tensor, int]:
     scale = 1
     while scale * side < max(intervals.q_len, intervals.kv_len):
         scale *= 2
-    ranges = key_ranges(intervals, scale)
-    assert isinstance(ranges, KeyRanges)  # _first_row makes the interval form
     rows, cols = -(-intervals.q_len // scale), -(-intervals.kv_len // scale)
+    lo, hi = (by_block(edge, scale)[0] for edge in edges(intervals, "cpu"))
     keys = torch.arange(cols) * scale
-    seen = (keys < ranges.hi_max[0, :, None]) & (keys + scale > ranges.lo_min[0, :, None])
+    seen = (keys < hi.amax(-1)[:, None]) & (keys + scale > lo.amin(-1)[:, None])
 
     tables = block_tables(intervals, "cpu")
     partial = _listed(tables.partial_num, tables.partial_idx)
