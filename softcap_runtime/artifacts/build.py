@@ -129,7 +129,7 @@ def _death(number: int) -> str:
     if killer == "SIGKILL":
         return f"{killer}; free memory and try again"
     return (
-        f"{killer}; if it does so again, torch cannot load what this compiler makes: set CXX to another, or use "
+        f"{killer}; if this happens again, torch cannot load this compiler's output: set CXX to another, or use "
         "engine='eager'"
     )
 

@@ -130,7 +130,7 @@ class ContextMask:
         if self.method == "heads" and not divides:
             raise ValueError(
                 f"method: 'heads' for {heads} query and {kv_heads} key heads over {ranks} ranks, expected query heads "
-                "that divide by the ranks and key heads that divide by them or divide them; use method='keys'"
+                "divisible by the ranks, and key heads that are divisible by them or divide them; use method='keys'"
             )
         if self.method == "auto":
             return "heads" if divides and self.config.window is None else "keys"

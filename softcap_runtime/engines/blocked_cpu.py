@@ -305,7 +305,7 @@ os.register_at_fork(after_in_child=_in_forked_child)
 def _check(code: int) -> None:
     if code:
         raise MemoryError(
-            "attention: no memory for its buffers; use shorter sequences, smaller batches or fewer threads"
+            "attention: out of memory for its buffers; use shorter sequences, smaller batches or fewer threads"
         )
 
 

@@ -65,7 +65,7 @@ def _from_positions(positions: Tensor, batch: int, q_len: int, kv_len: int) -> d
     whole = readable and not bool(document_ids.any()) and bool((rows[:, -1] >= kv_len - 1).all())
     if not whole:
         raise ValueError(
-            f"position_ids: for {q_len} rows over {kv_len} keys and no mask, expected positions on the CPU that count "
-            f"on from the keys before them, else the documents can't be told; {_INSTEAD}"
+            f"position_ids: for {q_len} rows over {kv_len} keys and no mask, expected positions on the CPU that "
+            f"continue from the keys before them, as no others tell the documents apart; {_INSTEAD}"
         )
     return {}

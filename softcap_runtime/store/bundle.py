@@ -32,10 +32,10 @@ class Incomplete(SoftcapRuntimeError):
     def __init__(self, bad: Sequence[tuple[str, BadEntry]]) -> None:
         self.bad = [one for one in bad if not isinstance(one[1], NotAuthenticated)]
         foreign = len(bad) - len(self.bad)
-        why = [f"{len(self.bad)} entries are damaged"] if self.bad else []
+        counts = (len(self.bad), "damaged"), (foreign, "not authenticated with this key")
+        why = [f"{count} {'entry is' if count == 1 else 'entries are'} {what}" for count, what in counts if count]
         remedy = "run verify --repair and prewarm, then export again"
         if foreign:
-            why.append(f"{foreign} entries are not authenticated with this key")
             remedy = f"set SOFTCAP_CACHE_KEY_FILE to the one that they were made with, or {remedy}"
         super().__init__(f"nothing was exported: {' and '.join(why)}; {remedy}")
 
@@ -109,7 +109,7 @@ def import_(store: EntryStore, path: Path, expected: Mapping[str, str]) -> Impor
     needed = sum(len(entry.payload) for entry in fitting.values())
     if needed > store.size_limit:  # the last entry would evict the first
         raise ValueError(
-            f"bundle {path}: nothing was imported, its {len(fitting)} entries for here need {needed} bytes; "
+            f"bundle {path}: nothing was imported, its {len(fitting)} entries that fit here need {needed} bytes; "
             f"SOFTCAP_CACHE_SIZE_LIMIT is {store.size_limit}, raise it"
         )
     present = [digest for digest in fitting if store.sealed(digest) is not None]
