@@ -120,13 +120,16 @@ class Artifacts:
             self._check_policy(artifact, command)
             return self._install(artifact, None)
 
+        if self.jit == "forbid" and command is not None:
+            loaded = self._on_disk(key)  # without a lock: there is no build to wait for
+            if loaded is None:
+                raise KernelNotPrewarmed(self._why_missing(artifact, command))
+            return self._install(artifact, loaded)
+
         def build() -> bytes:
             self._check_policy(artifact, command)
             return artifact.build()
 
-        if self.jit == "forbid" and command is not None:
-            loaded = self._on_disk(key)  # without a lock: there is no build to wait for
-            return self._install(artifact, loaded or Loaded(build(), "built", 0.0, 0.0))
         return self._install(artifact, self.store.load_or_build(key, build, artifact.provenance))
 
     def _find(self, artifact: Artifact) -> bool:

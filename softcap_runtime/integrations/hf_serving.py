@@ -144,7 +144,7 @@ def packed_batch(
             lo = torch.maximum(lo, hi - min(window, UNBOUNDED))
         return Run(first, past, RowIntervals(shape[1], keys, None, None, lo.view(shape), hi.view(shape)))
 
-    # Offsets on a GPU are not read: one run, of single rows if the sizes say so, which those of padded batches do not.
+    # Offsets on a GPU are not read: all rows are one run, of single rows if the sizes tell (with padding they do not).
     if not data_is_readable(cu_seq_lens_q):
         return [run(0, rows, 0 if max_length_q == 1 and rows == ends.shape[0] else None)]
     runs, row, request = [], 0, 0
