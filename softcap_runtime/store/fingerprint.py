@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import os
+import re
 import sys
 
 CPUINFO_BYTES = 16384  # one processor's block is 1-3 KB; the file of a 256-core machine is 400 KB
@@ -83,11 +84,8 @@ def _cpu_flags_digest() -> str:
             head = file.read(CPUINFO_BYTES).decode("ascii", "replace")
     except OSError:
         return "unknown"
-    for line in head.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return hashlib.sha256(" ".join(sorted(value.split())).encode()).hexdigest()[:16]
-    return "unknown"
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", head, re.MULTILINE)
+    return "unknown" if found is None else hashlib.sha256(" ".join(sorted(found[1].split())).encode()).hexdigest()[:16]
 
 
 def _gpu(device_type: str, device_index: int | None) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,30 +112,24 @@ def _looked_up(folder: Path) -> tuple[list[Path], Path]:
 
 
 def _content_problem(folder: Path, user: int, lstat: LStat) -> str | None:
-    for path in _contents(folder):
-        try:
-            status = lstat(str(path))
-        except FileNotFoundError:
-            continue  # another process removed it
-        if stat.S_ISLNK(status.st_mode):
-            return f"cache folder not used: {path} is a symbolic link; remove it: rm {path}"
-        if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
-            return f"cache folder not used: {path} is neither file nor folder; remove it: rm {path}"
-        problem = _problem(path, status, user, above=False)
-        if problem:
-            return problem
-    return None
-
-
-def _contents(folder: Path) -> Iterator[Path]:
     for place in (folder, *(folder / name for name in SUBFOLDERS)):
-        if place is not folder and (place.is_symlink() or not place.is_dir()):
-            continue
         try:
-            with os.scandir(place) as entries:
-                yield from [Path(entry.path) for entry in entries]
-        except PermissionError:
-            continue  # private to its owner, who was checked; this process cannot use its contents
+            paths = list(place.iterdir())
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue  # not there, or private to its owner, who was checked: this process cannot use its contents
+        for path in paths:
+            try:
+                status = lstat(str(path))
+            except FileNotFoundError:
+                continue  # another process removed it
+            if stat.S_ISLNK(status.st_mode):
+                return f"cache folder not used: {path} is a symbolic link; remove it: rm {path}"
+            if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
+                return f"cache folder not used: {path} is neither file nor folder; remove it: rm {path}"
+            problem = _problem(path, status, user, above=False)
+            if problem:
+                return problem
+    return None
 
 
 def _problem(path: Path, status: os.stat_result, user: int, *, above: bool) -> str | None:
