@@ -219,6 +219,9 @@ class Runtime:
 
         ``progress`` shows a bar. ``tune`` first measures a few block sizes of each GPU kernel, once per machine, and
         keeps the best for later calls. A kernel that fails is reported in its result and stops no other.
+
+        Raises TypeError, ValueError or EngineUnavailable, before anything is built, for a request that cannot be
+        served.
         """
         from softcap_runtime.prewarm.prewarm import prewarm
 

@@ -111,9 +111,10 @@ class ContextMask:
     def received_bytes(
         self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, batch: int = 1
     ) -> tuple[int, ...]:
-        """Bytes that each rank receives from others in one forward pass of one layer.
+        """The bytes that each rank receives from others in one forward pass of one layer.
 
-        The backward of the keys method sends as many back as came, gradients of k and v.
+        The backward of the keys method sends as many back, as gradients of k and v. Raises ValueError if the method
+        cannot serve these numbers of heads.
         """
         row_bytes = batch * head_dim * dtype.itemsize
         if self.resolved(heads, kv_heads) == "keys":

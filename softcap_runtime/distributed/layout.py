@@ -26,12 +26,18 @@ class SequenceLayout:
 
     @classmethod
     def contiguous(cls, seq_len: int, ranks: int) -> SequenceLayout:
-        """A chunk for each rank, in order, of sizes that differ by a row at most: for windows and the heads method."""
+        """A chunk for each rank, in order, of sizes that differ by a row at most: for windows and the heads method.
+
+        Raises ValueError for fewer tokens than ranks.
+        """
         return cls._of_chunks(seq_len, [[rank] for rank in range(_checked(seq_len, ranks, 1))])
 
     @classmethod
     def zigzag(cls, seq_len: int, ranks: int) -> SequenceLayout:
-        """Chunks r and 2 x ranks - 1 - r on rank r: equal numbers of visible pairs of a causal mask on all ranks."""
+        """Chunks r and 2 x ranks - 1 - r on rank r: equal numbers of visible pairs of a causal mask on all ranks.
+
+        Raises ValueError for fewer tokens than chunks.
+        """
         return cls._of_chunks(seq_len, [[rank, 2 * ranks - 1 - rank] for rank in range(_checked(seq_len, ranks, 2))])
 
     @classmethod
@@ -39,7 +45,8 @@ class SequenceLayout:
         """Blocks of ``block`` rows, distributed so that all ranks have about equal numbers of visible pairs and blocks.
 
         ``mask``: of the whole sequence, on the CPU (``softcap_runtime.masks.row_intervals``). Blocks are assigned from
-        the heaviest down, each to the rank with the fewest pairs so far.
+        the heaviest down, each to the rank with the fewest pairs so far. Raises ValueError for a ``block`` below 1 or
+        fewer tokens than ranks.
         """
         if block < 1:
             raise ValueError(f"block: {block}, expected rows of a block, at least 1")
@@ -78,7 +85,10 @@ class SequenceLayout:
         return torch.cat([torch.arange(*own) for own in self.ranges[rank]])
 
     def shard(self, x: Tensor, dim: int, rank: int) -> Tensor:
-        """The rows of ``rank`` from a whole tensor; a view if they are one range."""
+        """The rows of ``rank`` from a whole tensor; a view if they are one range.
+
+        Raises ValueError unless dimension ``dim`` of ``x`` has ``seq_len`` rows.
+        """
         if x.shape[dim] != self.seq_len:
             raise ValueError(
                 f"x: {x.shape[dim]} rows in dimension {dim}, expected the layout's {self.seq_len}; pass it whole"
@@ -87,7 +97,10 @@ class SequenceLayout:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def unshard(self, x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
-        """The whole tensor on every rank, from each rank's rows; the gradients of all ranks are summed."""
+        """The whole tensor on every rank, from each rank's rows in dimension ``dim``; all ranks' gradients are summed.
+
+        Every rank of ``mesh`` calls it. Raises ValueError if ``mesh`` or the number of rows does not fit the layout.
+        """
         rank = check_mesh(self, mesh)
         if x.shape[dim] != self.count(rank):
             raise ValueError(
