@@ -292,20 +292,11 @@ def _shortcut_key(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> H
         return None
     return (
         _wants_grad(q, k, v),
-        q.shape,
-        k.shape,
-        v.shape,
-        q.dtype,
-        k.dtype,
-        v.dtype,
-        q.device,
-        k.device,
-        v.device,
-        q.layout,
-        k.layout,
-        v.layout,
+        q.shape, q.dtype, q.device, q.layout,
+        k.shape, k.dtype, k.device, k.layout,
+        v.shape, v.dtype, v.device, v.layout,
         config,
-    )
+    )  # fmt: skip
 
 
 def _intervals(q: Tensor, k: Tensor, config: AttentionConfig, masks: dict[str, Tensor | None]) -> RowIntervals:
