@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Cap(NamedTuple):
-    """What a layer does to its logits: all that a call needs of a config beside its mask."""
+    """What a layer does to its logits: all that a call needs of a config besides its mask."""
 
     softcap: float | None
     scale: float
@@ -28,10 +28,10 @@ Capped = AttentionConfig | Cap
 
 
 def constant_in_graph(number: T) -> T:
-    """``number``; where dynamo traces, as a constant of the graph, with a guard, as all that a set holds is.
+    """``number``, made a guarded constant of the graph while dynamo traces, as everything in a set is.
 
-    With dynamic=True dynamo makes a float a symbol of the graph that meets it first, and fails at the next where that
-    is the body of a checkpoint (torch 2.13). The operator takes no symbols in any case.
+    With dynamic=True dynamo makes a float a symbol of the first graph that uses it, and fails in the next if that is
+    the body of a checkpoint (torch 2.13). Nor does the operator take symbols.
     """
     return next(iter({number})) if torch.compiler.is_dynamo_compiling() else number
 
@@ -46,9 +46,9 @@ def check_config(config: Any) -> None:
 
 
 def check_no_context_parallel() -> None:
-    """Raise RuntimeError inside torch's ``context_parallel``, which shards what only its own attention puts together.
+    """Raise RuntimeError inside torch's ``context_parallel``: it shards sequences that only its own attention rejoins.
 
-    It is told by its replacement for ``scaled_dot_product_attention``, a function of its module.
+    It is recognized by its replacement for ``scaled_dot_product_attention``.
     """
     if _in_context_parallel():
         raise RuntimeError(

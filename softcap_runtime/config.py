@@ -18,9 +18,9 @@ EngineName = Literal["auto", "flex", "blocked", "dense", "eager"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 SLIDING = "sliding_attention"
 FULL = "full_attention"
-# Kernels compute in float32, which must hold a number, its inverse, and a few times either.
+# Kernels compute in float32, which must hold the number, its inverse, and small multiples of both.
 RANGE = "a number from 1e-37 to 1e+37"
-# Of a sequence to prewarm for: 16 million tokens, whose mask is still made in under a second.
+# The longest sequence to prewarm for: 16 million tokens, whose mask still takes less than a second.
 LONGEST = 2**24
 
 
@@ -68,7 +68,7 @@ def _one_line_errors(model: str) -> Iterator[None]:
 
 
 def _torch_name(value: Any) -> Any:
-    """``torch.float32`` and ``torch.device("cpu")`` as the strings that a request keeps."""
+    """``torch.float32`` and ``torch.device("cpu")`` as strings, which is what a request keeps."""
     if f"{type(value).__module__}.{type(value).__name__}" in ("torch.dtype", "torch.device"):
         return str(value).removeprefix("torch.")
     return value
@@ -115,7 +115,7 @@ class AttentionConfig(BaseModel):
             super().__init__(**fields)
 
     def __hash__(self) -> int:
-        # Looked up on every attention call: half the time of the hash that pydantic generates.
+        # Computed on every attention call; takes half the time of pydantic's own.
         return hash(tuple(self.__dict__.values()))
 
     @classmethod
@@ -127,8 +127,8 @@ class AttentionConfig(BaseModel):
         window is kept only where ``layer_types[layer_idx]`` is ``"sliding_attention"``; without it the
         config describes a global layer if ``layer_types`` mixes kinds.
 
-        Raises ValueError or TypeError when a field is missing or holds what it cannot, when ``layer_idx`` is out
-        of range, or when the layer is neither full nor sliding attention.
+        Raises ValueError or TypeError if a field is missing or has an impossible value, if ``layer_idx`` is out of
+        range, or if the layer is neither full nor sliding attention.
         """
         get_text = getattr(config, "get_text_config", None)
         config = get_text() if callable(get_text) else config
@@ -186,7 +186,7 @@ def _hf_window(config: Any, layer_idx: int | None) -> int | None:
 
 
 def _hf_kinds(config: Any, layer_idx: int | None) -> list[str]:
-    """The kind of the layer asked for, of all layers where none is, and nothing where the config doesn't say."""
+    """The kind of layer ``layer_idx``, or of all layers if it is None; empty if the config names no kinds."""
     kinds = getattr(config, "layer_types", None)
     if not (kinds is None or isinstance(kinds, (list, tuple))):
         raise TypeError(f"layer_types: {kinds!r}, expected a list of {FULL!r} and {SLIDING!r}")
@@ -211,15 +211,15 @@ def _hf_kinds(config: Any, layer_idx: int | None) -> list[str]:
 
 
 class PrewarmRequest(BaseModel):
-    """Kernels to have ready: what the calls to come will look like.
+    """Kernels to prepare: a description of the calls to come.
 
-    ``config``: the attention of the layer. ``num_heads``, ``num_kv_heads``, ``head_dim``: of the layer.
-    ``seq_lens``: lengths that will be used, up to 2**24; kernels take any length, these get their masks too.
-    ``dtype``, ``device``: of q, k and v, torch's own or their names. ``train``: whether gradients will be asked for.
-    ``paged``: whether ``Runtime.paged_attention`` will be called, which has kernels of its own on CUDA.
+    ``config``, ``num_heads``, ``num_kv_heads``, ``head_dim``: of the layer. ``seq_lens``: lengths, up to 2**24, whose
+    masks to prepare as well; kernels take any length. ``dtype``, ``device``: of q, k and v, torch's own or their
+    names. ``train``: whether gradients will be needed. ``paged``: whether ``Runtime.paged_attention`` will be called,
+    which has its own kernels on CUDA.
     """
 
-    # A process that serves makes none: its validator is built when one is made.
+    # A serving process makes no requests, so the validator is built with the first one.
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     config: AttentionConfig

@@ -1,4 +1,4 @@
-"""The errors of this package that are not plain ``ValueError`` or ``TypeError`` on an argument."""
+"""The package's own errors; a bad argument raises a plain ``ValueError`` or ``TypeError``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ class SoftcapRuntimeError(RuntimeError):
 
 
 class KernelNotPrewarmed(SoftcapRuntimeError):
-    """``jit="forbid"`` and the kernel is not in the cache, or that cannot be read; the text says what to do."""
+    """``jit="forbid"``, and the kernel is not in the cache or the cache cannot be read; the text says what to do."""
 
 
 class BuildFailed(SoftcapRuntimeError):
-    """A kernel could not be compiled; the text names the step, the tool and the end of its output."""
+    """A kernel could not be compiled; the text names the kernel and the error of the tool that failed."""
 
 
 class EngineUnavailable(SoftcapRuntimeError):

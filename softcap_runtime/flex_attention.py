@@ -1,8 +1,8 @@
-"""The documented functions of the Flex Attention system, under the names and signatures that unsloth users know.
+"""The documented functions of the Flex Attention system, with the names and signatures that unsloth users know.
 
-Source of the names: the page "Implementation: Flex_Attention" of Unsloth's wiki. They and ``Runtime.attention`` are
-two doors into the same dispatch. A sliding window of w shows w keys, the query's own among them (``0 <= i - j < w``),
-as in unsloth 2026.10.9.
+The names come from the page "Implementation: Flex_Attention" of Unsloth's wiki. These functions and
+``Runtime.attention`` share one dispatch. A sliding window of w shows w keys including the query's own
+(``0 <= i - j < w``), as in unsloth 2026.10.9.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def slow_attention_softcapping(
     """Attention with logit softcapping: ``[bsz, Sq, n_heads * head_dim]``, by the warm kernel.
 
     ``Q`` ``[bsz, n_heads, Sq, head_dim]``, ``K`` and ``V`` ``[bsz, n_kv_heads, Skv, head_dim]``; query row i stands
-    at key position ``Skv - Sq + i``. ``q_len`` may be Sq or, as unsloth's layer has it, Skv.
-    ``causal_mask``: a BlockMask of the functions below (for these lengths or any other: it is made anew), any other
-    BlockMask (compiled by flex, for these lengths only), a bool mask (True: visible) or an additive float mask
-    ``[Sq, Skv]`` to ``[B, H, Sq, Skv]``, or None for plain causal. Of a tensor mask with more than Sq rows, the rows
-    ``Skv - Sq`` to ``Skv`` are read, and of its keys the first Skv: one mask of the longest length serves every step.
+    at key position ``Skv - Sq + i``. ``q_len`` is Sq or, as unsloth's layer passes it, Skv.
+    ``causal_mask``: a BlockMask of the functions below (of any length: it is remade for these), another BlockMask
+    (compiled by flex, for these lengths only), a bool mask (True: visible) or an additive float mask ``[Sq, Skv]`` to
+    ``[B, H, Sq, Skv]``, or None for plain causal. Of a tensor mask with more than Sq rows, the rows ``Skv - Sq`` to
+    ``Skv`` are read, and of its keys the first Skv: one mask of the longest length serves every step.
     ``self``: any object whose ``config`` has ``attn_logit_softcapping`` (None: no cap) and
     ``query_pre_attn_scalar`` (without it the scale is ``head_dim ** -0.5``).
 
-    Raises ValueError or TypeError on arguments that do not fit, and what ``Runtime.attention`` raises.
+    Raises ValueError or TypeError for arguments that do not fit, and as ``Runtime.attention`` does.
     """
     return attend(Q, K, V, causal_mask, self, bsz, q_len)
 
@@ -52,7 +52,7 @@ def slow_attention_softcapping(
 def slow_inference_attention_softcapping(
     Q: Tensor, K: Tensor, V: Tensor, causal_mask: Any, self: Any, bsz: int, q_len: int
 ) -> Tensor:
-    """As ``slow_attention_softcapping``, by the eager engine: it never compiles anything and needs no kernel."""
+    """``slow_attention_softcapping`` by the eager engine, which never compiles anything and needs no kernel."""
     return attend(Q, K, V, causal_mask, self, bsz, q_len, "eager")
 
 
@@ -67,7 +67,7 @@ def create_flex_attention_causal_mask(max_seq_length: int = 8192) -> BlockMask |
 def create_flex_attention_sliding_window_mask(
     max_seq_length: int = 8192, sliding_window: int = 4096
 ) -> BlockMask | Tensor:
-    """The causal mask with ``sliding_window`` visible keys, the query's own among them: ``0 <= i - j < w``.
+    """The causal mask with ``sliding_window`` visible keys, including the query's own: ``0 <= i - j < w``.
 
     On a torch without flex a dense bool mask ``[S, S]``. Raises ValueError for a length or window below 1.
     """
@@ -98,9 +98,9 @@ def attend(
     engine: EngineName | None = None,
     documents: Tensor | None = None,
 ) -> Tensor:
-    """What both functions do, by ``engine`` (that of the settings when None).
+    """The common part of both functions; ``engine``: None for that of the settings.
 
-    ``documents`` ``[B or 1, Skv]``: the document ids of packed sequences, beside ``mask``.
+    ``documents`` ``[B or 1, Skv]``: the document ids of packed sequences, which ``mask`` is combined with.
     """
     q, k, v = checked_inputs(q, k, v)
     lengths = q.shape[2], k.shape[2]
@@ -142,7 +142,7 @@ def _layer(layer: Any, head_dim: int) -> Cap:
 
 
 def _intervals(mask: Any, q: Tensor, q_len: int, kv_len: int) -> RowIntervals | Tensor | BlockMask:
-    """The mask as row intervals, or as it is: a tensor of elements, a BlockMask of the caller's own."""
+    """The mask as row intervals; unchanged if it is a tensor or a caller's BlockMask that does not have that form."""
     if mask is None:
         return _band(q_len, kv_len, True, None)
     if isinstance(mask, Tensor):

@@ -1,4 +1,4 @@
-"""Attention over a paged cache: checks of a call, and what serves it."""
+"""Attention over a paged cache: the checks of a call, and how it is served."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _OFFSETS = "cu_seqlens_q: expected 0 and then offsets that never decrease, up to
 class Pages(NamedTuple):
     """Keys and values of a batch of sequences: ``k``, ``v`` ``[num_pages, page_size, Hkv, D]``.
 
-    ``table`` ``[B, pages]``: where each sequence's pages lie, in order; ``lengths`` ``[B]``: its keys, the new ones
-    included. Entries past a sequence's last page are never read.
+    ``table`` ``[B, pages]``: the numbers of each sequence's pages, in order; ``lengths`` ``[B]``: its number of keys,
+    including the new ones. Entries past a sequence's last page are never read.
     """
 
     k: Tensor
@@ -43,14 +43,14 @@ class Pages(NamedTuple):
     lengths: Tensor
 
 
-# Serves calls of one kind: of q, the pages and the offsets. None for contents that it refuses.
+# Serves calls of one kind: takes q, the pages and the offsets. Returns None for contents that it refuses.
 Way = Callable[[Tensor, Pages, "Tensor | None"], "Tensor | None"]
 
 
 def paged_attention(
     runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
 ) -> Tensor:
-    """What ``Runtime.paged_attention`` documents."""
+    """See ``Runtime.paged_attention``."""
     kind = _kind(q, pages, config, cu_seqlens_q)
     way = runtime.plans.paged.get(kind)
     # The kernels look at the contents of table, lengths and offsets themselves, at each call.
@@ -72,8 +72,8 @@ def paged_attention(
 
 
 def _kind(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None) -> Hashable:
-    """All that a call can differ in, contents aside. None where one goes the long way: of anything but dense tensors of
-    one device that have memory, in forward-mode AD and, on the CPU, under a transform, a mode or autocast."""
+    """Everything in which calls can differ, except contents. None for a call that needs the full path: with anything
+    but dense tensors in memory on one device, in forward-mode AD, on the CPU under a transform, a mode or autocast."""
     k, v, table, lengths = pages
     offsets = lengths if cu_seqlens_q is None else cu_seqlens_q
     tensors = q, k, v, table, lengths, offsets
@@ -100,7 +100,7 @@ def _kind(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor
 
 
 def _through_the_table(runtime: Server, q: Tensor, config: AttentionConfig) -> bool:
-    """Whether a kernel reads the pages as they lie: on CUDA, where ``blocked`` serves. Else they are copied."""
+    """Whether a GPU kernel reads the pages in place: on CUDA, if ``blocked`` serves the call."""
     if q.device.type != "cuda" or runtime.settings.engine not in ("auto", "blocked"):
         return False
     refusal = blocked_cuda.ENGINE.refuses(_problem(runtime, q, q, config))
@@ -118,7 +118,7 @@ def _problem(runtime: Server, q: Tensor, k: Tensor, config: AttentionConfig) -> 
 def _on_gpu(
     runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
 ) -> Way | None:
-    """``cuda.triton.paged``'s kernel, bound for this layout of tensors; None for tensors that no kernel reads."""
+    """The kernel of ``cuda.triton.paged``, bound for this layout of tensors; None for tensors that no kernel reads."""
     from softcap_runtime.cuda.paged import bind_paged
 
     if pages.k.stride(-1) != 1 or pages.v.stride(-1) != 1:
@@ -143,7 +143,7 @@ def _on_gpu(
 def _as_on_gpu(
     q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """A call's tensors as the kernel takes them; offsets are those that a check on the GPU lets through."""
+    """A call's tensors as the kernel takes them; the offsets have passed a check on the GPU."""
     offsets = None if cu_seqlens_q is None else _int32(_checked_offsets(q, cu_seqlens_q))
     k, v = pages.k.transpose(1, 2), pages.v.transpose(1, 2)
     return rows_together(q), k, v, _int32(pages.table), _int32(pages.lengths), offsets
@@ -156,9 +156,10 @@ def _int32(x: Tensor) -> Tensor:
 def _on_cpu(
     runtime: Server, q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
 ) -> Way | None:
-    """The C++ library, where it is what serves and the rows are few; else None.
+    """The C++ library, if it serves the call and the rows are few; else None.
 
-    The result serves calls with as many rows in every sequence, and returns None for others and for wrong contents.
+    The result serves calls with the same number of rows in every sequence, and returns None for others and for wrong
+    contents.
     """
     sequences, group = pages.table.shape[0], q.shape[1] // pages.k.shape[2]
     each, spare = divmod(q.shape[2], sequences) if cu_seqlens_q is not None else (q.shape[2], 0)
@@ -187,7 +188,7 @@ def _on_cpu(
 def _as_read(
     q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """A call's tensors as the library takes them: copies where they lie otherwise."""
+    """A call's tensors as the library takes them, copied if need be."""
     offsets = None if cu_seqlens_q is None else _integers(cu_seqlens_q)
     return rows_together(q), pages.k, pages.v, _integers(pages.table), _integers(pages.lengths), offsets
 
@@ -201,10 +202,10 @@ def _integers(x: Tensor) -> Tensor:
 def gathered(
     q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None
 ) -> tuple[Tensor, Tensor, RowIntervals]:
-    """Keys and values copied out of their pages, and what each row of q sees of them.
+    """Keys and values copied out of their pages, and the mask of q's rows over them.
 
-    For as many rows in each sequence k and v are ``[B, Hkv, pages * page_size, D]``; with ``cu_seqlens_q`` all
-    sequences stand side by side in one batch row, as those of q do.
+    k and v: ``[B, Hkv, pages * page_size, D]``; with ``cu_seqlens_q`` all sequences stand side by side in one batch
+    row, as those of q do.
     """
     table = pages.table.to(torch.int64).clamp(0, pages.k.shape[0] - 1)
     keys = table.shape[1] * pages.k.shape[1]
@@ -224,7 +225,7 @@ def gathered(
 
 
 def _edges(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The keys ``[lo, hi)`` of its sequence that each row sees: int32 ``[B or 1, Sq]`` both."""
+    """``lo`` and ``hi`` of the keys of its sequence that each row sees: int32 ``[B or 1, Sq]`` both."""
     ends, positions = row_positions(q, pages, cu_seqlens_q)
     hi = torch.minimum(positions + 1, ends) if config.causal else ends.expand_as(positions)
     reach = min(config.window or UNBOUNDED, UNBOUNDED)
@@ -235,7 +236,7 @@ def _edges(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tenso
 
 
 def row_positions(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys of each row's sequence, and the key at which the row stands: int32 ``[B or 1, Sq]`` both.
+    """The number of keys of each row's sequence, and the row's key position: int32 ``[B or 1, Sq]`` both.
 
     The last row of a sequence stands at its last key. Rows past the last sequence have no keys.
     """
@@ -258,12 +259,12 @@ def _sequence_of(q: Tensor, cu_seqlens_q: Tensor) -> Tensor:
 
 
 def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> Tensor | None:
-    """Raise TypeError or ValueError on what does not fit, naming the argument, its value and what was expected.
+    """Raise TypeError or ValueError for what does not fit, naming the argument, its value and what was expected.
 
-    Go on with the offsets that it hands back: in a traced graph they are what the check let through.
+    Returns the checked offsets; use them in place of ``cu_seqlens_q``, so that a traced graph keeps their check.
 
-    What can only be seen in the data is checked on the CPU; a GPU checks the offsets, and its kernels give NaN where a
-    table or a length does not fit.
+    Contents are checked on the CPU. A GPU checks the offsets, and its kernels give NaN where a table or a length does
+    not fit.
     """
     check_config(config)
     for name, x, words in (
@@ -283,7 +284,7 @@ def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> 
                 f"{q.shape[3]}"
             )
         if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(f"{name}: requires a gradient, which a paged cache has none of; use torch.no_grad()")
+            raise ValueError(f"{name}: requires a gradient, and a paged cache has none; use torch.no_grad()")
     if pages.v.shape != pages.k.shape:
         raise ValueError(f"v: shape {tuple(pages.v.shape)}, expected k's {tuple(pages.k.shape)}")
     if pages.k.shape[1] not in PAGE_SIZES:

@@ -1,4 +1,4 @@
-"""Plans: the memory of how each kind of call is served."""
+"""Plans: how each kind of call is served, remembered by everything in which calls can differ."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from softcap_runtime.engines.engine import Backward, Call, Engine, Forward, Keys
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.supply import Supply
 
-# Beyond this number all plans are let go; making one again costs some 100 us.
+# At this number all plans are dropped; making one again costs about 100 us.
 MAX_PLANS = 4096
 
 
 class PlanKey(NamedTuple):
-    """Everything that a call can differ in, the contents of its tensors aside.
+    """Everything in which calls can differ, except the contents of their tensors.
 
     ``edges``: the shape, dtype and device of each vector of a mask of row intervals; empty for a band.
     """
@@ -50,7 +50,7 @@ class PlanKey(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Plan:
-    """A call's way to its kernel, bound to band and scalars: from then on a call is one dictionary look-up."""
+    """An engine bound to one kind of call: its kernels, band and scalars. A later call is one dictionary look-up."""
 
     engine: Engine
     reason: str
@@ -61,7 +61,7 @@ class Plan:
     hits: int = 0
 
     def forward_into(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor | None:
-        """``forward`` with its output in ``out``, rows or heads of a larger one; returns the logsumexp."""
+        """``forward`` that writes to ``out``, rows or heads of a larger tensor; returns the logsumexp."""
         if self.engine.parts:
             return self.forward(q, k, v, *edges, out=out)[1]
         made, lse = self.forward(q, k, v, *edges)
@@ -79,7 +79,7 @@ class Plan:
         lse: Tensor,
         *edges: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``backward`` that hands dk and dv to ``keys_done``, before dq where the engine can."""
+        """``backward`` that also hands dk and dv to ``keys_done``, before computing dq if the engine can."""
         assert self.backward is not None
         if self.engine.parts:
             return self.backward(grad_out, q, k, v, out, lse, *edges, keys_done=keys_done)
@@ -89,7 +89,7 @@ class Plan:
 
 
 class Passing(NamedTuple):
-    """How a kind of call is served for now, and how many calls after its first were."""
+    """How a kind of call is served until its kernel is built, and how many calls came after its first."""
 
     engine: str
     reason: str
@@ -99,10 +99,10 @@ class Passing(NamedTuple):
 class Plans:
     """The plans of one runtime, and shortcuts from a call's arguments straight to them.
 
-    ``shortcuts``: by all of the arguments but those of masks, then by the batch of the mask's vectors, None for a band.
-    ``passing``: the kinds of call that have none, as their kernel is not here yet.
-    ``paged``: how calls over a paged cache are served that is read through its table, by all that they can differ in;
-    ``paged_calls`` counts them.
+    ``shortcuts``: plans by all arguments except masks, then by the form of the mask's vectors, None for a band.
+    ``passing``: the kinds of call that have no plan yet, as their kernel is still being built.
+    ``paged``: how to serve calls that read a paged cache through its table, by everything in which they can differ;
+    ``paged_calls`` counts these calls.
     """
 
     def __init__(self) -> None:
@@ -121,9 +121,9 @@ class Plans:
         return self._plans.get(key)
 
     def remember(self, key: PlanKey, plan: Plan, evictions: int) -> None:
-        """Keep a plan; all others go first at ``MAX_PLANS``, or when ``evictions`` of masks have grown.
+        """Keep a plan; first drop all others at ``MAX_PLANS``, or if ``evictions`` of masks has grown.
 
-        Plans hold the masks they are bound to, so a mask that was evicted is only freed with them.
+        Plans hold the masks that they are bound to, so an evicted mask is only freed with its plans.
         """
         with self._lock:
             if len(self._plans) >= MAX_PLANS or evictions != self._evictions:
@@ -133,7 +133,7 @@ class Plans:
             self.passing.pop(key, None)
 
     def learn(self, arguments: Hashable, form: int | None, key: PlanKey) -> None:
-        """Remember the way from a call's arguments to the plan of ``key``, if that is remembered."""
+        """Add a shortcut from a call's arguments to the plan of ``key``, if that is remembered."""
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
@@ -149,7 +149,7 @@ class Plans:
         self.paged[kind] = serve
 
     def pass_by(self, key: PlanKey, plan: Plan) -> None:
-        """Count a call whose plan is not kept: another engine serves it until its kernel is here."""
+        """Count a call whose plan is not kept: another engine serves it until its kernel is built."""
         with self._lock:
             if key in self._plans:  # another thread found the kernel
                 return
@@ -179,7 +179,7 @@ class Plans:
 
 
 class Server(Protocol):
-    """What serves attention by plans, a ``Runtime``: for what stands below it and calls it back."""
+    """The part of ``Runtime`` that lower layers call back: what serves attention by plans."""
 
     settings: RuntimeSettings
     supply: Supply

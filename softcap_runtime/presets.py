@@ -1,4 +1,4 @@
-"""What to prewarm for known models, and for any model that comes with a Hugging Face ``config.json``."""
+"""Prewarm requests for known models, and for any model with a Hugging Face ``config.json``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Kinds = tuple[AttentionConfig, ...]
 
 
 class Shape(NamedTuple):
-    """Attention layers of a model that share their sizes: the distinct kinds of them, and the sizes."""
+    """A model's attention layers of the same sizes: their distinct configs, and the sizes."""
 
     configs: Kinds
     num_heads: int
@@ -33,7 +33,7 @@ def _gemma2(num_heads: int, num_kv_heads: int, head_dim: int, query_pre_attn_sca
 
 
 def _t5gemma(encoder: Sequence[Shape], decoder: Sequence[Shape]) -> tuple[Shape, Shape]:
-    """An encoder that sees both ways, and a decoder that also attends to all of the encoder's tokens."""
+    """A bidirectional encoder, and a decoder that also attends to all of the encoder's tokens."""
     (first,), (second,) = encoder, decoder
     both_ways = tuple(kind.model_copy(update={"causal": False}) for kind in first.configs)
     across = second.configs[-1].model_copy(update={"causal": False, "window": None})
@@ -41,8 +41,8 @@ def _t5gemma(encoder: Sequence[Shape], decoder: Sequence[Shape]) -> tuple[Shape,
 
 
 _2B, _9B, _27B = _gemma2(8, 4, 256, 256), _gemma2(16, 8, 256, 256), _gemma2(32, 16, 128, 144)
-# The numbers are those of the published configs. PaliGemma 2's text models are Gemma-2's; T5Gemma's encoders and
-# decoders too. Grok-1: run.py and model.py of xai-org/grok-1 (``attn_output_multiplier``, ``max_attn_val``).
+# Numbers from the published configs. The text models of PaliGemma 2 and the encoders and decoders of T5Gemma have the
+# shapes of Gemma-2. Grok-1: run.py and model.py of xai-org/grok-1 (``attn_output_multiplier``, ``max_attn_val``).
 PRESETS: dict[str, tuple[Shape, ...]] = {
     "gemma2-2b": _2B,
     "gemma2-9b": _9B,
@@ -69,9 +69,9 @@ def requests_for(
 ) -> list[PrewarmRequest]:
     """The prewarm requests of a model, one per distinct kind of attention layer.
 
-    ``source``: a name in ``PRESETS``, or the path of a Hugging Face ``config.json`` or of the folder that holds
-    one; of an encoder and decoder, both and the attention between them. Raises ValueError when it is neither or
-    lacks a field, OSError when it cannot be read.
+    ``source``: a name in ``PRESETS``, or the path of a Hugging Face ``config.json`` or its folder. An encoder-decoder
+    model gives the requests of both, and of the attention between them. Raises ValueError if it is neither or lacks a
+    field, OSError if it cannot be read.
     """
     shapes = PRESETS.get(str(source)) or _read_shapes(Path(source))
     return [
@@ -120,7 +120,7 @@ def _shape(model: Any) -> Shape:
     if getattr(model, "layer_types", None) is None:
         model.layer_types = _layer_types(model, layers)
     kinds = model.layer_types
-    # Layers of linear attention run no kernel of ours.
+    # Layers of linear attention need none of our kernels.
     ours = [at for at in range(layers) if kinds is None or kinds[at : at + 1] != ["linear_attention"]]
     distinct = dict.fromkeys(AttentionConfig.from_hf(model, layer_idx=at) for at in ours or range(layers))
     grouped = getattr(model, "num_key_value_heads", None) is not None

@@ -40,9 +40,8 @@ _runtimes: weakref.WeakSet[Runtime] = weakref.WeakSet()
 class Runtime:
     """Serves softcapped attention from warm kernels; thread-safe, and safe after a fork.
 
-    ``Runtime.get()`` is the process's own, with settings from the environment; ``Runtime(settings)`` is one of
-    your own. Its cache folder is shared by all processes of the machine. The operator knows
-    it by its ``number``.
+    ``Runtime.get()`` is the process's own, with settings from the environment; ``Runtime(settings)`` makes another.
+    All processes of the machine share its cache folder. The operator finds it by its ``number``.
     """
 
     _own: ClassVar[Runtime | None] = None
@@ -59,7 +58,7 @@ class Runtime:
 
     @classmethod
     def get(cls) -> Runtime:
-        """The runtime of this process, made at the first call."""
+        """The runtime of this process, created at the first call."""
         if torch.compiler.is_dynamo_compiling():
             _make_own()
         elif cls._own is None:
@@ -70,11 +69,11 @@ class Runtime:
         return cls._own
 
     def __deepcopy__(self, memo: object) -> Runtime:
-        """Itself: the copy of a model that holds a runtime (an average of its weights, say) is served by it too."""
+        """Itself, so that a copy of a model that holds a runtime (an average of weights, say) shares it."""
         return self
 
     def __reduce__(self) -> tuple[Callable[..., Runtime], tuple[RuntimeSettings, ...]]:
-        """For another process: its own if this is the process's own, else one of the same settings."""
+        """In another process: its own runtime if this is the process's own, else a new one with the same settings."""
         return (Runtime.get, ()) if self is Runtime._own else (Runtime, (self.settings,))
 
     def attention(
@@ -98,17 +97,17 @@ class Runtime:
         ``attention_mask`` ``[B, Skv]``, bool or 0/1: padding, left or right, or any other tokens to hide.
         ``document_ids`` ``[B, Skv]``, integers that never decrease: a token sees only its own document.
         ``prefix_lengths`` ``[B]``: the first tokens see each other both ways. ``spans`` ``[B, N, 2]``: half-open
-        ranges of tokens that see each other both ways. ``cache_lengths`` ``[B]``: how many keys of each batch
-        row are valid, the new tokens included; row i then stands at ``cache_lengths - Sq + i``.
-        ``query_positions`` ``[Sq]`` or ``[B, Sq]``: the key at which each query row stands, from 0 on and in any order,
-        in place of ``Skv - Sq + i``. Keys and values that
-        no row sees must be finite all the same (zeros, say): an engine may multiply them by a weight of 0.
+        ranges of tokens that see each other both ways. ``cache_lengths`` ``[B]``: the number of valid keys in each
+        batch row, including the new tokens; row i then stands at ``cache_lengths - Sq + i``.
+        ``query_positions`` ``[Sq]`` or ``[B, Sq]``: the key position of each query row, 0 or more in any order, instead
+        of ``Skv - Sq + i``. Keys and values that no row sees must still be finite (zeros, say), as an engine may
+        multiply them by a weight of 0.
 
-        Raises ValueError or TypeError on an argument that does not fit, EngineUnavailable when the engine asked
-        for cannot serve the call, KernelNotPrewarmed under ``jit="forbid"``, BuildFailed when the compiler fails.
+        Raises ValueError or TypeError for an argument that does not fit, EngineUnavailable if the requested engine
+        cannot serve the call, KernelNotPrewarmed under ``jit="forbid"``, BuildFailed if the compiler fails.
         """
         check_no_context_parallel()
-        # Each with `is None`: comparing the tensors of a tuple with None costs 30 us.
+        # One `is None` each: `in` over a tuple would compare tensors with None, which costs 30 us.
         tokens_alone = prefix_lengths is None and spans is None and cache_lengths is None and query_positions is None
         key = None if torch.compiler.is_compiling() else _shortcut_key(q, k, v, config)
         known = None if key is None else self.plans.shortcuts.get(key)
@@ -140,7 +139,7 @@ class Runtime:
     def _edges(
         self, q: Tensor, k: Tensor, config: AttentionConfig, attention_mask: Tensor | None, document_ids: Tensor | None
     ) -> tuple[Tensor, ...] | None:
-        """The short way to a mask's vectors, none for a band; None where there is none, and for wrong masks."""
+        """A mask's vectors, quickly: empty for a band; None if there is no quick way, or the mask is not valid."""
         if attention_mask is None and document_ids is None:
             return ()
         find = self._find_intervals.get(q.device)
@@ -157,10 +156,10 @@ class Runtime:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, config: Capped, mask: RowIntervals, engine: EngineName | None = None
     ) -> Tensor:
-        """Attention under a mask that is made already: for integrations that make one mask for many layers.
+        """Attention under a ready-made mask: for integrations that make one mask for many layers.
 
-        As ``attention`` without its checks of q, k and v. ``mask`` stands in for the config's window and causal;
-        ``engine`` for that of the settings.
+        Like ``attention``, but without its checks of q, k and v. ``mask`` replaces the window and causal of the
+        config, ``engine`` that of the settings.
         """
         check_no_context_parallel()
         call = Call(mask, config.scale, config.softcap, engine or self.settings.engine, _wants_grad(q, k, v))
@@ -172,15 +171,15 @@ class Runtime:
     def context_attention(
         self, q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig, context: ContextMask, *, stages: int = 1
     ) -> Tensor:
-        """Attention of this rank's rows over a whole sequence that is spread over ranks: as ``attention``, of its rows.
+        """``attention`` over a sequence that is spread over ranks: ``[B, Hq, rows, D]``, this rank's rows.
 
         ``q`` ``[B, Hq, rows, D]``, ``k`` and ``v`` ``[B, Hkv, rows, D]``: the rows that the layout of ``context``
-        gives this rank. Every rank of its mesh calls it. ``context``: of ``softcap_runtime.distributed.context_mask``,
-        with the window and causal of ``config``; it holds the masks. ``stages``: groups of key heads, each of which
-        travels while the one before is computed.
+        gives this rank. Every rank of its mesh must call it. ``context``: made by
+        ``softcap_runtime.distributed.context_mask`` for the window and causal of ``config``; it holds the masks.
+        ``stages``: the number of groups of key heads; each group travels while the one before it is computed.
 
-        Raises as ``attention`` does, before anything is sent. At the first call of a kind ranks tell each other whether
-        they are ready: RuntimeError on the others when one is not, or when they disagree.
+        Raises as ``attention`` does, before anything is sent. At the first call of a kind, ranks tell each other
+        whether they are ready; if one is not, or they disagree, the others raise RuntimeError.
         """
         from softcap_runtime.distributed.attention import Layer, context_attention
 
@@ -200,14 +199,14 @@ class Runtime:
         """Attention over a paged cache, for decoding and prefill in chunks: ``[B, Hq, Sq, D]``; no gradients.
 
         ``q`` ``[B, Hq, Sq, D]``: the new rows of each sequence. ``k``, ``v`` ``[num_pages, page_size, Hkv, D]``, any
-        strides: all pages, those of the new rows filled already; ``page_size`` 16, 32, 64, 128 or 256.
-        ``page_table`` ``[B, pages]``, integers: each sequence's pages in order; entries past its last page count for
-        nothing. ``cache_lengths`` ``[B]``, integers: its keys, the new ones included; the last row stands at the last
-        key. ``cu_seqlens_q`` ``[B + 1]``, integers: where the rows of each sequence begin in a q of ``[1, Hq, rows,
-        D]``, for as many new rows in each as there are; rows past the last offset give 0.
+        strides: all pages, with the new keys and values already written; ``page_size`` 16, 32, 64, 128 or 256.
+        ``page_table`` ``[B, pages]``, integers: each sequence's pages in order; entries past its last page are
+        ignored. ``cache_lengths`` ``[B]``, integers: its number of keys, including the new ones; the last row stands
+        at the last key. ``cu_seqlens_q`` ``[B + 1]``, integers: for sequences with different numbers of new rows, the
+        offset at which the rows of each begin in a q of ``[1, Hq, rows, D]``; rows past the last offset give 0.
 
         Raises as ``attention`` does. On a GPU nothing waits for the contents of tables and lengths: rows that see a
-        page that isn't there are NaN, and so is a sequence whose length does not fit its table or its new rows.
+        missing page are NaN, and so is a sequence whose length does not fit its table or its new rows.
         """
         from softcap_runtime.paged import Pages, paged_attention
 
@@ -216,11 +215,13 @@ class Runtime:
     def prewarm(
         self, requests: Iterable[PrewarmRequest], progress: bool = True, tune: bool = False
     ) -> list[PrewarmResult]:
-        """Have the kernels of ``requests`` built and loaded, in parallel; a row per kernel says how it went.
+        """Build and load the kernels of ``requests``, in parallel; returns a result for each kernel.
 
-        ``progress`` shows a bar. ``tune`` measures a few block sizes of each GPU kernel first and keeps the best, once
-        per machine: calls that are bound from then on use them. A kernel that fails is reported in its row and stops
-        no other.
+        ``progress`` shows a bar. ``tune`` first measures a few block sizes of each GPU kernel, once per machine, and
+        keeps the best for later calls. A kernel that fails is reported in its result and stops no other.
+
+        Raises TypeError, ValueError or EngineUnavailable, before anything is built, for a request that cannot be
+        served.
         """
         from softcap_runtime.prewarm.prewarm import prewarm
 
@@ -233,21 +234,21 @@ class Runtime:
         return collect(self.plans, self.supply)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Out and, for training, the logsumexp: what the operator calls, below autograd."""
+        """Out and, for training, the logsumexp. Called by the operator, below autograd."""
         q, k, v = rows_together(q), rows_together(k), rows_together(v)
         return self.plan(q, k, call).forward(q, k, v, *call.mask.vectors)
 
     def backward(
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v: what the operator's derivative calls."""
+        """Gradients of q, k and v. Called by the operator's derivative."""
         grad_out, q, k, v, out = map(rows_together, (grad_out, q, k, v, out))
         backward = self.plan(q, k, call).backward
         assert backward is not None
         return backward(grad_out, q, k, v, out, lse, *call.mask.vectors)
 
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
-        """How a call is served, its kernels loaded; reads shapes, dtypes and devices alone."""
+        """The plan that serves a call, its kernels loaded; reads only shapes, dtypes and devices."""
         key = PlanKey.of(q, k, call)
         plan = self.plans.get(key)
         if plan is not None:
@@ -275,7 +276,7 @@ class Runtime:
 
 @constant_in_graphs
 def _make_own() -> bool:
-    """For dynamo, which can't follow ``Runtime.get()`` through a lock and settings: it finds the runtime made."""
+    """Create the process's runtime outside of dynamo, which cannot trace the lock and the settings."""
     return Runtime.get() is not None
 
 
@@ -283,32 +284,23 @@ _DENSE_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _shortcut_key(q: Tensor, k: Tensor, v: Tensor, config: AttentionConfig) -> Hashable:
-    """What a call's plan and its checks depend on but for the mask arguments; None for a call that goes the long way:
-    one under a transform, a mode or autocast, or of anything but dense tensors."""
+    """Everything that a call's plan and checks depend on, except masks. None for a call that needs the full path: under
+    a transform, a mode or autocast, or with anything but dense tensors."""
     if type(config) is not AttentionConfig or not _DENSE_TENSORS.issuperset((type(q), type(k), type(v))):
         return None
     if interpreters_active() or q.is_nested or k.is_nested or v.is_nested:
         return None
     return (
         _wants_grad(q, k, v),
-        q.shape,
-        k.shape,
-        v.shape,
-        q.dtype,
-        k.dtype,
-        v.dtype,
-        q.device,
-        k.device,
-        v.device,
-        q.layout,
-        k.layout,
-        v.layout,
+        q.shape, q.dtype, q.device, q.layout,
+        k.shape, k.dtype, k.device, k.layout,
+        v.shape, v.dtype, v.device, v.layout,
         config,
-    )
+    )  # fmt: skip
 
 
 def _intervals(q: Tensor, k: Tensor, config: AttentionConfig, masks: dict[str, Tensor | None]) -> RowIntervals:
-    """Check the config and the mask arguments, and intersect these with the config's."""
+    """Check config and mask arguments; returns their intersection."""
     check_config(config)
     q_len, kv_len = q.shape[2], k.shape[2]
     given = check_mask_arguments(q_len, kv_len, q.shape[0], q.device, causal=config.causal, holes=True, **masks)
@@ -319,7 +311,7 @@ def _intervals(q: Tensor, k: Tensor, config: AttentionConfig, masks: dict[str, T
 
 
 def _form_of(vectors: Sequence[Tensor]) -> int | None:
-    """What a plan depends on of a mask's vectors: their batch, negative with ``kept`` among them; None for a band."""
+    """What a plan depends on of a mask's vectors: their batch, negative if ``kept`` is one of them; None for a band."""
     if not vectors:
         return None
     return vectors[0].shape[0] if len(vectors) == 2 else -vectors[0].shape[0]

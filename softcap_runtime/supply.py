@@ -1,4 +1,4 @@
-"""The kernels of one runtime: its settings, the choice of an engine, and what the engine needs."""
+"""The kernels of one runtime: its settings, the choice of an engine, and the artifacts that the engine needs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from softcap_runtime.store import Store
 
 log = logging.getLogger(__name__)
 
-# Block tables of band masks that are kept: those of 32 windows over a million tokens, or of any number of usual ones.
+# Limit on the block tables of band masks that are kept: 32 windows over a million tokens, or any number of usual ones.
 MASK_BYTES = 64 * 2**20
 
 
 class Chosen(NamedTuple):
-    """An engine for a problem, why, what it needs, and whether the choice lasts (or a kernel is still being built)."""
+    """An engine for a problem, the reason, its artifacts; ``lasting``: False while a kernel is still being built."""
 
     engine: Engine
     reason: str
@@ -40,7 +40,7 @@ class Chosen(NamedTuple):
 
 
 class Supply(Artifacts):
-    """The artifacts of one runtime, under the policy of its settings, and what else its engines share."""
+    """The artifacts of one runtime, under the policy of its settings, and the masks and options its engines share."""
 
     def __init__(self, settings: RuntimeSettings) -> None:
         store = Store(settings.cache_dir, settings.cache_size_limit, auth_key=_auth_key(settings))
@@ -51,7 +51,7 @@ class Supply(Artifacts):
         self._options: dict[tuple[int, torch.dtype, int, Direction], BlockOptions] = {}
 
     def engine(self, problem: Problem, asked: str) -> Chosen:
-        """The engine that serves ``problem`` now, what it needs loaded.
+        """The engine that serves ``problem`` now; its artifacts are loaded.
 
         Raises EngineUnavailable, KernelNotPrewarmed (``jit="forbid"``) or BuildFailed.
         """
@@ -63,7 +63,7 @@ class Supply(Artifacts):
         return Chosen(choice.engine, choice.reason, needed, True)
 
     def kernels(self, problem: Problem, paged: bool = False) -> Kernels:
-        """Where an engine finds what it needs for ``problem``, ``paged`` where the keys lie in pages."""
+        """What an engine binds ``problem`` to; ``paged``: for keys in pages."""
 
         def get(artifact: Artifact) -> Any:
             return self.get(artifact, lambda: self.command(problem, paged))
@@ -71,7 +71,7 @@ class Supply(Artifacts):
         return Kernels(self.masks, get, self.options)
 
     def options(self, device: int, dtype: torch.dtype, head_dim: int, direction: Direction) -> BlockOptions:
-        """The options of a GPU kernel: what was measured on this machine, else chosen by the device's limits."""
+        """The options of a GPU kernel: those measured on this machine, else chosen by the device's limits."""
         key = (device, dtype, head_dim, direction)
         found = self._options.get(key)
         if found is None:
@@ -81,12 +81,12 @@ class Supply(Artifacts):
         return found
 
     def forget_options(self) -> None:
-        """After a measurement: calls that are bound from now on take what it chose."""
+        """Look options up again, after a measurement: later bindings use its results."""
         self._options.clear()
 
     def command(self, problem: Problem, paged: bool = False) -> str:
         """The shell command that prewarms the kernels of ``problem``."""
-        # A command with another cache, secret or limit would build what this process cannot use or must drop.
+        # Under another folder, secret or limit the command would build what this process cannot use.
         words = [*self._settings_given, "softcap-runtime prewarm"]
         options: dict[str, object] = {
             "num-heads": problem.num_heads,
@@ -97,7 +97,7 @@ class Supply(Artifacts):
             "dtype": dtype_name(problem.dtype),
             "device": problem.device.type,
         }
-        if problem.softcap_approx and problem.device.type != "cpu":  # another kernel there
+        if problem.softcap_approx and problem.device.type != "cpu":  # a GPU kernel of its own
             words.insert(0, "SOFTCAP_APPROX=1")
         if self.settings.engine != "auto":
             options["engine"] = self.settings.engine
@@ -107,7 +107,7 @@ class Supply(Artifacts):
 
 
 def _settings_given(settings: RuntimeSettings) -> list[str]:
-    """The cache's settings as a shell takes them, in any folder: this process may leave the one that it is in."""
+    """The cache's settings as shell assignments, with absolute paths: the command may run in another folder."""
     given = {
         name: getattr(settings, name)
         for name in ("cache_dir", "cache_key_file", "cache_size_limit")

@@ -1,23 +1,20 @@
-"""Builds in child processes: a folder of its own, a command that ends with whoever wants it, one line of what failed.
+"""Builds in child processes: each in a folder of its own, ended with whoever waits for it, its error told in one line.
 
-The process that serves imports no compiler: a crash or a kill of one harms nobody, and the process-wide switches that
-compilers need are set where no user code runs.
+The serving process imports no compiler: a compiler that crashes or is killed harms nobody, and the process-wide
+settings that compilers need are set where no user code runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
 import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -28,10 +25,9 @@ log = logging.getLogger(__name__)
 
 BUILD_TIMEOUT_S = 900
 BUILD_FOLDER = "softcap_build_"
-# How the line begins that says what went wrong: a compiler's first, as others follow from it, and Python's last.
+# The line that says what went wrong: a compiler's first error, as others follow from it, and Python's last.
 _COMPILER_ERROR = re.compile(r"\berror: ")
 _PYTHON_ERROR = re.compile(r"^[\w.]*(Error|Exception)\b")
-LEFT_BEHIND_S = 4 * BUILD_TIMEOUT_S
 _NOT_INHERITED = ("PYTHONOPTIMIZE", "PYTHONWARNINGS")
 
 
@@ -39,13 +35,13 @@ def find_compiler() -> str | None:
     """The C++ compiler that a build would run (``CXX``, else g++ or clang++); None when there is none."""
     for name in (os.environ.get("CXX"), "g++", "clang++"):
         if name and shutil.which(name):
-            # A name stays one: torch tells compilers apart by what it reads in it.
+            # A bare name stays bare: torch tells compilers apart by their name.
             return os.path.abspath(name) if os.sep in name else name
     return None
 
 
 def wanted_compiler(name: str) -> str:
-    """The C++ compiler for the kernel ``name``. Raises BuildFailed when there is none."""
+    """The C++ compiler to build the kernel ``name`` with. Raises BuildFailed if there is none."""
     compiler = find_compiler()
     if compiler is None:
         raise BuildFailed(
@@ -56,7 +52,7 @@ def wanted_compiler(name: str) -> str:
 
 
 def compiler_version() -> str:
-    """The first line of the compiler's own description; it runs the compiler. Never raises: its kernel is built."""
+    """The first line of the compiler's ``--version``. Never raises, as it is called after a successful build."""
     compiler = find_compiler()
     if compiler is None:
         return "none"
@@ -71,13 +67,13 @@ def compiler_version() -> str:
 def built_by(
     name: str, command: Callable[[Path], Sequence[str]], file: str, environment: Mapping[str, str] | None = None
 ) -> bytes:
-    """What a command writes: the bytes of ``folder / file`` after ``command(folder)`` ran in a child process.
+    """Run ``command(folder)`` in a child process and return the bytes of ``folder / file`` that it writes.
 
-    ``name``: the kernel, for errors. ``folder``: where the command works and may leave what it likes; it is removed
-    afterwards. ``environment`` is added to this process's. ``children`` says how the command ends early.
+    ``name``: the kernel, for errors. ``folder``: a temporary folder that the command works in. ``environment`` is
+    added to this process's. See ``children`` for how the command is ended early.
 
-    Raises BuildFailed, in one line, when the command fails, dies, takes more than ``BUILD_TIMEOUT_S`` or there is no
-    folder for temporary files; ``children.Stopped`` when the work that wants the kernel is given up.
+    Raises BuildFailed, in one line, if the command fails, is killed or takes more than ``BUILD_TIMEOUT_S``, or if
+    there is no folder for temporary files; ``children.Stopped`` if the work that needs the kernel is cancelled.
     """
     try:
         temporary = tempfile.gettempdir()
@@ -88,7 +84,6 @@ def built_by(
             f"cannot build {name}: the folder for temporary files is {temporary!r}, and torch gives compilers no "
             "path with spaces, quotes or backslashes; set TMPDIR to another"
         )
-    _sweep()
     try:
         with tempfile.TemporaryDirectory(prefix=BUILD_FOLDER, ignore_cleanup_errors=True) as made:
             folder = Path(made)
@@ -104,8 +99,8 @@ def built_by(
     raise BuildFailed(f"cannot build {name} (exit {code}): {_reason(stderr)}")
 
 
-# ``python -c RUN_MODULE PACKAGE_FOLDER MODULE ARGUMENTS...``: ``python -m`` without the package's ``__init__``, which
-# imports torch: that takes longer than Triton needs for most kernels.
+# ``python -c RUN_MODULE PACKAGE_FOLDER MODULE ARGUMENTS...`` is ``python -m`` without the package's ``__init__``. That
+# imports torch, which takes longer than Triton needs for most kernels.
 _RUN_MODULE = """
 import runpy, sys, types
 package = sys.modules["softcap_runtime"] = types.ModuleType("softcap_runtime")
@@ -117,7 +112,7 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 def built_by_module(
     name: str, module: str, request: str, file: str, environment: Mapping[str, str] | None = None
 ) -> bytes:
-    """``built_by`` a module of ours, which is run with ``request`` and the path of the file to write."""
+    """``built_by`` a module of this package, run with two arguments: ``request`` and the path of the file to write."""
     run = [sys.executable, "-c", _RUN_MODULE, str(Path(__file__).absolute().parents[1]), module, request]
     return built_by(name, lambda folder: [*run, str(folder / file)], file, environment)
 
@@ -134,19 +129,9 @@ def _death(number: int) -> str:
     if killer == "SIGKILL":
         return f"{killer}; free memory and try again"
     return (
-        f"{killer}; if it does so again, torch cannot load what this compiler makes: set CXX to another, or use "
+        f"{killer}; if this happens again, torch cannot load this compiler's output: set CXX to another, or use "
         "engine='eager'"
     )
-
-
-def _sweep() -> None:
-    """Remove what builders that were killed left in the folder for temporary files, by its age."""
-    for path in Path(tempfile.gettempdir()).glob(f"{BUILD_FOLDER}*"):
-        with contextlib.suppress(OSError):
-            status = path.lstat()
-            ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-            if ours and time.time() - status.st_mtime > LEFT_BEHIND_S:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -154,13 +139,13 @@ def _environment(folder: Path) -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[2])
     given = os.environ.get("PYTHONPATH")
     paths = [root, *map(os.path.abspath, given.split(os.pathsep) if given else ())]
-    # Compilers written in Python read docstrings, which -OO drops, and warn of themselves, which must not end a build.
+    # Compilers written in Python read docstrings, which -OO drops, and emit warnings, which must not become errors.
     inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     return {
         **inherited,
         "PYTHONPATH": os.pathsep.join(paths),
-        "TMPDIR": str(folder),  # what a compiler that is killed leaves behind goes with the build
-        # Caches of its own, gone with the build: Inductor's and Triton's have no checksums and are not ours to trust.
+        "TMPDIR": str(folder),  # so that what a killed compiler leaves behind is removed with it
+        # Caches that are removed with the build: the user's own have no checksums, so we do not trust them.
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "triton"),
     }

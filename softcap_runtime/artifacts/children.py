@@ -1,8 +1,8 @@
-"""Child processes that compile. None of them, nor a compiler that it runs, outlives the work that wants it.
+"""Child processes that compile. Neither they nor the compilers that they run outlive the work that needs them.
 
-A child leads a session of its own, so that it is killed together with its compilers. A Ctrl-C in the terminal then
-reaches this process alone, which kills them. In it a guard runs the command, as no compiler notices by itself that this
-process is gone: killed, it could not say so.
+A child leads its own session, so that it is killed together with its compilers; a Ctrl-C in the terminal reaches only
+this process, which then kills them. The child is a guard that runs the command: no compiler notices by itself that
+this process is gone, and if killed, this process cannot tell it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# ``python -c GUARD FOLDER COMMAND...`` ends as the command does; with its standard input it ends all in its process
-# group, and removes the folder.
+# ``python -c GUARD FOLDER COMMAND...`` runs the command and exits as it does. When its standard input ends, it removes
+# the folder and kills its process group.
 _GUARD = """
 import os, shutil, signal, subprocess, sys, threading
 def end_with_parent():
@@ -39,11 +39,11 @@ os._exit(code)
 
 
 class Stopped(BaseException):
-    """The work that wanted a child has ended: no error of a kernel, which would be kept and shown as one."""
+    """The work that needed a child was cancelled. No Exception: those are kept and shown as errors of a kernel."""
 
 
 class Children:
-    """The children of one piece of work, on whichever of its threads they are wanted."""
+    """The child processes of one piece of work, whichever of its threads starts them."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -53,18 +53,17 @@ class Children:
         _ALL.add(self)
 
     def adopt_thread(self) -> None:
-        """Children that this thread asks for are these from now on."""
+        """From now on, children that this thread starts belong to these."""
         _LOCAL.children = self
 
     def run(
         self, command: Sequence[str], environment: Mapping[str, str], folder: Path, timeout: float
     ) -> tuple[int, str]:
-        """Run a command that works in ``folder``; its exit code (a signal's is negative) and what it wrote to standard
-        error.
+        """Run a command in ``folder``; returns its exit code (negative for a signal) and its standard error.
 
-        So it imports nothing from the current folder, which may be anybody's. It ends when this process does, however
-        it ends. Raises OSError, subprocess.TimeoutExpired, and Stopped when ``stop``
-        was called.
+        ``folder`` is private, so that Python imports nothing from a current folder that others can write to. The
+        command ends with this process, however that ends. Raises OSError, subprocess.TimeoutExpired (``timeout`` in
+        seconds), and Stopped if ``stop`` was called.
         """
         theirs, ours = os.pipe()
         self._pipes.add(ours)
@@ -81,14 +80,14 @@ class Children:
                     del self._live[child]
         finally:
             os.close(theirs)
-            self._pipes.discard(ours)  # first, as its number may be another's then
+            self._pipes.discard(ours)  # before closing, which frees the number for another file
             os.close(ours)
         if self._stopped:
             raise Stopped
         return child.returncode, stderr
 
     def stop(self) -> None:
-        """Kill what runs and remove its folders; no other child starts."""
+        """Kill all children, remove their folders, and start no more."""
         with self._guard:
             self._stopped = True
             live = dict(self._live)
@@ -100,7 +99,7 @@ class Children:
     def _start(
         self, command: Sequence[str], environment: Mapping[str, str], folder: Path, stdin: int
     ) -> subprocess.Popen[str]:
-        with self._guard:  # so that ``stop`` meets every child that was started
+        with self._guard:  # so that ``stop`` finds every child that was started
             if self._stopped:
                 raise Stopped
             child = subprocess.Popen(
@@ -119,7 +118,7 @@ class Children:
 
 
 def current() -> Children:
-    """Those of the work that this thread does, else of the process: for a call's own build, or in the background."""
+    """The children of this thread's work; else those of the process, for builds by a call or in the background."""
     found: Children = getattr(_LOCAL, "children", _PROCESS)
     return found
 
@@ -144,9 +143,9 @@ def _stop_all() -> None:
 
 
 def _in_forked_child() -> None:
-    """What runs is the parent's, and a lock that it held would never be released here.
+    """Start anew: running children are the parent's, and a lock held at the fork would never be released here.
 
-    Nor may a pipe stay open here, whose end tells a child of the parent's that the parent is gone.
+    Pipes must be closed here: their end tells the parent's children that the parent is gone.
     """
     global _ALL, _LOCAL, _PROCESS
     for each in list(_ALL):

@@ -1,4 +1,4 @@
-"""How a process comes by its artifacts: one table, one policy, one way from a key to what runs."""
+"""How a process gets its artifacts: one table, one policy, one way from a key to a loaded kernel."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from softcap_runtime.store.store import Loaded, Store
 log = logging.getLogger(__name__)
 
 Jit = Literal["allow", "warn", "forbid"]
-# Gives the shell command that would have built what is missing. None in its place: whoever asks is that command.
+# Returns the shell command that builds what is missing. None: the caller is that command.
 Command = Callable[[], str] | None
 
 
 class Supplied(NamedTuple):
-    """How this process came by an artifact: ``source`` is built, disk, memory or compiled (in this process)."""
+    """How this process got an artifact: ``source`` is built, disk, memory or compiled (in this process)."""
 
     source: Literal["built", "disk", "memory", "compiled"]
     seconds: float
@@ -31,9 +31,9 @@ class Supplied(NamedTuple):
 
 
 class Artifacts:
-    """The artifacts of one process, or of one runtime in it. Thread-safe, and safe after a fork (``after_fork``).
+    """The artifacts of one runtime. Thread-safe; call ``after_fork`` in a forked child.
 
-    ``supplied``: how each one came here. ``failed``: why background builds of some did not succeed.
+    ``supplied``: how each loaded artifact was obtained. ``failed``: the errors of background builds.
     """
 
     def __init__(self, store: Store, jit: Jit = "allow", background: bool = False) -> None:
@@ -47,17 +47,17 @@ class Artifacts:
     def get(self, artifact: Artifact, command: Command = None) -> Any:
         """What ``artifact.load`` returned.
 
-        1. Look up in this process: a dictionary.
-        2. Take its lock, and look up again: another thread may have made it. One thread at a time goes on.
-        3. Look up on disk: bytes that fail a check count as none (see ``Store``); nothing on disk raises.
-        4. Ask the policy: where ``jit`` is ``forbid``, KernelNotPrewarmed, whose text is ``command()``; ``warn`` logs.
-           Without a ``command`` all is allowed.
-        5. Lock it on this machine, look up again, build in a child process, publish: see ``Store.load_or_build``. What
-           ``build`` raises (BuildFailed, Stopped) passes through, and nothing is published. A disk that cannot be
-           written does not raise.
-        6. Load: what ``load`` raises passes through; the bytes were good, so they stay where they are.
+        1. Look it up in this process, in a dictionary.
+        2. Take its lock, so that one thread at a time goes on, and look up again.
+        3. Look it up on disk. Bytes that fail a check count as missing (see ``Store``); nothing on disk raises.
+        4. Apply the policy: with ``jit="forbid"`` raise KernelNotPrewarmed, whose text holds ``command()``; with
+           ``warn`` log it. Without a ``command`` everything is allowed.
+        5. Lock it for this machine, look up again, build in a child process, publish: see ``Store.load_or_build``.
+           Errors of ``build`` (BuildFailed, Stopped) pass through, and nothing is published. A disk that cannot be
+           written raises nothing.
+        6. Load. Errors of ``load`` pass through; the bytes were good, so they stay on disk.
 
-        Whatever is raised, the next call tries anew.
+        After any error the next call tries again.
         """
         found = self._made.get(artifact)
         if found is None:
@@ -68,11 +68,11 @@ class Artifacts:
         return found
 
     def require(self, artifacts: Sequence[Artifact], command: Command = None) -> str | None:
-        """``get`` all of ``artifacts``; None when they are here, or why they are not yet.
+        """``get`` all of ``artifacts``; returns None once they are loaded, else why they are not yet.
 
-        They are not while a thread builds them: with ``background``, a call that finds one missing on disk begins that
-        (once) and does not wait. ``failed`` keeps what went wrong there; such a build is not begun again, but what
-        another process publishes is found.
+        With ``background``, a call that finds one missing on disk starts a thread that builds it, once, and does not
+        wait. ``failed`` keeps the error of such a build, which is not started again; but what another process
+        publishes later is found.
         """
         missing = [one for one in artifacts if one not in self._made]
         if not self.background:
@@ -101,7 +101,7 @@ class Artifacts:
 
     @property
     def pending(self) -> int:
-        """How many are being built behind calls that something else serves meanwhile."""
+        """How many artifacts are being built in the background."""
         return len(self._building)
 
     def after_fork(self) -> None:
@@ -120,17 +120,20 @@ class Artifacts:
             self._check_policy(artifact, command)
             return self._install(artifact, None)
 
+        if self.jit == "forbid" and command is not None:
+            loaded = self._on_disk(key)  # without a lock: there is no build to wait for
+            if loaded is None:
+                raise KernelNotPrewarmed(self._why_missing(artifact, command))
+            return self._install(artifact, loaded)
+
         def build() -> bytes:
             self._check_policy(artifact, command)
             return artifact.build()
 
-        if self.jit == "forbid" and command is not None:
-            loaded = self._on_disk(key)  # without a lock: there is no build to wait for
-            return self._install(artifact, loaded or Loaded(build(), "built", 0.0, 0.0))
         return self._install(artifact, self.store.load_or_build(key, build, artifact.provenance))
 
     def _find(self, artifact: Artifact) -> bool:
-        """Load it if it is on disk; whether it was."""
+        """Load it if it is on disk; returns whether it was."""
         key = artifact.key()
         loaded = None if key is None else self._on_disk(key)
         if loaded is not None:
@@ -150,12 +153,12 @@ class Artifacts:
         else:
             supplied = Supplied(loaded.source, loaded.seconds, len(loaded.data))
         with self._guard:
-            # First: another thread that finds it made asks how it came here.
+            # Before ``_made``: a thread that finds it there reads ``supplied``.
             self.supplied.setdefault(artifact, supplied)
             return self._made.setdefault(artifact, made)
 
     def _check_policy(self, artifact: Artifact, command: Command) -> None:
-        """Whether the settings let this process make it now: raises KernelNotPrewarmed, or logs."""
+        """Raise KernelNotPrewarmed or log a warning if the settings ask for it."""
         if command is None or self.jit == "allow":
             return
         why = self._why_missing(artifact, command)
@@ -168,11 +171,11 @@ class Artifacts:
         name = kernel_name(artifact.describe())
         if artifact.key() is None:
             return f"kernel {name} is compiled in each process; call Runtime.prewarm in this one first"
-        # A query of its own, as the store's fault may be one of writing; without a fault there is no cache yet.
+        # Try to read, as the store's fault may be one of writing. Not readable without a fault: there is no cache yet.
         readable = self.store.database.use("read", lambda index: index.totals() is not None, False)
         if readable or self.store.fault is None or self.store.database.is_empty():
             return f"kernel {name} is not in the cache; run: {command()}"
-        return f"kernel {name} cannot be read; set the cache right and call again: {self.store.fault}"
+        return f"kernel {name} cannot be read; fix the cache and retry: {self.store.fault}"
 
     def _build_all(self, artifacts: list[Artifact]) -> None:
         for one in artifacts:
@@ -180,7 +183,7 @@ class Artifacts:
                 self.get(one)
             except Stopped:  # the process ends
                 return
-            except Exception as error:  # the thread's caller is gone: what went wrong is kept and logged
+            except Exception as error:  # nobody waits for this thread, so keep the error and log it
                 self.failed[one] = str(error)
                 log.error(
                     "background build of kernel %s failed, eager serves it: %s", kernel_name(one.describe()), error

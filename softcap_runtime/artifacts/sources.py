@@ -1,4 +1,4 @@
-"""The digest of the source files that an artifact comes from: a part of its key, named by whoever owns the artifact."""
+"""The digest of an artifact's source files, which is a part of its key; each artifact names its own files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def digest(*names: str) -> str:
     """16 hex digits over the contents of package files, named by their path below the package (``cpu/kernel.cpp``).
 
-    Of a Python file whose source an image was stripped of, what was compiled from it counts; where the package is
-    imported from a zip file, the whole archive. Raises SoftcapRuntimeError for a file that is not there.
+    If an image was stripped of a Python source, its compiled file counts instead; if the package is imported from a
+    zip file, the whole archive. Raises SoftcapRuntimeError for a missing file.
     """
     found = hashlib.sha256()
     for name in names:

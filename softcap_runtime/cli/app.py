@@ -1,4 +1,4 @@
-"""The base of the command line: the application, the options of all commands, errors."""
+"""The base of the command line: the application, its common options, errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from softcap_runtime.store import Store
 from softcap_runtime.store.entry import printable
 from softcap_runtime.supply import Supply
 
-# typer 0.12 uses click's exceptions, newer versions their own; these bases serve both.
+# typer 0.12 uses click's exceptions, newer versions have their own; taken from the bases, these serve both.
 UsageError: Any = typer.BadParameter.__mro__[1]
 ClickException: Any = typer.BadParameter.__mro__[2]
 
@@ -27,7 +27,7 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def fail(line: str, code: int) -> int:
-    """Print what went wrong on standard error, in one line; returns ``code``."""
+    """Print an error on standard error, in one line; returns ``code``."""
     print(f"softcap-runtime: {printable(' '.join(line.split()))}", file=sys.stderr)
     return code
 
@@ -40,7 +40,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def print_json(answer: BaseModel) -> None:
-    """Print a document in ASCII, which every encoding of a terminal or pipe has."""
+    """Print a document as ASCII, which any encoding of a terminal or pipe can hold."""
     print(json.dumps(json.loads(answer.model_dump_json()), indent=2))
 
 
@@ -62,7 +62,7 @@ def _options(
     ] = False,
 ) -> None:
     """Prewarm and look after the kernel cache of softcap_runtime."""
-    # The commands report what is wrong with the cache themselves.
+    # The commands themselves report what is wrong with the cache.
     logging.getLogger("softcap_runtime").setLevel(logging.ERROR)
     logging.getLogger(supply.__name__).setLevel(logging.WARNING)  # warns of a key file that others can read
     context.obj = {} if cache_dir is None else {"cache_dir": cache_dir}

@@ -20,7 +20,7 @@ DeviceOption = Annotated[str, typer.Option(help="Whose kernels: cpu or cuda.")]
 
 
 def _existing_store(context: typer.Context) -> Store:
-    """The store of a folder that exists: commands that only read must not create one for a wrong name."""
+    """The store of an existing folder: a command that only reads must not create one for a mistyped name."""
     from softcap_runtime.store.inspection import absent
 
     store = store_of(context)
@@ -41,7 +41,7 @@ def inspect(
     ] = False,
     counters: Annotated[bool, typer.Option("--counters", help="Show counters that are zero too.")] = False,
 ) -> None:
-    """Show the kernels of the cache, which fit, and what is wrong."""
+    """Show the cache's kernels, which of them fit this environment, and what is wrong."""
     from softcap_runtime.cli import tables
     from softcap_runtime.report import cache as cache_report
 
@@ -104,9 +104,9 @@ def export_(
     file: Annotated[Path, typer.Argument(help="The bundle to write.")],
     device: DeviceOption = "cpu",
 ) -> None:
-    """Write the kernels that fit this environment into one file.
+    """Write the kernels that fit this environment into one file, for machines like this one.
 
-    It is for machines like this one. When one kernel is damaged no file is written, and the exit code is 1.
+    If one kernel is damaged, no file is written and the exit code is 1.
     """
     from softcap_runtime.store.bundle import Incomplete
 
@@ -131,7 +131,7 @@ def import_(
     file: Annotated[Path, typer.Argument(help="A bundle that `export` wrote.")],
     device: DeviceOption = "cpu",
 ) -> None:
-    """Take the kernels of a bundle that fit this environment.
+    """Import the kernels of a bundle that fit this environment.
 
     Exit code 1 if any does not fit.
     """

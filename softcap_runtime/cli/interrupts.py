@@ -10,10 +10,10 @@ from typing import NoReturn
 
 
 def interrupted_by(*signals: signal.Signals) -> list[int]:
-    """Have the first of ``signals`` raise KeyboardInterrupt and stand in the list.
+    """Make the first of ``signals`` raise KeyboardInterrupt, and append it to the list that is returned.
 
-    Later ones are ignored, as what is to be cleaned up then is being cleaned up. One that the parent has this process
-    ignore stays ignored.
+    Later ones are ignored, as the clean-up is under way. A signal that this process was started to ignore stays
+    ignored.
     """
     caught: list[int] = []
 
@@ -29,9 +29,9 @@ def interrupted_by(*signals: signal.Signals) -> list[int]:
 
 
 def leave(number: int) -> NoReturn:
-    """End the process as shells expect of one that signal ``number`` ended.
+    """End the process with the exit code that shells expect after signal ``number``.
 
-    Not by ``sys.exit``, which would wait for a thread that waits for another process's build.
+    Not with ``sys.exit``, which would wait for a thread that waits for another process's build.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):

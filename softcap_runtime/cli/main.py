@@ -26,14 +26,14 @@ from softcap_runtime.errors import EngineUnavailable, SoftcapRuntimeError
 from softcap_runtime.presets import PRESETS, requests_for
 from softcap_runtime.runtime import Runtime
 
-# A drawing's tables have an element for each pair of blocks: some 100 MB at this length, 1.6 GB at four times as many.
+# A drawing needs an element for each pair of blocks: about 100 MB at this length, 1.6 GB at four times the length.
 LONGEST_DRAWN = 2**18
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit; errors that are to be expected are one line on standard error."""
+    """Run the command line and exit; expected errors are one line on standard error."""
     caught = interrupted_by(signal.SIGINT, signal.SIGTERM)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path that its encoding lacks must not fail what was done
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path that its encoding lacks must not be an error
         sys.stdout.reconfigure(errors="backslashreplace")
     code = run(arguments)
     if caught:
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run one command; its exit code."""
+    """Run one command; returns its exit code."""
     try:
         code: int = app(args=arguments, prog_name="softcap-runtime", standalone_mode=False) or 0
         # typer 0.12 lets KeyboardInterrupt through, newer ones make it this code.
@@ -189,15 +189,15 @@ def mask(
     out = console()
     out.print(draw.mask_text(intervals, ascii_only=out.options.ascii_only))
     if png is not None:
-        draw.save_png(png, intervals)
+        draw.save_png(png, {"Mask": intervals})
 
 
 def _document_ids(lengths: str, seq_len: int) -> Tensor:
-    """``[1, seq_len]`` from lengths with commas between."""
+    """Document ids ``[1, seq_len]`` from comma-separated lengths."""
     words = lengths.split(",")
     if not all(word.strip().isdecimal() for word in words):
-        raise UsageError(f"--documents: {lengths!r}, expected lengths with commas between, such as 100,250")
+        raise UsageError(f"--documents: {lengths!r}, expected lengths separated by commas, such as 100,250")
     counts = [int(word) for word in words]
-    if sum(counts) != seq_len:  # numbers of Python's, of any size
+    if sum(counts) != seq_len:  # Python's integers: the sum cannot overflow
         raise UsageError(f"--documents: they hold {sum(counts)} tokens, expected --seq-len {seq_len}")
     return torch.repeat_interleave(torch.arange(len(words)), torch.tensor(counts))[None]

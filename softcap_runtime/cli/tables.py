@@ -20,7 +20,7 @@ from softcap_runtime.store.entry import printable
 from softcap_runtime.store.key import FieldValue
 from softcap_runtime.store.report import EntryInfo, Explanation, Problem, StoreStatus
 
-# A pipe has no width; 80 columns would cut what a reader or grep looks for.
+# A pipe has no width, and 80 columns would cut off what a reader or grep looks for.
 PIPE_WIDTH = 160
 _COLOURS = {"built": "green", "loaded": "green", "ready": "green", "failed": "red"}
 
@@ -47,9 +47,9 @@ def prewarm_table(results: Sequence[PrewarmResult]) -> Table:
 
 
 def show_report(out: Console, report: CacheReport, counters: bool = False) -> None:
-    """How many kernels there are, how many fit and what is wrong; then the folder, and every entry.
+    """Show how many kernels there are, how many fit and what is wrong; then the folder, and every entry.
 
-    ``counters``: show those that are zero too.
+    ``counters``: show counters that are zero too.
     """
     status = report.status
     kernels = [info.fits for info in report.entries if info.fields.get("op") != "tuned_options"]
@@ -113,14 +113,14 @@ def problems_table(problems: Sequence[Problem]) -> Table:
 
 
 def _say(out: Console, text: str, label: str = "") -> None:
-    """Print wrapped lines with ``label`` before the first; rich's own wrapping leaves blanks at the ends of lines."""
+    """Print wrapped text after ``label``; rich's own wrapping would leave blanks at the ends of lines."""
     wrapper = textwrap.TextWrapper(out.width, label, " " * len(label), break_on_hyphens=False)
     for line in wrapper.wrap(printable(text)):
         out.print(Text(line), soft_wrap=True)
 
 
 def plain(value: object) -> Text:
-    """Text that may come from disk, shown literally: no markup, no control sequences."""
+    """Text that may come from disk, to be shown literally: without markup or control characters."""
     return Text(printable(str(value)))
 
 
@@ -140,7 +140,7 @@ def _entries_table(entries: Sequence[EntryInfo]) -> Table:
 
 
 def _entry_name(fields: Mapping[str, FieldValue]) -> str:
-    """The name of an entry's kernel as in ``kernel_name``; for keys of another form op and dtype, then the fields."""
+    """An entry's kernel as in ``kernel_name``; for keys of another form, op and dtype, then the other fields."""
     texts = all(isinstance(fields.get(name), str) for name in ("op", "dtype", "mask"))
     named = {name: value for name, value in fields.items() if name != "sources"}
     if set(named) == set(KernelSpec._fields) and texts:
@@ -151,7 +151,7 @@ def _entry_name(fields: Mapping[str, FieldValue]) -> str:
 
 
 def _table(*columns: str) -> Table:
-    """A table whose cells a narrow terminal folds instead of cutting."""
+    """A table whose cells are folded on a narrow terminal, not cut off."""
     table = Table()
     for name in columns:
         table.add_column(name, overflow="fold")
@@ -171,7 +171,7 @@ def _show_gpu(out: Console, gpu: Gpu) -> None:
 
 
 def ago(moment: float) -> str:
-    """How long ago a time in seconds since the epoch was, in words."""
+    """How long ago ``moment``, in seconds since the epoch, was, in words."""
     seconds = time.time() - moment
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:

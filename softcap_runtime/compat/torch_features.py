@@ -1,7 +1,7 @@
-"""What this torch can do, by its version; nothing here imports more of it.
+"""What this version of torch supports; nothing here imports more of it.
 
-Read as attributes of the module, so that tests can be another torch. ``scripts/test_torch.sh`` runs the tests that
-stand behind these numbers.
+Read these as attributes of the module, so that tests can replace them. ``scripts/test_torch.sh`` runs the tests behind
+these version numbers.
 """
 
 from __future__ import annotations

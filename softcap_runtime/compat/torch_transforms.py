@@ -1,6 +1,6 @@
-"""Torch's private functions on what stands between a call and its kernel: torch.func, modes, autocast, autograd.
+"""Private torch functions on what is between a call and its kernel: torch.func, modes, autocast, autograd.
 
-As in ``torch_private``, each says what is private, why it is used, and what serves when it is gone.
+As in ``torch_private``, each says what is private, why it is used, and what happens if it is gone.
 """
 
 from __future__ import annotations
@@ -18,33 +18,34 @@ from softcap_runtime.compat.torch_private import public_only
 
 
 def in_transform(x: Tensor) -> bool:
-    """Whether ``x`` is a tensor of a torch.func transform, which wraps what it stands for.
+    """Whether ``x`` is a wrapper tensor of a torch.func transform.
 
-    Private: how functorch's wrappers are told. Gone: none is, and vmap refuses masks that are checked.
+    Private: the test for functorch's wrappers. Gone: False, and vmap refuses masks whose contents are checked.
     """
     wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
     return wrapped is not None and not public_only() and bool(wrapped(x))
 
 
 def is_numbers_alone(x: Tensor | None) -> bool:
-    """Whether a kernel's reading ``x`` loses nothing, or there is none: not a tensor that only stands for others, as in
-    a torch.func transform or of a class with a ``__torch_dispatch__``, nor one with a tangent of forward-mode AD."""
+    """Whether a kernel may read ``x`` (or it is None): it is no wrapper, as of a torch.func transform or a class with a
+    ``__torch_dispatch__``, and has no tangent of forward-mode AD."""
     return x is None or (_is_read(x) and not in_transform(x) and unpack_dual(x).tangent is None)
 
 
 def in_forward_mode() -> bool:
     """Whether tensors may carry tangents of forward-mode AD.
 
-    Private: its level; the public ``unpack_dual`` tells it of one tensor, slowly. Gone: always.
+    Private: its level; the public ``unpack_dual`` tells it of one tensor, slowly. Gone: True.
     """
     return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
 def below_autograd(recording: bool) -> AbstractContextManager[object]:
-    """A context in which an operator's call goes past its own autograd kernel, to what comes next.
+    """A context in which a call of an operator skips its autograd kernel.
 
-    That is the kernel that computes, or under torch.func the autograd kernel of a level further out. ``recording``: the
-    grad mode of those levels; an autograd function, which is applied at one of them, has switched it off for all.
+    It reaches the kernel that computes or, under torch.func, the autograd kernel of the next outer level.
+    ``recording``: the grad mode of the outer levels, which an autograd function, applied at one level, switches off for
+    all.
 
     Private: ``torch._C._AutoDispatchBelowAutograd``, the name that torch's own documentation of autograd kernels
     in Python uses; there is no public one. Gone: importing the operator fails and says so.
@@ -68,10 +69,10 @@ def _on_to_outer_levels(recording: bool) -> Iterator[None]:
 def apply_function(function: type[torch.autograd.Function], *inputs: Any) -> Any:
     """Apply an autograd function inside an operator's autograd kernel, also under torch.func transforms.
 
-    The function is given the grad mode first, for its ``below_autograd``.
+    The function gets the grad mode as its first input, for its ``below_autograd``.
 
-    Private: ``torch._functorch.utils.enable_single_level_autograd_function``, and the class of what it enables. The
-    dispatcher has dealt with torch.func when the kernel runs; the public ``apply`` would do so again, and fail. Gone:
+    Private: ``torch._functorch.utils.enable_single_level_autograd_function``, and the class that it enables. The
+    dispatcher has handled torch.func before the kernel runs; the public ``apply`` would do so again, and fail. Gone:
     the public ``apply``, without torch.func.
     """
     recording = torch.is_grad_enabled()
@@ -85,7 +86,7 @@ def apply_function(function: type[torch.autograd.Function], *inputs: Any) -> Any
 
 @functools.cache
 def _of_single_level(function: type[torch.autograd.Function]) -> Any:
-    """The same on the base class of ``Function``: 2.14 tells by the class whether ``apply`` looks for transforms."""
+    """The function on the base class of ``Function``: in 2.14 the class decides if ``apply`` looks for transforms."""
     members = {name: vars(function)[name] for name in ("forward", "backward", "jvp")}
     return type(function.__name__, (torch.autograd.function._SingleLevelFunction,), members)
 
@@ -100,12 +101,12 @@ def is_batch_of_gradients(x: Tensor) -> bool:
 
 
 def interpreters_active(*tensors: Tensor | None) -> bool:
-    """Whether a dispatch mode, a functorch transform, autocast, forward-mode AD or ``torch.jit.trace`` stands between
-    a call and its kernel, or one of its tensors does: no kernel can read one of a class with a ``__torch_dispatch__``.
+    """Whether a call must go through the operator: under a dispatch mode, a functorch transform, autocast, forward-mode
+    AD or ``torch.jit.trace``, or with a tensor of a class with a ``__torch_dispatch__``, which no kernel can read.
 
     Private: the depth of the dispatch-mode stack, functorch's stack, the flags of autocast on any device and of
-    TorchScript's tracing, and the level of ``torch.autograd.forward_ad``; no public name tells them. Gone: True, and
-    every call goes through the torch operator, some microseconds slower.
+    TorchScript's tracing, and the level of ``torch.autograd.forward_ad``, which no public name tells. Gone: True, and
+    every call goes through the operator, some microseconds slower.
     """
     return _probe() or not (_PLAIN.issuperset(map(type, tensors)) or all(map(_is_read, tensors)))
 

@@ -1,4 +1,4 @@
-"""Ranks tell each other what they are about to do, before a collective that would hang or mix up their data."""
+"""Ranks compare what they are about to do before a collective, which would else hang or mix up their data."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 def digest(fact: object) -> int:
-    """63 bits of what ``repr`` says, the same in every process."""
+    """A 63-bit hash of ``repr(fact)``, the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(fact).encode()).digest()[:8], "little") >> 1
 
 
 def digest_of(x: Tensor) -> int:
-    """63 bits of an integer tensor's contents: a sum of its entries, each with a weight of its own."""
+    """A 63-bit hash of an integer tensor's shape and contents: of the sum of its weighted entries."""
     flat = x.reshape(-1).to(torch.int64)
     weights = torch.arange(1, flat.shape[0] + 1) * 0x5851F42D4C957F2D  # wraps around
     return digest((tuple(x.shape), int(((flat + 1) * (weights ^ (weights >> 29))).sum())))
 
 
 def agree(what: str, mesh: DeviceMesh, facts: dict[str, int], error: Exception | None = None) -> None:
-    """Gather what every rank is about to do; return when all are about to do the same.
+    """Gather what every rank is about to do; returns if all are about to do the same.
 
-    ``facts``: a digest of each part, the same names on all ranks. Raises ``error`` where this rank has one, and
-    RuntimeError on the others, which names this rank; RuntimeError naming the parts and ranks that differ from rank 0.
+    ``facts``: a digest of each part, with the same names on all ranks. A rank with an ``error`` raises it, and the
+    others raise RuntimeError naming that rank. Raises RuntimeError naming the part and the ranks that differ from rank
+    0.
     """
     own = torch.tensor([int(error is not None), *facts.values()], dtype=torch.int64, device=mesh.device_type)
     gathered = own.new_empty(mesh.size() * own.shape[0])
-    # Named anew in torch 2.13, which warns of the old name.
+    # Renamed in torch 2.13, which warns of the old name.
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     gather(gathered, own, group=mesh.get_group())
     table = gathered.view(mesh.size(), -1).tolist()

@@ -1,4 +1,4 @@
-"""``Runtime.context_attention``: what is checked, and agreed on by the ranks, before anything is sent."""
+"""``Runtime.context_attention``: the checks, and the agreement of all ranks, before anything is sent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from softcap_runtime.distributed.keys import attend_by_keys
 from softcap_runtime.ops import operator
 from softcap_runtime.ops.sharding import check_placements, is_dtensor
 
-# What ranks have agreed on, so that later calls of the kind gather nothing: a few numbers each.
+# The kinds of call on which the ranks have agreed, so that later calls gather nothing; each is a few numbers.
 _agreed: set[Any] = set()
 
 
@@ -36,7 +36,7 @@ def context_attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _checked_method(layer: Layer, q: Tensor, k: Tensor) -> str:
-    """The method that serves a call. Raises ValueError on what doesn't fit."""
+    """The method that serves a call. Raises ValueError for what does not fit."""
     _, config, context, stages = layer
     if (config.window, config.causal) != (context.config.window, context.config.causal):
         raise ValueError(
@@ -66,7 +66,7 @@ def _checked_method(layer: Layer, q: Tensor, k: Tensor) -> str:
 
 
 def _agree_once(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """At the first call of a kind, before anything is sent: all ranks are ready, and about to do the same."""
+    """At the first call of a kind: make sure that all ranks are ready and about to do the same."""
     runtime, config, context, stages = layer
     train = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
     shapes = tuple((x.shape[0], x.shape[1], x.shape[-1]) for x in (q, k) if getattr(x, "ndim", 0) == 4)
@@ -97,14 +97,14 @@ def _agree_once(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _load_kernels(layer: Layer, q: Tensor, k: Tensor, method: str, train: bool) -> None:
-    """Have the kernels of a call here, or raise what says why not; nothing is computed."""
+    """Load the kernels of a call, or raise what says why not; computes nothing."""
     context, stages = layer.context, layer.stages
     ranks, masks = context.layout.ranks, () if context.by_keys is None else context.by_keys.masks(train)
     heads, kv_heads = q.shape[1], k.shape[1]
     if method == "heads":
         masks, heads, kv_heads = (context.whole,), heads // ranks, max(1, kv_heads // ranks)
 
-    # Shapes alone are looked at.
+    # Only shapes are read.
     def like(x: Tensor, heads: int, rows: int) -> Tensor:
         return x[:, :1, :1].expand(-1, heads // stages, rows, -1)
 
@@ -114,7 +114,7 @@ def _load_kernels(layer: Layer, q: Tensor, k: Tensor, method: str, train: bool) 
 
 
 def _of_dtensors(layer: Layer, q: Any, k: Any, v: Any) -> Tensor:
-    """Each rank's own batch rows and heads of DTensors, which another mesh dimension shards."""
+    """Attention of DTensors whose batch or heads another mesh dimension shards: each rank computes its own."""
     from torch.distributed.tensor import DTensor, Shard
 
     check_placements(q, k, v)

@@ -1,4 +1,4 @@
-"""``context_mask``: what one batch's mask makes each rank send, receive and compute, before anything runs."""
+"""``context_mask``: plans what each rank sends, receives and computes for the mask of a batch."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from softcap_runtime.plans import Server
 Method = Literal["auto", "keys", "heads"]
 
 
-# A rank's inner rows are computed apart only if they see this share of its pairs at least: two calls and an output put
-# together cost more than a few of them hide.
+# A rank's inner rows are computed separately only if they have at least this share of its pairs: a few of them hide
+# less time than two calls and joining their outputs cost.
 LEAST_INNER = 1 / 8
 
 
 class Part(NamedTuple):
-    """Keys side by side: rows ``start`` to ``end`` of those that arrived, in the order of ranks, or of this rank's."""
+    """Adjacent keys: rows ``start`` to ``end`` of those that arrived, in the order of ranks, or of this rank's own."""
 
     arrived: bool
     start: int
@@ -47,16 +47,17 @@ class Part(NamedTuple):
 
 
 class KeyPlan(NamedTuple):
-    """How one rank's keys travel.
+    """One rank's part in the keys method.
 
-    Rows that see keys of this rank alone are its inner rows, computed while the others' keys, which the outer rows see
-    too, are on their way. The gradients of all rows are computed together.
+    Its inner rows see only this rank's keys; they are computed while the other ranks' keys arrive, which its outer rows
+    see too. The gradients of all rows are computed together.
 
-    ``sent``: per rank, which of this rank's rows go there. ``received``: per rank, how many come. ``silent``: whether
-    no rank sends anything.
-    ``rows``: how many outer, inner and again outer rows there are. ``inner``: the mask of the inner rows over all keys
-    of this rank. ``outer``: that of the outer rows over ``outer_keys``, those they see in the sequence's order. Either
-    is None where there are no such rows. ``every``: the mask of all rows over ``keys``, which hold all that these see.
+    ``sent``: for each rank, which of this rank's rows it is sent. ``received``: for each rank, how many rows it sends.
+    ``silent``: whether no rank sends anything.
+    ``rows``: the numbers of outer rows before the inner ones, of inner rows, and of outer rows behind them. ``inner``:
+    the mask of the inner rows over all keys of this rank. ``outer``: the mask of the outer rows over ``outer_keys``,
+    which they see, in the sequence's order. Either mask is None if there are no such rows. ``every``: the mask of all
+    rows over ``keys``, which include all that they see.
     """
 
     sent: list[Ranges]
@@ -76,9 +77,9 @@ class KeyPlan(NamedTuple):
 
 
 class HeadPlan(NamedTuple):
-    """How rows travel to heads: sizes of every rank's ``pieces`` of rows, and their ``order`` in the sequence.
+    """The heads method: the sizes of every rank's ``pieces`` of rows, and their ``order`` in the sequence.
 
-    ``back``: where each rank's pieces stand in that order. ``rows``: how many each rank holds.
+    ``back``: the place of each rank's pieces in that order. ``rows``: how many rows each rank holds.
     """
 
     pieces: list[list[int]]
@@ -90,10 +91,10 @@ class HeadPlan(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ContextMask:
-    """The mask of a whole sequence as the ranks of a mesh compute it; made by ``context_mask``, once a batch.
+    """The mask of a sequence over the ranks of a mesh; made by ``context_mask``, once per batch.
 
-    ``pairs``: visible pairs of a row and a key that each rank computes for a head, over the mask's batch rows (of the
-    heads method: its share of the heads times all pairs).
+    ``pairs``: for each rank, the visible pairs of a row and a key that it computes per head, over the mask's batch rows
+    (in the heads method: all pairs times its share of the heads).
     """
 
     config: AttentionConfig
@@ -110,9 +111,10 @@ class ContextMask:
     def received_bytes(
         self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, batch: int = 1
     ) -> tuple[int, ...]:
-        """Bytes that each rank receives from others in one forward pass of one layer.
+        """The bytes that each rank receives from others in one forward pass of one layer.
 
-        The backward of the keys method sends as many back as came, gradients of k and v.
+        The backward of the keys method sends as many back, as gradients of k and v. Raises ValueError if the method
+        cannot serve these numbers of heads.
         """
         row_bytes = batch * head_dim * dtype.itemsize
         if self.resolved(heads, kv_heads) == "keys":
@@ -123,13 +125,13 @@ class ContextMask:
         return tuple(((total - own) * (here + 2 * kv_here) + own * (heads - here)) * row_bytes for own in counts)
 
     def resolved(self, heads: int, kv_heads: int) -> Literal["keys", "heads"]:
-        """The method that serves so many heads. Raises ValueError when ``heads`` is asked for and can't."""
+        """The method that serves these numbers of heads. Raises ValueError if ``heads`` was asked for and cannot."""
         ranks = self.layout.ranks
         divides = heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
         if self.method == "heads" and not divides:
             raise ValueError(
                 f"method: 'heads' for {heads} query and {kv_heads} key heads over {ranks} ranks, expected query heads "
-                "that divide by the ranks and key heads that divide by them or divide them; use method='keys'"
+                "divisible by the ranks, and key heads that are divisible by them or divide them; use method='keys'"
             )
         if self.method == "auto":
             return "heads" if divides and self.config.window is None else "keys"
@@ -145,7 +147,7 @@ class Layer(NamedTuple):
     stages: int
 
     def call(self, mask: RowIntervals, train: bool, beside: bool = False) -> Call:
-        """Of one kernel, which may run beside an exchange."""
+        """The call of one kernel; ``beside``: while an exchange runs."""
         config, engine = self.config, self.runtime.settings.engine
         return Call(mask, config.scale, config.softcap, engine, train, beside)
 
@@ -161,14 +163,14 @@ def context_mask(
     prefix_lengths: Tensor | None = None,
     spans: Tensor | None = None,
 ) -> ContextMask:
-    """What ``Runtime.context_attention`` does for the layers with this config: made once a batch, on every rank.
+    """Plan ``Runtime.context_attention`` for the layers with this config; every rank calls it, once per batch.
 
-    ``mesh``: one dimension, a rank for each of the layout's. The masks are those of ``Runtime.attention``, of the whole
-    sequence, on the CPU, the same on every rank: a digest of them is gathered, so ranks that disagree are told.
-    ``method``: ``keys`` brings each rank the keys that its rows see; ``heads`` (Ulysses) brings it all rows of some
-    heads; ``auto`` takes heads without a window where they divide, keys otherwise.
+    ``mesh``: one dimension, with as many ranks as the layout. The masks are those of ``Runtime.attention``, for the
+    whole sequence, on the CPU, and the same on every rank; digests of them are compared.
+    ``method``: ``keys`` sends each rank the keys that its rows see; ``heads`` (Ulysses) sends it all rows of some
+    heads; ``auto`` takes ``heads`` if there is no window and the heads divide, else ``keys``.
 
-    Raises ValueError or TypeError on what doesn't fit, RuntimeError when another rank failed or disagrees.
+    Raises ValueError or TypeError for what does not fit, RuntimeError if another rank failed or disagrees.
     """
     check_config(config)
     rank = check_mesh(layout, mesh)
@@ -207,7 +209,7 @@ def _made(
     pairs: tuple[float, ...] = tuple(sum(itertools.islice(each, len(own))) for own in layout.ranges)
     if method == "heads" or (method == "auto" and config.window is None):
         pairs = (sum(pairs) / layout.ranks,) * layout.ranks
-    # Where a rank's rows see nothing one key of its own, as no kernel takes none.
+    # If a rank's rows see nothing, one key of its own, as kernels need one.
     seen = [keys_seen(whole, own) or ((own[0][0], own[0][0] + 1),) for own in layout.ranges]
     received = tuple(length(keys) - length(common(own, keys)) for own, keys in zip(layout.ranges, seen, strict=True))
     by_keys = by_heads = None
@@ -284,7 +286,7 @@ def _key_plan(
 
 
 def _parts(own: Ranges, kept: Ranges, incoming: list[Ranges]) -> list[Part]:
-    """Keys that are kept of a rank's own, and those that come, put in the sequence's order."""
+    """The rank's own keys in ``kept``, and those that arrive, in the sequence's order."""
     found = [(start, Part(False, *at)) for (start, _), at in zip(kept, placed(own, kept), strict=True)]
     here = 0
     for start, end in itertools.chain(*incoming):
@@ -301,9 +303,9 @@ def _parts(own: Ranges, kept: Ranges, incoming: list[Ranges]) -> list[Part]:
 
 
 def _inner_rows(whole: RowIntervals, own: Ranges) -> tuple[int, int]:
-    """A rank's inner rows, first and last, counted among its own; (0, 0) where they are not worth a call of their own.
+    """A rank's inner rows as a range among its own; (0, 0) if they are not worth a separate call.
 
-    Only ranks of one chunk have any: in others rows of one chunk see keys between the chunks.
+    Only ranks with one chunk have any: with more, rows of one chunk see keys between the chunks.
     """
     if len(own) > 1:
         return 0, 0

@@ -1,6 +1,6 @@
-"""Exchanges between ranks as parts of a graph: by ``all_to_all_single`` of torch's functional collectives.
+"""Exchanges between ranks that graphs can hold, by ``all_to_all_single`` of torch's functional collectives.
 
-Their gradients go back the same way. An exchange is waited for where its result is first used.
+Their gradients return the same way. An exchange is waited for where its result is first used.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Arriving = TypeVar("Arriving")
 
 
 def exchanged(x: Tensor, received: list[int], sent: list[int], mesh: DeviceMesh) -> Tensor:
-    """What the others send this rank, by sizes of the first dimension for each of them; differentiable."""
+    """Exchange rows between ranks, differentiably; ``received`` and ``sent``: sizes of dimension 0 for each rank."""
     return collectives.all_to_all_single_autograd(x.contiguous(), received, sent, mesh)
 
 
 def waited(x: Tensor) -> Tensor:
-    """What was sent to this rank, as a plain tensor. torch has no public way to do that where gradients are wanted:
-    there each use of it waits."""
+    """Wait for what was sent to this rank. With gradients torch has no public way to do so, and each use of ``x``
+    waits."""
     return x if x.requires_grad else collectives.wait_tensor(x)
 
 
@@ -36,7 +36,7 @@ def in_stages(
     send: Callable[[Tensor, Tensor, Tensor], Arriving],
     compute: Callable[[Tensor, Tensor, Tensor, Arriving], Tensor],
 ) -> list[Tensor]:
-    """What is computed of each group; the next one is on its way meanwhile."""
+    """The result of each group, computed while the next group is sent."""
     outs, coming = [], send(*groups[0])
     for (q, k, v), after in itertools.zip_longest(groups, groups[1:]):
         here = coming
@@ -47,7 +47,7 @@ def in_stages(
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Put together along heads (1) or rows (2), laid out ``[B, S, H, D]`` in memory as one call's output is."""
+    """The parts concatenated along heads (1) or rows (2), laid out ``[B, S, H, D]`` in memory like a call's output."""
     parts = [part for part in parts if part.shape[dim]]
     if len(parts) == 1:
         return parts[0]
@@ -55,7 +55,7 @@ def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def picked(pieces: Sequence[Tensor], order: Sequence[int]) -> Tensor:
-    """Pieces put together in an order, along their first dimension; the gradient is put together the same way."""
+    """The pieces, concatenated in ``order`` along their first dimension."""
     return cat([pieces[at] for at in order]) if len(order) != 1 else pieces[order[0]]
 
 

@@ -25,8 +25,8 @@ def attend_by_heads(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     outs = in_stages(groups, lambda q, k, v: _send_rows(q, k, v, plan, mesh), compute)
     ranks, (batch, heads, here, head_dim) = context.layout.ranks, q.shape
     shape = (ranks, here, batch, heads // ranks // stages, head_dim)
-    # [rank, B, rows, heads, D] of each group: heads in the order of ranks, then of groups. A copy, so that what is
-    # returned has been waited for.
+    # [rank, B, rows, heads, D] of each group: heads in the order of ranks, then of groups. Concatenating copies, which
+    # waits for the results.
     by_rank = zip(*(waited(out).view(shape).transpose(1, 2).unbind(0) for out in outs), strict=True)
     return cat([heads for groups in by_rank for heads in groups], 2).transpose(1, 2)
 
@@ -49,7 +49,7 @@ def _send_rows(q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, mesh: DeviceMesh
 
 
 def _rows_together(arrived: Tensor, heads: int, q: Tensor, plan: HeadPlan) -> Tensor:
-    """``[B, heads, S, D]`` in the sequence's order, of what every rank sent: ``[heads, B, rows, D]`` each."""
+    """``[B, heads, S, D]`` in the sequence's order, from what every rank sent: ``[heads, B, rows, D]``."""
     batch, head_dim = q.shape[0], q.shape[3]
     row = heads * batch * head_dim
     parts = arrived.split([rows * row for rows in plan.rows])
@@ -59,7 +59,6 @@ def _rows_together(arrived: Tensor, heads: int, q: Tensor, plan: HeadPlan) -> Te
 
 
 def _back_to_rows(out: Tensor, plan: HeadPlan, rank: int, mesh: DeviceMesh) -> Tensor:
-    """This rank's rows of what every rank computed, ``[rank, rows, B, heads, D]`` flat along the first two: untouched,
-    so that nothing waits for it yet."""
+    """This rank's rows of what every rank computed, ``[rank * rows, B, heads, D]``; nothing here waits for them."""
     pieces = out.permute(2, 0, 1, 3).split(plan.sorted_pieces)
     return exchanged(picked(pieces, plan.back), [plan.rows[rank]] * len(plan.rows), plan.rows, mesh)

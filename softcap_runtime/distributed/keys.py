@@ -1,7 +1,7 @@
-"""The keys method: each rank receives those that its rows see and it lacks.
+"""The keys method: each rank receives the keys that its rows see and that it lacks.
 
-What travels lies ``[rows, 2, B, H, D]``, keys and values of a row side by side, so that one exchange brings both to
-where the kernels read them. A layer is one autograd function:
+What is sent has the layout ``[rows, 2, B, H, D]``, keys and values of a row side by side, so that one exchange brings
+both to where the kernels read them. A layer is one autograd function:
 
 - forward: the exchange starts; own keys are copied to where the others' arrive beside them; inner rows are computed;
   outer rows after the wait, on a stream of their own. Both calls write to their rows of the one output.
@@ -35,9 +35,9 @@ from softcap_runtime.ops.planned import rows_together
 
 
 class _Exchange(NamedTuple):
-    """What arrives, ``[rows, 2, B, H, D]``, once ``work`` is waited for; what was sent is kept till then.
+    """What arrives, ``[rows, 2, B, H, D]``, valid after waiting for ``work``; what was sent is kept until then.
 
-    ``keys``: all keys that the outer rows see, which what arrives is a part of; None where they aren't together.
+    ``keys``: the tensor of all keys that the outer rows see, of which what arrives is a part; None if it is not one.
     """
 
     arrived: Tensor
@@ -92,7 +92,7 @@ class _ByKeys(torch.autograd.Function):
 
 
 def _forward(layer: Layer, q: Tensor, k: Tensor, v: Tensor, train: bool) -> tuple[Tensor, list[Tensor]]:
-    """Out; for training also what arrived and the logsumexp of each group of heads."""
+    """The output; for training also what arrived and the logsumexp of each group of heads."""
     q, k, v = rows_together(q), rows_together(k), rows_together(v)
     out = empty_output(q)
     groups = list(zip(*(_groups(x, layer.stages) for x in (q, k, v, out)), strict=True))
@@ -113,7 +113,7 @@ def _groups(x: Tensor, stages: int) -> Sequence[Tensor]:
 
 
 def _send_keys(layer: Layer, k: Tensor, v: Tensor) -> _Exchange:
-    """Start the exchange; where what comes stands together among the outer rows' keys, these are all put in place."""
+    """Start the exchange. If what arrives is contiguous among the outer rows' keys, it arrives in their tensor."""
     plan = _plan(layer)
     k_rows, v_rows = _rows_first(k), _rows_first(v)
     total, keys, place = sum(plan.received), None, _arrival(plan.outer_keys)
@@ -141,7 +141,7 @@ def _start(arrived: Tensor, packed: Tensor, received: list[int], sent: list[int]
 
 
 def _packed(k_rows: Tensor, v_rows: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
-    """Some rows of keys and values, in this order, as they travel."""
+    """Rows of keys and values, in this order and the layout in which they are sent."""
     packed = k_rows.new_empty(length(ranges), 2, *k_rows.shape[1:])
     for x, column in ((k_rows, 0), (v_rows, 1)):
         fill(packed[:, column], [x[start:end] for start, end in ranges])
@@ -151,7 +151,7 @@ def _packed(k_rows: Tensor, v_rows: Tensor, ranges: Sequence[tuple[int, int]]) -
 def _compute(
     layer: Layer, q: Tensor, k: Tensor, v: Tensor, out: Tensor, coming: _Exchange, train: bool
 ) -> Tensor | None:
-    """Write a group's output; returns its logsumexp, for training."""
+    """Compute a group of heads into ``out``; returns its logsumexp if training."""
     plan = _plan(layer)
     (ahead, inner, behind), several = plan.rows, layer.stages > 1
 
@@ -189,10 +189,10 @@ def _compute(
 
 @contextmanager
 def _beside(ready: torch.cuda.Event | None, device: torch.device) -> Iterator[None]:
-    """Launch on a stream that waits for ``ready`` alone, and have the current stream wait for it; without an event, on
-    the current stream.
+    """Launch on a side stream that waits only for ``ready``, and make the current stream wait for it; without an event,
+    launch on the current stream.
 
-    Kernels of the outer rows then take the multiprocessors that those of the inner rows leave one by one at their end.
+    Kernels of the outer rows can then use multiprocessors as those of the inner rows release them.
     """
     if ready is None:
         yield
@@ -212,7 +212,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _outer_keys(k: Tensor, v: Tensor, coming: _Exchange, plan: KeyPlan) -> tuple[Tensor, Tensor]:
-    """Keys and values that the outer rows see, after a wait."""
+    """Wait for the exchange; returns the keys and values that the outer rows see."""
     arrived = coming.wait()
     if coming.keys is None:
         return _together(k, v, arrived, plan.outer_keys)
@@ -221,7 +221,7 @@ def _outer_keys(k: Tensor, v: Tensor, coming: _Exchange, plan: KeyPlan) -> tuple
 
 
 def _together(k: Tensor, v: Tensor, arrived: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-    """Keys and values of some parts; own ones as they are where these are all."""
+    """The keys and values of ``parts``; those of this rank itself if they are all."""
     if list(parts) == [Part(False, 0, k.shape[2])]:
         return k, v
     keys, values = (
@@ -234,7 +234,7 @@ def _together(k: Tensor, v: Tensor, arrived: Tensor, parts: Sequence[Part]) -> t
 def _backward(
     layer: Layer, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: list[Tensor]
 ) -> list[Tensor]:
-    """The gradients of q, k and v, groups of heads one after the other; what the others send is added in the end."""
+    """The gradients of q, k and v, by groups of heads; what the other ranks send is added at the end."""
     plan = _plan(layer)
     call = layer.call(plan.every, True, True)
     grads: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -259,7 +259,7 @@ def _backward(
 
 
 def _send_gradients(layer: Layer, dk: Tensor, dv: Tensor) -> _Exchange:
-    """Start to send those of others' keys to where these came from."""
+    """Start to send the gradients of other ranks' keys back to them."""
     plan = _plan(layer)
     dk_rows, dv_rows = _rows_first(dk), _rows_first(dv)
     packed = _packed(dk_rows, dv_rows, _arrival(plan.keys))
@@ -270,7 +270,7 @@ def _send_gradients(layer: Layer, dk: Tensor, dv: Tensor) -> _Exchange:
 
 
 def _arrival(parts: Sequence[Part]) -> Ranges:
-    """Where what arrived stands among all parts, in the order in which it did."""
+    """The places of what arrived among all parts, in the order of arrival."""
     sizes = _sizes(parts)
     places = zip(parts, sizes, itertools.accumulate(sizes), strict=True)
     found = sorted((part.start, (end - size, end)) for part, size, end in places if part.arrived)
@@ -278,12 +278,12 @@ def _arrival(parts: Sequence[Part]) -> Ranges:
 
 
 def _own_rows(grad: Tensor, parts: Sequence[Part], rows: int) -> Tensor:
-    """Of a gradient of ``parts``, that of this rank's rows: a view where they stand together."""
+    """This rank's rows of a gradient of ``parts``; a view if they are contiguous."""
     pieces = zip(parts, grad.split(_sizes(parts), 2), strict=True)
     own = [(part, piece) for part, piece in pieces if not part.arrived]
     if [part for part, _ in own] == [Part(False, 0, rows)]:
         return own[0][1]
-    # Some are seen by none of this rank's rows, or others stand between them.
+    # None of this rank's rows sees some of them, or others lie between them.
     batch, heads, _, head_dim = grad.shape
     whole = grad.new_zeros(batch, rows, heads, head_dim).transpose(1, 2)
     for part, piece in own:
@@ -299,7 +299,7 @@ def _rows_first(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1, 3)
 
 
-# --- As a part of a graph: for the compiler, and for modes and transforms that look on.
+# --- As operators that graphs can hold: for the compiler, and under modes and transforms.
 
 
 def _in_graph(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -331,8 +331,7 @@ def _in_graph(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _tied(k: Tensor, v: Tensor, coming: Tensor | None, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-    """As ``_together``, of an exchange that is a part of what is differentiated even where nothing comes: the gradients
-    of what was sent do."""
+    """``_together``, but dependent on the exchange even if nothing arrives, as gradients of what was sent do."""
     if coming is None:
         return _together(k, v, k.new_empty(0, 2), parts)
     arrived = waited(coming)  # in any case, as what is sent is kept until then

@@ -18,8 +18,8 @@ from softcap_runtime.masks.intervals import RowIntervals
 class SequenceLayout:
     """The rows of a sequence of ``seq_len`` tokens that each rank holds, as ascending half-open ranges.
 
-    Made by ``contiguous``, ``zigzag`` or ``balanced``, without a process group; every row is on one rank, every rank
-    has one at least.
+    Made by ``contiguous``, ``zigzag`` or ``balanced``, which need no process group. Every row is on exactly one rank,
+    and every rank has at least one row.
     """
 
     seq_len: int
@@ -27,20 +27,27 @@ class SequenceLayout:
 
     @classmethod
     def contiguous(cls, seq_len: int, ranks: int) -> SequenceLayout:
-        """Equal chunks in order, to one row: what windows and the heads method want."""
+        """A chunk for each rank, in order, of sizes that differ by a row at most: for windows and the heads method.
+
+        Raises ValueError for fewer tokens than ranks.
+        """
         return cls._of_chunks(seq_len, [[rank] for rank in range(_checked(seq_len, ranks, 1))])
 
     @classmethod
     def zigzag(cls, seq_len: int, ranks: int) -> SequenceLayout:
-        """Chunks r and 2 x ranks - 1 - r on rank r: each rank then has as many visible pairs of a causal mask."""
+        """Chunks r and 2 x ranks - 1 - r on rank r: equal numbers of visible pairs of a causal mask on all ranks.
+
+        Raises ValueError for fewer tokens than chunks.
+        """
         return cls._of_chunks(seq_len, [[rank, 2 * ranks - 1 - rank] for rank in range(_checked(seq_len, ranks, 2))])
 
     @classmethod
     def balanced(cls, mask: RowIntervals, ranks: int, block: int = 1024) -> SequenceLayout:
-        """Blocks of ``block`` rows dealt out so that ranks have as many visible pairs, and blocks, as one another.
+        """Blocks of ``block`` rows, distributed so that all ranks have about equal numbers of visible pairs and blocks.
 
-        ``mask``: of the whole sequence, on the CPU (``softcap_runtime.masks.row_intervals``). The heaviest block goes
-        first, each to the rank that has least so far.
+        ``mask``: of the whole sequence, on the CPU (``softcap_runtime.masks.row_intervals``). Blocks are assigned from
+        the heaviest down, each to the rank with the fewest pairs so far. Raises ValueError for a ``block`` below 1 or
+        fewer tokens than ranks.
         """
         if block < 1:
             raise ValueError(f"block: {block}, expected rows of a block, at least 1")
@@ -79,7 +86,10 @@ class SequenceLayout:
         return torch.cat([torch.arange(*own) for own in self.ranges[rank]])
 
     def shard(self, x: Tensor, dim: int, rank: int) -> Tensor:
-        """The rows of ``rank`` of a whole tensor; a view where they are one range."""
+        """The rows of ``rank`` from a whole tensor; a view if they are one range.
+
+        Raises ValueError unless dimension ``dim`` of ``x`` has ``seq_len`` rows.
+        """
         if x.shape[dim] != self.seq_len:
             raise ValueError(
                 f"x: {x.shape[dim]} rows in dimension {dim}, expected the layout's {self.seq_len}; pass it whole"
@@ -88,7 +98,10 @@ class SequenceLayout:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def unshard(self, x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
-        """The whole tensor on every rank, from the rows that each holds; gradients of all ranks are added up."""
+        """The whole tensor on every rank, from each rank's rows in dimension ``dim``; all ranks' gradients are summed.
+
+        Every rank of ``mesh`` calls it. Raises ValueError if ``mesh`` or the number of rows does not fit the layout.
+        """
         rank = check_mesh(self, mesh)
         if x.shape[dim] != self.count(rank):
             raise ValueError(
@@ -99,7 +112,7 @@ class SequenceLayout:
         missing = most - rows.shape[0]
         if missing:
             rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-        # Named anew in torch 2.13, which warns of the old name.
+        # Renamed in torch 2.13, which warns of the old name.
         gather = getattr(collectives, "all_gather_single_autograd", collectives.all_gather_tensor_autograd)
         gathered = gather(rows, 0, mesh)
         sizes, starts = [], []

@@ -1,4 +1,4 @@
-"""Arithmetic on ranges of rows and keys: ascending, disjoint, half-open; and what row intervals say about them."""
+"""Arithmetic on ascending, disjoint, half-open ranges of rows and keys; and row intervals restricted to them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Ranges = tuple[Range, ...]
 
 
 def length(ranges: Iterable[Range]) -> int:
-    """How many rows there are."""
+    """The number of rows in all ranges."""
     return sum(end - start for start, end in ranges)
 
 
 def merged(ranges: Iterable[Range]) -> Ranges:
-    """Ascending, neighbours and overlaps joined, empty ones dropped."""
+    """The same rows as ascending ranges: adjacent and overlapping ones joined, empty ones dropped."""
     joined: list[Range] = []
     for start, end in sorted(ranges):
         if start >= end:
@@ -34,7 +34,7 @@ def merged(ranges: Iterable[Range]) -> Ranges:
 
 
 def common(a: Ranges, b: Ranges) -> Ranges:
-    """What both hold."""
+    """The intersection."""
     found, i, j = [], 0, 0
     while i < len(a) and j < len(b):
         start, end = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
@@ -48,7 +48,7 @@ def common(a: Ranges, b: Ranges) -> Ranges:
 
 
 def placed(own: Ranges, ranges: Ranges) -> Ranges:
-    """Of what both hold: where it stands among the rows of ``own``, counted from 0."""
+    """The intersection, as places among the rows of ``own``, counted from 0."""
     starts = [start for start, _ in own]
     before = list(itertools.accumulate((end - start for start, end in own), initial=0))
     found = []
@@ -60,7 +60,7 @@ def placed(own: Ranges, ranges: Ranges) -> Ranges:
 
 
 def pairs_of(mask: RowIntervals, ranges: Sequence[Range]) -> list[int]:
-    """How many pairs of a row and a key each range of rows sees, over the batch rows of the mask."""
+    """The number of visible pairs of a row and a key for each range of rows, over the batch rows of the mask."""
     if mask.left is not None and mask.right is not None:
         kv_len, left, right = mask.kv_len, mask.left, mask.right
         return [
@@ -89,7 +89,7 @@ def keys_seen(mask: RowIntervals, rows: Ranges) -> Ranges:
         edges = [(max(0, a + mask.left), min(mask.kv_len, b - 1 + mask.right)) for a, b in rows]
         return merged(edges)
     lo, hi = (_rows(edge, rows).flatten().to(torch.int64) for edge in mask.vectors)
-    # Counted between the first and the last key seen, of most masks a part of all. An empty row has lo past the last
+    # Only from the first to the last key seen, which for most masks is a part of all. An empty row has lo past the last
     # key, and hi before the first.
     first, last = int(lo.min()), int(hi.max())
     if first >= last:
@@ -104,7 +104,7 @@ def keys_seen(mask: RowIntervals, rows: Ranges) -> Ranges:
 
 
 def rows_within(mask: RowIntervals, own: Range) -> Range:
-    """The most rows side by side, of a range of rows and keys, that see no key outside of it; may be empty."""
+    """The longest range of rows within ``own`` that see no key outside ``own``; may be empty."""
     start, end = own
     if mask.left is not None and mask.right is not None:
         first = start if start == 0 else max(start, start - mask.left)
@@ -121,9 +121,9 @@ def rows_within(mask: RowIntervals, own: Range) -> Range:
 
 
 def renumbered(mask: RowIntervals, rows: Ranges, keys: Ranges) -> RowIntervals:
-    """The mask of some rows over some keys: row intervals again, as ``keys`` hold all that the rows see.
+    """The mask of some rows over some keys: row intervals again, as ``keys`` must include all that the rows see.
 
-    Each edge becomes the count of chosen keys before it; a band over one range of rows and keys stays a band.
+    Each edge becomes the number of chosen keys before it; a band over one range of rows and keys stays a band.
     """
     q_len, kv_len = length(rows), length(keys)
     if mask.left is not None and mask.right is not None:
@@ -148,7 +148,7 @@ def _rows(edge: Tensor, rows: Ranges) -> Tensor:
 
 
 def _counted(edges: Tensor, keys: Ranges) -> Tensor:
-    """How many of the chosen keys lie before each edge: int32, as ``edges``."""
+    """The number of chosen keys before each edge: int32, in the shape of ``edges``."""
     if len(keys) == 1:
         return (edges - keys[0][0]).clamp_(0, length(keys))
     starts, ends = torch.tensor(keys, dtype=torch.int32).unbind(1)

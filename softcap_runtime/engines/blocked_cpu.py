@@ -1,7 +1,7 @@
 """The blocked engine on the CPU: one C++ library for every dtype, head_dim, mask of row intervals, length and cap.
 
-What it computes, and how, stands at the top of cpu/attention.cpp. Here a problem is bound to it: sizes and strides are
-written down once for each layout of a call's tensors, and a call hands on addresses.
+The top of cpu/attention.cpp says what it computes, and how. This module binds a problem to it: sizes and strides are
+stored once for each layout of a call's tensors, and each call passes addresses.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from softcap_runtime.engines.engine import (
 )
 from softcap_runtime.masks.tokens import FindIntervals, tokens_of
 
-# The library's numbers of the dtypes.
+# The library's numbers for the dtypes.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STRIDES = [
     f"{name}_{dim}" for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v") for dim in "bhs"
 ]
-# Rows that decoding takes at most: query heads of a group times query rows (cpu/decode.h).
+# The most rows that decoding takes: query heads of a group times query rows (cpu/decode.h).
 MOST_ROWS = 64
-# A plan's tensors have one layout or a few; more than this number is a caller that invents them.
+# A plan's tensors have one layout or a few; this bounds those of a caller that varies them without end.
 MAX_LAYOUTS = 64
-# Of the tokens that the library reads as a mask: as signed integers.
+# Bytes of the numbers that the library reads as a mask, as signed integers.
 _ID_BYTES = {torch.int64: 8, torch.int32: 4, torch.int8: 1}
 _MASK_BYTES = {**_ID_BYTES, torch.uint8: 1, torch.bool: 1}
-# What the library returns for a table, lengths or offsets that do not fit.
+# The library's return code for a table, lengths or offsets that do not fit.
 _DOES_NOT_FIT = 2
-# Whether a call of this process used several threads; and whether this is a forked child of such a process.
+# Whether a call of this process has used several threads; whether this is a forked child of such a process.
 _threaded, _alone = False, False
 
 
@@ -79,7 +79,7 @@ def _artifacts(problem: Problem, kernels: Kernels) -> Sequence[Artifact]:
 
 
 def _described(problem: Problem, loaded: Library, threads: int, *strides: tuple[int, ...]) -> CpuProblem:
-    """The problem for tensors ``[B, H, S, D]`` with these strides, in the order of the fields."""
+    """The library's description of a problem, for tensors ``[B, H, S, D]`` with these strides."""
     mask = problem.mask
     steps = [step for each in strides for step in each[:3]]
     return CpuProblem(
@@ -104,9 +104,9 @@ def _described(problem: Problem, loaded: Library, threads: int, *strides: tuple[
 
 
 def _layouts(problem: Problem, loaded: Library) -> Callable[..., tuple[int, CpuProblem]]:
-    """The described problem after its address, kept for each layout of a call's tensors and number of threads.
+    """A function that returns the described problem and its address, cached by strides and number of threads.
 
-    The caller holds both until the library is done: another thread may empty the table meanwhile.
+    The caller must keep both until the library returns, as another thread may clear the cache.
     """
     known: dict[tuple[Any, ...], tuple[int, CpuProblem]] = {}
 
@@ -170,14 +170,14 @@ def bind_paged(
 
     ``q`` ``[B, Hq, Sq, D]``, or with ``offsets`` ``[1, Hq, B * Sq, D]``; ``k``, ``v`` ``[num_pages, page_size, Hkv,
     D]``; ``table`` ``[B, pages]``, ``lengths`` ``[B]`` and ``offsets`` ``[B + 1]``, int32 or int64; last strides 1. The
-    result takes tensors laid out as these and returns out, or None where the contents of the last three do not fit, or
-    where the sequences have different numbers of rows.
+    result takes tensors of the same layouts and returns out, or None if the contents of the last three do not fit or
+    the sequences have different numbers of rows.
     """
     loaded: Library = kernels.get(library())
     attend, rows = loaded.paged, problem.mask.q_len
     shape, strides = output_layout(*q.shape)
     steps = [q.stride(), *[(page, head, row) for page, row, head, _ in (k.stride(), v.stride())], strides]
-    if offsets is not None:  # a sequence begins after the rows of the one before
+    if offsets is not None:  # the rows of each sequence begin after those of the one before
         for at in (0, 3):
             steps[at] = (rows * steps[at][2], *steps[at][1:])
     offset_bytes = 0 if offsets is None else offsets.element_size()
@@ -211,12 +211,12 @@ def bind_paged(
         _check(code)
         return out
 
-    run.pages = pages  # type: ignore[attr-defined]  # kept as long as its address is used
+    run.pages = pages  # type: ignore[attr-defined]  # keeps it alive as long as its address is used
     return run
 
 
 def bind_intervals(kernels: Kernels) -> FindIntervals:
-    """See ``masks.tokens.FindIntervals``: on the CPU."""
+    """``masks.tokens.FindIntervals`` on the CPU."""
     loaded: Library = kernels.get(library())
     find, device = loaded.intervals, torch.device("cpu")
 
@@ -279,14 +279,14 @@ def _backward(problem: Problem, kernels: Kernels) -> Backward:
 
 
 def _addresses(edges: Sequence[Tensor]) -> tuple[int | None, int | None, int | None]:
-    """Of the vectors of a mask: ``lo``, ``hi``, ``kept``; None for those that it hasn't."""
+    """The addresses of a mask's ``lo``, ``hi`` and ``kept``; None for a missing one."""
     if not edges:
         return None, None, None
     return edges[0].data_ptr(), edges[1].data_ptr(), edges[2].data_ptr() if len(edges) == 3 else None
 
 
 def _threads() -> int:
-    """How many threads a call takes."""
+    """The number of threads of a call."""
     global _threaded
     threads = 1 if _alone else torch.get_num_threads()
     _threaded = _threaded or threads > 1
@@ -294,7 +294,7 @@ def _threads() -> int:
 
 
 def _in_forked_child() -> None:
-    """OpenMP would wait forever for the parent's threads, which a fork does not copy; so the child computes alone."""
+    """Use one thread: OpenMP would wait forever for the parent's threads, which a fork does not copy."""
     global _alone
     _alone = _alone or _threaded
 
@@ -305,7 +305,7 @@ os.register_at_fork(after_in_child=_in_forked_child)
 def _check(code: int) -> None:
     if code:
         raise MemoryError(
-            "attention: no memory for its buffers; use shorter sequences, smaller batches or fewer threads"
+            "attention: out of memory for its buffers; use shorter sequences, smaller batches or fewer threads"
         )
 
 

@@ -1,7 +1,7 @@
 """The blocked engine on CUDA: our Triton kernels, forward with logsumexp and backward.
 
-Which kernels a call needs follows from its tensors' layout as well: ``artifacts`` lists those for tensors that lie as
-torch's own do, and what others need is found at the first call of their layout. Nothing here imports Triton.
+The kernels of a call also depend on its tensors' layout: ``artifacts`` lists those for torch's usual layout, and those
+for others are found at their first call. Nothing here imports Triton.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from softcap_runtime.engines.engine import Backward, Engine, Forward, Kernels, P
 from softcap_runtime.masks.intervals import RowIntervals, band
 from softcap_runtime.masks.tokens import FindIntervals
 
-# A plan's tensors have one layout or a few; more than this number is a caller that invents them.
+# A plan's tensors have one layout or a few; this bounds those of a caller that varies them without end.
 MAX_LAYOUTS = 64
-# Sizes of the problems that stand for all lengths: more rows than decoding takes; and so many keys that decoding cuts
-# them into more than a few shares, of four blocks of 128 at least.
+# Sizes of the problems that stand for all lengths: more rows than decoding takes; and enough keys for decoding to split
+# them into more than a few shares, each of four blocks of 128 or more.
 MANY_ROWS, MANY_KEYS = 128, 2 * FEW_SPLITS * 4 * 128
-# Keys of a page where any number stands for all.
+# Keys of a page where the number does not matter.
 PAGE = 16
 
 
@@ -58,12 +58,12 @@ def _refuses(problem: Problem) -> str | None:
     return None
 
 
-# In the place of a loaded kernel: what is bound to it is never run.
+# Stands in for a loaded kernel; what is bound to it is never run.
 _NOTHING: Any = SimpleNamespace(bind=lambda *how: lambda *tensors: None)
 
 
 class GpuKernelsOf(NamedTuple):
-    """``GpuKernels`` for calls on one device; with ``found`` it loads none, and notes there which it is asked for."""
+    """``GpuKernels`` for calls on one device; with ``found`` it loads none, and records there those that are needed."""
 
     kernels: Kernels
     device: int
@@ -83,7 +83,7 @@ class GpuKernelsOf(NamedTuple):
 
 
 class _Outline(NamedTuple):
-    """What binding reads of a tensor, without one: it lies whole and aligned, ``[B, H, S, D]`` as ``[B, S, H, D]``."""
+    """What binding reads of an aligned tensor ``[B, H, S, D]``, laid out ``[B, S, H, D]`` in memory, without one."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -105,7 +105,7 @@ class _Outline(NamedTuple):
 
 
 def _artifacts(problem: Problem, kernels: Kernels) -> list[GpuKernel]:
-    """Bind the problem to no kernels, by outlines of its tensors: what a call would look up is what is needed."""
+    """Bind outlines of the problem's tensors to no kernels, to record those that a call would look up."""
     from softcap_runtime.cuda.triton import attention as triton_attention
     from softcap_runtime.cuda.triton import gradient as triton_gradient
 
@@ -126,7 +126,7 @@ def _artifacts(problem: Problem, kernels: Kernels) -> list[GpuKernel]:
 
 
 def paged_artifacts(problem: Problem, kernels: Kernels) -> list[GpuKernel]:
-    """The kernels of calls over pages of any size: a few rows or many, side by side or in batch rows."""
+    """The kernels of calls over pages of any size: with few or many rows, side by side or in batch rows."""
     from softcap_runtime.cuda.paged import bind_paged
 
     device, (batch, heads, kv_heads, head_dim) = problem.device, problem[2:6]
@@ -142,8 +142,8 @@ def paged_artifacts(problem: Problem, kernels: Kernels) -> list[GpuKernel]:
 
 
 def _alike(problem: Problem) -> list[Problem]:
-    """Short and long calls, whose kernels differ, and those of decoding in how many query rows they take together and
-    in how many shares they cut the keys."""
+    """Short and long problems, whose kernels differ, and those of decoding, whose kernels differ by query rows taken
+    together and by shares of the keys."""
     lengths = [(MANY_ROWS, 1)]  # one key: little work, however many heads
     for keys in (MANY_ROWS, MANY_KEYS):
         rows = MANY_ROWS
@@ -156,13 +156,13 @@ def _alike(problem: Problem) -> list[Problem]:
 
 
 def _decode_rows(problem: Problem) -> list[int]:
-    """Query rows of calls for which decoding has a kernel each."""
+    """The numbers of query rows for which decoding has different kernels."""
     group, most = problem.num_heads // problem.num_kv_heads, decode_rows(problem.dtype)
     return sorted({1, *(size // group for size in (32, 64) if size <= most)} - {0})
 
 
 def _masks_alike(mask: RowIntervals, q_len: int, kv_len: int) -> list[RowIntervals]:
-    """A band; or intervals with keys that are not kept, for which another kernel may be the faster one, and without."""
+    """A band; or intervals without and with keys that are not kept, for which another kernel may be faster."""
     if mask.lo is None:
         return [band(q_len, kv_len, causal=True, window=None)]
     edge, kept = (torch.empty(1, size, dtype=torch.int32, device="meta") for size in (q_len, kv_len))
@@ -183,7 +183,7 @@ def _how(problem: Problem, kernels: Kernels, found: dict[GpuKernel, None] | None
 
 
 def _bound(bind: Callable[..., Any], **how: Any) -> Callable[..., Any]:
-    """A call that binds once for each layout of its tensors (``out`` too): their strides, whether they are aligned."""
+    """A call that binds once for each layout of its tensors and ``out``: their strides and alignment."""
     ready: dict[tuple[object, ...], Callable[..., Any]] = {}
 
     def run(*tensors: Tensor, out: Tensor | None = None, **late: Any) -> Any:

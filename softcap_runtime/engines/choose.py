@@ -1,4 +1,4 @@
-"""Which engine serves a problem, and why: what was asked for, or a written rule with its measurements."""
+"""Which engine serves a problem, and why: the one asked for, or by a fixed rule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Choice(NamedTuple):
 
 
 def engine_named(name: str, device: torch.device) -> Engine:
-    """The engine of that name on a device: ``flex`` and ``blocked`` have a form of their own on each device type."""
+    """The engine of that name on a device: ``flex`` and ``blocked`` differ by device type."""
     own = (flex.ENGINE, blocked.ENGINE) if device.type == "cpu" else (flex_cuda.ENGINE, blocked_cuda.ENGINE)
     engines = {engine.name: engine for engine in (*own, dense.DENSE, dense.EAGER)}
     if name not in engines:
@@ -32,7 +32,7 @@ def engine_named(name: str, device: torch.device) -> Engine:
 def choose(problem: Problem, asked: str) -> Choice:
     """The engine for ``problem``; ``asked`` is an engine's name or ``"auto"``.
 
-    Raises EngineUnavailable when the engine asked for cannot serve the problem.
+    Raises EngineUnavailable if the engine asked for cannot serve the problem.
     """
     if asked == "auto":
         return _automatic(problem)

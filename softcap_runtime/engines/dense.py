@@ -1,7 +1,7 @@
-"""The dense engines: the whole S x S matrix in plain torch, as it stands (eager) or through ``torch.compile``.
+"""The dense engines compute the whole S x S matrix in plain torch, uncompiled (eager) or through ``torch.compile``.
 
-``eager`` never compiles and serves every dtype up to float64. ``dense`` is what serves a torch without flex.
-Both compute half-precision inputs in float32.
+``eager`` never compiles and serves every dtype up to float64. ``dense`` serves where neither ``blocked`` nor ``flex``
+does. Both compute half-precision inputs in float32.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``attend``: ``ds = scale * p * (grad_p - delta) * (1 - (logit / cap)^2)``.
 
-    The softmax is made again, and delta is its mean of grad_p: with the forward's logsumexp and rounded output the
-    weights would not sum to 1, nor would delta cancel where one key has all the weight.
+    The softmax is recomputed, and delta is its mean of grad_p: with the forward's logsumexp and rounded output the
+    weights would not sum to 1, nor would delta cancel if one key has all the weight.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     batch, heads, q_len, head_dim = q.shape
@@ -101,7 +101,7 @@ def _artifacts(problem: Problem, kernels: Kernels) -> list[Compiled]:
 
 
 def _forward(compile: bool, problem: Problem, kernels: Kernels) -> MaskedForward:
-    """``attend`` for a problem and its mask, compiled or as it stands."""
+    """``attend`` bound to a problem and its mask, compiled or not."""
     fixed = _arguments(problem)
     compiled = kernels.get(_compiled(problem, _FORWARD)) if compile else None
 
@@ -114,7 +114,7 @@ def _forward(compile: bool, problem: Problem, kernels: Kernels) -> MaskedForward
 
 
 def _backward(compile: bool, problem: Problem, kernels: Kernels) -> MaskedBackward:
-    """``attend_backward``, in the same way."""
+    """``attend_backward``, likewise."""
     fixed = _arguments(problem)
     compiled = kernels.get(_compiled(problem, _BACKWARD)) if compile else None
 

@@ -1,4 +1,4 @@
-"""What an engine is: one type for all of them, and the problem that it is asked to solve."""
+"""The type of all engines, and the problem that an engine solves."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.masks.memo import MaskMemo
 from softcap_runtime.masks.tokens import FindIntervals
 
-# Of q, k, v and the vectors of the mask (``RowIntervals.vectors``): out and, for training, the logsumexp. Of an engine
-# with ``parts`` it takes ``out`` too, rows or heads of a larger ``[B, S, H, D]``, and writes there.
+# Takes q, k, v and the vectors of the mask (``RowIntervals.vectors``); returns out and, for training, the logsumexp.
+# With ``Engine.parts`` it also takes ``out``, rows or heads of a larger ``[B, S, H, D]``, to write to.
 Forward = Callable[..., tuple[Tensor, Tensor | None]]
-# Of grad_out, q, k, v, out, lse and the vectors: the gradients of q, k and v. Of an engine with ``parts`` it takes
-# ``keys_done`` too, which it calls with dk and dv as soon as their kernels are launched.
+# Takes grad_out, q, k, v, out, lse and the vectors; returns the gradients of q, k and v. With ``Engine.parts`` it also
+# takes ``keys_done``, which it calls with dk and dv as soon as their kernels are launched.
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 KeysDone = Callable[[Tensor, Tensor], None]
 
 
 class Problem(NamedTuple):
-    """One attention call, all but the contents of its tensors.
+    """One attention call without the contents of its tensors.
 
-    ``mask`` holds the lengths, and of row intervals the form alone; ``train`` whether the logsumexp is wanted for a
-    backward to come; ``softcap_approx`` is that of the settings; ``beside``: kernels of an exchange between ranks run
-    beside its own.
+    ``mask`` holds the lengths, but of row intervals only the form. ``train``: whether a backward will need the
+    logsumexp. ``softcap_approx``: of the settings. ``beside``: whether kernels of an exchange between ranks run at the
+    same time.
     """
 
     device: torch.device
@@ -65,11 +65,11 @@ class Call(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """Where an engine finds what it needs for one problem: its compiled kernels, its masks, its kernels' options.
+    """What an engine binds a problem to: compiled kernels, block tables of masks, options of GPU kernels.
 
-    ``masks``: block tables of masks, kept. ``get``: what the artifact's ``load`` returned, found in this process, else
-    loaded, built, or refused by the settings (see ``Artifacts.get`` for what it raises). ``options``: those of a GPU
-    kernel, by device, dtype, head_dim and direction.
+    ``masks``: cached block tables. ``get``: a loaded artifact, which is loaded or built if this process lacks it, or
+    refused by the settings (see ``Artifacts.get`` for what it raises). ``options``: those of a GPU kernel, by device,
+    dtype, head_dim and direction.
     """
 
     masks: MaskMemo
@@ -80,14 +80,14 @@ class Kernels(NamedTuple):
 class Engine(NamedTuple):
     """One way to compute attention.
 
-    ``refuses``: why it cannot serve a problem, or None when it can. ``artifacts``: the compiled kernels that it
-    needs for one whose tensors lie as torch's own do (a call whose tensors lie otherwise may ask ``Kernels`` for
-    others). ``forward`` and ``backward``: bind a problem to its kernels and return what computes it, under any
-    intervals of the mask's form; ``q``, ``k``, ``v`` have last stride 1. ``alike``: problems that between them need
-    every artifact that problems like this one may need, whatever their lengths; itself alone where these play no part.
-    ``reads_kept``: whether its kernels read ``RowIntervals.kept``; where not, it is only given masks without.
-    ``parts``: whether its forward takes ``out``, and its backward ``keys_done``. ``intervals``: binds what makes the
-    masks of warm calls on the problem's device, where it has that for masks of the problem's form.
+    ``refuses``: why it cannot serve a problem, or None if it can. ``artifacts``: the compiled kernels that it needs for
+    a problem whose tensors have torch's usual layout (calls with other layouts may ask ``Kernels`` for others).
+    ``forward`` and ``backward``: bind a problem to its kernels and return what computes it, under any intervals of the
+    mask's form; ``q``, ``k``, ``v`` have last stride 1. ``alike``: problems that together need every artifact that
+    problems like this one may need, whatever their lengths; just this one if lengths do not matter. ``reads_kept``:
+    whether its kernels read ``RowIntervals.kept``; if not, it only gets masks without. ``parts``: whether its forward
+    takes ``out``, and its backward ``keys_done``. ``intervals``: binds a kernel that makes the masks of warm calls, of
+    the problem's form and on its device; None if there is none.
     """
 
     name: str
@@ -108,9 +108,9 @@ MaskedBackward = Callable[
 
 
 def per_mask(bind: Callable[[Problem, Kernels], Any]) -> Callable[[Problem, Kernels], Any]:
-    """Of a ``bind`` that reads its mask: a band is bound once, intervals anew at each call, which brings them.
+    """Adapt a ``bind`` that reads its mask's contents: a band is bound once, intervals at each call.
 
-    What ``bind`` returns takes no edges: a MaskedForward or MaskedBackward.
+    ``bind`` returns a MaskedForward or MaskedBackward, which takes no edges.
     """
 
     def bind_late(problem: Problem, kernels: Kernels) -> Any:
@@ -139,17 +139,17 @@ def empty_output(q: Tensor) -> Tensor:
 
     That order makes the model's next ``transpose(1, 2).reshape(B, S, H * D)`` free.
     """
-    # No view of another tensor, so that it may be changed in place.
+    # Not a view of another tensor, so that it may be changed in place.
     return q.new_empty_strided(*output_layout(*q.shape))
 
 
 def output_layout(
     batch: int, heads: int, length: int, head_dim: int
 ) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """The shape of an output, and the strides with which it lies ``[B, S, H, D]`` in memory."""
+    """The shape of an output, and its strides for the layout ``[B, S, H, D]`` in memory."""
     return (batch, heads, length, head_dim), (length * heads * head_dim, head_dim, heads * head_dim, 1)
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` as the operator says that its results lie, which code compiled around it relies on."""
+    """``x`` in the layout that the operator promises for its results, which code compiled around it relies on."""
     return empty_output(like).copy_(x)

@@ -1,7 +1,7 @@
-"""The flex engine on CUDA: PyTorch's ``flex_attention`` forward with its logsumexp, and flex's own backward from it.
+"""The flex engine on CUDA: PyTorch's ``flex_attention`` with its logsumexp, and flex's own backward.
 
-Both are compiled in each process, by ``torch.compile`` (see ``jit``), for given heads and head_dim, and any lengths.
-Our Triton kernels are faster on what they serve.
+Each process compiles both with ``torch.compile`` (see ``jit``), for given heads and head_dim and any lengths. Our
+Triton kernels are faster where they serve.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def _artifacts(problem: Problem, kernels: Kernels) -> list[Compiled]:
 
 
 def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
-    """What is compiled for ``spec``: of q, k, v, the tables of blocks, the mask's tensors, scale, cap and 1 / cap."""
+    """The function compiled for ``spec``, of q, k, v, block tables, the mask's tensors, scale, cap and 1 / cap."""
     elements = in_band if spec.mask == "band" else in_intervals
     edges = 2 if spec.mask == "band" else 3
 
-    # Without types: torch traces these into graphs, which it can't cache when a type is a string, as they are here.
+    # Untyped: torch traces these into graphs, and cannot cache graphs whose types are strings, as they are here.
     def visible(b, h, i, j, *rows):  # type: ignore[no-untyped-def]
         return elements(b, h, i, j, *rows)
 
@@ -80,7 +80,7 @@ def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
     def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         from torch.nn.attention import flex_attention as flex
 
-        # Before torch 2.9 it was asked for by a flag, which later ones warn of.
+        # Before torch 2.9 a flag asked for it, of which later versions warn.
         asked = {"return_aux": flex.AuxRequest(lse=True)} if hasattr(flex, "AuxRequest") else {"return_lse": True}
         rows, numbers = rest[4 : 4 + edges], rest[4 + edges :]
         mask = assemble(

@@ -1,4 +1,4 @@
-"""Kernels that ``torch.compile`` makes in this process: none of them reaches our store on disk."""
+"""Kernels that ``torch.compile`` makes in this process; they are not kept in the store."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from softcap_runtime.engines.spec import KernelSpec
 
 
 class Compiled(NamedTuple):
-    """``function(spec)``, compiled. ``heads``: where among its inputs q is, k after it, when the compiler is to take
-    heads and head_dim for numbers; None where they are symbols."""
+    """``function(spec)``, compiled. ``heads``: the place of q among its inputs, with k after it, if heads and head_dim
+    are to be constants of the compiled code; None if they are symbols."""
 
     spec: KernelSpec
     function: Callable[[KernelSpec], Callable[..., Any]]
@@ -37,16 +37,16 @@ class Compiled(NamedTuple):
         raise AssertionError("unreachable: it has no key")
 
     def load(self, data: bytes) -> Runner:
-        """What compiles it with dynamic sizes, each kind of them at its first call; ``data`` is empty."""
+        """A runner that compiles it with dynamic sizes, for each kind of sizes at its first call; ``data`` is empty."""
         return _runner(self)
 
 
 def _runner(source: Compiled) -> Runner:
     """A runner of functions compiled with dynamic sizes, each at its first call.
 
-    torch compiles anew for sizes of 1 or of one number, and for strides that relate to sizes in another way, and raises
-    at its limit of eight recompilations a code object (``fullgraph=True``; else it would go on uncompiled in silence).
-    So inputs are made contiguous, and each pattern of ones, and what else is a number, has code of its own.
+    torch recompiles for sizes of 1, for equal sizes, and for other relations of strides to sizes, and raises at eight
+    recompilations of a code object (with ``fullgraph=True``; else it would silently run uncompiled). So inputs are made
+    contiguous, and each pattern of ones and constants gets a code object of its own.
     """
     variants: dict[tuple[object, ...], Any] = {}
 
@@ -67,13 +67,13 @@ def _runner(source: Compiled) -> Runner:
 
 
 def _plain(x: Tensor) -> Tensor:
-    # A contiguous tensor may have any strides where its sizes are 1: the views give it the usual ones. Detached it is
-    # no view any more, whose base torch would look at as well.
+    # A contiguous tensor may have any stride in a dimension of size 1: the views normalize them. Detached, as torch
+    # would also inspect the base of a view.
     return x.contiguous().view(-1).view(x.shape).detach()
 
 
 def _make_heads_static(x: Tensor | None) -> None:
-    """The compiler is to take H and D of floats ``[B, H, S, D]`` and ``[B, H, S]`` for numbers."""
+    """Make H and D of floats ``[B, H, S, D]`` and ``[B, H, S]`` constants of the compiled code."""
     if x is not None and x.is_floating_point() and x.dim() >= 3:
         take_for_numbers(x, [1, 3][: x.dim() - 2])
 

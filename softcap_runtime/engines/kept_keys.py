@@ -1,7 +1,7 @@
-"""Attention under a mask that keeps only some keys, by kernels that know of row intervals alone.
+"""Attention under a mask that keeps only some keys, by kernels that only know row intervals.
 
-Intervals stay intervals when keys are taken out: the keys that are kept move together, in their order, and lo and hi
-are renumbered by the count of kept keys before them. Copies k and v; reads no data on the host.
+Intervals stay intervals if keys are removed: the kept keys are gathered in order, and lo and hi become the numbers of
+kept keys before them. Copies k and v; reads no data on the host.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def _gathering_backward(backward: Backward) -> Backward:
 
 
 def _kept_first(lo: Tensor, hi: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys with the kept ones first, int64 ``[B or 1, kv_len]``; and the edges in that numbering."""
+    """The order of keys with the kept ones first, int64 ``[B or 1, kv_len]``; and lo and hi in that order."""
     hidden = kept == 0
     order = torch.argsort(hidden.to(torch.uint8), dim=1, stable=True)
     before = pad((~hidden).cumsum(1, dtype=torch.int32), (1, 0))
-    # A row that sees nothing has lo == kv_len and hi == 0, which stay apart.
+    # For a row that sees nothing, lo == kv_len and hi == 0, so lo >= hi still holds.
     lo, hi = (before.gather(1, edge.to(torch.int64)) for edge in (lo, hi))
     empty = lo >= hi
     return order, lo.masked_fill(empty, kept.shape[1]), hi.masked_fill(empty, 0)

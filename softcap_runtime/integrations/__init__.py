@@ -1,1 +1,1 @@
-"""Doors from other libraries to the runtime; each module imports its library only when it is used."""
+"""Entry points for other libraries; each module imports its library only when it is used."""

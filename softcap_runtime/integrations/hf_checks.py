@@ -1,4 +1,4 @@
-"""What Hugging Face's attention functions are given and no kernel computes: refused by name, or told once."""
+"""Arguments of Hugging Face's attention functions that no kernel serves: refused by name, or warned of once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from softcap_runtime.checks import Cap, constant_in_graph
 from softcap_runtime.config import check_positive
 from softcap_runtime.integrations.hf_mask import HfMask
 
-# What other attention functions take and no kernel here computes; False and None mean it isn't asked for.
+# Arguments that other attention functions take and no kernel here computes; False and None mean not requested.
 _REFUSED = {
     "head_mask": "heads can't be masked",
     "s_aux": "attention sinks have no kernel",
@@ -25,7 +25,7 @@ _REFUSED = {
 
 
 def cap_of(softcap: float | None, scaling: float | None, head_dim: int) -> Cap:
-    """The softcap and scale of a layer, checked; ``head_dim ** -0.5`` where it names no scale."""
+    """A layer's softcap and scale, checked; the default scale is ``head_dim ** -0.5``."""
     softcap, scaling = constant_in_graph(softcap), constant_in_graph(scaling)
     check_positive("softcap", softcap)
     check_positive("scaling", scaling)
@@ -34,7 +34,7 @@ def cap_of(softcap: float | None, scaling: float | None, head_dim: int) -> Cap:
 
 
 def refuse(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError on what was given and is not served, naming it and what to do."""
+    """Raise ValueError for an argument that is not served, naming it and what to do."""
     instead = "use attn_implementation='eager'"
     if dropout:
         raise ValueError(
@@ -61,5 +61,5 @@ def refuse(attention_mask: Any, dropout: float, kwargs: dict[str, Any]) -> None:
 
 @functools.cache
 def warn_once(words: str) -> None:
-    """A line in the log, once a process."""
+    """Log a warning, once per process."""
     logging.getLogger(__name__).warning(words)

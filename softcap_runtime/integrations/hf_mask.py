@@ -1,4 +1,4 @@
-"""The mask that Hugging Face's models carry from their mask function to their attention function."""
+"""The mask that Hugging Face's models pass from their mask function to their attention function."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ _NO_TENSOR = "this model computes with its mask as with a tensor; use attn_imple
 
 
 class HfMask(RowIntervals):
-    """A mask on its way through a model, which hands it from its mask function to its attention function.
+    """Row intervals in the place of the mask tensor that a model expects.
 
-    Models that compute with their mask as with a tensor are refused by name.
+    A model that computes with its mask as with a tensor gets an error that says so.
     """
 
     __slots__ = ()
 
     @property
     def ndim(self) -> int:
-        """4, as of every mask that is ready: models ask it of those that ``generate`` makes for a static cache."""
+        """4, as of a finished mask: models check it on those that ``generate`` makes for a static cache."""
         return 4
 
     def contiguous(self) -> HfMask:
-        """Itself: ``generate`` asks it of the masks that it makes for a static cache."""
+        """Itself: ``generate`` calls it on the masks that it makes for a static cache."""
         return self
 
     def __getitem__(self, index: Any) -> Any:
-        """``[:, :, first:, :]`` are the last rows alone, which is what Gemma 4's layers that share keys run on."""
+        """``[:, :, first:, :]``: the last rows, as Gemma 4's layers with shared keys take them."""
         if not isinstance(index, tuple):
             return super().__getitem__(index)
         match index:

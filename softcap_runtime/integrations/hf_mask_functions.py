@@ -1,9 +1,9 @@
-"""Transformers' mask functions, read as row intervals: what a model's mask says, without evaluating it.
+"""Transformers' mask functions, read as row intervals without evaluating them.
 
 Transformers describes a mask as a function of (batch, head, query, key), composed of a few named parts: causal,
-window, packed documents, image spans, their ands and ors. The parts' parameters are read off the closures, so a
-mask costs O(rows). A part that isn't known raises by name, and ``check_readings`` compares the known ones with
-what they do in the transformers that is installed.
+window, packed documents, image spans, their ands and ors. Their parameters are read from the closures, so a mask costs
+O(rows). An unknown part raises an error that names it; ``check_readings`` compares the known ones with what they do
+in the installed version of transformers.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _INSTEAD = "use attn_implementation='eager' for this model"
 class Place(NamedTuple):
     """Where rows and keys stand: row i at key ``end - q_len + i`` of the ``kv_len`` keys at hand.
 
-    ``end`` is an int, or an int32 tensor ``[1]`` where reading it would wait for a GPU or break a trace.
-    ``offset``: position in the sequence of the first key at hand; a sliding cache has dropped those before.
-    ``padding``: bool, ``[B, kv_len]``, or None. ``device``: where tensors of the mask go.
+    ``end``: an int, or an int32 tensor ``[1]`` if reading it would wait for a GPU or break a trace. ``offset``: the
+    position in the sequence of the first key at hand, as a sliding cache drops earlier ones. ``padding``: bool
+    ``[B, kv_len]``, or None. ``device``: of the mask's tensors.
     """
 
     q_len: int
@@ -43,10 +43,10 @@ class Place(NamedTuple):
 
 
 def read(function: MaskFunction, place: Place) -> RowIntervals:
-    """The intervals of ``function``, padding aside; a band where no tensor is involved.
+    """The intervals of ``function``, without padding; a band if no tensor is involved.
 
-    Every part contains its row's own position or sees nothing, so the union of two has no gap.
-    Raises ValueError, naming the part, when ``function`` holds one that is no known row interval.
+    Every part contains its row's own position or sees nothing, so the union of two has no gap. Raises ValueError,
+    naming the part, if one of ``function`` is not a known row interval.
     """
     name = getattr(function, "__qualname__", type(function).__name__)
     home = getattr(function, "__module__", None)
@@ -80,7 +80,7 @@ def read(function: MaskFunction, place: Place) -> RowIntervals:
 
 
 def _of_a_model(home: str, name: str, parts: dict[str, Any], place: Place) -> RowIntervals:
-    """Parts that models have of their own; those of T5Gemma and of images up to transformers 5.0."""
+    """Parts that models define themselves: those of T5Gemma, and of images up to transformers 5.0."""
     match home.removeprefix(_MODELS).partition(".")[0], name.partition(".")[0], sorted(parts):
         case ("gemma3", "_bidirectional_window_overlay", ["sliding_window"]) | (
             "t5gemma",
@@ -106,7 +106,7 @@ def _is_constant(function: MaskFunction) -> bool:
 
 
 def _constant(function: MaskFunction, place: Place) -> RowIntervals:
-    """Every key or none: EmbeddingGemma says "both ways" by a lambda that is always true."""
+    """Every key or none: EmbeddingGemma's bidirectional mask is a lambda that is always true."""
     shown = UNBOUNDED if function(0, 0, 0, 0) else 0
     return _reach(place, -shown, shown)
 
@@ -116,7 +116,7 @@ def _read_all(functions: Iterable[MaskFunction], place: Place) -> list[RowInterv
 
 
 def _reach(place: Place, left: int, right: int) -> RowIntervals:
-    """Each row sees the keys from ``left`` to before ``right`` of its own position."""
+    """Each row at position p sees the keys ``p + left <= j < p + right``."""
     q_len, kv_len, end = place.q_len, place.kv_len, place.end
     if isinstance(end, Tensor):
         positions = _positions(place)[None]
@@ -131,7 +131,7 @@ def _positions(place: Place) -> Tensor:
 
 
 def _same_run(ids: Tensor, place: Place) -> RowIntervals:
-    """Each row sees the keys whose id is its own; equal ids stand side by side."""
+    """Each row sees the keys with its own id; equal ids stand side by side."""
     end = place.end if isinstance(place.end, Tensor) else torch.full((1,), place.end, device=place.device)
     behind = isinstance(place.end, Tensor) or place.end != place.kv_len
     cache_lengths = end if behind else None
@@ -142,9 +142,9 @@ def _same_run(ids: Tensor, place: Place) -> RowIntervals:
 
 
 def _remapped(mask: RowIntervals, name: str) -> RowIntervals:
-    """A mask over positions that count from 0 in each document, as one over positions in the row.
+    """A mask over positions within a document, taken as one over positions in the row.
 
-    The two agree inside a document, and what comes with it hides the other documents.
+    The two agree inside a document, and another part of the mask hides all other documents.
     """
     if mask.lo is not None:
         raise ValueError(f"mask function {name}: image spans in packed sequences are not supported; {_INSTEAD}")
@@ -165,7 +165,7 @@ def _spans(ids: Tensor, place: Place) -> RowIntervals:
 
 
 def _in_pieces(name: str, ids: Tensor, least: int | None = None) -> Tensor:
-    """``ids``, where what shares one, of those from ``least`` on, stands side by side; else ValueError."""
+    """``ids``, after a check that equal ones, of those from ``least`` on, stand side by side; else ValueError."""
     if not data_is_readable(ids):
         message = f"{name}: a block is in two pieces, expected each in one; {_INSTEAD}"
         return checked(ids, lambda: _in_one_piece(ids, least), message, (least,))
@@ -179,23 +179,23 @@ def _in_pieces(name: str, ids: Tensor, least: int | None = None) -> Tensor:
 
 
 def _in_one_piece(ids: Tensor, least: int | None) -> Tensor:
-    """Whether the pieces of each row, those of ids from ``least`` on, all have ids of their own."""
+    """Whether all pieces of a row, of ids from ``least`` on, have different ids; reads no data."""
     starts = next_to(ids, torch.ne)
     if least is not None:
         starts &= ids >= least
     count = ids.shape[1]
-    # What starts no piece gets a number that nothing else has: below all ids.
+    # Keys that start no piece get unique numbers below all ids.
     others = ids.amin(1, keepdim=True) - 1 - torch.arange(count, device=ids.device)
     return next_to(torch.where(starts, ids, others).sort(1).values, torch.ne)
 
 
 def check_readings(utils: Any) -> None:
-    """Compare the readings with what the parts do in ``utils``, the installed ``transformers.masking_utils``.
+    """Compare what ``read`` makes of each part with what it does in ``utils``, the installed ``masking_utils``.
 
-    Raises RuntimeError naming a part whose meaning has changed; parts that this version lacks are skipped.
+    Raises RuntimeError naming a part whose meaning has changed; skips parts that this version lacks.
     """
     size = 7
-    cpu = torch.device("cpu")  # models are made under a default device of their own
+    cpu = torch.device("cpu")  # the default device may be another, while a model is created
     ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2]], device=cpu)
     makers: dict[str, Callable[[Callable[..., MaskFunction]], MaskFunction]] = {
         "causal_mask_function": lambda part: part,

@@ -1,6 +1,6 @@
-"""Packed documents of a layer that was given no mask: from ``cu_seq_lens_q`` and ``_k``, or from ``position_ids``.
+"""Packed documents of a layer without a mask, from ``cu_seq_lens_q`` and ``cu_seq_lens_k`` or from ``position_ids``.
 
-Wrappers that spread a sequence over devices drop the mask and keep these. What can't be read is refused by name.
+Wrappers that spread a sequence over devices drop the mask and keep these. What cannot be read is refused by name.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _INSTEAD = "give the layer its mask (attention_mask)"
 
 
 def packed_arguments(batch: int, q_len: int, kv_len: int, causal: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """``document_ids`` and ``query_positions`` for ``row_intervals``; nothing where a row is one document.
+    """``document_ids`` and ``query_positions`` for ``row_intervals``; empty if each row is one document.
 
-    Raises ValueError on offsets or positions from which the documents can't be told.
+    Raises ValueError for offsets or positions that do not determine the documents.
     """
     offsets, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     if offsets is not None:
         return _from_offsets(offsets, kwargs.get("cu_seq_lens_k"), batch, q_len, kv_len)
-    # Of cross attention the positions say nothing about the keys.
+    # In cross attention, positions say nothing about the keys.
     if positions is None or (not causal and q_len != kv_len):
         return {}
     return _from_positions(positions, batch, q_len, kv_len)
@@ -61,11 +61,11 @@ def _from_positions(positions: Tensor, batch: int, q_len: int, kv_len: int) -> d
     readable = data_is_readable(rows)
     if q_len == kv_len:
         return {} if readable and not bool(document_ids.any()) else {"document_ids": document_ids}
-    # Over a cache: a row of one document, nothing padded, stands at the number of tokens before it.
+    # Over a cache, a row of one unpadded document has the number of tokens before it as its position.
     whole = readable and not bool(document_ids.any()) and bool((rows[:, -1] >= kv_len - 1).all())
     if not whole:
         raise ValueError(
-            f"position_ids: for {q_len} rows over {kv_len} keys and no mask, expected positions on the CPU that count "
-            f"on from the keys before them, else the documents can't be told; {_INSTEAD}"
+            f"position_ids: for {q_len} rows over {kv_len} keys and no mask, expected positions on the CPU that "
+            f"continue from the keys before them, as no others tell the documents apart; {_INSTEAD}"
         )
     return {}

@@ -1,7 +1,7 @@
-"""Transformers' mask functions, asked key by key: for torch.compile, which can't read what a function closes over.
+"""Transformers' mask functions, evaluated at a few keys: for torch.compile, which cannot read closures.
 
-Each row's visible keys are one run around the row's own position, so its two ends are searched for: every step asks
-the function about ``FAN - 1`` keys of each row at once. A mask costs O(rows), and the graph is the same at any length.
+Each row's visible keys are one run around the row's own position, whose two ends are searched for: every step evaluates
+the function at ``FAN - 1`` keys of each row at once. A mask costs O(rows), and the graph is the same for any length.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ STRIDES = tuple(FAN**power for power in (4, 3, 2, 1, 0))
 
 
 def probe(function: MaskFunction, batch: int, place: Place) -> RowIntervals:
-    """The intervals of ``function``, padding aside, as ``hf_mask_functions.read`` finds them.
+    """The intervals of ``function``, without padding, as ``hf_mask_functions.read`` finds them.
 
-    ``function`` must be transformers' own: one whose visible keys have gaps is not noticed here.
+    ``function`` must be transformers' own: gaps between its visible keys would not be noticed here.
     """
     q_len, kv_len, end, offset, _, device = place
     batch_rows = torch.arange(batch, device=device)[:, None, None]
@@ -31,8 +31,8 @@ def probe(function: MaskFunction, batch: int, place: Place) -> RowIntervals:
 
     def sees(keys: Tensor) -> Tensor:
         inside = (keys >= 0) & (keys < kv_len)
-        # Not keys.clamp(...): of an index that is arithmetic alone Inductor of torch 2.13 writes the check of bounds
-        # before the index itself, for masks as transformers 5.18 has them, and its C++ does not compile.
+        # Not keys.clamp(...): with the masks of transformers 5.18, Inductor of torch 2.13 emits the bounds check of an
+        # index that is pure arithmetic before the index itself, which does not compile.
         return inside & function(batch_rows, head, own + offset, torch.where(inside, keys, 0) + offset)
 
     seen = sees(own)

@@ -1,7 +1,7 @@
 """Transformers' continuous batching (``model.generate_batch``) on this package's kernels.
 
-Its batches are one packed row: new tokens of many requests side by side, each against its own part of the keys that
-the paged cache hands out. A request's rows see one run of keys, so the whole batch is one mask of row intervals.
+A batch is one packed row: new tokens of many requests side by side, each with its own part of the keys that the paged
+cache returns. A request's rows see one run of keys, so the whole batch has one mask of row intervals.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from softcap_runtime.runtime import Runtime
 
 
 class Run(NamedTuple):
-    """Rows ``[first, past)`` of a packed batch and what they see, all at once.
+    """Rows ``[first, past)`` of a packed batch, which are computed at once, and their mask.
 
-    ``mask``: ``[1, rows]``, or ``[rows, 1]`` where each row is a request of its own, which has one new token.
+    ``mask``: ``[1, rows]``, or ``[rows, 1]`` if each row is a request of its own, with one new token.
     """
 
     first: int
@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """Of one cache: the kind of each layer and the first layer of that kind; by kind the batch that is under way."""
+    """For one cache: each layer's kind and the first layer of that kind; for each kind, the current batch."""
 
     kinds: dict[int, tuple[str, int]]
     batches: dict[str, list[Run]]
@@ -45,7 +45,7 @@ _layers: WeakKeyDictionary[Any, Layers] = WeakKeyDictionary()
 
 @cached
 def outside_of_graphs() -> Callable[..., Tensor]:
-    """``attend_paged`` where no compiler looks at it: the cache is written in place."""
+    """``attend_paged`` outside of compiled graphs, as it writes to the cache in place."""
     return torch.compiler.disable(attend_paged)
 
 
@@ -59,11 +59,11 @@ def attend_paged(
     window: int | None,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """Write the new keys and values to the paged cache, attend to it: ``[1, rows, Hq, D]``.
+    """Write the new keys and values to the paged cache and attend to it: ``[1, rows, Hq, D]``.
 
-    ``query`` ``[1, Hq, rows, D]``, ``key`` and ``value`` ``[1, Hkv, rows, D]``; ``kwargs``: what continuous batching
-    gives attention functions (``cache``, ``cu_seq_lens_q``, ``cu_seq_lens_k``, by kind of layer where there are two,
-    ``read_index``, ...).
+    ``query`` ``[1, Hq, rows, D]``, ``key`` and ``value`` ``[1, Hkv, rows, D]``. ``kwargs``: what continuous batching
+    passes to attention functions: ``cache``, ``cu_seq_lens_q``, ``cu_seq_lens_k`` (by kind of layer if there are two),
+    ``read_index`` and others.
     """
     if kwargs.get("block_table") is not None:
         raise ValueError(
@@ -76,7 +76,7 @@ def attend_paged(
     if known is None:
         known = _layers[cache] = Layers(_kinds_of(cache), {})
     kind, first = known.kinds[layer]
-    # The first layer of a kind makes the batch for the others: in a CUDA graph too, where the tensors stay the same.
+    # The first layer of a kind makes the batch for the others, in a CUDA graph too, where the tensors stay the same.
     if layer == first or kind not in known.batches:
         ends = kwargs["cu_seq_lens_k"]
         offsets = kwargs["cu_seq_lens_q"], ends if isinstance(ends, Tensor) else ends[kind]
@@ -116,21 +116,23 @@ def _kinds_of(cache: Any) -> dict[int, tuple[str, int]]:
 def packed_batch(
     rows: int, keys: int, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor, max_length_q: int, window: int | None
 ) -> list[Run]:
-    """Which of ``keys`` keys each of ``rows`` rows sees: those of its request up to its own, at most ``window``.
+    """The runs of a batch of ``rows`` rows over ``keys`` keys: each row sees its request's keys up to its own, at most
+    ``window`` of them.
 
-    Requests with one new token that stand side by side are a run, and so are others; schedulers put them together.
+    Adjacent requests with one new token each form a run, and so do adjacent other requests.
 
-    ``cu_seq_lens_q``, ``cu_seq_lens_k``: int32 ``[requests + 1]``, where the rows and keys of each request begin; the
-    last row of a request stands at its last key. Rows past the last request are padding, and see nothing.
+    ``cu_seq_lens_q``, ``cu_seq_lens_k``: int32 ``[requests + 1]``, the offsets at which the rows and keys of each
+    request begin; the last row of a request stands at its last key. Rows past the last request are padding, and see
+    nothing.
     """
     starts, ends, row_ends = cu_seq_lens_k[:-1], cu_seq_lens_k[1:], cu_seq_lens_q[1:]
 
     def run(first: int, past: int, request: int | None = None) -> Run:
-        """These rows, the one row of each request from ``request`` on where that is given."""
+        """A run of these rows; with ``request``, they are one row each of the requests from there on."""
         count = past - first
         if request is not None:
             shape, of = (count, 1), slice(request, request + count)
-            lo, hi = starts[of].clone(), ends[of].clone()  # kernels want vectors that begin at whole 16 bytes
+            lo, hi = starts[of].clone(), ends[of].clone()  # kernels need vectors aligned to 16 bytes
         else:
             shape = (1, count)
             numbers = torch.arange(first, past, dtype=torch.int32, device=ends.device)
@@ -142,7 +144,7 @@ def packed_batch(
             lo = torch.maximum(lo, hi - min(window, UNBOUNDED))
         return Run(first, past, RowIntervals(shape[1], keys, None, None, lo.view(shape), hi.view(shape)))
 
-    # What all rows are is told by the host; padded batches say nothing of it.
+    # Offsets on a GPU are not read: all rows are one run, of single rows if the sizes tell (with padding they do not).
     if not data_is_readable(cu_seq_lens_q):
         return [run(0, rows, 0 if max_length_q == 1 and rows == ends.shape[0] else None)]
     runs, row, request = [], 0, 0
@@ -169,11 +171,11 @@ def _attend(runtime: Runtime, query: Tensor, key: Tensor, value: Tensor, cap: Ca
 
 
 def admit(name: str) -> None:
-    """Have transformers take ``name``, which holds "flash", for an implementation that needs no package.
+    """Make transformers accept ``name``, which contains "flash", as an implementation that needs no package.
 
-    Private: ``_lazy_imports``, which looks for a package or a kernel of the hub behind every name with "flash", and
-    ``generate_batch`` takes no other names. Where a version has none, transformers itself refuses the name when it is
-    given to a model.
+    ``generate_batch`` takes only names with "flash", and transformers looks for a package or hub kernel of that name.
+    Private: ``_lazy_imports``, which does so. If a version has no such function, transformers itself refuses the name
+    when it is given to a model.
     """
     from transformers import modeling_flash_attention_utils as utils
 
@@ -182,7 +184,7 @@ def admit(name: str) -> None:
         return
 
     def lazy_imports(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
-        if implementation == name:  # no function of a flash package is ever called under it
+        if implementation == name:  # its flash functions are never called
             return None, None, None, utils._pad_input, utils._unpad_input
         return imports(implementation, *args, **kwargs)
 

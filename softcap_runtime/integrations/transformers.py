@@ -5,9 +5,9 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="softcap")
 
-A forward pass makes one mask of row intervals per kind of layer, which all its layers share; nothing of the size
-S x S is made. Packed sequences (``position_ids`` that restart, without ``attention_mask``) are recognized by
-transformers itself, which looks for them only without a cache: pass ``use_cache=False``.
+A forward pass makes one mask of row intervals for each kind of layer; nothing of size S x S is made. Transformers
+itself recognizes packed sequences (``position_ids`` that restart, without ``attention_mask``), but only without a
+cache: pass ``use_cache=False``.
 
 Rows of padding see nothing and give zeros, where eager attention gives the mean of hidden values.
 """
@@ -47,16 +47,15 @@ OLDEST = (4, 56)
 def register(
     runtime: Runtime | None = None, name: str = "softcap", context: Mapping[str, ContextMask] | None = None
 ) -> None:
-    """Make ``attn_implementation=name`` run on ``runtime`` (the process's own when None), for every model.
+    """Make ``attn_implementation=name`` run on ``runtime`` (None: the process's own), for every model.
 
-    ``name`` followed by ``_flash`` is the same for continuous batching too: ``generate_batch`` only takes names with
-    "flash" in them.
+    For continuous batching use ``name`` followed by ``_flash``: ``generate_batch`` takes only names with "flash".
     ``context``: models then run on this rank's rows of a sequence over many devices (``softcap_runtime.distributed``).
-    A ContextMask for each kind of layer, "full_attention" and "sliding_attention"; fill it anew before each batch, and
-    pass ``position_ids=layout.rows(rank)`` (or the rank's rows of the batch's own), no cache and no mask.
+    It maps each kind of layer, "full_attention" and "sliding_attention", to a ContextMask; replace these before each
+    batch, and pass ``position_ids=layout.rows(rank)`` (or the rank's rows of the batch's own), no cache and no mask.
 
-    Raises ImportError when transformers is missing or older than 4.56, RuntimeError when its mask functions
-    mean something else than those that this module reads.
+    Raises ImportError if transformers is missing or older than 4.56, RuntimeError if its mask functions have another
+    meaning than this module knows.
     """
     try:
         import transformers
@@ -96,14 +95,14 @@ def interval_mask(
     use_vmap: bool | None = None,
     **ignored: Any,
 ) -> HfMask:
-    """The mask function: row intervals from what transformers says about a forward pass.
+    """The mask function: the row intervals of a forward pass, from what transformers says about it.
 
-    ``q_length`` rows from position ``q_offset`` on, ``kv_length`` keys from ``kv_offset`` on; ``attention_mask``
-    bool ``[B, seen]``, True where a token is no padding, keys past its end hidden. Older versions give
-    ``cache_position`` ``[q_length]`` in place of ``q_length`` and ``q_offset``. ``use_vmap`` False where every part
-    of ``mask_function`` is transformers' own. An ``attention_mask`` that this function made comes back as it is.
+    ``q_length`` rows from position ``q_offset``, ``kv_length`` keys from ``kv_offset``. ``attention_mask``: bool
+    ``[B, seen]``, False for padding; keys past its end are hidden; one that this function made is returned unchanged.
+    Older versions pass ``cache_position`` ``[q_length]`` instead of ``q_length`` and ``q_offset``. ``use_vmap``: False
+    if all parts of ``mask_function`` are transformers' own.
 
-    Raises ValueError on a mask function that is no row interval.
+    Raises ValueError for a mask function that is no row interval.
     """
     if isinstance(attention_mask, HfMask):
         return attention_mask
@@ -124,7 +123,7 @@ def interval_mask(
         )["attention_mask"]
     place = Place(q_length, kv_length, end, kv_offset, padding, device)
     if torch.compiler.is_dynamo_compiling():
-        if use_vmap is not False:  # transformers before 5 doesn't say; where the graph breaks, parts are read
+        if use_vmap is not False:  # transformers before 5 does not say; after a graph break, the parts can be read
             raise ValueError(
                 "mask_function: may hold a part that isn't transformers' own, which can't be read inside a graph; "
                 "compile without fullgraph=True"
@@ -135,13 +134,13 @@ def interval_mask(
     if padding is not None and not _shows_all(padding, mask):
         shown = row_intervals(q_length, kv_length, causal=False, window=None, attention_mask=padding)
         if shown.kept is not None and data_is_there(padding) and not has_holes(padding):
-            shown = shown._replace(kept=None)  # once a forward pass a GPU is waited for, as transformers does
+            shown = shown._replace(kept=None)  # waits for a GPU once per forward pass, as transformers does
         mask = combined(mask, shown, device)
     return HfMask(*mask)
 
 
 def _shows_all(padding: Tensor, mask: RowIntervals) -> bool:
-    """Whether it can be told that ``padding`` hides no key that ``mask`` shows."""
+    """Whether ``padding`` is known to hide no key that ``mask`` shows."""
     if mask.right is None or not data_is_readable(padding):
         return False
     return bool(padding[:, : max(0, mask.right + mask.q_len - 1)].all())
@@ -161,16 +160,16 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function: ``[B, Sq, Hq, D]`` and no weights.
+    """The attention function: ``[B, Sq, Hq, D]``, and None in place of weights.
 
     ``query`` ``[B, Hq, Sq, D]``, ``key`` and ``value`` ``[B, Hkv, Skv, D]``. ``attention_mask`` comes from
-    ``interval_mask`` and holds the window already; without one (encoders, wrappers that drop it) ``is_causal``, else
-    the module's, ``sliding_window`` and the documents of ``cu_seq_lens_q`` or ``position_ids`` count. A
-    tensor is the caller's own mask, ``[B, H, Sq, Skv]``, bool or additive, and stands for itself. ``dropout`` of
-    weights is served by plain torch, rows x keys at a time. Continuous batching passes its paged ``cache``: all keys
-    are there, and the mask is of the new tokens alone.
+    ``interval_mask`` and includes the window. Without one (encoders, wrappers that drop it) the mask is made from
+    ``is_causal`` (default: the module's), ``sliding_window`` and the documents of ``cu_seq_lens_q`` or
+    ``position_ids``. A tensor is the caller's own mask, ``[B, H, Sq, Skv]``, bool or additive, and is used as it is.
+    Plain torch serves ``dropout``, rows x keys at a time. Continuous batching passes its paged ``cache``, which holds
+    all keys; its mask, of the new tokens only, is ignored.
 
-    Raises ValueError on what the kernels don't do, naming it and what to do, before anything runs.
+    Raises ValueError for what the kernels do not serve, naming it and what to do, before anything runs.
     """
     paged = kwargs.get("cache") is not None
     refuse(None if paged else attention_mask, dropout if paged else 0.0, kwargs)
@@ -210,9 +209,9 @@ def attention_forward(
 
 
 def no_mask(*_: Any, attention_mask: Tensor | None = None, **ignored: Any) -> None:
-    """The mask function of a model over many devices: its masks are in its ContextMasks.
+    """The mask function of a model over many devices, whose masks are its ContextMasks: None.
 
-    Raises ValueError on padding of these rows, which says nothing about the others.
+    Raises ValueError for padding, as that of this rank's rows says nothing about the others.
     """
     if attention_mask is not None and not (data_is_readable(attention_mask) and bool(attention_mask.all())):
         raise ValueError(
@@ -236,9 +235,9 @@ def context_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of a model over many devices: ``[B, rows, Hq, D]`` and no weights.
+    """The attention function of a model over many devices: ``[B, rows, Hq, D]``, and None in place of weights.
 
-    Raises ValueError on what the kernels don't do, and where a layer is not what its ContextMask was made for.
+    Raises ValueError for what the kernels do not serve, and for a layer that its ContextMask was not made for.
     """
     refuse(attention_mask, dropout, kwargs)
     for name in ("attention_mask", "cu_seq_lens_q"):

@@ -5,8 +5,8 @@
 
     print(patch())  # what it replaced
 
-Models keep the softcap in packed batches then, without flash-attn; masks are made in microseconds, one kernel serves
-every length, and nothing compiles for a length of its own. Known: release 2026.10.9.
+Packed batches then keep the softcap without flash-attn, masks take microseconds, and one kernel serves every length
+without recompiling. Supports release 2026.10.9.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from softcap_runtime.masks.documents import document_ids_from_cu_seqlens
 _HOME, _LAYER, _TRAINER = "unsloth.kernels.flex_attention", "unsloth.models.gemma2", "unsloth.trainer"
 _PACKED_INFO, _BLOCK_LIST = "get_packed_info_from_kwargs", "PADDING_FREE_BLOCKLIST"
 _CALL = ("Q", "K", "V", "causal_mask", "self", "bsz")
-# The signatures that are known: the parameters of each name. Unsloth has None for the create functions where it does
-# without flex, and calls the last parameter of the first two one or the other.
+# Supported signatures: the parameters of each function. In unsloth the create functions are None without flex, and the
+# last parameter of the first two has either name.
 _KNOWN: dict[str, tuple[tuple[str, ...] | None, ...]] = {
     "slow_attention_softcapping": ((*_CALL, "q_len"), (*_CALL, "kv_len")),
     "slow_inference_attention_softcapping": ((*_CALL, "q_len"), (*_CALL, "kv_len")),
@@ -46,14 +46,15 @@ _layer_call = threading.local()
 
 
 def patch() -> list[str]:
-    """Put this package's functions into unsloth wherever it imported its own; returns what it replaced, by name.
+    """Replace unsloth's functions by this package's wherever unsloth imported them; returns the names it replaced.
 
-    These are the functions of ``softcap_runtime.flex_attention`` and ``HAS_FLEX_ATTENTION`` in every module of
-    unsloth, what tells the Gemma-2 layer of packed sequences, and the entry ``gemma2`` of the models that unsloth's
-    trainer doesn't pack. Models made before and after are served. A second call replaces what was imported since.
+    It replaces the functions of ``softcap_runtime.flex_attention`` and ``HAS_FLEX_ATTENTION`` in every module of
+    unsloth, and the function that tells the Gemma-2 layer of packed sequences; and removes ``gemma2`` from the models
+    that unsloth's trainer does not pack. It works for models made before and after. A second call replaces what was
+    imported since.
 
-    Raises ImportError when unsloth can't be imported, RuntimeError when this release has not the names and signatures
-    that are known; nothing is replaced then.
+    Raises ImportError if unsloth cannot be imported, RuntimeError if this release has other names or signatures than
+    the supported ones. Nothing is replaced then.
     """
     home, layer, trainer = _modules()
     if not _originals:
@@ -74,10 +75,10 @@ def patch() -> list[str]:
 
 
 def unpatch() -> list[str]:
-    """Undo ``patch``; returns what it put back, by name.
+    """Undo ``patch``; returns the names it restored.
 
-    A model that ran in between keeps the BlockMasks that it made: ``del model.SWA_mask, model.GA_mask`` on what
-    holds its layers, or unsloth's own functions fail on them.
+    A model that ran in between keeps its BlockMasks, on which unsloth's own functions fail: ``del model.SWA_mask,
+    model.GA_mask`` on the module that holds its layers.
     """
     if not _originals:
         return []
@@ -128,11 +129,11 @@ def _parameters(function: Callable[..., Any] | None) -> tuple[str, ...] | None:
 
 
 def _swap(current: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Replace what is bound to ``current``'s values, in every module of unsloth that took it over."""
+    """In every module of unsloth, replace the values of ``current`` by those of ``wanted``."""
     swapped = []
     for place, module in _unsloth_modules():
         for name, value in current.items():
-            # Others are told of packed sequences by what they import themselves; only the layer's is ours.
+            # Other modules keep their own way to learn of packed sequences; only the layer's is ours.
             elsewhere = name == _PACKED_INFO and place != _LAYER
             if not elsewhere and vars(module).get(name, _MISSING) is value and value is not wanted[name]:
                 setattr(module, name, wanted[name])
@@ -147,7 +148,7 @@ def _unsloth_modules() -> Iterator[tuple[str, ModuleType]]:
 
 
 def _noting(packed_info: Callable[..., Any]) -> Callable[..., Any]:
-    """``packed_info``, whose answer is kept for the attention that the same layer calls next."""
+    """``packed_info``, which also keeps its result for the attention that the same layer calls next."""
 
     def noted(kwargs: Any, device: Any, position_ids: Tensor | None = None) -> Any:
         _layer_call.info = packed_info(kwargs, device, position_ids)
@@ -157,7 +158,7 @@ def _noting(packed_info: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _documented(function: Callable[..., Tensor], engine: Any) -> Callable[..., Tensor]:
-    """``function``, which also keeps packed sequences apart when the layer has just asked for them."""
+    """``function``, which also separates packed sequences if the layer has just asked for them."""
 
     def attention(Q: Tensor, K: Tensor, V: Tensor, causal_mask: Any, self: Any, bsz: int, q_len: int) -> Tensor:
         info, _layer_call.info = getattr(_layer_call, "info", None), None

@@ -1,15 +1,7 @@
 """Masks as row intervals, and what the engines need of them in closed form."""
 
 from softcap_runtime.masks.block_mask import block_mask, form_of, intervals_of
-from softcap_runtime.masks.blocks import (
-    BLOCK,
-    BlockTables,
-    KeyRanges,
-    block_tables,
-    count_blocks,
-    key_ranges,
-    query_tables,
-)
+from softcap_runtime.masks.blocks import BLOCK, BlockTables, block_tables, count_blocks, query_tables
 from softcap_runtime.masks.documents import document_ids_from_cu_seqlens, document_ids_from_position_ids
 from softcap_runtime.masks.intervals import UNBOUNDED, RowIntervals, band, dense, edges, row_intervals
 from softcap_runtime.masks.memo import MaskMemo
@@ -19,7 +11,6 @@ __all__ = [
     "BLOCK",
     "UNBOUNDED",
     "BlockTables",
-    "KeyRanges",
     "MaskMemo",
     "RowIntervals",
     "band",
@@ -33,7 +24,6 @@ __all__ = [
     "edges",
     "form_of",
     "intervals_of",
-    "key_ranges",
     "query_tables",
     "row_intervals",
 ]

@@ -18,15 +18,15 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def block_mask(intervals: RowIntervals, device: torch.device | str) -> BlockMask:
-    """A ``BlockMask`` of ``[B or 1, 1, q_len, kv_len]``, with the lists that the backward on a GPU reads.
+    """A ``BlockMask`` ``[B or 1, 1, q_len, kv_len]``, including the lists that the backward on a GPU reads.
 
-    Equal to what ``create_block_mask`` makes of the same mask, block for block and element for element, but
-    that the columns of a row may come in another order. It stands for these lengths only; a mask for other
-    lengths is another call, which costs microseconds.
+    Equal to what ``create_block_mask`` makes of the same mask, block for block and element for element, except that
+    the columns of a row may come in another order. It is valid for these lengths only; making one for other lengths
+    takes microseconds.
     """
     keys, queries = block_tables(intervals, device), query_tables(intervals, device)
     mask_mod: Any = _mask_mod(intervals, device)
-    # On the function, since BlockMask hands it on wherever it copies itself (``.to``, pytrees).
+    # Kept on the function, as every copy of a BlockMask (``.to``, pytrees) has the same one.
     mask_mod.row_intervals = intervals
     return assemble((intervals.q_len, intervals.kv_len), keys, queries, mask_mod)
 
@@ -37,7 +37,7 @@ def intervals_of(mask: BlockMask) -> RowIntervals | None:
 
 
 def form_of(mask: BlockMask) -> tuple[bool, int | None] | None:
-    """``(causal, window)`` of a mask that ``block_mask`` made from a band, to make it for other lengths."""
+    """``(causal, window)`` of a band's mask that ``block_mask`` made, to remake it for other lengths; else None."""
     intervals = intervals_of(mask)
     if intervals is None or intervals.left is None or intervals.right is None:
         return None
@@ -47,7 +47,7 @@ def form_of(mask: BlockMask) -> tuple[bool, int | None] | None:
 
 
 def _mask_mod(intervals: RowIntervals, device: torch.device | str) -> MaskMod:
-    """The elements: a function of its own per kind, so that a kernel compiled from it computes no more."""
+    """The function of the elements: one for each kind, so that a compiled kernel computes no more than it needs."""
     left, right = intervals.left, intervals.right
     if left is None or right is None:
         return _interval_mod(*edges(intervals, device))
@@ -75,7 +75,7 @@ def _interval_mod(lo: Tensor, hi: Tensor) -> MaskMod:
 
         return per_batch
 
-    # One row of intervals for any batch: it may not be indexed by b.
+    # One row of intervals for any batch: it must not be indexed by b.
     row_lo, row_hi = lo[0], hi[0]
 
     def shared(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

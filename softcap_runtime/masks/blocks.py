@@ -37,17 +37,6 @@ class BlockTables(NamedTuple):
     full_idx: Tensor
 
 
-class KeyRanges(NamedTuple):
-    """Per block of query rows, int32 ``[B, blocks]``: ``lo_min, hi_max`` bound the keys that any row sees (an
-    empty block has ``lo_min >= hi_max``), ``lo_max, hi_min`` the keys that all rows see.
-    """
-
-    lo_min: Tensor
-    hi_max: Tensor
-    lo_max: Tensor
-    hi_min: Tensor
-
-
 def block_tables(intervals: RowIntervals, device: torch.device | str) -> BlockTables:
     """The tables over the keys, per block of queries; no host-device synchronisation.
 
@@ -101,23 +90,6 @@ def count_blocks(tables: BlockTables) -> tuple[int, int, int]:
     """How many blocks are (skipped, partial, full), over all batch rows; waits for the device."""
     partial, full = int(tables.partial_num.sum()), int(tables.full_num.sum())
     return tables.partial_idx.numel() - partial - full, partial, full
-
-
-def key_ranges(intervals: RowIntervals, block: int) -> list[tuple[int, int]] | KeyRanges:
-    """The keys that each block of ``block`` query rows sees: ``[(lo, hi), ...]`` for a band, else KeyRanges.
-
-    Rows past ``q_len`` do not count. An empty block of a band is ``(0, 0)``.
-    """
-    q_len, kv_len, left, right, lo, hi, _ = intervals
-    if lo is not None and hi is not None:
-        lo, hi = _by_block(lo, block), _by_block(hi, block)
-        return KeyRanges(lo.amin(-1), hi.amax(-1), lo.amax(-1), hi.amin(-1))
-    ranges = []
-    for row in range(0, q_len, block):
-        first = max(0, row + (left or 0))
-        past = min(kv_len, min(row + block, q_len) - 1 + (right or 0))
-        ranges.append((first, past) if first < past else (0, 0))
-    return ranges
 
 
 def _blocks(length: int) -> int:
@@ -211,7 +183,7 @@ def _overlapping(table: Tensor, rest: Tensor, cols: int) -> Tensor:
 # --- intervals: minima and maxima of 128 rows
 
 
-def _by_block(rows: Tensor, block: int) -> Tensor:
+def by_block(rows: Tensor, block: int) -> Tensor:
     """``[B, q_len]`` as ``[B, blocks, block]``; a short last block repeats its last row."""
     missing = -rows.shape[1] % block
     if missing:
@@ -221,7 +193,7 @@ def _by_block(rows: Tensor, block: int) -> Tensor:
 
 def _interval_edges(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per row of blocks, int32 ``[B, rows]``: first column, first full column, counts of full and of any."""
-    lo, hi = (_by_block(rows, BLOCK) for rows in edges(intervals, device))
+    lo, hi = (by_block(rows, BLOCK) for rows in edges(intervals, device))
     start = lo.amin(-1) // BLOCK
     any_num = ((hi.amax(-1) + (BLOCK - 1)) // BLOCK - start).clamp_(min=0)
     full_start = (lo.amax(-1) + (BLOCK - 1)) // BLOCK

@@ -1,11 +1,11 @@
-"""``checked``: a check of data that nobody can look at now, as they lie on a GPU or a program is being traced.
+"""``checked``: a check of data that cannot be read now, because they are on a GPU or a program is being traced.
 
-In a traced program the check is ``torch.ops.softcap_runtime.checked``, an operator of our own: Inductor puts
-``torch._assert_async`` into loops of several threads, where what it throws ends the process. What the check lets
-through is what the program goes on with, so it is never left out as unused.
+In a traced program the check is an operator of our own, ``torch.ops.softcap_runtime.checked``: Inductor would put
+``torch._assert_async`` into multi-threaded loops, where its exception ends the process. The program continues with
+the operator's result, so the check is never removed as unused.
 
-On a GPU the check runs there, in order with the kernels. Nothing waits for it: a condition that doesn't hold is a
-device-side assertion, which CUDA reports at the next synchronisation, before any result can be read.
+On a GPU the check runs there, in order with the kernels, and nothing waits for it. A condition that is false is a
+device-side assertion, which CUDA reports at the next synchronization, before any result can be read.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from softcap_runtime.masks.readable import data_is_there
 _LIBRARY = torch.library.Library("softcap_runtime", "FRAGMENT")
 _LIBRARY.define("checked(Tensor value, Tensor condition, str message) -> Tensor")
 
-# Tensors on a GPU whose checks run already, by id: one mask serves many layers. Each with its version, which grows
-# when its data change, and what was checked.
+# Tensors on a GPU that were checked already, by id, as one mask serves many layers: each with its version, which grows
+# when its data change, and its checks.
 _running: dict[int, tuple[weakref.ref[Tensor], int, set[object]]] = {}
 
 
 def checked(value: Tensor, condition: Callable[[], Tensor], message: str, bounds: tuple[object, ...] = ()) -> Tensor:
-    """``value``, once it is made sure that every element of ``condition()`` holds. Use the result in its place.
+    """``value``, after a check that ``condition()`` is true everywhere. Use the result in place of ``value``.
 
-    In a traced program on the CPU RuntimeError(message) when it runs, under ``torch.func`` at once; on a GPU a
-    device-side assertion. ``bounds``: what ``condition`` depends on besides ``value`` and ``message``.
+    If it is not: RuntimeError(message) when a traced program runs on the CPU, or at once under ``torch.func``; a
+    device-side assertion on a GPU. ``bounds``: what ``condition`` depends on besides ``value`` and ``message``.
     """
     if value.device.type != "cpu" and data_is_there(value):
         if not _is_running(value, (message, *bounds)):
@@ -43,16 +43,16 @@ def checked(value: Tensor, condition: Callable[[], Tensor], message: str, bounds
 
 
 def next_to(x: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """``compare`` of each number of ``[B, S]`` with the one before: bool ``[B, S]``, True for the first of a row.
+    """``compare`` each number of ``[B, S]`` with the one before it: bool ``[B, S]``, True for the first of a row.
 
-    For conditions: nothing is sliced, as S - 1 would make short rows a case of their own in a graph of any length.
+    For conditions in graphs of any length: slicing to S - 1 would make short rows a special case.
     """
     first = torch.arange(x.shape[1], device=x.device) == 0
     return compare(x, x.roll(1, 1)) | first
 
 
 def _is_running(value: Tensor, check: object) -> bool:
-    """Whether ``check`` of these data was started before; from now on it was."""
+    """Whether ``check`` was started for these data before; notes that it is now."""
     if value.is_inference():  # counts no versions
         return False
     key, version = id(value), value._version

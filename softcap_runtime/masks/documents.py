@@ -1,7 +1,7 @@
-"""``document_ids`` from what users have: FlashAttention's ``cu_seqlens``, Hugging Face's ``position_ids``.
+"""``document_ids`` from FlashAttention's ``cu_seqlens`` or Hugging Face's ``position_ids``.
 
-What can only be seen in the data is checked where the data are: at once on the CPU, in a traced graph when that runs,
-and on a GPU by the GPU (``deferred_checks``).
+Contents are checked where the data are: at once on the CPU, in a traced graph when it runs, and on a GPU by the GPU
+(``deferred_checks``).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _OFFSETS = "cu_seqlens: expected offsets from 0 that never decrease and end at s
 
 
 def document_ids_from_cu_seqlens(cu_seqlens: Tensor, seq_len: int) -> Tensor:
-    """Document ids ``[1, seq_len]``, int32, from the offsets where documents start, as FlashAttention wants.
+    """Document ids ``[1, seq_len]``, int32, from the offsets at which documents start, as in FlashAttention.
 
-    ``cu_seqlens``: integers ``[documents + 1]``: 0, the end of the first document, ..., ``seq_len``; equal
-    neighbours are empty documents.
+    ``cu_seqlens``: integers ``[documents + 1]``: 0, the end of the first document, ..., ``seq_len``; equal neighbours
+    are empty documents.
 
-    Raises ValueError when it does not start at 0, does not end at ``seq_len`` or decreases, or is no vector of two
-    entries at least; TypeError when it holds no integers.
+    Raises ValueError unless it is a vector of two or more entries that starts at 0, ends at ``seq_len`` and never
+    decreases; TypeError unless it holds integers.
     """
     check_integers("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
@@ -46,10 +46,10 @@ def document_ids_from_cu_seqlens(cu_seqlens: Tensor, seq_len: int) -> Tensor:
 
 
 def document_ids_from_position_ids(position_ids: Tensor) -> Tensor:
-    """Document ids ``[B, S]``, int32: a new document wherever a position is not the one before plus 1.
+    """Document ids ``[B, S]``, int32: a document starts wherever a position is not the one before plus 1.
 
-    ``position_ids``: integers ``[B, S]``, as Hugging Face packs them: each document counts from 0. Raises
-    ValueError for another rank or an empty row, TypeError when it holds no integers.
+    ``position_ids``: integers ``[B, S]`` in which each document counts from 0, as Hugging Face packs them. Raises
+    ValueError for another rank or an empty row, TypeError unless it holds integers.
     """
     check_integers("position_ids", position_ids)
     if position_ids.dim() != 2 or position_ids.shape[1] < 1:
@@ -64,7 +64,7 @@ def document_ids_from_position_ids(position_ids: Tensor) -> Tensor:
 
 
 def rise_from_zero(offsets: Tensor) -> Tensor:
-    """Whether the first of a vector is 0 and none is below the one before: a bool, which is not looked at."""
+    """Whether a vector starts at 0 and never decreases: a 0-d bool tensor, which is not read here."""
     return (offsets[1:] >= offsets[:-1]).all() & (offsets[0] == 0)
 
 

@@ -1,12 +1,13 @@
 """Pictures of masks: in the terminal, and as PNG files.
 
-Both show the elements in the blocks that a kernel works in: full blocks need no mask, partial ones compute all
-their elements and hide some, skipped ones cost nothing. Not imported with the package: it brings rich along,
-and for PNG files matplotlib.
+Both show the elements in the blocks that a kernel works in: full blocks need no mask, partial ones compute all their
+elements and hide some, skipped ones cost nothing. Not imported with the package, as it imports rich and, for PNG
+files, matplotlib.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-from softcap_runtime.masks.blocks import BLOCK, KeyRanges, block_tables, count_blocks, key_ranges
-from softcap_runtime.masks.intervals import RowIntervals, band, edges, row_intervals
+from softcap_runtime.masks.blocks import BLOCK, block_tables, by_block, count_blocks
+from softcap_runtime.masks.intervals import RowIntervals, edges
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ _WORDS = {
     SKIPPED: "skipped: never computed",
 }
 _COLORS = {FULL: "#1f4e79", PARTIAL: "#e58a1f", HIDDEN: "#fbe3c3", SKIPPED: "#eef1f4"}
-# Told apart by shade too, for terminals and files without colour.
+# Distinct without colour too.
 _SHADES = {
     FULL: ("██", "dodger_blue3"),
     PARTIAL: ("▓▓", "orange1"),
@@ -41,13 +42,12 @@ _ASCII = {FULL: "##", PARTIAL: "++", HIDDEN: "--", SKIPPED: ".."}
 _TEXT_SIDE, _PNG_SIDE, _MOST_LINES = 40, 1024, 64
 
 
-def mask_text(intervals: RowIntervals, batch_row: int = 0, ascii_only: bool = False) -> Text:
-    """One batch row of the mask for ``rich.print``: queries downwards, keys to the right, up to 40 cells a side.
+def mask_text(intervals: RowIntervals, ascii_only: bool = False) -> Text:
+    """The mask's first batch row for ``rich.print``: queries downwards, keys to the right, up to 40 cells a side.
 
     A cell stands for a power of two of rows and of keys. ``ascii_only``: for terminals that show nothing else.
-    Raises ValueError for a batch row that is not there.
     """
-    one = _one_row(intervals, batch_row)
+    one = _first_row(intervals)
     cells, scale = _cells(one, _TEXT_SIDE)
     shades = {kind: (_ASCII[kind], style) if ascii_only else (sign, style) for kind, (sign, style) in _SHADES.items()}
     text = Text(no_wrap=True)
@@ -63,62 +63,30 @@ def mask_text(intervals: RowIntervals, batch_row: int = 0, ascii_only: bool = Fa
     return text
 
 
-def save_png(path: str | Path, intervals: RowIntervals, batch_row: int = 0, name: str = "Mask") -> None:
-    """Write one batch row of the mask as a PNG file, its blocks outlined and the skipped share in the title.
+def save_png(path: str | Path, masks: Mapping[str, RowIntervals]) -> None:
+    """Write the first batch row of each mask, under its name, into a PNG file, two side by side.
 
-    Raises ValueError for a batch row that is not there, ImportError without matplotlib.
+    Blocks are outlined, and the share of skipped ones stands above. Raises ImportError without matplotlib.
     """
-    figure = _figure(7.0, 7.6)
-    axes = figure.add_axes((0.11, 0.16, 0.84, 0.74))
-    _paint(axes, _one_row(intervals, batch_row), name)
-    axes.set_xlabel("key", color="#444444")
-    axes.set_ylabel("query", color="#444444")
-    _legend(figure, columns=2)
-    figure.savefig(path, dpi=150)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError(
+            "matplotlib: not installed, needed for PNG files; run pip install 'softcap-runtime[plot]'"
+        ) from None
+    columns = min(len(masks), 2)
+    rows = -(-len(masks) // columns)
+    figure = Figure(figsize=(1 + 5.5 * columns, 1.5 + 5.5 * rows), facecolor="white", layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False)
+    for axes, (name, intervals) in zip(places.flat, masks.items(), strict=False):
+        _paint(axes, _first_row(intervals), name)
+    _legend(figure, 2 * columns)
+    figure.savefig(path, dpi=130)
 
 
-def save_kinds_png(path: str | Path) -> None:
-    """Write the four main kinds of mask side by side: causal, window, packed documents, prefix and span.
-
-    Raises ImportError without matplotlib.
-    """
-    length = 1024
-    lengths = torch.tensor([310, 90, 404, 220])
-    documents = torch.repeat_interleave(torch.arange(4), lengths)[None]
-    kinds = {
-        "Causal": band(length, length, causal=True, window=None),
-        "Sliding window, 300 keys": band(length, length, causal=True, window=300),
-        "Packed documents, 310 + 90 + 404 + 220": row_intervals(
-            length, length, causal=True, window=None, document_ids=documents
-        ),
-        "Prefix of 280, image at 560 to 800": row_intervals(
-            length,
-            length,
-            causal=True,
-            window=None,
-            prefix_lengths=torch.tensor([280]),
-            spans=torch.tensor([[[560, 800]]]),
-        ),
-    }
-    figure = _figure(11.0, 11.9)
-    for index, (name, intervals) in enumerate(kinds.items()):
-        down, right = divmod(index, 2)
-        axes = figure.add_axes((0.065 + 0.485 * right, 0.552 - 0.472 * down, 0.425, 0.393))
-        _paint(axes, _one_row(intervals, 0), name)
-        if down:
-            axes.set_xlabel("key", color="#444444")
-        if not right:
-            axes.set_ylabel("query", color="#444444")
-    _legend(figure, columns=4)
-    figure.savefig(path, dpi=110)
-
-
-def _one_row(intervals: RowIntervals, batch_row: int) -> RowIntervals:
+def _first_row(intervals: RowIntervals) -> RowIntervals:
     lo, hi = edges(intervals, "cpu")
-    if not 0 <= batch_row < lo.shape[0]:
-        raise ValueError(f"batch_row: {batch_row}, expected 0 to {lo.shape[0] - 1}; the mask has no other rows")
-    only = slice(batch_row, batch_row + 1)
-    return RowIntervals(intervals.q_len, intervals.kv_len, None, None, lo[only], hi[only])
+    return RowIntervals(intervals.q_len, intervals.kv_len, None, None, lo[:1], hi[:1])
 
 
 def _summary(intervals: RowIntervals) -> str:
@@ -128,15 +96,14 @@ def _summary(intervals: RowIntervals) -> str:
 
 
 def _cells(intervals: RowIntervals, side: int) -> tuple[Tensor, int]:
-    """The kinds of the cells ``[rows, cols]``, at most ``side`` a side, and how many elements a side each spans."""
+    """The kinds of the cells ``[rows, cols]``, at most ``side`` each way, and the elements that each spans each way."""
     scale = 1
     while scale * side < max(intervals.q_len, intervals.kv_len):
         scale *= 2
-    ranges = key_ranges(intervals, scale)
-    assert isinstance(ranges, KeyRanges)  # _one_row makes the interval form
     rows, cols = -(-intervals.q_len // scale), -(-intervals.kv_len // scale)
+    lo, hi = (by_block(edge, scale)[0] for edge in edges(intervals, "cpu"))
     keys = torch.arange(cols) * scale
-    seen = (keys < ranges.hi_max[0, :, None]) & (keys + scale > ranges.lo_min[0, :, None])
+    seen = (keys < hi.amax(-1)[:, None]) & (keys + scale > lo.amin(-1)[:, None])
 
     tables = block_tables(intervals, "cpu")
     partial = _listed(tables.partial_num, tables.partial_idx)
@@ -148,14 +115,14 @@ def _cells(intervals: RowIntervals, side: int) -> tuple[Tensor, int]:
 
 
 def _listed(num: Tensor, idx: Tensor) -> Tensor:
-    """The blocks in a table of one batch row: bool ``[rows, cols]``."""
+    """Which blocks a table of one batch row lists: bool ``[rows, cols]``."""
     entries = torch.arange(idx.shape[-1]) < num[0, 0, :, None]
     counts = torch.zeros(idx.shape[-2:], dtype=torch.int32)
     return counts.scatter_add_(1, idx[0, 0].to(torch.int64), entries.to(torch.int32)) > 0
 
 
 def _at_scale(blocks: Tensor, scale: int, any_of: bool) -> Tensor:
-    """Blocks as cells: repeated where a block is many cells, joined where a cell is many blocks."""
+    """Blocks as cells: repeated if a block spans many cells, joined if a cell spans many blocks."""
     if scale <= BLOCK:
         times = BLOCK // scale
         return blocks.repeat_interleave(times, 0).repeat_interleave(times, 1)
@@ -165,16 +132,6 @@ def _at_scale(blocks: Tensor, scale: int, any_of: bool) -> Tensor:
     padded = torch.nn.functional.pad(blocks, (0, -cols % times, 0, -rows % times), value=not any_of)
     tiles = padded.view(padded.shape[0] // times, times, -1, times)
     return tiles.any(3).any(1) if any_of else tiles.all(3).all(1)
-
-
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "matplotlib: not installed, needed for PNG files; run pip install 'softcap-runtime[plot]'"
-        ) from None
-    return Figure(figsize=(width, height), facecolor="white")
 
 
 def _paint(axes: Axes, intervals: RowIntervals, name: str) -> None:
@@ -188,6 +145,8 @@ def _paint(axes: Axes, intervals: RowIntervals, name: str) -> None:
     if max(q_len, kv_len) <= _MOST_LINES * BLOCK:
         axes.vlines(range(BLOCK, kv_len, BLOCK), 0, q_len, colors="white", linewidth=1.1)
         axes.hlines(range(BLOCK, q_len, BLOCK), 0, kv_len, colors="white", linewidth=1.1)
+    axes.set_xlabel("key", color="#444444")
+    axes.set_ylabel("query", color="#444444")
     axes.set_title(name, loc="left", fontsize=13, fontweight="bold", color="#222222", pad=24)
     axes.text(0, 1.018, _summary(intervals), transform=axes.transAxes, fontsize=10, color="#555555")
     axes.tick_params(length=0, labelsize=9, labelcolor="#777777")
@@ -203,4 +162,4 @@ def _legend(figure: Figure, columns: int) -> None:
 
     kinds = (FULL, PARTIAL, HIDDEN, SKIPPED)
     patches: list[Any] = [Patch(facecolor=_COLORS[kind], label=_WORDS[kind]) for kind in kinds]
-    figure.legend(handles=patches, loc="lower center", ncols=columns, frameon=False, fontsize=10, labelcolor="#333333")
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, frameon=False, labelcolor="#333333")

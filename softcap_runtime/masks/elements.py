@@ -1,4 +1,4 @@
-"""Masks given element by element: read as row intervals where they are some, kept as they are where not."""
+"""Masks given element by element: read as row intervals if they have that form, else kept as they are."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from softcap_runtime.masks.readable import data_is_there
 
 
 def read_elements(mask: Tensor, q: Tensor, kv_len: int, name: str) -> RowIntervals | Tensor:
-    """A bool or additive mask of the argument ``name`` as row intervals, or where it is none as ``as_additive`` has it.
+    """A bool or additive mask as row intervals, or as the result of ``as_additive`` if it does not have that form.
 
-    ``q`` ``[B, H, Sq, D]``. Raises ValueError or TypeError on a mask that does not fit it and ``kv_len``.
+    ``q`` ``[B, H, Sq, D]``; ``name``: the argument, for errors. Raises ValueError or TypeError if the mask does not fit
+    ``q`` and ``kv_len``.
     """
     if mask.device != q.device:
         raise ValueError(f"{name}: on {mask.device}, expected Q's {q.device}; move it")
     elements = as_additive(mask, q.shape[2], kv_len, name)
     check_rows_and_heads(elements.shape, q, name)
-    # The elements of a bias that is learned may all be 0 by now.
+    # A learned bias stays one, even while all its elements are 0.
     learned = torch.is_grad_enabled() and elements.requires_grad
     found = intervals_of_elements(elements) if data_is_there(elements) and not learned else None
     return elements if found is None else found
 
 
 def check_rows_and_heads(shape: tuple[int, ...], q: Tensor, name: str) -> None:
-    """Raise ValueError unless ``[B, H, ...]`` fits q's, size by size its own or 1."""
+    """Raise ValueError unless B and H of ``[B, H, ...]`` are q's or 1."""
     for size, wanted, words in zip(shape[:2], q.shape[:2], ("batch rows", "heads"), strict=True):
         if size not in (1, wanted):
             raise ValueError(f"{name}: {size} {words}, expected 1 or Q's {wanted}")
@@ -35,8 +36,9 @@ def check_rows_and_heads(shape: tuple[int, ...], q: Tensor, name: str) -> None:
 def as_additive(mask: Tensor, q_len: int, kv_len: int, name: str = "causal_mask") -> Tensor:
     """A bool (True: visible) or additive float mask as ``[B or 1, H or 1, Sq, Skv]``, cut to these lengths.
 
-    ``mask``: ``[Sq, Skv]``, ``[B, Sq, Skv]`` or ``[B, H, Sq, Skv]``; sizes may be larger. Of more rows than
-    ``q_len`` those that end at key ``kv_len`` are taken, of more keys the first. Raises ValueError or TypeError.
+    ``mask``: ``[Sq, Skv]``, ``[B, Sq, Skv]`` or ``[B, H, Sq, Skv]``. It may be larger: of more than ``q_len`` rows,
+    those ``kv_len - q_len`` to ``kv_len`` are taken; of more than ``kv_len`` keys, the first. Raises ValueError or
+    TypeError.
     """
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise TypeError(f"{name}: {mask.dtype}, expected bool (True: visible) or additive floats")
@@ -55,10 +57,10 @@ def as_additive(mask: Tensor, q_len: int, kv_len: int, name: str = "causal_mask"
 
 
 def intervals_of_elements(mask: Tensor) -> RowIntervals | None:
-    """The row intervals of ``as_additive``'s result, or None when it is not that simple.
+    """The row intervals of ``as_additive``'s result; None if it does not have that form.
 
-    It is when each row sees one run of the keys that any row sees, no head differs and no visible element carries a
-    bias. Costs one look at every element and waits for the device.
+    It has if each row sees one run of the keys that any row sees, all heads agree and no visible element has a bias.
+    Reads every element and waits for the device.
     """
     if mask.shape[1] > 1:
         return None
@@ -66,7 +68,7 @@ def intervals_of_elements(mask: Tensor) -> RowIntervals | None:
     q_len, kv_len = mask.shape[1:]
     visible = mask
     if mask.dtype != torch.bool:
-        visible = ~(mask <= torch.finfo(mask.dtype).min / 2)  # a NaN hides nothing: it is to come out as NaN
+        visible = ~(mask <= torch.finfo(mask.dtype).min / 2)  # NaN counts as visible, so that it shows in the result
         if bool(mask.masked_fill(~visible, 0).any()):
             return None
     # First and last visible key of each row; argmax gives the first of equal values.

@@ -1,12 +1,11 @@
 """Masks as row intervals: query row i of batch row b sees the keys ``lo <= j < hi``.
 
-Causal, sliding window, padding, packed documents, prefixes, bidirectional spans and per-row caches are all
-of that form and combine by intersection, in O(rows) and without looking at an S x S mask. Plain causal and
-window masks need no tensors at all: their rows are a band, two integers. Padding with holes adds a vector of the
-keys that are kept.
+Causal, sliding window, padding, packed documents, prefixes, bidirectional spans and per-row caches all have that form
+and combine by intersection, in O(rows), without an S x S mask. Plain causal and window masks need no tensors at all:
+their rows are a band, two integers. Padding with holes adds a vector of the keys that are kept.
 
-Query row i stands at key position ``kv_len - q_len + i`` (bottom-right), or, with a cache of ``n`` valid
-keys, at ``n - q_len + i``, or wherever the caller says: no row depends on the rows beside it.
+Query row i stands at key position ``kv_len - q_len + i`` (bottom-right); with a cache of ``n`` valid keys, at
+``n - q_len + i``; or at any position that the caller gives, as no row depends on its neighbours.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ class RowIntervals(NamedTuple):
     ``lo``, ``hi``: the interval form; int32 ``[B, q_len]``, contiguous, within ``[0, kv_len]``, B may be 1. A
     row that sees nothing has ``lo == kv_len, hi == 0``, so it drops out of every minimum of ``lo`` and
     maximum of ``hi``. None in the band form.
-    ``kept``: int32 ``[B, kv_len]``, contiguous, B that of ``lo``: how many keys up to this one, itself among them, are
-    kept without a gap; no row sees a key of 0. So one number tells whether a range of keys has holes. None: all are
-    kept, as in the band form.
+    ``kept``: int32 ``[B, kv_len]``, contiguous, with the B of ``lo``: the number of consecutive kept keys that end at
+    this one; no row sees a key whose number is 0. So one number tells whether a range of keys has holes. None: all keys
+    are kept, as in the band form.
     """
 
     q_len: int
@@ -46,14 +45,14 @@ class RowIntervals(NamedTuple):
 
     @property
     def vectors(self) -> tuple[Tensor, ...]:
-        """``lo``, ``hi`` and, where there is one, ``kept``; nothing for a band."""
+        """``lo``, ``hi`` and, if there is one, ``kept``; empty for a band."""
         if self.lo is None or self.hi is None:
             return ()
         return (self.lo, self.hi) if self.kept is None else (self.lo, self.hi, self.kept)
 
     @property
     def form(self) -> RowIntervals:
-        """The same without contents: vectors on the meta device. All that outlives a call may know of its mask."""
+        """The mask without contents: its vectors on the meta device. For what outlives a call."""
         if self.lo is None or self.hi is None:
             return self
         kept = None if self.kept is None else self.kept.to("meta")
@@ -61,7 +60,7 @@ class RowIntervals(NamedTuple):
 
 
 def band(q_len: int, kv_len: int, *, causal: bool, window: int | None) -> RowIntervals:
-    """The mask that causal and window make alone; no tensors.
+    """The mask of causal and window alone, without tensors.
 
     A row at position p sees ``0 <= p - j < window`` when causal, ``|p - j| < window`` when not.
     """
@@ -85,18 +84,18 @@ def row_intervals(
     cache_lengths: Tensor | None = None,
     query_positions: Tensor | None = None,
 ) -> RowIntervals:
-    """The intersection of everything given; the band form when no tensor is given.
+    """The intersection of everything given; a band if no tensor is given.
 
     ``attention_mask``: ``[B, kv_len]``, bool or 0/1; no row sees a key that is 0. Padding left, right or both moves
-    ``lo`` and ``hi``; ``kept`` is made where there may be holes.
+    ``lo`` and ``hi``; if there may be holes, ``kept`` is made too.
     ``document_ids``: ``[B, kv_len]``, non-decreasing integers; a position sees only keys with its own id.
     ``prefix_lengths``: ``[B]`` integers; the span ``[0, prefix)``.
     ``spans``: ``[B, N, 2]`` integers, half-open, disjoint, ``start == end`` for an unused slot; positions of
     one span see each other, both ways, and the window then bounds ``|p - j|``. Without causal everything is
     visible both ways already: neither prefixes nor spans change anything.
-    ``cache_lengths``: ``[B]`` integers; the valid keys of each batch row, the new ones included.
-    ``query_positions``: ``[q_len]`` or ``[B, q_len]`` integers; the key at which each query row stands, in any
-    order, ``kv_len - q_len + i`` (or ``cache_lengths - q_len + i``) when not given.
+    ``cache_lengths``: ``[B]`` integers; the number of valid keys in each batch row, including the new ones.
+    ``query_positions``: ``[q_len]`` or ``[B, q_len]`` integers; the key position of each query row, in any order;
+    ``kv_len - q_len + i`` (or ``cache_lengths - q_len + i``) if not given.
 
     O(B * kv_len), no host-device synchronisation, traceable by torch.compile. B may be 1 in any tensor.
     Nothing is checked here: see ``validate.check_mask_arguments``.
@@ -111,7 +110,7 @@ def row_intervals(
     origin = kv_len - q_len if cache_lengths is None else cache_lengths.to(torch.int32)[:, None] - q_len
 
     def positions(shift: int = 0) -> Tensor:
-        """Of the queries, plus ``shift``: ``[1, q_len]`` until a tensor with more batch rows meets them."""
+        """The positions of the queries, plus ``shift``: ``[1, q_len]`` unless they differ between batch rows."""
         if own is not None:
             return own + shift
         start = shift + origin if isinstance(origin, int) else shift
@@ -144,21 +143,21 @@ def row_intervals(
     if cache_lengths is not None:
         hi = torch.minimum(hi, cache_lengths.to(torch.int32)[:, None])
     if lo is not None and document_ids is not None and attention_mask is None and last_keys:
-        # Within its document a row sees itself and keys that are there: nothing to clip. Each operation counts, as
-        # packed batches are masked anew for each call, and a GPU waits for the host.
+        # Within its document a row sees itself and existing keys: nothing to clip. Every operation counts, as each
+        # call with a packed batch makes its mask, and the GPU waits for the host.
         return _intervals(q_len, kv_len, *torch.broadcast_tensors(lo, hi))
     intervals = clipped(q_len, kv_len, torch.zeros_like(hi) if lo is None else lo, hi)
     return intervals if kept is None else with_kept(intervals, kept)
 
 
 def with_kept(intervals: RowIntervals, kept: Tensor) -> RowIntervals:
-    """Only those keys that ``kept`` ``[B or 1, kv_len]``, bool or numbers, 0 hides a key, shows too."""
+    """The mask without the keys that ``kept`` ``[B or 1, kv_len]``, bool or numbers, hides (False or 0)."""
     shown = kept != 0 if intervals.kept is None else (kept != 0) & (intervals.kept != 0)
     lo, hi = edges(intervals, shown.device)
     keys = torch.arange(intervals.kv_len, dtype=torch.int32, device=shown.device)
     runs = keys - torch.where(shown, -1, keys).cummax(1).values
     if torch.compiler.is_compiling():
-        # Added to zeros of each other, to have as many rows: to compare their numbers makes one row a graph of its own.
+        # Zeros of each other are added, to give all as many rows: comparing counts would give one row its own graph.
         lo, hi, runs = lo + 0 * runs[:, :1], hi + 0 * runs[:, :1], runs + 0 * lo[:, :1]
     elif lo.shape[0] != runs.shape[0]:
         batch = max(lo.shape[0], runs.shape[0])
@@ -167,7 +166,7 @@ def with_kept(intervals: RowIntervals, kept: Tensor) -> RowIntervals:
 
 
 def edges(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """``lo`` and ``hi`` of either form, whatever keys are kept: int32 ``[B or 1, q_len]``."""
+    """``lo`` and ``hi`` of either form, regardless of ``kept``: int32 ``[B or 1, q_len]``."""
     q_len, kv_len, left, right, lo, hi, _ = intervals
     if lo is not None and hi is not None:
         return lo.to(device), hi.to(device)
@@ -182,10 +181,9 @@ def dense(intervals: RowIntervals, device: torch.device | str) -> Tensor:
 
 
 def combined(a: RowIntervals, b: RowIntervals, device: torch.device, *, union: bool = False) -> RowIntervals:
-    """The keys that both masks show, a band if both are bands.
+    """The intersection of two masks; a band if both are bands.
 
-    With ``union``, of masks that keep all keys, each row from the earlier of the two beginnings to the later of the two
-    ends.
+    With ``union``, for masks that keep all keys: each row from the smaller ``lo`` to the larger ``hi``.
     """
     if a.left is not None and a.right is not None and b.left is not None and b.right is not None:
         # By name, here: torch.export has functions of its own in the place of min and max.
@@ -200,7 +198,7 @@ def combined(a: RowIntervals, b: RowIntervals, device: torch.device, *, union: b
 
 
 def clipped(q_len: int, kv_len: int, lo: Tensor, hi: Tensor) -> RowIntervals:
-    """Edges ``[B or 1, q_len]`` as row intervals: within the keys, an empty row as one that no extremum takes."""
+    """Row intervals of any edges ``[B or 1, q_len]``: clipped to the keys, and empty rows in their one form."""
     return _intervals(q_len, kv_len, *_clipped(kv_len, lo, hi))
 
 
@@ -219,9 +217,9 @@ def _clipped(kv_len: int, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _at_positions(values: Tensor, positions: Tensor, kv_len: int) -> Tensor:
-    """Vectors ``[B, kv_len]`` read at the query positions.
+    """``values`` ``[B, kv_len]`` at the query positions.
 
-    Positions before the first key (more queries than keys, or than the cache holds) read 0.
+    0 at positions before the first key (with more queries than keys, or than the cache holds).
     """
     index = positions.clamp(0, kv_len - 1).to(torch.int64)
     batch = max(values.shape[0], index.shape[0])
@@ -230,16 +228,16 @@ def _at_positions(values: Tensor, positions: Tensor, kv_len: int) -> Tensor:
 
 
 def _document_edges(document_ids: Tensor, *, ends: bool) -> tuple[Tensor, Tensor | None]:
-    """Where each key's document starts and (if asked for) ends: int32 ``[B, kv_len]``."""
+    """Where each key's document starts and, with ``ends``, where it ends: int32 ``[B, kv_len]``."""
     if document_ids.device.type != "cpu" or _is_short(document_ids):
-        # One search a key, all at once: torch's scan of a row is serial on a GPU (80 us over 32,768 keys, H100).
+        # A search per key, all in parallel: torch's scan along a row is serial on a GPU (80 us for 32,768 keys, H100).
         starts = torch.searchsorted(document_ids, document_ids, out_int32=True)
         past = torch.searchsorted(document_ids, document_ids, out_int32=True, right=True) if ends else None
         return starts, past
     kv_len = document_ids.shape[1]
     keys = torch.arange(kv_len, dtype=torch.int32, device=document_ids.device)
-    # Compared whole, the first key with the last, where either answer is right: in a graph of any length two keys
-    # would else be a case of their own.
+    # Whole rows are compared, the first key with the last, where either answer is right: slicing would make two keys a
+    # special case in a graph of any length.
     starts = keys.masked_fill(document_ids == document_ids.roll(1, 1), 0).cummax(1).values
     if not ends:
         return starts, None
@@ -248,21 +246,21 @@ def _document_edges(document_ids: Tensor, *, ends: bool) -> tuple[Tensor, Tensor
 
 
 def _is_short(ids: Tensor) -> bool:
-    """Whether a search on a CPU takes less than the seven operations in its place: 2 against 20 us for 8 ids, 9 against
-    22 for 512, 32 against 27 for 2,048."""
+    """Whether searching on a CPU is faster than seven vector operations: 2 against 20 us for 8 ids, 9 against 22 for
+    512, 32 against 27 for 2,048."""
     return not torch.compiler.is_compiling() and ids.is_contiguous() and ids.numel() <= 1024
 
 
 def _span_ends(kv_len: int, prefix_lengths: Tensor | None, spans: Tensor | None) -> Tensor:
-    """Per key the largest end of the spans that start at it or before: int32 ``[B, kv_len]``.
+    """For each key the largest end of the spans that start at or before it: int32 ``[B, kv_len]``.
 
-    Spans are disjoint, so a key lies inside one exactly when that end is past it.
+    Spans are disjoint, so a key lies inside one exactly if that end is past it.
     """
     ends = None
     if spans is not None:
         batch = spans.shape[0]
         start, end = spans.to(torch.int64).clamp(0, kv_len).unbind(-1)
-        # Unused slots write to the extra column, which is cut off.
+        # Unused slots write to an extra column, which is cut off.
         start = torch.where(start < end, start, kv_len)
         ends = torch.zeros(batch, kv_len + 1, dtype=torch.int32, device=spans.device)
         ends = ends.scatter(1, start, end.to(torch.int32))[:, :kv_len].cummax(1).values

@@ -9,14 +9,14 @@ from softcap_runtime.compat.torch_transforms import in_transform
 
 
 def data_is_readable(tensor: Tensor) -> bool:
-    """Whether looking at the data costs no wait: a CPU tensor that has data, nobody tracing."""
+    """Whether the data can be read without waiting: a CPU tensor with data, outside of tracing."""
     return tensor.device.type == "cpu" and data_is_there(tensor)
 
 
 def data_is_there(tensor: Tensor) -> bool:
-    """Whether there are data to look at (a fake tensor has none), and nobody traces what is done with them.
+    """Whether there are data to read (a fake tensor has none), outside of tracing.
 
-    A tensor of a torch.func transform may stand for many, whose data have no one answer.
+    False for tensors of a torch.func transform: one may stand for many, with different data.
     """
     own = type(tensor) in (Tensor, torch.nn.Parameter)
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -1,4 +1,4 @@
-"""Padding masks and document ids as kernels read them: where those that are right begin, how they lie."""
+"""Padding masks and document ids as kernels read them: their dtypes and strides."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-# ``masks.row_intervals`` and its checks by one kernel, for warm calls with a padding mask or document ids. It takes the
-# batch, q_len, kv_len, causal, window, attention_mask and document_ids, either None. It returns the vectors of a
-# ``RowIntervals``, nothing for a mask that hides nothing of the band; None for masks that it does not serve, wrong ones
-# among them where their data can be looked at.
+# ``masks.row_intervals`` and its checks as one kernel, for warm calls with a padding mask or document ids. It takes the
+# batch, q_len, kv_len, causal, window, attention_mask and document_ids; either of the last two may be None. It returns
+# the vectors of a ``RowIntervals``; empty for a mask that hides nothing of the band; None for masks that it does not
+# serve, which includes invalid ones if their data can be read.
 FindIntervals = Callable[
     [int, int, int, bool, "int | None", "Tensor | None", "Tensor | None"], "tuple[Tensor, ...] | None"
 ]
-# The kind of a tensor's numbers, and the elements from one batch row to the next, 0 where they share one.
+# The kind of a tensor's numbers, and its stride from one batch row to the next, 0 if all share one row.
 Tokens = tuple[int, int]
 NO_TOKENS: Tokens = (0, 0)
 
@@ -25,7 +25,7 @@ def tokens_of(
     device: torch.device,
     *given: tuple[Tensor | None, Mapping[torch.dtype, int]],
 ) -> tuple[int, Tokens, Tokens] | None:
-    """How many batch rows an attention mask and document ids have together, and how each lies.
+    """How many batch rows an attention mask and document ids have together, and the layout of each.
 
     ``sizes``: batch, q_len, kv_len. ``given``: the two, each with the kinds of numbers that the kernel reads, by dtype.
     None for what no kernel reads: other dtypes, wrong shapes, another device, strides along the keys.

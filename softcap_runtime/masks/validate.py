@@ -1,8 +1,8 @@
 """Checks of mask arguments, before any kernel runs: one line that names the argument and its value.
 
-Shapes, dtypes and devices are always checked. What can only be seen in the data is checked where the data are: on the
-CPU at once; in a graph that is traced, and under torch.func, by a check that is a part of it, less wordy; on a GPU by
-the GPU, for which nothing waits (``deferred_checks``). docs/reference/masks.md lists them.
+Shapes, dtypes and devices are always checked. Contents are checked where the data are: at once on the CPU; as a part
+of the graph, with a shorter message, when traced or under torch.func; on a GPU by the GPU, without waiting for it
+(``deferred_checks``). docs/reference/masks.md lists the checks.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def check_mask_arguments(
     cache_lengths: Tensor | None = None,
     query_positions: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Check the arguments of ``intervals.row_intervals``, which says what each of them means, and hand them back.
+    """Check the arguments of ``intervals.row_intervals``, which documents them; returns the checked arguments.
 
-    Go on with those: in a traced graph they are what the checks let through.
-    ``holes``: whether the caller serves an ``attention_mask`` of several runs of 1, which is no row interval; one that
-    doesn't gives masks on the CPU, outside of graphs.
+    Use the results in their place, so that a traced graph keeps the checks. ``holes``: whether the caller serves an
+    ``attention_mask`` with several runs of 1, which is no row interval; if not, masks must be on the CPU, outside of
+    graphs.
 
-    Raises TypeError for what is no tensor or has the wrong dtype, ValueError for all else: a shape other than
-    the one named there (with one batch row or ``batch``), another device than ``device``, more queries than
-    keys where every query needs a position among the keys, and data that no mask can have.
+    Raises TypeError for anything but a tensor of the right dtype. Raises ValueError for a shape other than the
+    documented one (with 1 or ``batch`` batch rows), for another device than ``device``, for more queries than keys
+    where every query needs a position among the keys, and for contents that no mask can have.
     """
     placed = query_positions is not None
     if causal and q_len > kv_len and not placed:
@@ -109,29 +109,23 @@ def check_mask_arguments(
 def check_row_intervals(mask: RowIntervals, q: Tensor, k: Tensor) -> None:
     """Raise ValueError unless the mask's lengths and vectors fit ``q`` and ``k`` ``[B, H, S, D]``.
 
-    Kernels read the vectors without looking at their sizes: a wrong one is memory out of bounds.
+    Kernels do not check the vectors' sizes: with a wrong one they would read out of bounds.
     """
     lengths = (q.shape[2], k.shape[2])
     if (mask.q_len, mask.kv_len) != lengths:
         raise ValueError(
             f"mask: made for {mask.q_len} queries over {mask.kv_len} keys, expected {lengths[0]} over {lengths[1]}"
         )
-    wanted = list(dict.fromkeys([torch.Size((1, mask.q_len)), torch.Size((q.shape[0], mask.q_len))]))
-    if mask.lo is not None and mask.lo.shape in wanted:
-        wanted = [mask.lo.shape]  # hi is sized as lo is
-    for name, edge in zip(("lo", "hi"), mask.vectors, strict=False):
-        if edge.shape not in wanted or (edge.dtype, edge.device) != (torch.int32, q.device):
+    batches = [1, q.shape[0]] if q.shape[0] > 1 else [1]
+    if mask.lo is not None and mask.lo.shape[:1] in [(batch,) for batch in batches]:
+        batches = [mask.lo.shape[0]]  # hi and kept have as many rows as lo
+    sizes = mask.q_len, mask.q_len, mask.kv_len
+    for name, vector, size in zip(("lo", "hi", "kept"), mask.vectors, sizes, strict=False):
+        wanted = [(batch, size) for batch in batches]
+        if vector.shape not in wanted or (vector.dtype, vector.device) != (torch.int32, q.device):
             raise ValueError(
-                f"mask.{name}: {edge.dtype} {tuple(edge.shape)} on {edge.device}, expected int32 "
-                f"{' or '.join(str(tuple(shape)) for shape in wanted)} on {q.device}"
-            )
-
-    if mask.kept is not None:
-        form = (mask.kept.shape, mask.kept.dtype, mask.kept.device)
-        if form != ((*wanted[0][:1], k.shape[2]), torch.int32, q.device):
-            raise ValueError(
-                f"mask.kept: {mask.kept.dtype} {tuple(mask.kept.shape)} on {mask.kept.device}, expected int32 "
-                f"{(*wanted[0][:1], k.shape[2])} on {q.device}"
+                f"mask.{name}: {vector.dtype} {tuple(vector.shape)} on {vector.device}, expected int32 "
+                f"{' or '.join(map(str, wanted))} on {q.device}"
             )
 
 
@@ -152,7 +146,7 @@ def _check_tensor(
     name: str, tensor: Any, batch: int, shape: tuple[int, ...], device: torch.device, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     _check_dtype(name, tensor, dtypes)
-    # Size by size: dynamo takes a symbol for unequal to a number when it looks for one in a tuple.
+    # Size by size: to dynamo a symbol in a tuple never equals a number.
     fits = tensor.dim() == 1 + len(shape) and all(tensor.shape[1 + at] == size for at, size in enumerate(shape))
     if not fits or (tensor.shape[0] != 1 and tensor.shape[0] != batch):
         wanted = ", ".join("slots" if size < 0 else str(size) for size in (batch, *shape))
@@ -235,7 +229,7 @@ def _check_spans(spans: Tensor, kv_len: int) -> None:
 
 
 def _spans_fit(spans: Tensor, kv_len: int) -> Tensor:
-    """Whether ``_check_spans`` finds nothing, without a look at the data: bool ``[B]``."""
+    """Whether ``_check_spans`` would find nothing, without reading the data: bool ``[B]``."""
     start, end = spans.to(torch.int64).unbind(-1)
     used = start != end
     start, order = torch.where(used, start, kv_len).sort(1)

@@ -1,1 +1,1 @@
-"""``torch.ops.softcap_runtime.attention``: the operator, and what torch asks of one: batching, sharding, FLOPs."""
+"""``torch.ops.softcap_runtime.attention``: the operator, and its rules for batching, sharding and FLOP counts."""

@@ -1,4 +1,4 @@
-"""The operator under ``torch.func.vmap``: its samples join the batch, so that one call serves them all."""
+"""The operator under ``torch.func.vmap``: samples become batch rows, so that one call serves them all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def register_rules(library: torch.library.Library) -> None:
-    """Register the rules of both operators; a torch without such rules (2.4) runs sample by sample, and warns."""
+    """Register the rules of both operators. torch 2.4 has no such rules: it runs sample by sample, and warns."""
     register = getattr(torch.library, "register_vmap", None)
     if register is None:
         return
@@ -30,9 +30,9 @@ def _attention_backward(info: Any, in_dims: tuple[int | None, ...], *inputs: Any
 
 
 def _joined(samples: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...], count: int) -> list[Any]:
-    """An operator's inputs, ``samples`` times the batch: ``count`` tensors ``[B, ...]``, both edges, numbers, ``kept``.
+    """An operator's inputs with samples as batch rows: ``count`` tensors ``[B, ...]``, both edges, numbers, ``kept``.
 
-    Edges and kept keys ``[1, S]`` that all samples share serve any batch, and stay as they are.
+    Edges and ``kept`` of ``[1, S]`` that all samples share serve any batch, and stay as they are.
     """
     tensors = [_join(x, dim, samples) for x, dim in zip(inputs[:count], in_dims, strict=False)]
     places = [count, count + 1]
@@ -48,7 +48,7 @@ def _joined(samples: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ..
 
 
 def _join(x: Tensor, dim: int | None, samples: int, batch: int = -1) -> Tensor:
-    """``[samples * batch, ...]`` of a tensor with its samples in ``dim``, or the same one for all."""
+    """``[samples * batch, ...]`` from a tensor with its samples in ``dim``; None: the same tensor for all samples."""
     each = x.expand(samples, *x.shape) if dim is None else x.movedim(dim, 0)
     return each.expand(-1, batch, *each.shape[2:]).flatten(0, 1)
 

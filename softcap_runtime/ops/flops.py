@@ -1,7 +1,7 @@
-"""The operator's FLOP formulas for ``torch.utils.flop_counter``, handed over when somebody imports it.
+"""The operator's FLOP formulas, registered with ``torch.utils.flop_counter`` once somebody imports it.
 
-That module imports Triton wherever it is installed, half of our own import's time on a machine with a GPU (136 of
-290 ms, torch 2.11), and few processes count.
+Importing that module imports Triton if it is installed, which would be half of our own import time on a machine with a
+GPU (136 of 290 ms, torch 2.11), and few processes count FLOPs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ COUNTER = "torch.utils.flop_counter"
 
 
 def _forward(q_shape: Any, k_shape: Any, v_shape: Any, *rest: Any, **named: Any) -> int:
-    """As torch counts its own attention: every query against every key, two products."""
+    """As torch counts its own attention: two products of every query with every key."""
     batch, heads, q_len, head_dim = q_shape
     return 4 * batch * heads * q_len * k_shape[2] * head_dim
 
 
 def _backward(grad_shape: Any, q_shape: Any, k_shape: Any, *rest: Any, **named: Any) -> int:
-    """The same with five products."""
+    """Five products of every query with every key."""
     batch, heads, q_len, head_dim = q_shape
     return 10 * batch * heads * q_len * k_shape[2] * head_dim
 
@@ -36,7 +36,7 @@ def _register(counter: ModuleType) -> None:
 
 
 class _WhenImported(MetaPathFinder):
-    """Stands before the usual finders until the counter is imported."""
+    """Comes before the usual finders until the counter is imported."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The counter's own spec, whose loader registers the formulas at its end; None for any other module."""
@@ -57,7 +57,7 @@ class _WhenImported(MetaPathFinder):
 
 
 def register_formulas() -> None:
-    """Have torch's counter know the operator, now or as soon as it is imported."""
+    """Register the formulas with torch's counter, now or as soon as it is imported."""
     if COUNTER in sys.modules:
         _register(sys.modules[COUNTER])
     else:

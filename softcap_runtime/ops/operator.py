@@ -1,7 +1,7 @@
-"""``torch.ops.softcap_runtime.attention``: the one door from torch to the engines.
+"""``torch.ops.softcap_runtime.attention``: the operator between torch and the engines.
 
-The operator is what autograd, ``torch.compile``, ``torch.export``, checkpointing and ``torch.func`` see. It is
-defined through ``torch.library.Library``, since a ``custom_op`` imports the compiler at its first call.
+It is what autograd, ``torch.compile``, ``torch.export``, checkpointing and ``torch.func`` see. It is defined through
+``torch.library.Library``, as a ``custom_op`` imports the compiler at its first call.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LIBRARY = torch.library.Library("softcap_runtime", "DEF")
 
 _MASK = "Tensor? lo, Tensor? hi, SymInt left, SymInt right"
 _HOW = "float scale, float? softcap, str engine"
-# ``kept`` came last, so that programs that were written before it go on.
+# ``kept`` is last and optional, so that programs exported before it existed still run.
 _LAST = "int runtime, Tensor? kept=None"
 LIBRARY.define(f"attention(Tensor q, Tensor k, Tensor v, {_MASK}, {_HOW}, bool train, {_LAST}) -> (Tensor, Tensor)")
 LIBRARY.define(
@@ -46,16 +46,16 @@ _default: Callable[[], Any] | None = None
 
 
 def register(server: Any, number: int) -> None:
-    """Let the operator find ``server`` under ``number``, for as long as it lives.
+    """Let the operator find ``server`` by ``number`` while it lives.
 
-    It calls ``server.forward(q, k, v, call)`` for (out, lse or None), ``server.backward(grad_out, q, k, v, out, lse,
-    call)`` for the three gradients.
+    It calls ``server.forward(q, k, v, call)`` for (out, lse or None), and ``server.backward(grad_out, q, k, v, out,
+    lse, call)`` for the three gradients.
     """
     _servers[number] = server
 
 
 def register_default(make: Callable[[], Any]) -> None:
-    """``make()`` gives the server of number 0, and of a program exported in another process."""
+    """``make()`` returns the server of number 0, and of programs exported in another process."""
     global _default
     _default = make
 
@@ -75,12 +75,12 @@ def _call(q: Tensor, k: Tensor, lo: Any, hi: Any, kept: Any, left: int, right: i
     return Call(mask, *how)
 
 
-# Below ``how`` is left, right, scale, softcap, engine and, of the forward alone, train: so many numbers.
+# ``how`` below is left, right, scale, softcap, engine and, in the forward only, train: this many values.
 _FORWARD, _BACKWARD = 6, 5
 
 
 def _parts(rest: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], int, Tensor | None]:
-    """``how``, of ``count`` numbers, runtime and kept, of what an operator is given after the edges: torch leaves out a
+    """``how``, of ``count`` values, runtime and kept, from an operator's arguments after the edges: torch omits a
     ``kept`` that is None."""
     return rest[:count], rest[count], rest[count + 1] if len(rest) > count + 1 else None
 
@@ -115,7 +115,7 @@ def _backward(
     return grads
 
 
-# Without gradients torch hands a call with any tensor on the meta device to the two below, which run nothing.
+# Without gradients, torch passes a call with any tensor on the meta device to the two below, which compute nothing.
 
 
 def _check_no_other_is_meta(q: Tensor, **others: Tensor | None) -> None:
@@ -140,7 +140,7 @@ def _fake_backward(
     return empty_output(q), empty_output(k), empty_output(v)
 
 
-# Programs may call the operator by its name: it checks what the runtime's own door has made sure of.
+# Programs may call the operator directly: these check what ``Runtime.attention`` has checked already.
 
 
 def _checked_forward(q: Tensor, k: Tensor, v: Tensor, lo: Any, hi: Any, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ def _checked_backward(
 def _checked_edges(
     lo: Tensor | None, hi: Tensor | None, kept: Tensor | None, kv_len: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Both edges or none, each key one that is there; sizes and dtype are checked where an engine is bound to them."""
+    """Both edges clipped to the keys, or neither; sizes and dtypes are checked when an engine is bound."""
     if lo is None or hi is None:
         if lo is not hi:
             raise ValueError(f"{'hi' if hi is None else 'lo'}: None, expected both edges of the rows or none")
@@ -184,7 +184,7 @@ def _checked_edges(
     return *edges, None if kept is None else kept.contiguous()
 
 
-# The forwards below take ctx, since ``apply`` reads the signature of one without it at each call: 40 us.
+# The forwards below take ctx: ``apply`` inspects the signature of one without it at each call, which takes 40 us.
 
 
 class _Attention(torch.autograd.Function):
@@ -201,7 +201,7 @@ class _Attention(torch.autograd.Function):
             output = _forward(q, k, v, lo, hi, how, runtime, kept)
         ctx.save_for_backward(q, k, v, *output, lo, hi, kept)
         ctx.how, ctx.runtime = how[:_BACKWARD], runtime
-        ctx.server = _servers.get(runtime)  # the backward is its too: it lives as long
+        ctx.server = _servers.get(runtime)  # keeps it alive for the backward
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         return output
@@ -223,7 +223,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Of ``torch.func.jvp`` and forward-mode AD."""
+        """For ``torch.func.jvp`` and forward-mode AD."""
         raise RuntimeError(
             "softcap_runtime::attention has no forward-mode derivative; use softcap_runtime.reference.attention for it"
         )
@@ -284,7 +284,7 @@ def _autocast(device: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple
 
 
 def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast, floats in its dtype, as scaled_dot_product_attention takes them; float64 stays."""
+    """The inputs cast as autocast casts those of scaled_dot_product_attention: floats to its dtype, except float64."""
     device = q.device.type
     if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return q, k, v
@@ -294,7 +294,7 @@ def autocast_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def checked_inputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a caller handed in, cast as autocast asks, once ``check_qkv`` finds nothing wrong with it."""
+    """The inputs, cast as autocast asks and checked by ``check_qkv``."""
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
         q, k, v = autocast_inputs(q, k, v)
     check_qkv(q, k, v)

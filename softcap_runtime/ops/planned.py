@@ -1,7 +1,7 @@
-"""A training call that was made before just so: an autograd function around its plan, and nothing else.
+"""A training call whose plan is known: an autograd function around the plan, and nothing else.
 
-The operator's own function (``operator._Attention``) serves all other calls. What it reads at each call, a plan holds:
-checks, mask and engine. On the host a training step so costs little more than its launches.
+The operator's own function (``operator._Attention``) serves all other calls. The plan already covers its checks, mask
+and engine, so that on the host a training step costs little more than its launches.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ from softcap_runtime.compat.torch_transforms import interpreters_active, is_batc
 
 
 def attend(plan: Any, engine: str, server: Any, q: Tensor, k: Tensor, v: Tensor, *edges: Tensor) -> Tensor:
-    """Attention of ``plan``, a ``plans.Plan``, differentiable.
-
-    ``engine`` is the setting under which ``server``, a runtime, made it.
-    """
+    """Differentiable attention by ``plan``, a ``plans.Plan``, which ``server``, a runtime, made for ``engine``."""
     out: Tensor = _Planned.apply(plan, engine, server, q, k, v, *edges)  # type: ignore[no-untyped-call]
     return out
 
 
 def rows_together(x: Tensor) -> Tensor:
-    """The kernels take any strides but that of the last dimension, which must be 1, and read what is stored."""
+    """``x``, copied if its last stride is not 1 or it is a lazy negative: kernels take any other strides."""
     if x.stride(3) == 1 and not x.is_neg():
         return x
     return x.resolve_neg().contiguous()
@@ -64,5 +61,5 @@ class _Planned(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Never called: under forward-mode AD a call goes through the operator."""
+        """Never called: under forward-mode AD, calls go through the operator."""
         raise RuntimeError("softcap_runtime: no forward-mode derivative of a planned call")

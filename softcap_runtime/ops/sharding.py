@@ -1,6 +1,6 @@
-"""The operator on DTensors: sharded over the batch, over heads, or replicated; a sharded sequence goes to heads.
+"""The operator on DTensors: sharded by batch or heads, or replicated; a sharded sequence is resharded to heads.
 
-The rules are registered when a DTensor is first met; until then nothing here imports torch.distributed.
+The rules are registered with the first DTensor; until then nothing here imports torch.distributed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from torch import Tensor
 
 from softcap_runtime.compat.torch_private import constant_in_graphs
 
-_DIMS = ("the batch", "heads", "the sequence", "head_dim")
 _registered = False
 
 
 def is_dtensor(x: Any) -> bool:
-    """Whether ``x`` is a DTensor; False without looking where nobody has imported them."""
+    """Whether ``x`` is a DTensor; imports nothing."""
     if type(x) is Tensor:
         return False
     module = sys.modules.get("torch.distributed.tensor")
@@ -28,15 +27,15 @@ def is_dtensor(x: Any) -> bool:
 
 
 def whole(x: Tensor | None) -> Any:
-    """A mask argument as a plain tensor, gathered where it is a DTensor that is sharded."""
+    """A mask argument as a plain tensor; a sharded DTensor is gathered."""
     return x.full_tensor() if is_dtensor(x) else x  # type: ignore[union-attr]
 
 
 def sharded_inputs(q: Tensor, k: Tensor, v: Tensor, *edges: Tensor | None) -> tuple[Any, ...]:
-    """A call's tensors as a rule has them; as they are where q, k and v are no DTensors.
+    """A call's tensors with placements that a rule serves; unchanged if q, k and v are no DTensors.
 
-    A sharded sequence goes to heads, and plain ``edges`` (lo, hi, kept) are taken as replicated. Raises ValueError,
-    naming the tensor and its placement, where they are sharded as no rule has it.
+    A sharded sequence is resharded to heads; plain ``edges`` (lo, hi, kept) count as replicated. Raises ValueError,
+    naming the tensor and its placement, for shardings that no rule serves.
     """
     if not (is_dtensor(q) or is_dtensor(k) or is_dtensor(v)):
         return q, k, v, *edges
@@ -63,7 +62,7 @@ def _replicated(edge: Tensor | None, q: Any) -> Any:
 
 
 def check_placements(q: Any, k: Any, v: Any) -> None:
-    """Raise ValueError, naming the tensor and its placement, where DTensors are sharded as no rule has it."""
+    """Raise ValueError, naming the tensor and its placement, for DTensors with shardings that no rule serves."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not is_dtensor(x):
             raise ValueError(f"{name}: a plain tensor beside DTensors, expected q, k and v alike; distribute it")
@@ -116,8 +115,8 @@ def _register_once() -> bool:
     return True
 
 
-# A rule lists what each result and each argument may be on one dimension of a mesh; torch takes what costs least to
-# come to.
+# A rule lists the possible placements of all results and arguments on one dimension of a mesh; torch takes the one
+# that is cheapest to reach.
 
 
 def _forward(q: Any, k: Any, v: Any, lo: Any, hi: Any, *numbers: Any) -> list[tuple[list[Any], list[Any]]]:
@@ -135,15 +134,15 @@ def _backward(
 
 
 def _placed(numbers: tuple[Any, ...], edges: list[Any]) -> list[Any]:
-    """Of an operator's last arguments: none for numbers, the edges' for the kept keys."""
+    """The placements of an operator's last arguments: None for numbers, those of the edges for ``kept``."""
     return [edges[0] if hasattr(one, "shape") else None for one in numbers]
 
 
 def _choices(lo: Any) -> list[tuple[Any, Any, list[Any]]]:
-    """(Of q, k, v and what has their batch and heads; of what is empty; of both edges), each way that works."""
+    """All valid combinations: the placement of q, k, v and alike; of what is empty; of both edges."""
     from torch.distributed.tensor import Replicate, Shard
 
-    own_rows = lo is not None and lo.shape[0] > 1  # edges of each batch row go where the row goes
+    own_rows = lo is not None and lo.shape[0] > 1  # edges are sharded as their batch rows are
     whole = Replicate()
     found = []
     for main in (Shard(1), Shard(0), whole):

@@ -1,4 +1,4 @@
-"""Have kernels ready before they are needed: from requests to the kernels that serve them, built in parallel."""
+"""Prewarming: from requests to the kernels that serve them, which are built in parallel."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def prewarm(
 
     ``bind(q, k, call)`` makes the plan of a call.
 
-    Each kernel is compiled by a child process, as many at once as this process has cores. With ``progress`` a bar on
-    standard error shows them. A failure is a row of the result and stops no other kernel. For the ``seq_lens`` of a
-    request the masks are prepared as well, for a batch of 1 in this process; nothing is run. GPU kernels are those for
-    tensors whose addresses are multiples of 16 bytes, which torch's own are; ``tune`` measures their blocks, warps and
-    stages first, once per machine.
+    Child processes compile the kernels, as many at once as this process has cores; ``progress`` shows a bar on
+    standard error. A kernel that fails is a row of the result and stops no other. The masks of a request's
+    ``seq_lens`` are prepared too, for a batch of 1 in this process; no kernel runs. GPU kernels are built for tensors
+    whose addresses are multiples of 16 bytes, as torch allocates them; ``tune`` measures their blocks, warps and stages
+    first, once per machine.
 
-    Under torchrun every rank calls this before its first collective. One rank builds a kernel while those that
-    need the same one wait for its file lock, then load it. A rank returns when all its kernels are published: while
-    one stands in a collective, no other waits for a builder.
+    Under torchrun, call this on every rank before the first collective: one rank builds a kernel while those that need
+    the same one wait for its file lock and then load it. A rank returns once all its kernels are published, so none
+    enters a collective while another still waits for a build.
 
-    Raises TypeError for what is no PrewarmRequest, ValueError for heads that do not divide or a device that is
-    not there or ``tune`` without a request that GPU kernels serve, EngineUnavailable when the engine of the settings
-    cannot serve a request; all before anything is built.
+    Raises, before anything is built, TypeError for anything but PrewarmRequests, ValueError for heads that do not
+    divide, a missing device, or ``tune`` without a request that GPU kernels serve, and EngineUnavailable if the engine
+    of the settings cannot serve a request.
     """
     requests = _checked(requests)
     needed = {request: artifacts_of(supply, request) for request in requests}
@@ -59,12 +59,12 @@ def prewarm(
     with shown_work(total, progress and total > 0) as shown:
         try:
             tuned = [measure(supply, *one, pool, shown) for one in shapes.items()]
-            if tuned:  # other kernels than before may be the ones that calls need
+            if tuned:  # calls may need other kernels now
                 supply.forget_options()
                 needed = {request: artifacts_of(supply, request) for request in requests}
             distinct = _distinct(needed)
             made = list(pool.map(lambda one: _obtain(supply, one, shown), distinct))
-        except BaseException:  # Ctrl-C among others: nobody waits for compilers whose kernels nobody wants
+        except BaseException:  # including Ctrl-C: end the compilers, as nobody wants their kernels any more
             pool.shutdown(wait=False, cancel_futures=True)
             builders.stop()
             raise
@@ -77,7 +77,7 @@ def prewarm(
 
 
 def _checked(requests: Iterable[PrewarmRequest]) -> list[PrewarmRequest]:
-    # A request is iterable itself: pydantic's models give their fields.
+    # A single request is iterable too: pydantic's models yield their fields.
     if isinstance(requests, PrewarmRequest) or not isinstance(requests, Iterable):
         raise TypeError(f"requests: {type(requests).__name__}, expected several PrewarmRequests; put them into a list")
     listed = list(requests)
@@ -91,7 +91,7 @@ def _checked(requests: Iterable[PrewarmRequest]) -> list[PrewarmRequest]:
 
 
 def artifacts_of(supply: Supply, request: PrewarmRequest) -> list[Artifact]:
-    """The kernels that calls like ``request`` may need, each once; none where nothing is compiled.
+    """The kernels that calls like ``request`` may need, without duplicates; empty if nothing is compiled for them.
 
     Raises as ``prewarm`` does, and builds nothing.
     """
@@ -119,7 +119,7 @@ def _distinct(needed: Mapping[PrewarmRequest, Sequence[Artifact]]) -> list[Artif
 
 
 def _problems(request: PrewarmRequest, softcap_approx: bool) -> list[Problem]:
-    """One problem per mask kind, for inference and where asked for training; lengths play no part."""
+    """A problem for each kind of mask, for inference and, if requested, training; lengths do not matter."""
     if request.num_heads % request.num_kv_heads:
         raise ValueError(f"num_heads: {request.num_heads}, expected a multiple of num_kv_heads {request.num_kv_heads}")
     device = device_of(request.device)
@@ -162,7 +162,7 @@ def _bind_lengths(bind: Callable[[Tensor, Tensor, Call], object], engine: str, r
     """Bind the plans of the request's lengths, so that their first call finds its mask made."""
     config = request.config
     for length in dict.fromkeys(request.seq_lens):
-        # One element seen as a whole tensor: a plan reads shapes, dtypes and devices only.
+        # One element expanded to the shape: binding a plan reads only shapes, dtypes and devices.
         one = torch.empty(1, 1, 1, 1, dtype=dtype_of(request.dtype), device=device_of(request.device))
         q = one.expand(1, request.num_heads, length, request.head_dim)
         k = one.expand(1, request.num_kv_heads, length, request.head_dim)

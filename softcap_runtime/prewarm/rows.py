@@ -1,4 +1,4 @@
-"""How prewarming shows itself: a row for each kernel, and a bar while they are made."""
+"""What prewarming shows: a result for each kernel, and a progress bar meanwhile."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from typing import Literal, NamedTuple
 from softcap_runtime.engines.spec import KernelSpec, kernel_name
 
 Outcome = Literal["built", "loaded", "ready", "failed"]
-# Called around the work on one kernel: what shows it to people.
+# A context manager around the work on one kernel, which shows it in the progress bar.
 Shown = Callable[[KernelSpec], AbstractContextManager[None]]
 
 
 class PrewarmResult(NamedTuple):
-    """How one kernel was prepared.
+    """The result of preparing one kernel.
 
-    ``outcome``: ``built`` here, ``loaded`` from the cache (another process may have built it meanwhile),
-    ``ready`` in this process before, or ``failed``. ``seconds``: wall time, waiting for another builder
-    included. ``bytes``: of its package; 0 where torch compiles it in each process anew. ``error``: one line when
-    it failed.
+    ``outcome``: ``built`` here, ``loaded`` from the cache (another process may just have built it), ``ready`` in this
+    process already, or ``failed``. ``seconds``: wall time, including the wait for another builder. ``bytes``: of its
+    package; 0 if torch compiles it in each process. ``error``: one line if it failed.
     """
 
     spec: KernelSpec
@@ -32,12 +31,12 @@ class PrewarmResult(NamedTuple):
 
 
 def row_of(spec: KernelSpec, shown: Shown, work: Callable[[], tuple[Outcome, int]]) -> PrewarmResult:
-    """How ``work`` on a kernel went: its outcome and bytes."""
+    """Run ``work`` on a kernel, which returns its outcome and bytes; an error becomes a failed result."""
     started = time.perf_counter()
     with shown(spec):
         try:
             outcome, size = work()
-        except Exception as error:  # whatever went wrong with one kernel is that kernel's row
+        except Exception as error:  # an error of one kernel is its result
             line = (str(error).splitlines() or [type(error).__name__])[0]
             return PrewarmResult(spec, "failed", time.perf_counter() - started, 0, line)
     return PrewarmResult(spec, outcome, time.perf_counter() - started, size, None)
@@ -45,7 +44,7 @@ def row_of(spec: KernelSpec, shown: Shown, work: Callable[[], tuple[Outcome, int
 
 @contextlib.contextmanager
 def shown_work(total: int, progress: bool) -> Iterator[Shown]:
-    """A bar over ``total`` kernels, with a line and the elapsed time for each one in work."""
+    """A progress bar over ``total`` kernels, with a line and the elapsed time for each one in progress."""
     if not progress:
         yield lambda spec: contextlib.nullcontext()
         return
@@ -61,7 +60,7 @@ def shown_work(total: int, progress: bool) -> Iterator[Shown]:
             task = bar.add_task(f"  {kernel_name(spec)}", total=None)
             try:
                 yield
-                bar.advance(overall)  # not for one that was interrupted
+                bar.advance(overall)  # skipped if it was interrupted
             finally:
                 bar.remove_task(task)
 

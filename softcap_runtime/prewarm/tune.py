@@ -1,4 +1,4 @@
-"""Which options of GPU kernels prewarming measures, by which calls, and how that went."""
+"""Tuning as a part of prewarming: which GPU kernels to measure, with which calls, and the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from softcap_runtime.supply import Supply
 
 
 def to_tune(requests: Iterable[PrewarmRequest]) -> dict[tuple[str, str, int, Direction], Shape]:
-    """What options are kept for, and the calls to measure them by: the first request decides."""
+    """The kernels to tune, and the shape of the calls to measure each with; the first request decides."""
     found: dict[tuple[str, str, int, Direction], Shape] = {}
     for one in requests:
         device = device_of(one.device)
@@ -39,7 +39,7 @@ def to_tune(requests: Iterable[PrewarmRequest]) -> dict[tuple[str, str, int, Dir
 def measure(
     supply: Supply, key: tuple[str, str, int, Direction], shape: Shape, pool: Executor, shown: Shown
 ) -> PrewarmResult:
-    """Have the best options of a kernel measured, or find those that were."""
+    """Measure the best options of a kernel, or find earlier results."""
     direction = key[3]
     capped = shape.softcap is not None
     spec = KernelSpec(f"tuned {direction}", "cuda", key[1], shape.head_dim, capped, "")

@@ -18,21 +18,23 @@ from softcap_runtime.supply import Supply
 
 Fields = Mapping[str, FieldValue]
 OPS = ("attention", "flex_forward")
-# The values of a field, and the words for them in an error. GPU kernels have keys of another form.
-_KNOWN: dict[str, tuple[tuple[str, ...], str]] = {
-    "op": (OPS, ", ".join(OPS)),
-    "device": (("cpu",), "cpu; inspect lists the kernels of a GPU"),
-    "dtype": (("float32", "bfloat16", "float16"), "float32, bfloat16 or float16"),
-    "mask": (("band", "intervals", ""), "band, intervals or nothing"),
+# What a field may be, by how it is written, and the words for that in an error. GPU kernels have keys of another form.
+_KNOWN: dict[str, tuple[Mapping[str, FieldValue], str]] = {
+    "op": ({op: op for op in OPS}, ", ".join(OPS)),
+    "device": ({"cpu": "cpu"}, "cpu; inspect lists the kernels of a GPU"),
+    "dtype": ({name: name for name in ("float32", "bfloat16", "float16")}, "float32, bfloat16 or float16"),
+    "head_dim": ({}, "an integer"),
+    "capped": ({"true": True, "false": False}, "true or false"),
+    "mask": ({kind: kind for kind in ("band", "intervals", "")}, "band, intervals or nothing"),
 }
-# Stands in for the fields that are not given while the cache holds no package.
+# The fields that are not given, while the cache holds no package.
 _DEFAULTS = Package("flex_forward", "cpu", "float32", 256, True, "band")
 
 
 class CacheReport(Frozen):
     """The document of ``inspect --json``; ``CacheReport.model_json_schema()`` gives its JSON schema.
 
-    ``status``: the folder and the counters of every process. ``fingerprint``: of this environment, for the CPU.
+    ``status``: the folder and the counters of all processes. ``fingerprint``: of this environment, for the CPU.
     ``entries``: least recently used first. ``gpus``: the CUDA devices here and the options of their kernels.
     """
 
@@ -51,10 +53,10 @@ def report(store: Store, softcap_approx: bool = False) -> CacheReport:
 
 
 def explain(store: Store, words: Sequence[str]) -> Explanation:
-    """Whether the kernel of some key fields (``["head_dim=256", "dtype=float32"]``) would be found, or why not.
+    """Whether the kernel with some key fields (``["head_dim=256", "dtype=float32"]``) would be found, or why not.
 
-    Without an op it is that of the cache's packages, where it holds any: all else depends on none of these fields.
-    Fields that are not given are those of the package that agrees with most of the given ones. Raises ValueError
+    Without an op it is a flex package if the cache holds any, else the library, which depends on no other field.
+    Fields that are not given are taken from the package that agrees with most of the given ones. Raises ValueError
     for a word that is no ``field=value`` of a kernel's key.
     """
     wanted = _parsed(words)
@@ -70,16 +72,16 @@ def explain(store: Store, words: Sequence[str]) -> Explanation:
 
 
 def missing(store: Store, artifacts: Iterable[Artifact]) -> list[Artifact]:
-    """Those of ``artifacts`` that belong in the cache but are missing or not usable on disk."""
+    """The ``artifacts`` that belong in the cache but are missing or unusable on disk."""
     keys = {one: one.key() for one in artifacts}
     return [one for one, key in keys.items() if key is not None and not _is_good(store, key.digest)]
 
 
 def not_kept(supply: Supply) -> str | None:
-    """Why kernels that this process built or loaded are not on disk any more, in one line.
+    """Why kernels that this process built or loaded are no longer on disk, in one line.
 
-    The size limit is too small for all of them, or another process removed them. None when all are there, or wait in
-    memory for a disk that can be written.
+    Either the size limit is too small for all of them, or another process removed them. None if all are there, or are
+    held in memory because the disk cannot be written.
     """
     store = supply.store
     supplied = [(one.key(), how.bytes) for one, how in list(supply.supplied.items())]
@@ -92,7 +94,7 @@ def not_kept(supply: Supply) -> str | None:
     if needed > store.size_limit:
         limit = f"SOFTCAP_CACHE_SIZE_LIMIT is {store.size_limit}; raise it and prewarm again"
         return f"{message}together they need {needed} bytes, {limit}"
-    # This process did not evict them: what it used leaves last.
+    # This process did not evict them: it evicts what it used last.
     clearing = f"another process removed them: it cleared the cache, or its SOFTCAP_CACHE_SIZE_LIMIT is below {needed}"
     return message + (store.fault or f"{clearing}; prewarm again")
 
@@ -117,15 +119,9 @@ def _parsed(words: Sequence[str]) -> dict[str, FieldValue]:
 
 
 def _value(name: str, text: str) -> FieldValue:
-    if name == "head_dim":
-        if not text.isdecimal():
-            raise ValueError(f"--explain: head_dim={text!r}, expected an integer")
+    if name == "head_dim" and text.isdecimal():
         return int(text)
-    if name == "capped":
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"--explain: capped={text!r}, expected true or false")
-        return text.lower() == "true"
     known, expected = _KNOWN[name]
-    if text not in known:
+    if text.lower() not in known:
         raise ValueError(f"--explain: {name}={text!r}, expected {expected}")
-    return text
+    return known[text.lower()]

@@ -1,4 +1,4 @@
-"""What ``softcap-runtime inspect`` tells of the GPUs: their limits, and the kernel options chosen for them."""
+"""What ``softcap-runtime inspect`` shows of the GPUs: their limits, and the kernel options chosen for them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from softcap_runtime.store.report import Frozen
 
 
 class GpuKernel(Frozen):
-    """One Triton kernel's options on a device; Triton compiles one kernel for each, they are part of its key.
+    """The options of one Triton kernel on a device, which are part of its key.
 
-    ``block_m`` query rows and ``block_n`` keys a block, ``shared_bytes`` of shared memory at most. ``tuned``: they were
-    measured on this machine, by ``prewarm --tune``.
+    ``block_m`` query rows and ``block_n`` keys per block, at most ``shared_bytes`` of shared memory. ``tuned``: they
+    were measured on this machine, by ``prewarm --tune``.
     """
 
     kernel: str
@@ -34,7 +34,7 @@ class GpuKernel(Frozen):
 
 
 class Gpu(Frozen):
-    """A device: ``shared_bytes`` a block may have; ``tanh`` is ``approximate`` under ``SOFTCAP_APPROX``."""
+    """A device; ``shared_bytes``: the limit per block; ``tanh``: ``exact``, or ``approximate`` (``SOFTCAP_APPROX``)."""
 
     device: str
     name: str
@@ -45,7 +45,7 @@ class Gpu(Frozen):
     kernels: list[GpuKernel]
 
 
-# What was measured for a kernel, by its dtype, head_dim and direction; None where nothing was.
+# The measured options of a kernel, by dtype, head_dim and direction; None if nothing was measured.
 Tuned = Callable[[torch.dtype, int, Direction], BlockOptions | None]
 
 
@@ -64,7 +64,7 @@ def gpus(store: Store, softcap_approx: bool) -> list[Gpu]:
 
 
 def describe(device: str, name: str, limits: DeviceLimits, softcap_approx: bool, measured: Tuned) -> Gpu:
-    """A device with ``limits``."""
+    """The description of a device with ``limits``."""
 
     def kernel(dtype: torch.dtype, head_dim: int, direction: Direction, chosen: BlockOptions) -> GpuKernel:
         best = measured(dtype, head_dim, direction)

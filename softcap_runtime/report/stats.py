@@ -1,4 +1,4 @@
-"""What a runtime has done so far in this process, for people and for ``/metrics``."""
+"""``Runtime.stats()``: what a runtime has done so far in this process, for people and for ``/metrics``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class KernelStats(Frozen):
     """One kernel of this process.
 
     ``op`` to ``mask``: what it was compiled for (see ``KernelSpec``). ``source``: ``built``, ``disk``, ``memory``
-    or ``compiled`` (by torch, in this process). ``seconds`` to get it, ``bytes`` of its package. ``plans``: how
-    many kinds of call (lengths, batches, heads, windows, caps, scales) share it, those of odd strides aside.
+    or ``compiled`` (by torch, in this process). ``seconds``: the time to get it. ``bytes``: the size of its package.
+    ``plans``: how many kinds of call (lengths, batches, heads, windows, caps, scales) share it, not counting those
+    with unusual strides.
     """
 
     op: str
@@ -34,9 +35,9 @@ class KernelStats(Frozen):
 
 
 class EngineStats(Frozen):
-    """``plans`` kinds of call go to ``engine`` for ``reason``; ``calls`` after the first of each, as ``hits`` count.
+    """``plans`` kinds of call go to ``engine`` for ``reason``; ``calls``: all but the first of each, as in ``hits``.
 
-    All calls over a paged cache that are read through its table are one kind, each of them counted.
+    All calls that read a paged cache through its table are one kind, and each of them counts.
     """
 
     engine: str
@@ -46,13 +47,14 @@ class EngineStats(Frozen):
 
 
 class RuntimeStats(Frozen):
-    """``hits`` and ``misses``: look-ups that found their plan, and those that had to make one. A call is one, its
-    backward another, prewarming a length one as well.
-    ``builds`` and ``loads``: kernels that were compiled, and that came from the cache, with the seconds each
-    took. ``bytes``: ``package_bytes`` of loaded packages and ``mask_bytes`` of masks that are kept.
-    ``background_pending``, ``background_failed``: builds behind calls that another engine serves meanwhile,
-    the latter with the error of each kernel. ``cache_dir`` and ``cache_fault``: the folder, and why it is not
-    used, or could not be: a folder that no call needed yet is looked at, not made.
+    """The state of a runtime in this process.
+
+    ``hits``, ``misses``: plan look-ups that found a plan, and that had to make one. A call is one look-up, its
+    backward another, prewarming a length one too. ``builds``, ``loads``: kernels that were compiled, and that came
+    from the cache; ``build_seconds``, ``load_seconds``: the time that took. ``bytes``: ``package_bytes`` of loaded
+    packages plus ``mask_bytes`` of cached masks. ``background_pending``: builds in the background, while another
+    engine serves the calls; ``background_failed``: the error of each kernel whose build failed. ``cache_dir``: the
+    cache folder. ``cache_fault``: why it is not used, or could not be; a folder not needed yet is checked, not made.
     """
 
     hits: int
@@ -73,7 +75,7 @@ class RuntimeStats(Frozen):
 
 
 def collect(all_plans: Plans, supply: Supply) -> RuntimeStats:
-    """The state of a runtime now, by its plans and its kernels; it runs nothing."""
+    """The state of a runtime now, from its plans and its kernels; runs nothing."""
     plans = [plan for _, plan in all_plans.items()]
     supplied = dict(supply.supplied)
     built = [one for one in supplied.values() if one.source == "built"]

@@ -1,8 +1,8 @@
-"""Bundles: entries in one file, to be built once and carried to other machines of the same fingerprint.
+"""Bundles: cache entries in one file, to copy kernels to other machines with the same fingerprint.
 
-A magic line, then the entries (length of text, length of payload, text, payload), then the SHA-256 of
-everything before, then the HMAC-SHA256 of the same (empty without an authentication key). Lengths are 8-byte
-big-endian; a pair of zeros ends the entries. Every entry carries its own seals as well.
+Format: a magic line; the entries, each as length of text, length of payload, text, payload; a pair of zero lengths;
+the SHA-256 of everything before it; the HMAC-SHA256 of the same (empty without an authentication key). Lengths are
+8-byte big-endian integers. Every entry also carries its own seals.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ MAX_BUNDLE = 2**34
 
 
 class Incomplete(SoftcapRuntimeError):
-    """An export that would lack entries; nothing was written. ``bad``: the damaged ones, by digest."""
+    """An export would be incomplete, so nothing was written. ``bad``: the damaged entries, by digest."""
 
     def __init__(self, bad: Sequence[tuple[str, BadEntry]]) -> None:
         self.bad = [one for one in bad if not isinstance(one[1], NotAuthenticated)]
         foreign = len(bad) - len(self.bad)
-        why = [f"{len(self.bad)} entries are damaged"] if self.bad else []
+        counts = (len(self.bad), "damaged"), (foreign, "not authenticated with this key")
+        why = [f"{count} {'entry is' if count == 1 else 'entries are'} {what}" for count, what in counts if count]
         remedy = "run verify --repair and prewarm, then export again"
         if foreign:
-            why.append(f"{foreign} entries are not authenticated with this key")
             remedy = f"set SOFTCAP_CACHE_KEY_FILE to the one that they were made with, or {remedy}"
         super().__init__(f"nothing was exported: {' and '.join(why)}; {remedy}")
 
 
 def export(store: EntryStore, path: Path, fingerprint: Mapping[str, str] | None) -> int:
     """See ``Store.export_bundle``."""
-    # Nothing bad is removed: an export that failed must fail again until what is missing was built.
+    # Bad entries stay: an export that failed must fail again until the missing kernels have been built.
     known, odd = rows(store)
     bad = [(printable(str(row.key)[:100]), why) for row, why in odd]
     parts, count = [MAGIC], 0
@@ -107,14 +107,14 @@ def import_(store: EntryStore, path: Path, expected: Mapping[str, str]) -> Impor
     except BadEntry as bad:
         raise ValueError(f"bundle {path}: refused, one of its entries is bad: {bad}") from None
     needed = sum(len(entry.payload) for entry in fitting.values())
-    if needed > store.size_limit:  # the last would evict the first
+    if needed > store.size_limit:  # the last entry would evict the first
         raise ValueError(
-            f"bundle {path}: nothing was imported, its {len(fitting)} entries for here need {needed} bytes; "
+            f"bundle {path}: nothing was imported, its {len(fitting)} entries that fit here need {needed} bytes; "
             f"SOFTCAP_CACHE_SIZE_LIMIT is {store.size_limit}, raise it"
         )
     present = [digest for digest in fitting if store.sealed(digest) is not None]
     for digest in present:
-        store.counters.use(digest, 0)  # not a load, but not one of those that the new ones may evict
+        store.counters.use(digest, 0)  # not a load, but new entries must not evict it
     store.flush()
     imported = 0
     for digest in [digest for digest in fitting if digest not in present]:
@@ -127,9 +127,9 @@ def import_(store: EntryStore, path: Path, expected: Mapping[str, str]) -> Impor
 
 
 def _read(path: Path, auth_key: bytes | None) -> list[Sealed]:
-    """The entries of a bundle whose file seals hold; their own seals are not checked here.
+    """The entries of a bundle, once the seals of the file are verified; those of each entry are not checked here.
 
-    Raises OSError when it cannot be read, ValueError when it is not a bundle or was changed.
+    Raises OSError when the file cannot be read, ValueError when it is not a bundle or was changed.
     """
     size = os.stat(path).st_size
     if size > MAX_BUNDLE:

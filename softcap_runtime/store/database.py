@@ -1,4 +1,4 @@
-"""The database of a folder, as an object that never raises: opened when used, moved aside when bad."""
+"""The database of a folder: opened at first use, moved into quarantine when bad; disk faults are noted, not raised."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUSY_SECONDS = 3.0  # how long one access waits for another process's transaction
-RETRY_SECONDS = 5.0  # how long a database that stays locked is left alone
+RETRY_SECONDS = 5.0  # how long to leave a locked database alone
 
 _INHERITED: list[object] = []  # connections of the parent process: closing one could roll back its work
 
 
 class Database:
-    """The database in ``folder``; ``count`` is called with ``corrupt`` or ``rejected`` for each bad one found.
+    """The database in ``folder``; calls ``count`` with ``corrupt`` or ``rejected`` for each bad one that it finds.
 
-    ``moved``: databases that this process moved into quarantine, with the reason. ``writable``: whether the folder
-    is, once the database is open.
+    ``moved``: a line for each database that this process moved into quarantine, with the reason. ``writable``:
+    whether the folder can be written; valid once the database is open.
     """
 
     def __init__(self, folder: Path, max_bytes: int, count: Callable[[str], None]) -> None:
@@ -46,20 +46,20 @@ class Database:
 
     @property
     def fault(self) -> str | None:
-        """Why the disk is not used, in one line: the oldest fault that lasts; None once what failed works again."""
+        """Why the disk is not used, in one line: the oldest fault that persists; None while everything works."""
         return next(iter(self._faults.values()), None)
 
     def probe_fault(self) -> str | None:
-        """``fault``; before the first use, what would prevent it. Opens and creates nothing."""
+        """``fault``, or before the first use what would prevent it. Opens and creates nothing."""
         if self._index is not None or self.fault is not None:
             return self.fault
         return trust.probe(self.folder)
 
     def use(self, what: str, action: Callable[[Index], T], default: T, create: bool = False) -> T:
-        """Run ``action`` on the open index; after a disk fault note it under ``what`` and give ``default``.
+        """Run ``action`` on the open index; on a disk fault, note it under ``what`` and return ``default``.
 
-        A missing database is made with ``create``; without, the answer is ``default``. One that was replaced is
-        opened again; a damaged or foreign one moves into quarantine and a new one takes its place.
+        ``create`` makes a missing database; without it the result is ``default``. A database that was replaced is
+        reopened; a damaged or foreign one moves into quarantine and a new one takes its place.
         """
         try:
             # Not at the top: with diskcache they take as long as opening a cache.
@@ -113,14 +113,14 @@ class Database:
                 index.close()
 
     def note(self, what: str, line: str) -> None:
-        """Keep a fault for people to see until ``what`` works again, and log it the first time."""
+        """Keep a fault as ``fault`` until ``what`` works again, and log it the first time."""
         self._faults[what] = line
         if line not in self._logged:
             self._logged.add(line)
             log.warning("%s", line)
 
     def forget_parent(self) -> None:
-        """In a forked child: neither use nor close what the parent has open."""
+        """In a forked child: neither use nor close the parent's connection."""
         if self._index is not None:
             _INHERITED.append(self._index)
         self._index = None
@@ -164,7 +164,7 @@ class Database:
         self.note(what, f"cache folder {self.folder}: cannot {what}: {error}; working from memory meanwhile")
 
     def _move_aside(self, error: Exception, kind: str) -> bool:
-        """Move a bad database into quarantine; whether to try again with a new one."""
+        """Move a bad database into quarantine; returns whether to try again with a new one."""
         from softcap_runtime.store import quarantine
 
         self.close()

@@ -28,14 +28,14 @@ class BadEntry(Exception):
 
 
 class NotAuthenticated(BadEntry):
-    """An intact entry that was not sealed with this process's secret: refused, and left for its owner."""
+    """An intact entry that was not sealed with this process's secret: refused, but kept for its owner."""
 
     def __init__(self) -> None:
         super().__init__("rejected", "its HMAC is missing or made with another key")
 
 
 class Sealed(NamedTuple):
-    """An entry as it lies on disk: the three lines of text, and the payload."""
+    """An entry as stored: the three lines of text, and the payload."""
 
     text: str
     payload: bytes
@@ -71,10 +71,10 @@ def reseal(entry: Sealed, auth_key: bytes | None) -> Sealed:
 
 
 def verify(text: object, payload: object, digest: str, auth_key: bytes | None) -> dict[str, Any]:
-    """The document of an entry whose seals hold and whose key is ``digest``.
+    """Verify an entry's seals and that its key is ``digest``; returns its document.
 
-    Raises BadEntry: nothing of the entry may be used. A missing or wrong HMAC counts only with ``auth_key``, and
-    is NotAuthenticated where nothing else is wrong.
+    Raises BadEntry: nothing of the entry may be used. With ``auth_key`` it raises NotAuthenticated for a missing or
+    wrong HMAC where nothing else is wrong.
     """
     if not isinstance(payload, bytes):
         raise BadEntry("rejected", f"its value is {type(payload).__name__}, expected bytes")

@@ -1,4 +1,4 @@
-"""The entries of one folder: read and verified, published, counted; held in memory where the disk cannot take them."""
+"""The entries of one folder: read and verified, published, counted; held in memory while the disk cannot be written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from softcap_runtime.store import entry as entries_
 from softcap_runtime.store import processes
-from softcap_runtime.store.counters import Counters, added
+from softcap_runtime.store.counters import Counters
 from softcap_runtime.store.database import Database
 from softcap_runtime.store.entry import BadEntry, NotAuthenticated, Sealed
 from softcap_runtime.store.processes import DATABASE_LOCK
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class EntryStore:
-    """What ``Store`` keeps, without building anything. Never raises for what is on disk."""
+    """A ``Store`` without building. Never raises for what is on disk."""
 
     def __init__(self, folder: str | os.PathLike[str], size_limit: int, auth_key: bytes | None = None) -> None:
         if size_limit < 1:
@@ -44,7 +44,7 @@ class EntryStore:
 
     @property
     def fault(self) -> str | None:
-        """Why the disk is not used, in one line; None before it was needed and once all works again."""
+        """Why the disk is not used, in one line; None before the first use and while everything works."""
         return self.database.fault
 
     @property
@@ -63,46 +63,45 @@ class EntryStore:
         return None if held is None else (held.payload, "memory")
 
     def sealed(self, digest: str) -> Sealed | None:
-        """The verified entry under ``digest`` on disk.
+        """The verified entry under ``digest`` on disk; None when there is none, or it is bad.
 
-        A bad one is counted (``corrupt`` or ``rejected``), logged, removed where the folder is writable, and
-        gives None. One that only lacks our HMAC stays, as others can use it; it is counted and logged once.
+        A bad one is counted (``corrupt`` or ``rejected``), logged, and removed if the folder is writable. One that
+        only lacks our HMAC stays, as others can use it; it is counted and logged once.
         """
-        return self.database.use("read", lambda index: self._read(index, digest), None)
+        with DATABASE_LOCK:  # so that no other thread replaces what is removed
+            found = self.examine(digest)
+            if not isinstance(found, BadEntry):
+                return found
+            if isinstance(found, NotAuthenticated):
+                if digest in self._not_authenticated:
+                    return None
+                self._not_authenticated.add(digest)
+            elif self.database.writable:
+                self.database.use("write", lambda index: index.delete(digest), None)
+            self.counters.add(found.kind)
+        log.warning("cache entry %s of %s is not used: %s", digest[:12], self.folder, found)
+        return None
 
     def examine(self, digest: str) -> Sealed | BadEntry | None:
         """The entry under ``digest`` on disk, or why it must not be used; counts, logs and removes nothing."""
-        return self.database.use("read", lambda index: self._examined(index, digest), None)
 
-    def _examined(self, index: Index, digest: str) -> Sealed | BadEntry | None:
-        try:
-            found = index.read(digest)
-            if found is not None:
-                entries_.verify(found.text, found.payload, digest, self.auth_key)
-            return found
-        except BadEntry as bad:
-            return bad
+        def read(index: Index) -> Sealed | BadEntry | None:
+            try:
+                found = index.read(digest)
+                if found is not None:
+                    entries_.verify(found.text, found.payload, digest, self.auth_key)
+                return found
+            except BadEntry as bad:
+                return bad
 
-    def _read(self, index: Index, digest: str) -> Sealed | None:
-        found = self._examined(index, digest)
-        if not isinstance(found, BadEntry):
-            return found
-        if digest in self._not_authenticated and isinstance(found, NotAuthenticated):
-            return None
-        self.counters.add(found.kind)
-        log.warning("cache entry %s of %s is not used: %s", digest[:12], self.folder, found)
-        if isinstance(found, NotAuthenticated):
-            self._not_authenticated.add(digest)
-        elif self.database.writable:
-            index.delete(digest)
-        return None
+        return self.database.use("read", read, None)
 
     # Writing
 
     def put(self, digest: str, sealed: Sealed) -> bool:
-        """Publish a verified entry; whether it is on disk. If not, it is held in memory and counted.
+        """Publish a verified entry; returns whether it is on disk. If not, it is counted and held in memory.
 
-        Entries in memory are written by a later ``flush``; the oldest are dropped above the size limit.
+        A later ``flush`` writes entries in memory; above the size limit the oldest are dropped.
         """
         with DATABASE_LOCK:
             self._memory[digest] = sealed
@@ -138,9 +137,9 @@ class EntryStore:
         return True
 
     def clear(self) -> int:
-        """Remove every entry, on disk and in memory; how many. Safe while other processes run.
+        """Remove every entry, on disk and in memory; returns how many. Safe while other processes run.
 
-        In a read-only folder nothing is removed from disk: ``database.writable`` says so.
+        Removes nothing from disk where the folder is read-only (see ``database.writable``).
         """
         with DATABASE_LOCK:
             held = len(self._memory)
@@ -157,23 +156,23 @@ class EntryStore:
                     self._publish(digest)
                 else:  # another process was faster
                     del self._memory[digest]
-            counts, uses = self.counters.take()
-            if not counts and not uses:
+            held = self.counters
+            if not (held.counts or held.uses):
                 return
 
             def merge(index: Index) -> bool:
-                index.merge(uses, lambda stored: json.dumps(added(stored, counts)).encode())
+                index.merge(held.uses, lambda stored: json.dumps(held.total(stored)).encode())
                 return True
 
-            if not (self.database.can_write() and self.database.use("count", merge, False)):
-                self.counters.give_back(counts, uses)
+            if self.database.can_write() and self.database.use("count", merge, False):
+                held.clear()
 
     # Processes
 
     def forget_parent(self) -> None:
         """In a forked child: the parent's connection and counts are not ours."""
         self.database.forget_parent()
-        self.counters.forget_parent()
+        self.counters.clear()
 
     def close(self) -> None:
         """Write what is held and close the database; the store opens it again when used."""

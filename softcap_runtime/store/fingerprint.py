@@ -1,7 +1,7 @@
-"""What must be equal for machine code to be usable here: a flat dict of strings.
+"""The fingerprint: what must be equal for machine code to be usable here, as a flat dict of strings.
 
-The compiler is not part of it: a serving machine may have none. Who builds an entry records the compiler as
-provenance instead, and puts the digest of the sources that it is built from into the key's fields.
+The compiler is not part of it, as a serving machine may have none. An entry records its compiler as provenance, and
+the digest of its sources in the key's fields.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import os
+import re
 import sys
 
 CPUINFO_BYTES = 16384  # one processor's block is 1-3 KB; the file of a 256-core machine is 400 KB
@@ -18,8 +19,8 @@ CPUINFO_BYTES = 16384  # one processor's block is 1-3 KB; the file of a 256-core
 def fingerprint(device_type: str, device_index: int | None = None) -> dict[str, str]:
     """The fingerprint of this process for a device.
 
-    ``device_type``: ``"cpu"``, ``"cuda"`` or another torch device type. ``device_index``: which of several
-    (None: the current one). A device that is not there gives a fingerprint that fits no entry; never raises.
+    ``device_type``: ``"cpu"``, ``"cuda"`` or another torch device type. ``device_index``: which of several devices
+    (None: the current one). A missing device has a fingerprint that fits no entry; never raises.
     """
     if device_type == "cpu":
         return dict(_host())
@@ -28,7 +29,7 @@ def fingerprint(device_type: str, device_index: int | None = None) -> dict[str, 
 
 
 def fingerprints(device_type: str) -> list[dict[str, str]]:
-    """The fingerprints of every device of a type; one that fits no entry where there is none."""
+    """The fingerprint of every device of a type; where there is none, one that fits no entry."""
     import torch
 
     count = torch.cuda.device_count() if device_type == "cuda" else 0
@@ -62,7 +63,7 @@ def _torch() -> str:
 
 @functools.cache
 def version_of(distribution: str) -> str:
-    """The version of what is installed; "none" where it is not."""
+    """The installed version of a distribution; "none" if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -77,17 +78,14 @@ def _libc() -> str:
 
 
 def _cpu_flags_digest() -> str:
-    """A digest of the instruction sets the kernel reports; code is compiled for the machine it runs on."""
+    """A digest of the CPU's instruction sets as Linux reports them: code is compiled for the machine it runs on."""
     try:
         with open("/proc/cpuinfo", "rb") as file:
             head = file.read(CPUINFO_BYTES).decode("ascii", "replace")
     except OSError:
         return "unknown"
-    for line in head.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return hashlib.sha256(" ".join(sorted(value.split())).encode()).hexdigest()[:16]
-    return "unknown"
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", head, re.MULTILINE)
+    return "unknown" if found is None else hashlib.sha256(" ".join(sorted(found[1].split())).encode()).hexdigest()[:16]
 
 
 def _gpu(device_type: str, device_index: int | None) -> str:
@@ -100,5 +98,5 @@ def _gpu(device_type: str, device_index: int | None) -> str:
         return f"no {device_type} device {index}"
     major, minor = torch.cuda.get_device_capability(index)
     runtime = f"cuda {torch.version.cuda}" if torch.version.hip is None else f"hip {torch.version.hip}"
-    # A newer driver runs older code, but not the reverse; the runtime version is what code is built against.
+    # The CUDA runtime's version, not the driver's: code is built against it, and newer drivers run older code.
     return f"{torch.cuda.get_device_name(index)} sm_{major}{minor} {runtime}"

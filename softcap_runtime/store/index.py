@@ -1,8 +1,8 @@
 """The index of a cache: a diskcache.Cache that trusts nothing it reads and never touches another file.
 
-diskcache unpickles rows, opens and removes files that rows name, obeys settings that it finds in the
-database, writes 25 transactions on every open and waits 60 s for a lock. This one inspects a database before
-using it, opens it without a write (read-only if need be) on one connection, and takes only str keys and bytes values.
+diskcache itself unpickles rows, opens and removes files that rows name, obeys settings found in the database, writes
+25 transactions on every open and waits 60 s for a lock. ``Index`` inspects a database before using it, opens it
+without a write (read-only if need be) on one connection, and takes only str keys and bytes values.
 """
 
 from __future__ import annotations
@@ -27,39 +27,35 @@ CLOCK_STEP_S = 60.0  # a last use further in the future than this comes from a w
 
 
 class Moved(sqlite3.OperationalError):
-    """The database at the path is no longer the one that is open."""
+    """The open database is no longer the one at its path."""
 
 
 class BytesDisk(diskcache.Disk):
-    """Keys are str and values bytes, both in the row; anything else in a row is refused, never followed."""
+    """str keys and bytes values, both within the row; anything else in a row is refused, never followed."""
 
     def put(self, key: Any) -> tuple[str, bool]:
-        """The key as it is; TypeError unless it is a str."""
+        """The key, unchanged. Raises TypeError unless it is a str."""
         if type(key) is not str:
             raise TypeError(f"key: {type(key).__name__}, expected str")
         return key, True
 
     def get(self, key: Any, raw: Any) -> str:
-        """The key of a row; BadEntry unless it is text stored raw."""
+        """The key of a row. Raises BadEntry unless it is text stored raw."""
         if type(key) is not str or raw != 1:
             raise BadEntry("rejected", "its key is not plain text")
         return key
 
     def store(self, value: Any, read: bool, key: Any = None) -> tuple[int, int, None, bytes]:
-        """The columns of a value; TypeError unless it is bytes."""
+        """The columns of a value. Raises TypeError unless it is bytes."""
         if type(value) is not bytes:
             raise TypeError(f"value: {type(value).__name__}, expected bytes")
         return len(value), MODE_RAW, None, value
 
     def fetch(self, mode: Any, filename: Any, value: Any, read: bool) -> bytes:
-        """The value of a row; BadEntry unless it is bytes within the row."""
+        """The value of a row. Raises BadEntry unless it is bytes within the row."""
         if mode != MODE_RAW or filename is not None or type(value) is not bytes:
             raise BadEntry("rejected", f"its value is not plain bytes (mode {mode!r}, file {filename is not None})")
         return value
-
-    def filename(self, key: Any = None, value: Any = None) -> tuple[str, str]:
-        """Never: BadEntry."""
-        raise BadEntry("rejected", "entries name no files")
 
     def remove(self, file_path: Any) -> None:
         """Remove nothing: no file that a row names is ours."""
@@ -80,7 +76,7 @@ class Row(NamedTuple):
     hits: Any
 
     def check(self) -> str:
-        """The digest of a row that has the form of an entry; BadEntry otherwise."""
+        """The digest of the row's entry. Raises BadEntry for a row of any other form."""
         columns = self.raw, self.mode, self.filename, self.value_type
         if columns != (1, MODE_RAW, None, "blob") or not is_digest(self.key):
             raise BadEntry("rejected", "it does not have the form of an entry")
@@ -120,7 +116,7 @@ class Index(diskcache.Cache):
             for name in ("mmap_size", "cache_size", "synchronous"):
                 self._connection.execute(f"PRAGMA {name} = {schema.SETTINGS[f'sqlite_{name}']}")
             if writable:
-                # Another tool may have left it in WAL mode; a file in the right mode is not written.
+                # Another tool may have left it in WAL mode; SQLite writes nothing if the mode is right already.
                 self._connection.execute("PRAGMA journal_mode = delete").fetchall()
             schema.check_schema(self._connection)
             self.check_place()
@@ -138,7 +134,7 @@ class Index(diskcache.Cache):
 
     @contextlib.contextmanager
     def _transact(self, retry: bool = False, filename: Any = None) -> Iterator[tuple[Any, Callable[[Any], None]]]:
-        """diskcache's transaction, with the real error; rolled back when COMMIT itself fails (disk full)."""
+        """diskcache's transaction, but with SQLite's own error, and rolled back if COMMIT fails (disk full)."""
         execute = self._connection.execute
         if self._txn_id == threading.get_ident():
             yield execute, self._disk.remove
@@ -146,7 +142,7 @@ class Index(diskcache.Cache):
         execute("BEGIN IMMEDIATE")
         self._txn_id = threading.get_ident()
         try:
-            # After BEGIN: whoever moves a database aside holds its lock, so cannot come between.
+            # After BEGIN: moving a database aside takes its lock, so nobody can do it from here on.
             self.check_place()
             yield execute, self._disk.remove
             execute("COMMIT")
@@ -168,37 +164,28 @@ class Index(diskcache.Cache):
         self.check_place()
         sizes = "SELECT length(value), length(tag) FROM Cache WHERE key = ? AND raw = 1"
         for value_bytes, text_length in self._connection.execute(sizes, (digest,)).fetchall():
-            for what, size, limit in (
-                ("value has {} bytes", value_bytes, self._max_bytes),
-                ("document has {} characters", text_length, MAX_DOCUMENT),
-            ):
-                if (size or 0) > limit:
-                    raise BadEntry("rejected", f"its {what.format(size)}, expected at most {limit}")
+            if (value_bytes or 0) > self._max_bytes:
+                raise BadEntry("rejected", f"its value has {value_bytes} bytes, expected at most {self._max_bytes}")
+            if (text_length or 0) > MAX_DOCUMENT:
+                raise BadEntry(
+                    "rejected", f"its document has {text_length} characters, expected at most {MAX_DOCUMENT}"
+                )
         payload, text = self.get(digest, tag=True)
         return None if payload is None else Sealed(text, payload)
 
     def publish(self, digest: str, entry: Sealed, size_limit: int) -> int:
-        """Store an entry, evict the least recently used others down to ``size_limit`` bytes; how many."""
+        """Store an entry and evict the least recently used others down to ``size_limit`` bytes; returns how many."""
+        # Keeps this entry, then the most recently used that fit. Entries used in the future (a clock ran ahead) are
+        # evicted first: they would outlive the others for years.
+        evict = (
+            "DELETE FROM Cache WHERE rowid IN (SELECT rowid FROM (SELECT rowid, total(length(value)) OVER"
+            " (ORDER BY key IS ? DESC, access_time <= ? DESC, access_time DESC, rowid DESC) AS kept"
+            " FROM Cache WHERE key IS NOT ?) WHERE kept > ?)"
+        )
         with self._transact() as (execute, _):
             self.set(digest, entry.payload, tag=entry.text)
-            return self._evict(execute, digest, size_limit)
-
-    def _evict(self, execute: Any, keep: str, size_limit: int) -> int:
-        _, total = self.totals()
-        evicted = 0
-        if total <= size_limit:
-            return evicted
-        # Entries used in the future (a clock ran ahead) leave first: they would outlive the others for years.
-        oldest_first = (
-            "SELECT rowid, length(value) FROM Cache WHERE key IS NOT ? AND key IS NOT ?"
-            " ORDER BY access_time <= ?, access_time, rowid"
-        )
-        for rowid, size in execute(oldest_first, (keep, COUNTERS_KEY, time.time() + CLOCK_STEP_S)).fetchall():
-            execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
-            evicted, total = evicted + 1, total - (size or 0)
-            if total <= size_limit:
-                break
-        return evicted
+            now = time.time() + CLOCK_STEP_S
+            return int(execute(evict, (digest, now, COUNTERS_KEY, size_limit)).rowcount)
 
     def merge(self, uses: Mapping[str, int], counters: Callable[[bytes | None], bytes]) -> None:
         """Add ``uses`` to the entries' counts, and rewrite the counters row, in one transaction."""
@@ -216,42 +203,38 @@ class Index(diskcache.Cache):
             return None
         return data if isinstance(data, bytes) else None
 
-    def rows(self) -> Iterator[Row]:
-        """Every row but the counters, in batches: other processes may write meanwhile."""
+    def rows(self) -> list[Row]:
+        """Every row but the counters."""
         select = (
             f"SELECT rowid, key, raw, CASE WHEN length(tag) <= {MAX_DOCUMENT} THEN tag END, mode, filename,"
             " typeof(value), length(value), access_time, access_count"
-            " FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT 500"
+            " FROM Cache WHERE key IS NOT ? OR raw IS NOT 1 ORDER BY rowid"
         )
-        last = -(2**63)
-        while batch := self._connection.execute(select, (last,)).fetchall():
-            rows = map(Row._make, batch)
-            yield from (row for row in rows if (row.key, row.raw) != (COUNTERS_KEY, 1))
-            last = batch[-1][0]
+        return [Row._make(row) for row in self._connection.execute(select, (COUNTERS_KEY,)).fetchall()]
 
     def raw_row(self, rowid: int) -> tuple[Any, Any]:
-        """Text and value of a row as they are, for the quarantine; None where there is no such row."""
+        """Text and value of a row, unchecked, for the quarantine; (None, None) if there is no such row."""
         found = self._connection.execute("SELECT tag, value FROM Cache WHERE rowid = ?", (rowid,)).fetchall()
         return found[0] if found else (None, None)
 
     def remove_rows(self, rowids: Iterable[int]) -> None:
-        """Delete rows; nothing that they name is followed."""
+        """Delete rows; files that they name are not touched."""
         with self._transact() as (execute, _):
             for rowid in rowids:
                 execute("DELETE FROM Cache WHERE rowid = ?", (rowid,))
 
     def remove_entries(self) -> int:
-        """Delete every row but the counters; how many."""
+        """Delete every row but the counters; returns how many."""
         with self._transact() as (execute, _):
             return int(execute("DELETE FROM Cache WHERE key IS NOT ? OR raw IS NOT 1", (COUNTERS_KEY,)).rowcount)
 
     def totals(self) -> tuple[int, int]:
-        """Entries and their bytes."""
+        """The number of entries, and their bytes."""
         select = "SELECT count(*), total(length(value)) FROM Cache WHERE key IS NOT ?"
         ((entries, size),) = self._connection.execute(select, (COUNTERS_KEY,)).fetchall()
         return int(entries), int(size)
 
     def damage(self) -> list[str]:
-        """What SQLite's own check finds wrong with the file; reads all of it."""
+        """What SQLite's own integrity check finds; reads the whole file."""
         lines = self._connection.execute("PRAGMA integrity_check(20)")
         return [str(line) for (line,) in lines if line != "ok"]

@@ -1,4 +1,4 @@
-"""What people see of a store: its entries and state, why a key would miss, what is damaged."""
+"""What people ask of a store: its entries and state, why a key would miss, what is damaged."""
 
 from __future__ import annotations
 
@@ -42,11 +42,10 @@ def entries(store: EntryStore) -> list[EntryInfo]:
 
 
 def rows(store: EntryStore) -> tuple[list[EntryInfo], BadRows]:
-    """Every usable entry, least recently used first, and the rows that are none with the reason. Removes nothing."""
+    """Every usable entry, least recently used first, and every other row with the reason. Removes nothing."""
     store.flush()
-    good, bad = [], []
-    nothing: list[Row] = []
-    for row in store.database.use("read", lambda index: list(index.rows()), nothing):
+    good, bad, nothing = [], [], list[Row]()
+    for row in store.database.use("read", lambda index: index.rows(), nothing):
         try:
             good.append(_info(row))
         except BadEntry as why:
@@ -59,7 +58,7 @@ def _info(row: Row) -> EntryInfo:
     document = document_of(row.text)
     if entries_.document_digest(document.model_dump()) != digest:
         raise BadEntry("rejected", "it belongs to another key")
-    # This environment's fingerprint for the device that the entry was built for, or the one most like it.
+    # Of this environment's fingerprints for that type of device, the one most like the entry's.
     known = fingerprints("cuda" if "gpu" in document.fingerprint else "cpu")
     differs = min((differing(document.fingerprint, here) for here in known), key=len)
     return EntryInfo(
@@ -74,12 +73,12 @@ def _info(row: Row) -> EntryInfo:
 
 
 def _plausible(number: Any) -> float:
-    """A count or a time from a column that any process may have written; 0 for what is neither."""
+    """A count or time from a column that any process may have written; 0 if it cannot be one."""
     return number if type(number) in (int, float) and 0 <= number < 2**53 else 0
 
 
 def document_of(text: Any) -> Document:
-    """The validated document of an entry's text; BadEntry when it is not one. Its seals are not checked."""
+    """The validated document of an entry's text, its seals unchecked. Raises BadEntry if it is not valid."""
     document = entries_.parse(entries_.split(text)[0])
     try:
         json.dumps(document, ensure_ascii=False).encode()
@@ -127,17 +126,17 @@ def status(store: EntryStore) -> StoreStatus:
 
 
 def absent(folder: Path) -> str:
-    """What to say of a cache folder that does not exist, to someone who only wants to look."""
+    """The message for a command that only reads and finds no cache folder."""
     return f"cache folder {folder} does not exist"
 
 
 def _unicode(text: str) -> str:
-    """A text with names of files in it, of whatever bytes: JSON can hold it."""
+    """``text`` as valid Unicode, which JSON requires: file names may hold any bytes."""
     return os.fsencode(text).decode("utf-8", "replace")
 
 
 def filesystem_type(folder: Path) -> str:
-    """The kernel's name for the type of filesystem that ``folder`` lies on; ``unknown`` if it has none."""
+    """The type of filesystem that holds ``folder``, as /proc names it; ``unknown`` if it cannot be told."""
     real = os.path.realpath(folder)
     best, kind = -1, "unknown"
     try:
@@ -184,13 +183,13 @@ def explain(store: EntryStore, key: Key) -> Explanation:
 
 
 def _distance(key: Key, info: EntryInfo) -> tuple[int, int]:
-    """How far an entry is; of two equally far the one that differs in its environment only is the nearer."""
+    """How many fields differ; among equals, an entry that differs only in its environment is nearer."""
     differences = _differences(key, info)
     return len(differences), sum(not one.field.startswith("fingerprint.") for one in differences)
 
 
 def _differences(key: Key, info: EntryInfo) -> list[Difference]:
-    # Fields and fingerprint are shown in one namespace: a prefix marks a fingerprint's field.
+    # Fields and fingerprint share one namespace: a prefix marks those of the fingerprint.
     wanted, stored = (
         {**one.fields, **{f"fingerprint.{name}": value for name, value in one.fingerprint.items()}}
         for one in (key, info)
@@ -216,10 +215,10 @@ def _problems(store: EntryStore, index: Index, repair: bool) -> Iterator[Problem
     repair = repair and store.database.can_write()
     damage = index.damage()
     if damage and repair:
-        raise sqlite3.DatabaseError(damage[0])  # has the database moved aside
+        raise sqlite3.DatabaseError(damage[0])  # makes ``use`` move the database aside
     for line in damage:
         yield Problem(where=schema.DBNAME, what=line, repaired=False)
-    for row in list(index.rows()):
+    for row in index.rows():
         try:
             digest = row.check()
             found = index.read(digest)

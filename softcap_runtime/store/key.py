@@ -12,19 +12,19 @@ FieldValue = str | int | bool
 
 
 def canonical(document: Any) -> str:
-    """JSON with one spelling per document: sorted keys, no blanks, ASCII only, no NaN.
+    """JSON with one spelling per document: sorted keys, no whitespace, ASCII only, no NaN.
 
-    Raises ValueError or TypeError for what JSON cannot hold.
+    Raises ValueError or TypeError for what JSON cannot represent.
     """
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Key:
-    """``fields`` name the thing, ``fingerprint`` the environment that can use it (see ``fingerprint()``).
+    """``fields`` say what the entry is, ``fingerprint`` which environment can use it (see ``fingerprint()``).
 
-    ``digest`` is the SHA-256 of both, as 64 hex digits; equality and hash follow it. Raises TypeError for a
-    value that is not a str, int or bool.
+    ``digest``: the SHA-256 of both, as 64 hex digits; equality and hash follow it. Raises TypeError for a value that
+    is not a str, int or bool.
     """
 
     fields: Mapping[str, FieldValue]
@@ -50,7 +50,7 @@ class Key:
 
 
 def digest_of(fields: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> str:
-    """SHA-256, as hex, of the document that names an entry."""
+    """The SHA-256 of fields and fingerprint, as 64 hex digits."""
     document = {"fields": dict(fields), "fingerprint": dict(fingerprint)}
     return hashlib.sha256(canonical(document).encode("ascii")).hexdigest()
 

@@ -1,7 +1,7 @@
-"""One builder per key: a kernel lock on a file, which excludes threads and processes and ends with its holder.
+"""One builder per key: a file lock of the operating system, between threads and processes, that ends with its holder.
 
-On a network filesystem the lock holds between hosts only where the server keeps flock (NFS does by default);
-where flock is missing altogether, each process builds for itself, which costs time and harms nothing.
+On a network filesystem it holds between hosts only if the server supports flock (NFS does by default). Without flock
+each process builds for itself, which costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -21,34 +21,37 @@ from softcap_runtime.store import trust
 log = logging.getLogger(__name__)
 
 FOLDER = "locks"
-LONGEST_WAIT_S = 1800.0  # a build may take 900 s; a builder that was stopped must not stop the machine
+LONGEST_WAIT_S = 1800.0  # a build may take 900 s; a suspended builder must not block everyone else
 
 
 @contextlib.contextmanager
 def hold(folder: Path, name: str, longest: float = LONGEST_WAIT_S) -> Iterator[float]:
-    """Hold the lock ``name`` of the cache ``folder``; gives the seconds waited.
+    """Hold the lock ``name`` of the cache ``folder``; yields the seconds waited for it.
 
-    Continues without the lock after ``longest`` seconds, or where no lock can be taken: that is logged, and
-    costs at most a second build.
+    Goes on without the lock after ``longest`` seconds, or if no lock can be taken: this is logged, and costs at most
+    a second build.
     """
-    lock, started, place = None, time.monotonic(), folder / FOLDER
+    lock, waiting_since, place = None, None, folder / FOLDER
     try:
-        # Not at the top: only builders need it, and its import takes as long as opening a cache.
+        # Imported here: only builders need it, and it takes as long to import as a cache to open.
         from filelock import FileLock
 
         trust.make_private(place)
         if not _has_flock(place):
             raise OSError("its filesystem has no flock")
-        wanted = FileLock(place / f"{name}.lock", mode=0o600)  # an object of its own, so threads exclude each other
-        started = time.monotonic()
-        wanted.acquire(timeout=longest)
+        wanted = FileLock(place / f"{name}.lock", mode=0o600)  # a new object each time, so that it excludes threads too
+        try:
+            wanted.acquire(blocking=False)
+        except TimeoutError:  # filelock's own is one
+            waiting_since = time.monotonic()
+            wanted.acquire(timeout=longest)
         lock = wanted
-    except TimeoutError:  # filelock's own is one
+    except TimeoutError:
         _warn_once(place, f"{name[:12]} is held for more than {longest:.0f} s")
     except (OSError, ImportError) as error:
         _warn_once(place, str(error))
     try:
-        yield time.monotonic() - started
+        yield 0.0 if waiting_since is None else time.monotonic() - waiting_since
     finally:
         if lock is not None:
             with contextlib.suppress(OSError):
@@ -61,7 +64,7 @@ def _warn_once(place: Path, reason: str) -> None:
 
 
 def _has_flock(folder: Path) -> bool:
-    """Whether the filesystem has flock: without it filelock takes a lock that outlives a killed holder."""
+    """Whether the filesystem has flock: without it, filelock's lock would outlive a killed holder."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -73,7 +76,7 @@ def _has_flock(folder: Path) -> bool:
 
 
 def remove_unused(path: Path) -> bool:
-    """Remove a lock file that nobody holds; whether it was removed. Raises OSError."""
+    """Remove a lock file unless somebody holds it; returns whether it was removed. Raises OSError."""
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

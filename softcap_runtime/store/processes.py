@@ -1,4 +1,4 @@
-"""Fork, exit, garbage collection: one lock for a process's database work, and who is told of forks and exits."""
+"""Fork, exit and garbage collection: one lock for all database work of a process, and who is told of these events."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from multiprocessing import parent_process
 from multiprocessing.util import Finalize, register_after_fork
 from typing import Any
 
-# SQLite's file locks belong to the process, and a fork must never happen in the middle of a transaction.
+# Held across a fork, which must not happen in the middle of a transaction: SQLite's file locks belong to the process.
 DATABASE_LOCK = threading.RLock()
 
 
-# Each has ``flush``, at the end of the process: write what is held in memory; ``forget_parent``, in a forked child:
-# nothing of the parent's connection, locks and counts is its own; and ``close``: flush, and close what is open.
+# Each has three methods. ``flush``, called at exit, writes what is held in memory. ``forget_parent``, called in a
+# forked child, drops the parent's connection and counts. ``close`` flushes and closes the connection.
 _WATCHED: weakref.WeakSet[Any] = weakref.WeakSet()
 _ABANDONED: list[Any] = []
 
 
 def watch(watched: Any) -> None:
-    """Tell ``watched`` about forks and exits until it is collected; close what was abandoned before."""
+    """Tell ``watched`` of forks and exits until it is collected; close what was abandoned before."""
     while _ABANDONED:
         with contextlib.suppress(IndexError):  # another thread was faster
             _ABANDONED.pop().close()
@@ -31,10 +31,10 @@ def watch(watched: Any) -> None:
 
 
 def abandon(watched: Any) -> None:
-    """Keep ``watched``, which nobody refers to any more, until the next ``watch`` closes it or the exit flushes it.
+    """Keep ``watched``, to which nobody refers any more, until the next ``watch`` closes it or the exit flushes it.
 
-    For ``__del__``: the garbage collector runs it in the middle of anything. Closing there could wait for a
-    transaction of this very thread, or close a connection that is being read.
+    For ``__del__``, which the garbage collector can run at any point: closing there could wait for a transaction of
+    this very thread, or close a connection that is being read.
     """
     _ABANDONED.append(watched)
 

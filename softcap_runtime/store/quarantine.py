@@ -1,4 +1,4 @@
-"""The files of a cache folder: making the database, moving bad ones aside, removing what is left over."""
+"""The files of a cache folder: create the database, move bad ones into quarantine, remove leftovers."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from pathlib import Path
 from softcap_runtime.store import locks, schema, trust
 
 FOLDER = "quarantine"
-TEMPORARY_S, LOCK_S, QUARANTINE_S = 3600.0, 86400.0, 7 * 86400.0  # how old each may get
-_MAINTENANCE = "maintenance"  # the lock that making and moving a database takes
+TEMPORARY_S, LOCK_S, QUARANTINE_S = 3600.0, 86400.0, 7 * 86400.0  # the age at which each is removed
+_MAINTENANCE = "maintenance"  # the lock for creating and moving a database
 _LONGEST_WAIT_S = 10.0
-_SQLITE_LOCK_BYTES = (512, 0x40000000)  # length and start of the range that SQLite's file locks use
+_SQLITE_LOCK_BYTES = (512, 0x40000000)  # length and start of the range of SQLite's file locks
 
-# Kept open for good: closing any descriptor of a file drops every lock the process has on it.
+# Never closed: closing any descriptor of a file drops every lock that the process holds on it.
 _MOVED: list[int] = []
 
 
 def create_database(folder: Path) -> None:
-    """Make an empty database unless another process just did. Raises OSError, sqlite3.Error."""
+    """Create an empty database unless another process just did. Raises OSError, sqlite3.Error."""
     with locks.hold(folder, _MAINTENANCE, _LONGEST_WAIT_S):
         if not os.path.lexists(folder / schema.DBNAME):
-            # Left by a database that is gone: SQLite would play it back into the new one.
+            # A leftover of a database that is gone; SQLite would replay it into the new one.
             (folder / f"{schema.DBNAME}-journal").unlink(missing_ok=True)
             schema.create(folder)
 
 
 def move_database(folder: Path, bad: tuple[int, int] | None) -> Path | None:
-    """Move the database, if it still is the file ``bad`` (see ``schema.inode``), and its journal into quarantine.
+    """Move the database and its journal into quarantine, if it still is the file ``bad`` (see ``schema.inode``).
 
-    Gives the new path; None when another process moved it before. Raises OSError.
+    Returns the new path; None if another process has moved it already. Raises OSError.
     """
     with locks.hold(folder, _MAINTENANCE, _LONGEST_WAIT_S):
         path = folder / schema.DBNAME
@@ -48,7 +48,7 @@ def move_database(folder: Path, bad: tuple[int, int] | None) -> Path | None:
 
 
 def keep_row(folder: Path, *columns: object) -> None:
-    """Write the columns of a bad row into a file of the quarantine, one a line. Raises OSError."""
+    """Write the columns of a bad row into a file in quarantine, one per line. Raises OSError."""
     path = _new_path(folder, "entry")
     with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
         for column in columns:
@@ -62,7 +62,7 @@ def _new_path(folder: Path, suffix: str) -> Path:
 
 
 def _keep_sqlite_out(path: Path) -> None:
-    """Lock the file against other processes' SQLite, for good: their next access finds that it moved."""
+    """Lock the file for good, so that no other process's SQLite writes to it; their next access finds it moved."""
     descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     _MOVED.append(descriptor)
     deadline = time.monotonic() + _LONGEST_WAIT_S
@@ -77,9 +77,9 @@ def _keep_sqlite_out(path: Path) -> None:
 
 
 def sweep(folder: Path) -> int:
-    """Remove temporary files, unused locks and old quarantine by age; how many. Never raises."""
+    """Remove old temporary files, unused locks and quarantined files; returns how many. Never raises."""
     if trust.check(folder).problem is not None:
-        return 0  # a link among its folders would lead the removal elsewhere
+        return 0  # a symbolic link inside could lead the removal elsewhere
     now, removed = time.time(), 0
     for pattern, oldest in (
         (f"{schema.DBNAME}.*.tmp", TEMPORARY_S),

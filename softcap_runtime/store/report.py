@@ -1,4 +1,4 @@
-"""The pydantic models of what the store reports, also as ``inspect --json``. Not imported at start-up."""
+"""The pydantic models of the store's reports, also the documents of ``inspect --json``. Not imported at start-up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Frozen(BaseModel):
 
 
 class Described(Frozen):
-    """What an entry's document says: ``created`` in seconds since the epoch, ``bytes`` of its payload."""
+    """The contents of an entry's document: ``created`` in seconds since the epoch, ``bytes`` of its payload."""
 
     fields: Fields
     fingerprint: dict[Name, Text]
@@ -30,7 +30,7 @@ class Described(Frozen):
 
 
 class Document(Described):
-    """The document of an entry, as read from disk or from a bundle."""
+    """An entry's document, as read from disk or from a bundle."""
 
     format: Literal[1]
 
@@ -38,8 +38,8 @@ class Document(Described):
 class EntryInfo(Described):
     """One entry; ``last_used`` in seconds since the epoch.
 
-    ``hits``: how often a process loaded it; a process does so once, and then calls it from its memory.
-    ``fits``: whether this environment can use it; ``differs``: the fingerprint fields that say no.
+    ``hits``: how often it was loaded; each process loads it once and then keeps it in memory. ``fits``: whether this
+    environment can use it; ``differs``: the fields of the fingerprint that differ.
     """
 
     digest: str
@@ -52,11 +52,10 @@ class EntryInfo(Described):
 class StoreStatus(Frozen):
     """The state of a cache folder. ``fault``: why the disk is not used, or what last went wrong with it.
 
-    ``owner`` and ``mode`` are the folder's, ``verdict`` what the check of owners and modes says (``trusted``,
-    ``does not exist yet``, or the problem with its remedy), ``filesystem`` its type, ``schema_version`` that of
-    the database.
-    ``bytes`` counts payloads, ``held_in_memory`` entries that could not be written, ``quarantine`` names the
-    files that were moved aside. ``counters``: of every process, since the database was made.
+    ``owner`` and ``mode``: those of the folder. ``verdict``: the result of checking owners and modes (``trusted``,
+    ``does not exist yet``, or the problem with its remedy). ``filesystem``: its type. ``schema_version``: that of the
+    database. ``bytes``: of all payloads. ``held_in_memory``: entries that could not be written. ``quarantine``: names
+    of the files there. ``counters``: of all processes, since the database was created.
     """
 
     folder: str
@@ -80,9 +79,9 @@ class StoreStatus(Frozen):
 
 
 class Problem(Frozen):
-    """Something that ``verify`` found: ``where`` (an entry's digest, a row or a file) and ``what``.
+    """One finding of ``verify``: ``where`` (an entry's digest, a row or a file) and ``what``.
 
-    ``repaired``: whether it was put into quarantine.
+    ``repaired``: whether it was moved into quarantine.
     """
 
     where: str
@@ -91,7 +90,7 @@ class Problem(Frozen):
 
 
 class Difference(Frozen):
-    """A field whose value is not the one asked for; None where a side has no such field."""
+    """A field whose value is not the one asked for; None on a side that lacks the field."""
 
     field: str
     wanted: bool | int | str | None
@@ -99,9 +98,9 @@ class Difference(Frozen):
 
 
 class Explanation(Frozen):
-    """Whether the key of ``fields`` would hit, and if not how the nearest entry differs (None: the cache is empty).
+    """Whether the key of ``fields`` would hit and, if not, how the nearest entry differs (None: the cache is empty).
 
-    An entry that is there and must not be used is its own nearest; ``reason`` then says what is wrong with it.
+    If the entry itself is there but must not be used, it is the nearest, and ``reason`` says what is wrong with it.
     """
 
     digest: str

@@ -1,6 +1,6 @@
-"""The one schema that a ``cache.db`` may have, and the inspection of a database before anything else uses it.
+"""The one schema that a ``cache.db`` may have, and the checks that a database must pass before it is used.
 
-The tables are diskcache's (5.6); a test holds this text to what diskcache itself creates.
+The tables are those of diskcache 5.6; a test compares this text with what diskcache creates.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sqlite3
 from pathlib import Path
 
 DBNAME = "cache.db"
-USER_VERSION = 1  # the next must differ in at least two bits: a single bit is taken for damage
+USER_VERSION = 1  # the next must differ in two bits or more: a single one is taken for a flipped bit
 
 _TABLES = {
     "Settings": "CREATE TABLE Settings ( key TEXT NOT NULL UNIQUE, value)",
@@ -34,8 +34,8 @@ STATEMENTS = _TABLES | {
     for name, (event, change) in _TRIGGERS.items()
 }
 
-# Eviction is ours (by last use, within the transaction that publishes): diskcache's own would write on every
-# read, and removes files by names that it finds in the database.
+# We evict by last use, in the transaction that publishes: diskcache's own eviction would write on every read, and
+# removes files by names that it finds in the database.
 SETTINGS: dict[str, int | str] = {
     "statistics": 0,
     "tag_index": 0,
@@ -44,9 +44,9 @@ SETTINGS: dict[str, int | str] = {
     "cull_limit": 0,
     "sqlite_auto_vacuum": 1,
     "sqlite_cache_size": 2**11,
-    # A rollback journal, not WAL: WAL's shared memory is a mapped file, so a folder that is truncated or full
-    # under a running process would kill it with SIGBUS, as would a mapped database; WAL does not work on
-    # network filesystems and needs write access to be read.
+    # A rollback journal, not WAL: WAL's shared memory is a mapped file, and a mapped file (the database too) that is
+    # truncated, or on a full disk, kills the process with SIGBUS. WAL also fails on network filesystems, and needs
+    # write access even to read.
     "sqlite_journal_mode": "delete",
     "sqlite_mmap_size": 0,
     "sqlite_synchronous": 1,
@@ -59,15 +59,15 @@ _SUPER_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 
 
 class Foreign(Exception):
-    """A database that is not ours in the way it must be; it is moved aside, never used."""
+    """The database is not exactly what we would create; it is moved into quarantine, never used."""
 
 
 class OtherVersion(Exception):
-    """A database of another version of this package; it is left alone."""
+    """The database was made by another version of this package; it is left alone."""
 
 
 def inode(folder: Path) -> tuple[int, int]:
-    """Which file the database is (device and inode). Raises FileNotFoundError."""
+    """The identity of the database file: device and inode. Raises FileNotFoundError."""
     status = os.stat(folder / DBNAME)
     return status.st_dev, status.st_ino
 
@@ -88,7 +88,7 @@ def check_journal(folder: Path) -> None:
 
 
 def check_header(folder: Path) -> None:
-    """Refuse header numbers that SQLite reads as a newer format: it would never write, or never open, such a file.
+    """Refuse header fields that SQLite takes for a newer format, as it would never write to, or never open, the file.
 
     Raises sqlite3.DatabaseError, OSError. Offsets: "Database File Format" in SQLite's documentation.
     """
@@ -100,9 +100,9 @@ def check_header(folder: Path) -> None:
 
 
 def check_schema(connection: sqlite3.Connection) -> None:
-    """Compare tables, indexes, triggers and Settings with the expected ones.
+    """Raise Foreign unless tables, indexes, triggers and Settings are exactly the expected ones.
 
-    Raises Foreign or OtherVersion; sqlite3.DatabaseError for a damaged file.
+    Raises OtherVersion for a newer version's database, sqlite3.DatabaseError for a damaged file.
     """
     ((version,),) = connection.execute("PRAGMA user_version")
     found = {
@@ -129,7 +129,7 @@ def check_schema(connection: sqlite3.Connection) -> None:
 
 
 def create(folder: Path) -> None:
-    """Put an empty database into ``folder``; complete when it becomes visible.
+    """Create an empty database in ``folder``, complete before it becomes visible.
 
     Raises OSError, sqlite3.Error.
     """

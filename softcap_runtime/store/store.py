@@ -1,4 +1,4 @@
-"""The store: look up, build once per machine, publish; and what people ask of it."""
+"""The store: look up, build once per machine, publish; and the questions that people ask of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Describe = Callable[[], Mapping[str, str]]
 
 
 class Loaded(NamedTuple):
-    """``data``, where it came from, ``seconds`` to get it and ``waited`` for another builder before."""
+    """``data``, its ``source``, ``seconds`` to get it, and seconds ``waited`` for another builder before that."""
 
     data: bytes
     source: Literal["disk", "memory", "built"]
@@ -32,15 +32,15 @@ class Loaded(NamedTuple):
 class Store(EntryStore):
     """Bytes by key in ``folder``, shared by every process of a machine.
 
-    ``size_limit``: bytes of payload; the least recently used entries leave first. ``auth_key``: entries
-    without its HMAC are refused. A folder that cannot or must not be used never raises: the store then works
-    from memory, logs why once, and ``fault`` holds that line. Safe over threads, fork and spawn.
+    ``size_limit``: bytes of payload; the least recently used entries are evicted first. ``auth_key``: entries without
+    its HMAC are refused. A folder that cannot or must not be used raises nothing: the store then works from memory,
+    logs the reason once, and keeps it in ``fault``. Safe with threads, fork and spawn.
 
     Raises ValueError for a size limit below 1 or an empty ``auth_key``.
     """
 
     def load(self, key: Key) -> bytes | None:
-        """The verified bytes stored under ``key``; None when there are none, or they are bad (see ``sealed``)."""
+        """The verified bytes stored under ``key``; None if there are none or they are bad (see ``sealed``)."""
         loaded = self._load(key)
         if loaded is None:
             self.counters.add("misses")
@@ -50,17 +50,16 @@ class Store(EntryStore):
     def load_or_build(self, key: Key, build: Build, describe: Describe | None = None) -> Loaded:
         """The bytes of ``key``, built by ``build`` at most once per machine.
 
-        1. Look up: no lock, no write; a bad entry counts as none.
-        2. Lock the key. Waits while another thread or process builds; a holder that is killed frees it at once.
-           Where no lock can be taken the build continues without it.
-        3. Look up again: another builder may have published meanwhile.
-        4. Build: errors of ``build`` and ``describe`` pass through unchanged, the lock is released, nothing
-           is published. ``describe`` gives the provenance: strings about what built it, e.g. the compiler.
-        5. Publish: atomic; a disk fault is counted (``write_failures``) and kept in ``fault``, and the entry
+        1. Look up, without a lock or a write; a bad entry counts as missing.
+        2. Lock the key, waiting while another thread or process builds. A killed holder releases the lock at once; if
+           no lock can be taken, go on without it.
+        3. Look up again, as another builder may have published meanwhile.
+        4. Build. Errors of ``build`` and ``describe`` pass through unchanged; nothing is published then. ``describe``
+           returns the provenance: strings about what built the entry, such as the compiler.
+        5. Publish, in one transaction. A disk fault is counted (``write_failures``) and kept in ``fault``; the entry
            stays in memory until a later ``flush`` can write it.
 
-        A call counts as a hit when the bytes were found, even after waiting for their builder, and as a miss when
-        they had to be built.
+        A call is a hit if the bytes were found, even after waiting for their builder, and a miss if they were built.
         """
         loaded = self._load(key)
         if loaded is not None:
@@ -68,7 +67,7 @@ class Store(EntryStore):
         if not self.database.can_write():
             return self._build(key, build, describe, 0.0)
         with locks.hold(self.folder, key.digest) as waited:
-            if waited > 0.01:
+            if waited:
                 self.counters.add("lock_waits")
                 self.counters.add("longest_lock_wait_ms", round(1000 * waited))
             return self._load(key, waited) or self._build(key, build, describe, waited)
@@ -99,15 +98,15 @@ class Store(EntryStore):
             provenance={} if describe is None else describe(),
             auth_key=self.auth_key,
         )
-        self.flush()  # what this process loaded counts as used before the least recently used leave
+        self.flush()  # renews the last use of what this process loaded, before publishing evicts
         self.put(key.digest, sealed)
         self.sweep()
         return Loaded(data, "built", seconds, waited)
 
-    # What people ask: pydantic and its models are imported only then.
+    # Questions of people. Only they import pydantic and its models.
 
     def entries(self) -> list[EntryInfo]:
-        """Every usable entry, least recently used first. Odd rows are counted as rejected and removed."""
+        """Every usable entry, least recently used first. All other rows are counted as rejected and removed."""
         from softcap_runtime.store import inspection
 
         return inspection.entries(self)
@@ -119,19 +118,19 @@ class Store(EntryStore):
         return inspection.status(self)
 
     def explain(self, key: Key) -> Explanation:
-        """Whether ``key`` would hit; if not, the nearest entry and the fields that differ."""
+        """Whether ``key`` would hit and, if not, the nearest entry and the fields that differ."""
         from softcap_runtime.store import inspection
 
         return inspection.explain(self, key)
 
     def verify(self, repair: bool = False) -> list[Problem]:
-        """Read and check everything; with ``repair`` what is bad moves into the folder's quarantine."""
+        """Read and check everything; ``repair`` moves what is bad into the folder's quarantine."""
         from softcap_runtime.store import inspection
 
         return inspection.verify(self, repair=repair)
 
     def sweep(self) -> int:
-        """Remove temporary files, unused locks and quarantine by age; how many. Done after builds too."""
+        """Remove old temporary files, unused locks and quarantined files, as after a build; returns how many."""
         if not self.database.can_write():
             return 0
         from softcap_runtime.store import quarantine
@@ -139,21 +138,20 @@ class Store(EntryStore):
         return quarantine.sweep(self.folder)
 
     def export_bundle(self, path: str | os.PathLike[str], fingerprint: Mapping[str, str] | None = None) -> int:
-        """Write entries (those of ``fingerprint``, or all) into one file; how many.
+        """Write the entries of ``fingerprint`` (None: all) into one file; returns how many.
 
-        Raises bundle.Incomplete when one of them is bad or not authenticated: then nothing is written, as a bundle
-        that lacks a kernel would be noticed on the machines that miss it. OSError when the file cannot be written
-        or the cache cannot be read.
+        Raises bundle.Incomplete, and writes nothing, if one of them is bad or not authenticated: else only the
+        machines that lack it would notice. Raises OSError if the file cannot be written or the cache cannot be read.
         """
         from softcap_runtime.store import bundle
 
         return bundle.export(self, Path(path), fingerprint)
 
     def import_bundle(self, path: str | os.PathLike[str], expected_fingerprint: Mapping[str, str]) -> ImportReport:
-        """Take the entries of a bundle that fit ``expected_fingerprint``; the report names the rest.
+        """Import the entries of a bundle that fit ``expected_fingerprint``; the report names the rest.
 
-        Raises OSError when the file cannot be read, ValueError when it is not a bundle, was changed, or holds more
-        for here than the size limit: then nothing is taken.
+        Raises OSError if the file cannot be read; ValueError if it is not a bundle, was changed, or its fitting
+        entries exceed the size limit. Nothing is imported then.
         """
         from softcap_runtime.store import bundle
 

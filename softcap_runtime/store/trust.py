@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ class Verdict(NamedTuple):
 
 
 def check(folder: Path, lstat: LStat = os.lstat) -> Verdict:
-    """The verdict on ``folder``, an absolute path; reads only names, owners and modes. Never raises."""
+    """The verdict on ``folder``, an absolute path. Reads only names, owners and modes; never raises."""
     user = os.geteuid()
     try:
         status = os.stat(folder)
@@ -51,7 +51,7 @@ def check(folder: Path, lstat: LStat = os.lstat) -> Verdict:
 
 
 def probe(folder: Path) -> str | None:
-    """Why ``folder``, which need not exist yet, could not be used, in one line; creates nothing. Never raises."""
+    """Why ``folder``, which need not exist, cannot be used, in one line; None if it can. Never raises or creates."""
     if os.path.lexists(folder):
         return check(folder).problem
     above = next(path for path in folder.parents if os.path.lexists(path))
@@ -66,7 +66,7 @@ def probe(folder: Path) -> str | None:
 
 
 def make_private(folder: Path) -> None:
-    """Create ``folder`` and what is missing above it with mode 0700 whatever the umask. Raises OSError."""
+    """Create ``folder`` and its missing parents with mode 0700, whatever the umask. Raises OSError."""
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     for path in reversed(missing):
         try:
@@ -88,7 +88,7 @@ def _chain_problem(folder: Path, user: int, lstat: LStat) -> str | None:
 
 
 def _looked_up(folder: Path) -> tuple[list[Path], Path]:
-    """Every folder and link on the way to ``folder``, also behind links, and the real path it leads to."""
+    """Every folder and link that a look-up of ``folder`` passes, links followed, and the real path that it ends at."""
     place = Path("/")
     passed = [place]
     ahead = [*reversed(folder.parts[1:])]
@@ -100,7 +100,7 @@ def _looked_up(folder: Path) -> tuple[list[Path], Path]:
         elif (place / step).is_symlink():
             passed.append(place / step)
             links += 1
-            if links > _MOST_LINKS:  # somebody is changing them
+            if links > _MOST_LINKS:  # a loop, or somebody is changing them
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
             target = place / os.readlink(place / step)
             place = Path("/")
@@ -112,30 +112,24 @@ def _looked_up(folder: Path) -> tuple[list[Path], Path]:
 
 
 def _content_problem(folder: Path, user: int, lstat: LStat) -> str | None:
-    for path in _contents(folder):
-        try:
-            status = lstat(str(path))
-        except FileNotFoundError:
-            continue  # another process removed it
-        if stat.S_ISLNK(status.st_mode):
-            return f"cache folder not used: {path} is a symbolic link; remove it: rm {path}"
-        if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
-            return f"cache folder not used: {path} is neither file nor folder; remove it: rm {path}"
-        problem = _problem(path, status, user, above=False)
-        if problem:
-            return problem
-    return None
-
-
-def _contents(folder: Path) -> Iterator[Path]:
     for place in (folder, *(folder / name for name in SUBFOLDERS)):
-        if place is not folder and (place.is_symlink() or not place.is_dir()):
-            continue
         try:
-            with os.scandir(place) as entries:
-                yield from [Path(entry.path) for entry in entries]
-        except PermissionError:
-            continue  # private to its owner, who was checked; this process can use nothing in it
+            paths = list(place.iterdir())
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue  # not there, or private to its owner, who was checked: this process cannot use its contents
+        for path in paths:
+            try:
+                status = lstat(str(path))
+            except FileNotFoundError:
+                continue  # another process removed it
+            if stat.S_ISLNK(status.st_mode):
+                return f"cache folder not used: {path} is a symbolic link; remove it: rm {path}"
+            if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
+                return f"cache folder not used: {path} is neither file nor folder; remove it: rm {path}"
+            problem = _problem(path, status, user, above=False)
+            if problem:
+                return problem
+    return None
 
 
 def _problem(path: Path, status: os.stat_result, user: int, *, above: bool) -> str | None:
@@ -154,7 +148,7 @@ def _problem(path: Path, status: os.stat_result, user: int, *, above: bool) -> s
 
 
 def _private_group(status: os.stat_result, user: int) -> bool:
-    """Whether the group is the user's own: the same number, and no other member."""
+    """Whether the group is the user's private one: the same number, and no other member."""
     if user == 0 or status.st_gid != user:
         return False
     import grp
@@ -168,7 +162,7 @@ def _private_group(status: os.stat_result, user: int) -> bool:
 
 
 def _is_host_root(uid: int) -> bool:
-    """Whether ``uid`` is what a user namespace shows for owners outside of it, as containers do for ``/``."""
+    """Whether ``uid`` stands for owners outside this user namespace, as that of ``/`` does in containers."""
     try:
         overflow = int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
         mapped = Path("/proc/self/uid_map").read_text(encoding="ascii").split()
@@ -178,7 +172,7 @@ def _is_host_root(uid: int) -> bool:
 
 
 def owner_name(uid: int) -> str:
-    """The user's name, or the number where it has none."""
+    """The user's name, or the number if it has none."""
     import pwd
 
     try:

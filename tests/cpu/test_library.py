@@ -230,7 +230,7 @@ try:
     runtime.attention(q, k, k, config)
     raise AssertionError("it had memory")
 except MemoryError as error:
-    assert str(error).startswith("attention: no memory for its buffers; "), error
+    assert str(error).startswith("attention: out of memory for its buffers; "), error
     assert "\\n" not in str(error)
 resource.setrlimit(resource.RLIMIT_AS, before)
 assert runtime.attention(q, k, k, config).isfinite().all()

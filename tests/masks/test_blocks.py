@@ -13,14 +13,11 @@ from torch import Tensor
 
 from softcap_runtime.masks import (
     BlockTables,
-    KeyRanges,
     RowIntervals,
     band,
     block_tables,
     count_blocks,
     dense,
-    edges,
-    key_ranges,
     query_tables,
     row_intervals,
 )
@@ -137,21 +134,3 @@ def test_long_bands_are_small(length: int, window: int | None) -> None:
         visible -= hidden * (hidden + 1) // 2
     for each in (tables, turned):
         assert int(each.partial_num.sum() + each.full_num.sum()) == visible
-
-
-@given(case=mask_cases(), block=st.integers(1, 9))
-@settings(max_examples=100, deadline=None)
-def test_key_ranges(case: MaskCase, block: int) -> None:
-    intervals = row_intervals(**case)
-    lo, hi = (rows.tolist() for rows in edges(intervals, "cpu"))
-    ranges = key_ranges(intervals, block)
-    for b, first in itertools.product(range(len(lo)), range(0, case["q_len"], block)):
-        rows = range(first, min(first + block, case["q_len"]))
-        lows, highs = [lo[b][i] for i in rows], [hi[b][i] for i in rows]
-        if isinstance(ranges, KeyRanges):
-            at = b, first // block
-            assert (ranges.lo_min[at], ranges.hi_max[at]) == (min(lows), max(highs))
-            assert (ranges.lo_max[at], ranges.hi_min[at]) == (max(lows), min(highs))
-        else:
-            hull = (min(lows), max(highs))
-            assert ranges[first // block] == (hull if hull[0] < hull[1] else (0, 0))

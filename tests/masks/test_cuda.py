@@ -15,7 +15,6 @@ from softcap_runtime.masks import (
     dense,
     document_ids_from_cu_seqlens,
     document_ids_from_position_ids,
-    key_ranges,
     row_intervals,
 )
 
@@ -48,7 +47,6 @@ def kinds(length: int) -> list[RowIntervals]:
         ]
         for intervals in made:
             block_mask(intervals, "cuda")
-            key_ranges(intervals, 64)
         return made
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -17,7 +17,7 @@ from .oracle import blocks_of
 
 
 def shown(intervals: RowIntervals, side: int) -> tuple[torch.Tensor, int]:
-    return draw._cells(draw._one_row(intervals, 0), side)
+    return draw._cells(draw._first_row(intervals), side)
 
 
 def packed(length: int) -> RowIntervals:
@@ -64,15 +64,24 @@ def test_text_is_plain_without_colour() -> None:
     ]
 
 
-def test_batch_row_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match=r"^batch_row: 1, expected 0 to 0"):
-        draw.mask_text(band(4, 4, causal=True, window=None), batch_row=1)
+def kinds(length: int) -> dict[str, RowIntervals]:
+    """What the picture in docs/reference/masks.md shows."""
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor([310, 90, 404, 220]))[None]
+    spans = {"prefix_lengths": torch.tensor([280]), "spans": torch.tensor([[[560, 800]]])}
+    return {
+        "Causal": band(length, length, causal=True, window=None),
+        "Sliding window, 300 keys": band(length, length, causal=True, window=300),
+        "Packed documents, 310 + 90 + 404 + 220": row_intervals(
+            length, length, causal=True, window=None, document_ids=documents
+        ),
+        "Prefix of 280, image at 560 to 800": row_intervals(length, length, causal=True, window=None, **spans),
+    }
 
 
 def test_png_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    draw.save_png(tmp_path / "one.png", band(1, 40_000, causal=True, window=4096), name="Decoding")
-    draw.save_kinds_png(tmp_path / "four.png")
+    draw.save_png(tmp_path / "one.png", {"Decoding": band(1, 40_000, causal=True, window=4096)})
+    draw.save_png(tmp_path / "four.png", kinds(1024))
     for name in ("one.png", "four.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -80,4 +89,4 @@ def test_png_files(tmp_path: Path) -> None:
 def test_png_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"^matplotlib: not installed, .*softcap-runtime\[plot\]"):
-        draw.save_png(tmp_path / "one.png", band(4, 4, causal=True, window=None))
+        draw.save_png(tmp_path / "one.png", {"Causal": band(4, 4, causal=True, window=None)})

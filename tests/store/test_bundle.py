@@ -106,7 +106,7 @@ def test_an_export_that_would_lack_an_entry_writes_nothing(tmp_path: Path, colum
         connection.execute(f"UPDATE Cache SET {column} = x'00' WHERE key = ?", (digest,))
         connection.commit()
     for _ in range(2):  # it stays so until somebody built it again
-        with pytest.raises(Incomplete, match="1 entries are damaged; run verify --repair") as caught:
+        with pytest.raises(Incomplete, match="1 entry is damaged; run verify --repair") as caught:
             store.export_bundle(tmp_path / "bundle", HERE)
         assert [where for where, _ in caught.value.bad] == [digest]
     assert not (tmp_path / "bundle").exists()
@@ -148,7 +148,7 @@ def test_a_bundle_above_the_size_limit_is_not_begun(tmp_path: Path) -> None:
     filled(tmp_path / "one").export_bundle(tmp_path / "bundle", HERE)
     small = Store(tmp_path / "two", 50_000)
     small.load_or_build(Key({"name": "mine"}, HERE), lambda: b"mine")
-    told = r"its 2 entries for here need 60000 bytes; SOFTCAP_CACHE_SIZE_LIMIT is 50000, raise it$"
+    told = r"its 2 entries that fit here need 60000 bytes; SOFTCAP_CACHE_SIZE_LIMIT is 50000, raise it$"
     with pytest.raises(ValueError, match=told):
         small.import_bundle(tmp_path / "bundle", HERE)
     assert small.load(Key({"name": "mine"}, HERE)) == b"mine"
