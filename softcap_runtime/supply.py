@@ -26,7 +26,7 @@ from softcap_runtime.store import Store
 
 log = logging.getLogger(__name__)
 
-# Block tables of band masks that are kept: those of 32 windows over a million tokens, or of any number of usual ones.
+# What flex reads of band masks, kept: that of 7 windows over a million tokens, or of any number of usual ones.
 MASK_BYTES = 64 * 2**20
 
 

@@ -42,7 +42,7 @@ def measure(
     """Have the best options of a kernel measured, or find those that were."""
     direction = key[3]
     capped = shape.softcap is not None
-    spec = KernelSpec(f"tuned {direction}", "cuda", key[1], shape.head_dim, capped, "")
+    spec = KernelSpec(f"tuned {direction}", "cuda", key[1], shape.head_dim, capped)
 
     def work() -> tuple[Outcome, int]:
         done = measured_once(

@@ -33,6 +33,7 @@ from softcap_runtime.store.schema import DBNAME
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = ["--num-heads", "4", "--num-kv-heads", "2", "--head-dim", str(HEAD_DIM), "--scale", "0.125"]
+DTYPES = ["--dtype", "float32", "--dtype", "bfloat16"]
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -54,7 +55,7 @@ def fill(folder: Path) -> Store:
     """A cache of three entries that nobody will load: two kernels for here, one for another machine."""
     store = Store(folder, 2**30)
     for head_dim, dtype, here in ((64, "float32", True), (128, "float32", True), (256, "float16", False)):
-        spec = Package("flex_forward", "cpu", dtype, head_dim, True, "band")
+        spec = Package("flex_forward", "cpu", dtype, head_dim, True)
         environment = fingerprint("cpu") if here else {**fingerprint("cpu"), "torch": "1.0"}
         store.load_or_build(Key(spec.key().fields, environment), lambda: os.urandom(1000))
     return store
@@ -115,17 +116,16 @@ def test_the_command_names_every_kernel_of_the_call(tmp_path: Path, warm_cache: 
 
 @NEEDS_FLEX
 def test_prewarm_shows_each_kernel(command: Command, runtimes: dict[str, Runtime], warm_cache: Path) -> None:
-    for mask in ("band", "intervals"):
-        for dtype in ("float32", "bfloat16"):
-            runtimes["flex"].supply.get(Package("flex_forward", "cpu", dtype, HEAD_DIM, True, mask))
+    for dtype in ("float32", "bfloat16"):
+        runtimes["flex"].supply.get(Package("flex_forward", "cpu", dtype, HEAD_DIM, True))
     words = ["--cache-dir", warm_cache, "prewarm", *NUMBERS, "--softcap", "50", "--dtype", "float32"]
     code, out, _ = command(*words, "--train", "--seq-len", "100", "--seq-len", "2000")
     assert (code, out.count("attention"), out.count("loaded")) == (0, 1, 1)
     code, out, _ = command(*words, "--dtype", "bfloat16", "--engine", "flex")
-    assert (code, out.count("flex_forward float32"), out.count("flex_forward bfloat16")) == (0, 2, 2)
+    assert (code, out.count("flex_forward float32"), out.count("flex_forward bfloat16")) == (0, 1, 1)
     without_scale = [word for word in words if word not in NUMBERS[-2:]]
     code, out, _ = command(*without_scale, "--engine", "flex")
-    assert (code, out.count("flex_forward float32")) == (0, 2)
+    assert (code, out.count("flex_forward float32")) == (0, 1)
     code, out, _ = command(*words, "--engine", "eager")
     assert (code, out.startswith("nothing to prewarm")) == (0, True)
     code, out, _ = command(*words, "--engine", "dense")
@@ -151,7 +151,7 @@ def tiny_packages(monkeypatch: pytest.MonkeyPatch) -> list[Package | CpuLibrary]
 def test_prewarm_fails_when_its_kernels_evict_each_other(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_packages: list[Package | CpuLibrary]
 ) -> None:
-    words = ["--cache-dir", tmp_path / "cache", "prewarm", "--preset", "gemma2-2b", "--engine", "flex"]
+    words = ["--cache-dir", tmp_path / "cache", "prewarm", "--preset", "gemma2-2b", "--engine", "flex", *DTYPES]
     monkeypatch.setenv("SOFTCAP_CACHE_SIZE_LIMIT", "1500")
     code, _, err = command(*words)
     count = len(tiny_packages)
@@ -209,7 +209,7 @@ def test_prewarm_builds_nothing_for_a_read_only_folder(
     subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
     tiny_packages.clear()
     assert command(*words)[0] == 0, "all of it is there"
-    code, out, err = command(*words, "--engine", "flex")
+    code, out, err = command(*words, "--engine", "flex", *DTYPES)
     assert (code, out, tiny_packages) == (1, "", [])
     told = f"softcap-runtime: 2 kernels are missing in {place / 'cache'}, which is read-only (flex_forward"
     assert err.startswith(told)
@@ -238,7 +238,7 @@ def test_an_interruption_is_one_line(command: Command, tmp_path: Path, monkeypat
 
 def test_inspect_shows_the_cache(command: Command, tmp_path: Path) -> None:
     store = fill(tmp_path / "cache")
-    store.load(Package("flex_forward", "cpu", "float32", 1, True, "band").key())
+    store.load(Package("flex_forward", "cpu", "float32", 1, True).key())
     store.close()
     code, out, err = command("--cache-dir", tmp_path / "cache", "inspect")
     assert (code, err) == (0, "")
@@ -272,7 +272,7 @@ def test_inspect_hides_no_key_in_80_columns(tmp_path: Path) -> None:
     rows = [line.split("│")[1].strip() for line in shown.splitlines() if line.count("│") == 7]
     words = " ".join(rows)
     for dtype, head_dim in (("float32", 64), ("float32", 128), ("float16", 256)):
-        assert f"flex_forward {dtype} head_dim {head_dim} band" in words
+        assert f"flex_forward {dtype} head_dim {head_dim} " in words
     assert "dq_kernel bfloat16 device=cuda" in words
     assert "warps=8" in words
 
@@ -300,7 +300,7 @@ def test_the_version_and_completion(command: Command) -> None:
         (["head_dim=64"], True, []),
         (["head_dim=64", "dtype=float32", "op=flex_forward", "capped=true"], True, []),
         (["head_dim=128", "dtype=bfloat16"], False, ["dtype"]),
-        (["head_dim=128", "capped=false", "mask=intervals"], False, ["capped", "mask"]),
+        (["head_dim=128", "capped=false", "dtype=float16"], False, ["capped", "dtype"]),
         (["head_dim=256"], False, ["fingerprint.torch"]),
     ],
 )
@@ -346,7 +346,7 @@ def test_explaining_the_library_that_depends_on_no_head_dim(command: Command, tm
     assert command(*explain, "op=attention")[1].startswith("absent: attention ")
     store.load_or_build(library().key(), lambda: b"kernel")
     store.close()
-    assert command(*explain, "op=attention", "head_dim=77", "mask=band")[1].startswith("present: attention ")
+    assert command(*explain, "op=attention", "head_dim=77", "dtype=float16")[1].startswith("present: attention ")
     assert "head_dim: wanted 77" in command(*explain, "head_dim=77")[1]
     store = Store(tmp_path / "alone", 2**30)
     store.load_or_build(library().key(), lambda: b"kernel")
@@ -359,7 +359,7 @@ def test_explaining_the_library_that_depends_on_no_head_dim(command: Command, tm
 
 def test_verify_finds_and_repairs(command: Command, tmp_path: Path, seed: int) -> None:
     store = fill(tmp_path)
-    payload = store.load(Package("flex_forward", "cpu", "float32", 64, True, "band").key())
+    payload = store.load(Package("flex_forward", "cpu", "float32", 64, True).key())
     store.close()
     words = ["--cache-dir", tmp_path, "verify"]
     assert command(*words)[:2] == (0, f"3 entries are good in {tmp_path}\n")
@@ -532,7 +532,7 @@ def test_a_folder_whose_name_the_output_cannot_show(tmp_path: Path) -> None:
         ("inspect --explain head_dim=x", "head_dim='x', expected an integer"),
         ("inspect --explain capped=2", "capped='2', expected true or false"),
         ("inspect --explain op=foo", "op='foo', expected attention, flex_forward"),
-        ("inspect --explain mask=foo", "mask='foo', expected band, intervals or nothing"),
+        ("inspect --explain mask=band", "'mask=band', expected field=value with op, device, dtype, head_dim, capped"),
         ("inspect --explain dtype=foo", "dtype='foo', expected float32, bfloat16 or float16"),
         ("inspect --explain device=cuda", "device='cuda', expected cpu; inspect lists the kernels of a GPU"),
         ("export", "Missing argument"),

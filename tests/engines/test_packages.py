@@ -28,14 +28,14 @@ from softcap_runtime.engines import package
 from softcap_runtime.engines.engine import Call
 from softcap_runtime.engines.graphs.flex import flex_forward
 from softcap_runtime.engines.package import Package
-from softcap_runtime.engines.spec import MaskKind, dtype_of
+from softcap_runtime.engines.spec import dtype_of
 from softcap_runtime.masks.intervals import band
 from softcap_runtime.masks.memo import MaskMemo
 from softcap_runtime.store import fingerprint
 
-BAND = Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
-UNCAPPED = BAND._replace(capped=False)
-CONFIGS = {BAND: AttentionConfig(softcap=50.0, scale=0.5), UNCAPPED: AttentionConfig(scale=0.5)}
+CAPPED = Package("flex_forward", "cpu", "float32", HEAD_DIM, True)
+UNCAPPED = CAPPED._replace(capped=False)
+CONFIGS = {CAPPED: AttentionConfig(softcap=50.0, scale=0.5), UNCAPPED: AttentionConfig(scale=0.5)}
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_the_packages_of_two_kernels_are_swapped(
             ).fetchone()
             for spec in CONFIGS
         }
-        for spec, other in ((BAND, UNCAPPED), (UNCAPPED, BAND)):
+        for spec, other in ((CAPPED, UNCAPPED), (UNCAPPED, CAPPED)):
             assignment = ", ".join(f"{column} = ?" for column in columns)
             connection.execute(f"UPDATE Cache SET {assignment} WHERE key = ?", (*rows[other], digest(spec)))
     runtime = serves(folder, loads, packages)
@@ -133,7 +133,7 @@ def test_the_packages_of_two_kernels_are_swapped(
 def test_a_damaged_package(
     folder: Path, loads: list[bytes], packages: dict[Package, bytes], fault: str, seed: int
 ) -> None:
-    data = bytearray(packages[BAND])
+    data = bytearray(packages[CAPPED])
     if fault == "truncated":
         data = data[: len(data) // 2]
     elif fault == "flipped":
@@ -142,9 +142,9 @@ def test_a_damaged_package(
         data.clear()
     with opened(folder) as connection:
         if fault == "missing":
-            connection.execute("DELETE FROM Cache WHERE key = ?", (digest(BAND),))
+            connection.execute("DELETE FROM Cache WHERE key = ?", (digest(CAPPED),))
         else:
-            connection.execute("UPDATE Cache SET value = ? WHERE key = ?", (bytes(data), digest(BAND)))
+            connection.execute("UPDATE Cache SET value = ? WHERE key = ?", (bytes(data), digest(CAPPED)))
     runtime = serves(folder, loads, packages)
     assert sources(runtime) == ["built", "disk"]
     counters = runtime.supply.store.status().counters
@@ -173,7 +173,7 @@ def test_bytes_that_are_verified_but_no_package(
     broken = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex"))
     for _ in range(2):
         with pytest.raises(SoftcapRuntimeError, match="flex_forward does not load") as raised:
-            broken.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), CONFIGS[BAND])
+            broken.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), CONFIGS[CAPPED])
         assert "\n" not in str(raised.value)
 
 
@@ -183,7 +183,7 @@ from softcap_runtime import SoftcapRuntimeError
 from softcap_runtime.engines.package import Package
 data = open(sys.argv[1], "rb").read()
 limit, low = getattr(resource, sys.argv[2]), int(sys.argv[3])
-spec, before = Package("flex_forward", "cpu", "float32", 64, True, "band"), resource.getrlimit(limit)
+spec, before = Package("flex_forward", "cpu", "float32", 64, True), resource.getrlimit(limit)
 descriptors = os.listdir("/proc/self/fd")
 resource.setrlimit(limit, (low, before[1]))
 for _ in range(3):
@@ -205,7 +205,7 @@ spec.load(data)
 def test_a_process_that_lacks_what_loading_needs_is_not_told_to_clear_the_cache(
     packages: dict[Package, bytes], tmp_path: Path, limit: str, low: int, words: str
 ) -> None:
-    (tmp_path / "package").write_bytes(packages[BAND])
+    (tmp_path / "package").write_bytes(packages[CAPPED])
     command = [sys.executable, "-c", LOADED_WITH_LESS, tmp_path / "package", limit, str(low)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     told = rf"(kernel flex_forward cannot be loaded now: \[Errno \d+\] {words}; .* call again\n){{3}}"
@@ -233,7 +233,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.compiler_version() == "none"
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path / "cache"))
     with pytest.raises(BuildFailed, match=r"no C\+\+ compiler found.*g\+\+.*engine='eager'") as raised:
-        runtime.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), CONFIGS[BAND])
+        runtime.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), CONFIGS[CAPPED])
     assert "\n" not in str(raised.value)
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert build.find_compiler() is None
@@ -249,7 +249,7 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("setting", "artifact"), [("nowhere g++", library()), ("bin/clang++", BAND)], ids=str)
+@pytest.mark.parametrize(("setting", "artifact"), [("nowhere g++", library()), ("bin/clang++", CAPPED)], ids=str)
 def test_a_builder_runs_the_compiler_that_was_found_and_minds_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, artifact: CpuLibrary | Package
 ) -> None:
@@ -313,7 +313,7 @@ def test_a_builder_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
 @NEEDS_FLEX
 def test_a_builder_loads_what_it_built(tmp_path: Path, seed: int) -> None:
     """Of a head_dim whose strides meet others, as 64 * 2 and 32 * 4: the kernel must not take one for another."""
-    spec = BAND._replace(head_dim=32)
+    spec = CAPPED._replace(head_dim=32)
     code = (
         "import sys; from softcap_runtime.engines.graphs import builder\n"
         "from softcap_runtime.engines.package import Package\n"
@@ -348,11 +348,10 @@ def test_what_killed_builders_left_is_swept_by_age(tmp_path: Path, monkeypatch: 
     assert (elsewhere / "kernel.cpp").exists()
 
 
-@pytest.mark.parametrize("mask", ["band", "intervals"])
-def test_no_head_dim_ties_strides_of_the_example_together(mask: MaskKind) -> None:
+def test_no_head_dim_ties_strides_of_the_example_together() -> None:
     """torch.export gives equal numbers one symbol: the kernel would read one tensor with another's stride."""
     for head_dim in range(1, 521):
-        example = flex_forward(Package("flex_forward", "cpu", "float32", head_dim, True, mask)).example
+        example = flex_forward(Package("flex_forward", "cpu", "float32", head_dim, True)).example
         strided = [x for x in example if x.dim() > 1]
         assert len(strided) == 7
         strides = [stride for x in strided for stride in sorted(x.stride())[1:]]
@@ -389,7 +388,7 @@ for _ in range(50):
 @NEEDS_FLEX
 def test_a_process_with_more_threads_than_the_builder(runtime: Runtime, seed: int) -> None:
     """Inductor writes the builder's threads into flex kernels, whose buffers the others then overrun."""
-    runtime.supply.get(BAND)
+    runtime.supply.get(CAPPED)
     threads = str(4 * (os.cpu_count() or 1))
     done = subprocess.run(
         [sys.executable, "-c", MORE_THREADS, str(runtime.settings.cache_dir), str(seed), threads],
