@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import random
+import runpy
 import shutil
 import sqlite3
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -477,28 +478,36 @@ def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
     assert plain != prefix
 
 
+def printed(monkeypatch: pytest.MonkeyPatch, encoding: str, *words: object) -> str:
+    """What a command line that succeeds prints to a stream of this encoding."""
+    stream = TextIOWrapper(BytesIO(), encoding)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(cli, "interrupted_by", lambda *signals: [])
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(word) for word in words])
+    assert ended.value.code == 0
+    stream.flush()
+    return stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("encoding", "full"), [("iso-8859-1", "##"), ("utf-8", "██")])
-def test_masks_are_drawn_with_what_the_terminal_can_show(encoding: str, full: str) -> None:
-    done = shell("softcap-runtime mask --seq-len 512", PYTHONIOENCODING=encoding, PYTHONUTF8="0")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"{full} full block" in done.stdout
+def test_masks_are_drawn_with_what_the_terminal_can_show(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, full: str
+) -> None:
+    assert f"{full} full block" in printed(monkeypatch, encoding, "mask", "--seq-len", 512)
 
 
-def test_a_folder_whose_name_the_output_cannot_show(tmp_path: Path) -> None:
+def test_a_folder_whose_name_the_output_cannot_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was done is done, and JSON stays JSON; not even UTF-8 has the name's last byte."""
     folder = tmp_path / os.fsdecode("caf\xe9 \u732b ".encode() + b"\xff")
     fill(folder)
 
-    def told(words: str, encoding: str) -> str:
-        variables = {"SOFTCAP_CACHE_DIR": str(folder), "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-        done = shell(f"softcap-runtime {words}", **variables)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    document = json.loads(told("inspect --json", "ascii"))
+    words = ["--cache-dir", folder]
+    document = json.loads(printed(monkeypatch, "ascii", *words, "inspect", "--json"))
     assert document["status"]["folder"].endswith("caf\xe9 \u732b \ufffd")
-    told("inspect", "ascii")
-    assert "removed 3 entries" in told("clear", "utf-8")
+    printed(monkeypatch, "ascii", *words, "inspect")
+    assert "removed 3 entries" in printed(monkeypatch, "utf-8", *words, "clear")
 
 
 @pytest.mark.parametrize(
@@ -606,7 +615,14 @@ def test_a_script_runs_the_package_beside_it_installed_or_not(tmp_path: Path, sc
         ("masks --json FOLDER", "', expected a file in a folder that is there"),
     ],
 )
-def test_a_benchmark_that_could_not_be_written_measures_nothing(tmp_path: Path, words: str, said: str) -> None:
-    done = shell(f"'{sys.executable}' '{ROOT}/scripts/benchmark.py' {words.replace('FOLDER', str(tmp_path))}")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert said in done.stderr.splitlines()[-1]
+def test_a_benchmark_that_could_not_be_written_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    script = ROOT / "scripts/benchmark.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *words.replace("FOLDER", str(tmp_path)).split()])
+    monkeypatch.syspath_prepend(script.parent)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert said in err.splitlines()[-1]
