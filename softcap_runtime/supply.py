@@ -26,7 +26,7 @@ from softcap_runtime.store import Store
 
 log = logging.getLogger(__name__)
 
-# Limit on the block tables of band masks that are kept: 32 windows over a million tokens, or any number of usual ones.
+# Limit on what flex reads of band masks and keeps: 7 windows over a million tokens, or any number of usual ones.
 MASK_BYTES = 64 * 2**20
 
 

@@ -89,7 +89,7 @@ class CpuLibrary(NamedTuple):
 
     def describe(self) -> KernelSpec:
         """See ``Artifact``."""
-        return KernelSpec("attention", "cpu", "", 0, True, "")
+        return KernelSpec("attention", "cpu", "", 0, True)
 
     def build(self) -> bytes:
         """Compile and try it; see ``Artifact`` for what it raises."""

@@ -93,7 +93,7 @@ def _function(spec: KernelSpec) -> Callable[..., Any]:
 
 def _compiled(problem: Problem, op: str) -> Compiled:
     capped = problem.softcap is not None
-    return Compiled(KernelSpec(op, problem.device.type, dtype_name(problem.dtype), 0, capped, ""), _function)
+    return Compiled(KernelSpec(op, problem.device.type, dtype_name(problem.dtype), 0, capped), _function)
 
 
 def _artifacts(problem: Problem, kernels: Kernels) -> list[Compiled]:

@@ -12,11 +12,10 @@ from torch import Tensor
 from softcap_runtime.compat import torch_features
 from softcap_runtime.engines.engine import Backward, Engine, Kernels, MaskedForward, Problem, per_mask, scalars
 from softcap_runtime.engines.package import Package
-from softcap_runtime.engines.spec import KernelSpec, MaskKind, dtype_name
+from softcap_runtime.engines.spec import KernelSpec, dtype_name
 from softcap_runtime.masks.blocks import BlockTables, block_tables
+from softcap_runtime.masks.intervals import edges
 
-# The kernel's interval vectors have room for this many rows (batch x length); see graphs/flex.py.
-MAX_ROWS = 2**24
 FORWARD = "flex_forward"
 # With 8 of 16 columns left over, Inductor's transposed product of AVX2 stores all 16 where a head has fewer elements
 # than this (torch 2.13, stock flex_attention as well: wrong rows over 24 and 40 keys at head_dim 16).
@@ -25,10 +24,7 @@ SHORT_HEAD = 24
 
 def kernel_spec(problem: Problem, op: str) -> KernelSpec:
     """What flex's kernel ``op`` is compiled for to solve a problem."""
-    mask: MaskKind = "band" if problem.mask.lo is None else "intervals"
-    return KernelSpec(
-        op, problem.device.type, dtype_name(problem.dtype), problem.head_dim, problem.softcap is not None, mask
-    )
+    return KernelSpec(op, problem.device.type, dtype_name(problem.dtype), problem.head_dim, problem.softcap is not None)
 
 
 def _package(problem: Problem) -> Package:
@@ -45,8 +41,6 @@ def _refuses(problem: Problem) -> str | None:
             f"head_dim: {problem.head_dim}, torch's product for heads below {SHORT_HEAD} writes past its buffer on a "
             "CPU without AVX-512"
         )
-    if problem.mask.lo is not None and problem.mask.lo.numel() > MAX_ROWS:
-        return f"the mask has {problem.mask.lo.numel()} rows, the flex engine takes {MAX_ROWS}"
     if not torch_features.FLEX_ATTENTION:
         return f"torch {torch.__version__} has no flex_attention (2.5 and newer have)"
     if not torch_features.FLEX_PACKAGES:
@@ -57,7 +51,7 @@ def _refuses(problem: Problem) -> str | None:
 def _forward(problem: Problem, kernels: Kernels) -> MaskedForward:
     """Bind the kernel to the mask; it returns out ``[B, Hq, Sq, D]`` and no logsumexp."""
     run_kernel = kernels.get(_package(problem))
-    fixed = [*key_tables(problem, kernels), *mask_arguments(problem), *scalars(problem)]
+    fixed = [*mask_tensors(problem, kernels), *scalars(problem)]
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         return run_kernel([q, k, v, *fixed])[0], None
@@ -65,40 +59,27 @@ def _forward(problem: Problem, kernels: Kernels) -> MaskedForward:
     return run
 
 
-def key_tables(problem: Problem, kernels: Kernels) -> BlockTables:
-    """The block tables over the keys; those of a band are kept."""
+def mask_tensors(problem: Problem, kernels: Kernels) -> tuple[Tensor, ...]:
+    """The four block tables over the keys, and the three tensors that ``is_visible`` reads; those of a band are kept."""
     mask, device = problem.mask, problem.device
-    if mask.lo is not None:
-        return block_tables(mask, device)
-    return kernels.masks.get_or_make((mask, device), lambda: block_tables(mask, device))
+
+    def make() -> tuple[Tensor, ...]:
+        lo, hi = edges(mask, device)
+        row_stride = torch.tensor(0 if lo.shape[0] == 1 else mask.q_len, dtype=torch.int32, device=device)
+        return *block_tables(mask, device), lo.flatten(), hi.flatten(), row_stride
+
+    return make() if mask.vectors else kernels.masks.get_or_make((mask, device), make)
 
 
-def mask_arguments(problem: Problem) -> list[Tensor]:
-    """What ``in_band`` or ``in_intervals`` reads of the problem's mask."""
-    mask, device = problem.mask, problem.device
-    if mask.lo is None or mask.hi is None:
-        return [_number(edge, device) for edge in (mask.left, mask.right)]
-    row_stride = 0 if mask.lo.shape[0] == 1 else mask.q_len
-    return [mask.lo.flatten(), mask.hi.flatten(), _number(row_stride, device)]
-
-
-def in_band(b: Tensor, h: Tensor, i: Tensor, j: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """A band's elements, for flex: row i sees ``i + left <= j < i + right``."""
-    return (j >= i + left) & (j < i + right)
-
-
-def in_intervals(b: Tensor, h: Tensor, i: Tensor, j: Tensor, lo: Tensor, hi: Tensor, row_stride: Tensor) -> Tensor:
-    """The elements of intervals, for flex: row i of batch b sees ``lo[b * row_stride + i] <= j < hi[...]``."""
+# Without types: torch traces this into graphs, which it can't cache when a type is a string, as they are here.
+def is_visible(b, h, i, j, lo, hi, row_stride):  # type: ignore[no-untyped-def]
+    """The elements of a mask, for flex: row i of batch b sees ``lo[b * row_stride + i] <= j < hi[...]``."""
     row = b * row_stride + i
     return (j >= lo[row]) & (j < hi[row])
 
 
 def _avx2_at_most() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
-
-
-def _number(value: int | None, device: torch.device) -> Tensor:
-    return torch.tensor(value, dtype=torch.int32, device=device)
 
 
 def _backward(problem: Problem, kernels: Kernels) -> Backward:

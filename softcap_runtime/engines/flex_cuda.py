@@ -24,7 +24,7 @@ from softcap_runtime.engines.engine import (
     per_mask,
     scalars,
 )
-from softcap_runtime.engines.flex_cpu import in_band, in_intervals, kernel_spec, key_tables, mask_arguments
+from softcap_runtime.engines.flex_cpu import is_visible, kernel_spec, mask_tensors
 from softcap_runtime.engines.jit import Compiled
 from softcap_runtime.engines.spec import KernelSpec
 from softcap_runtime.masks.blocks import BlockTables, assemble, query_tables
@@ -60,13 +60,8 @@ def _artifacts(problem: Problem, kernels: Kernels) -> list[Compiled]:
 
 def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
     """The function compiled for ``spec``, of q, k, v, block tables, the mask's tensors, scale, cap and 1 / cap."""
-    elements = in_band if spec.mask == "band" else in_intervals
-    edges = 2 if spec.mask == "band" else 3
 
-    # Untyped: torch traces these into graphs, and cannot cache graphs whose types are strings, as they are here.
-    def visible(b, h, i, j, *rows):  # type: ignore[no-untyped-def]
-        return elements(b, h, i, j, *rows)
-
+    # Without types, as ``is_visible``.
     def logit(score, b, h, i, j, scale, cap=None, inv_cap=None):  # type: ignore[no-untyped-def]
         scaled = score * scale
         return scaled if cap is None else cap * torch.tanh(scaled * inv_cap)
@@ -82,9 +77,9 @@ def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
 
         # Before torch 2.9 a flag asked for it, of which later versions warn.
         asked = {"return_aux": flex.AuxRequest(lse=True)} if hasattr(flex, "AuxRequest") else {"return_lse": True}
-        rows, numbers = rest[4 : 4 + edges], rest[4 + edges :]
+        rows, numbers = rest[4:7], rest[7:]
         mask = assemble(
-            (q.shape[2], k.shape[2]), BlockTables(*rest[:4]), None, lambda b, h, i, j: visible(b, h, i, j, *rows)
+            (q.shape[2], k.shape[2]), BlockTables(*rest[:4]), None, lambda b, h, i, j: is_visible(b, h, i, j, *rows)
         )
         out, kept = flex.flex_attention(
             q,
@@ -101,8 +96,8 @@ def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
     def backward(
         grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
-        rows, numbers = rest[8 : 8 + edges], rest[8 + edges :]
-        mask = assemble((q.shape[2], k.shape[2]), BlockTables(*rest[:4]), BlockTables(*rest[4:8]), visible)
+        rows, numbers = rest[8:11], rest[11:]
+        mask = assemble((q.shape[2], k.shape[2]), BlockTables(*rest[:4]), BlockTables(*rest[4:8]), is_visible)
         return flex_backward(grad_out, q, k, v, out, lse, logit, gradient, numbers, mask, rows)
 
     if spec.op == FORWARD:
@@ -114,7 +109,7 @@ def function(spec: KernelSpec) -> Callable[..., tuple[Tensor, ...]]:
 
 def _forward(problem: Problem, kernels: Kernels) -> MaskedForward:
     compiled = kernels.get(_compiled(problem, FORWARD))
-    fixed = [*key_tables(problem, kernels), *mask_arguments(problem), *scalars(problem)]
+    fixed = [*mask_tensors(problem, kernels), *scalars(problem)]
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         out, lse = compiled([q, k, v, *fixed])
@@ -125,8 +120,9 @@ def _forward(problem: Problem, kernels: Kernels) -> MaskedForward:
 
 def _backward(problem: Problem, kernels: Kernels) -> MaskedBackward:
     compiled = kernels.get(_compiled(problem, BACKWARD))
-    queries = query_tables(problem.mask, problem.device)
-    fixed = [*key_tables(problem, kernels), *queries, *mask_arguments(problem), *scalars(problem)]
+    *tables, lo, hi, row_stride = mask_tensors(problem, kernels)
+    by_queries = query_tables(problem.mask, problem.device)
+    fixed = [*tables, *by_queries, lo, hi, row_stride, *scalars(problem)]
 
     def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grad_q, grad_k, grad_v = compiled([*tensors, *fixed])

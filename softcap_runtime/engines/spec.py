@@ -14,14 +14,14 @@ MaskKind = Literal["band", "intervals", ""]
 
 
 class KernelSpec(NamedTuple):
-    """``op`` names the kernel; ``head_dim`` 0 and ``mask`` "" where it depends on neither."""
+    """``op`` names the kernel; ``head_dim`` 0 and ``mask`` "" where it depends on neither (``mask``: GPU kernels)."""
 
     op: str
     device: str
     dtype: str
     head_dim: int
     capped: bool
-    mask: MaskKind
+    mask: MaskKind = ""
 
     @property
     def torch_dtype(self) -> torch.dtype:

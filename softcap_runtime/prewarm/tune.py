@@ -42,7 +42,7 @@ def measure(
     """Measure the best options of a kernel, or find earlier results."""
     direction = key[3]
     capped = shape.softcap is not None
-    spec = KernelSpec(f"tuned {direction}", "cuda", key[1], shape.head_dim, capped, "")
+    spec = KernelSpec(f"tuned {direction}", "cuda", key[1], shape.head_dim, capped)
 
     def work() -> tuple[Outcome, int]:
         done = measured_once(

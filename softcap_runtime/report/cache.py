@@ -25,10 +25,9 @@ _KNOWN: dict[str, tuple[Mapping[str, FieldValue], str]] = {
     "dtype": ({name: name for name in ("float32", "bfloat16", "float16")}, "float32, bfloat16 or float16"),
     "head_dim": ({}, "an integer"),
     "capped": ({"true": True, "false": False}, "true or false"),
-    "mask": ({kind: kind for kind in ("band", "intervals", "")}, "band, intervals or nothing"),
 }
 # The fields that are not given, while the cache holds no package.
-_DEFAULTS = Package("flex_forward", "cpu", "float32", 256, True, "band")
+_DEFAULTS = Package("flex_forward", "cpu", "float32", 256, True)
 
 
 class CacheReport(Frozen):
@@ -112,8 +111,8 @@ def _parsed(words: Sequence[str]) -> dict[str, FieldValue]:
     wanted: dict[str, FieldValue] = {}
     for word in words:
         name, equals, value = word.partition("=")
-        if not equals or name not in KernelSpec._fields:
-            raise ValueError(f"--explain: {word!r}, expected field=value with {', '.join(KernelSpec._fields)}")
+        if not equals or name not in _KNOWN:
+            raise ValueError(f"--explain: {word!r}, expected field=value with {', '.join(_KNOWN)}")
         wanted[name] = _value(name, value)
     return wanted
 

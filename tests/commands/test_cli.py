@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import random
+import runpy
 import shutil
 import sqlite3
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from softcap_runtime.store.schema import DBNAME
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = ["--num-heads", "4", "--num-kv-heads", "2", "--head-dim", str(HEAD_DIM), "--scale", "0.125"]
+DTYPES = ["--dtype", "float32", "--dtype", "bfloat16"]
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -54,7 +56,7 @@ def fill(folder: Path) -> Store:
     """A cache of three entries that nobody will load: two kernels for here, one for another machine."""
     store = Store(folder, 2**30)
     for head_dim, dtype, here in ((64, "float32", True), (128, "float32", True), (256, "float16", False)):
-        spec = Package("flex_forward", "cpu", dtype, head_dim, True, "band")
+        spec = Package("flex_forward", "cpu", dtype, head_dim, True)
         environment = fingerprint("cpu") if here else {**fingerprint("cpu"), "torch": "1.0"}
         store.load_or_build(Key(spec.key().fields, environment), lambda: os.urandom(1000))
     return store
@@ -115,17 +117,16 @@ def test_the_command_names_every_kernel_of_the_call(tmp_path: Path, warm_cache: 
 
 @NEEDS_FLEX
 def test_prewarm_shows_each_kernel(command: Command, runtimes: dict[str, Runtime], warm_cache: Path) -> None:
-    for mask in ("band", "intervals"):
-        for dtype in ("float32", "bfloat16"):
-            runtimes["flex"].supply.get(Package("flex_forward", "cpu", dtype, HEAD_DIM, True, mask))
+    for dtype in ("float32", "bfloat16"):
+        runtimes["flex"].supply.get(Package("flex_forward", "cpu", dtype, HEAD_DIM, True))
     words = ["--cache-dir", warm_cache, "prewarm", *NUMBERS, "--softcap", "50", "--dtype", "float32"]
     code, out, _ = command(*words, "--train", "--seq-len", "100", "--seq-len", "2000")
     assert (code, out.count("attention"), out.count("loaded")) == (0, 1, 1)
     code, out, _ = command(*words, "--dtype", "bfloat16", "--engine", "flex")
-    assert (code, out.count("flex_forward float32"), out.count("flex_forward bfloat16")) == (0, 2, 2)
+    assert (code, out.count("flex_forward float32"), out.count("flex_forward bfloat16")) == (0, 1, 1)
     without_scale = [word for word in words if word not in NUMBERS[-2:]]
     code, out, _ = command(*without_scale, "--engine", "flex")
-    assert (code, out.count("flex_forward float32")) == (0, 2)
+    assert (code, out.count("flex_forward float32")) == (0, 1)
     code, out, _ = command(*words, "--engine", "eager")
     assert (code, out.startswith("nothing to prewarm")) == (0, True)
     code, out, _ = command(*words, "--engine", "dense")
@@ -151,7 +152,7 @@ def tiny_packages(monkeypatch: pytest.MonkeyPatch) -> list[Package | CpuLibrary]
 def test_prewarm_fails_when_its_kernels_evict_each_other(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_packages: list[Package | CpuLibrary]
 ) -> None:
-    words = ["--cache-dir", tmp_path / "cache", "prewarm", "--preset", "gemma2-2b", "--engine", "flex"]
+    words = ["--cache-dir", tmp_path / "cache", "prewarm", "--preset", "gemma2-2b", "--engine", "flex", *DTYPES]
     monkeypatch.setenv("SOFTCAP_CACHE_SIZE_LIMIT", "1500")
     code, _, err = command(*words)
     count = len(tiny_packages)
@@ -209,7 +210,7 @@ def test_prewarm_builds_nothing_for_a_read_only_folder(
     subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
     tiny_packages.clear()
     assert command(*words)[0] == 0, "all of it is there"
-    code, out, err = command(*words, "--engine", "flex")
+    code, out, err = command(*words, "--engine", "flex", *DTYPES)
     assert (code, out, tiny_packages) == (1, "", [])
     told = f"softcap-runtime: 2 kernels are missing in {place / 'cache'}, which is read-only (flex_forward"
     assert err.startswith(told)
@@ -238,7 +239,7 @@ def test_an_interruption_is_one_line(command: Command, tmp_path: Path, monkeypat
 
 def test_inspect_shows_the_cache(command: Command, tmp_path: Path) -> None:
     store = fill(tmp_path / "cache")
-    store.load(Package("flex_forward", "cpu", "float32", 1, True, "band").key())
+    store.load(Package("flex_forward", "cpu", "float32", 1, True).key())
     store.close()
     code, out, err = command("--cache-dir", tmp_path / "cache", "inspect")
     assert (code, err) == (0, "")
@@ -272,7 +273,7 @@ def test_inspect_hides_no_key_in_80_columns(tmp_path: Path) -> None:
     rows = [line.split("│")[1].strip() for line in shown.splitlines() if line.count("│") == 7]
     words = " ".join(rows)
     for dtype, head_dim in (("float32", 64), ("float32", 128), ("float16", 256)):
-        assert f"flex_forward {dtype} head_dim {head_dim} band" in words
+        assert f"flex_forward {dtype} head_dim {head_dim} " in words
     assert "dq_kernel bfloat16 device=cuda" in words
     assert "warps=8" in words
 
@@ -300,7 +301,7 @@ def test_the_version_and_completion(command: Command) -> None:
         (["head_dim=64"], True, []),
         (["head_dim=64", "dtype=float32", "op=flex_forward", "capped=true"], True, []),
         (["head_dim=128", "dtype=bfloat16"], False, ["dtype"]),
-        (["head_dim=128", "capped=false", "mask=intervals"], False, ["capped", "mask"]),
+        (["head_dim=128", "capped=false", "dtype=float16"], False, ["capped", "dtype"]),
         (["head_dim=256"], False, ["fingerprint.torch"]),
     ],
 )
@@ -346,7 +347,7 @@ def test_explaining_the_library_that_depends_on_no_head_dim(command: Command, tm
     assert command(*explain, "op=attention")[1].startswith("absent: attention ")
     store.load_or_build(library().key(), lambda: b"kernel")
     store.close()
-    assert command(*explain, "op=attention", "head_dim=77", "mask=band")[1].startswith("present: attention ")
+    assert command(*explain, "op=attention", "head_dim=77", "dtype=float16")[1].startswith("present: attention ")
     assert "head_dim: wanted 77" in command(*explain, "head_dim=77")[1]
     store = Store(tmp_path / "alone", 2**30)
     store.load_or_build(library().key(), lambda: b"kernel")
@@ -359,7 +360,7 @@ def test_explaining_the_library_that_depends_on_no_head_dim(command: Command, tm
 
 def test_verify_finds_and_repairs(command: Command, tmp_path: Path, seed: int) -> None:
     store = fill(tmp_path)
-    payload = store.load(Package("flex_forward", "cpu", "float32", 64, True, "band").key())
+    payload = store.load(Package("flex_forward", "cpu", "float32", 64, True).key())
     store.close()
     words = ["--cache-dir", tmp_path, "verify"]
     assert command(*words)[:2] == (0, f"3 entries are good in {tmp_path}\n")
@@ -477,28 +478,36 @@ def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
     assert plain != prefix
 
 
+def printed(monkeypatch: pytest.MonkeyPatch, encoding: str, *words: object) -> str:
+    """What a command line that succeeds prints to a stream of this encoding."""
+    stream = TextIOWrapper(BytesIO(), encoding)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(cli, "interrupted_by", lambda *signals: [])
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(word) for word in words])
+    assert ended.value.code == 0
+    stream.flush()
+    return stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("encoding", "full"), [("iso-8859-1", "##"), ("utf-8", "██")])
-def test_masks_are_drawn_with_what_the_terminal_can_show(encoding: str, full: str) -> None:
-    done = shell("softcap-runtime mask --seq-len 512", PYTHONIOENCODING=encoding, PYTHONUTF8="0")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"{full} full block" in done.stdout
+def test_masks_are_drawn_with_what_the_terminal_can_show(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, full: str
+) -> None:
+    assert f"{full} full block" in printed(monkeypatch, encoding, "mask", "--seq-len", 512)
 
 
-def test_a_folder_whose_name_the_output_cannot_show(tmp_path: Path) -> None:
+def test_a_folder_whose_name_the_output_cannot_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was done is done, and JSON stays JSON; not even UTF-8 has the name's last byte."""
     folder = tmp_path / os.fsdecode("caf\xe9 \u732b ".encode() + b"\xff")
     fill(folder)
 
-    def told(words: str, encoding: str) -> str:
-        variables = {"SOFTCAP_CACHE_DIR": str(folder), "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
-        done = shell(f"softcap-runtime {words}", **variables)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    document = json.loads(told("inspect --json", "ascii"))
+    words = ["--cache-dir", folder]
+    document = json.loads(printed(monkeypatch, "ascii", *words, "inspect", "--json"))
     assert document["status"]["folder"].endswith("caf\xe9 \u732b \ufffd")
-    told("inspect", "ascii")
-    assert "removed 3 entries" in told("clear", "utf-8")
+    printed(monkeypatch, "ascii", *words, "inspect")
+    assert "removed 3 entries" in printed(monkeypatch, "utf-8", *words, "clear")
 
 
 @pytest.mark.parametrize(
@@ -532,7 +541,7 @@ def test_a_folder_whose_name_the_output_cannot_show(tmp_path: Path) -> None:
         ("inspect --explain head_dim=x", "head_dim='x', expected an integer"),
         ("inspect --explain capped=2", "capped='2', expected true or false"),
         ("inspect --explain op=foo", "op='foo', expected attention, flex_forward"),
-        ("inspect --explain mask=foo", "mask='foo', expected band, intervals or nothing"),
+        ("inspect --explain mask=band", "'mask=band', expected field=value with op, device, dtype, head_dim, capped"),
         ("inspect --explain dtype=foo", "dtype='foo', expected float32, bfloat16 or float16"),
         ("inspect --explain device=cuda", "device='cuda', expected cpu; inspect lists the kernels of a GPU"),
         ("export", "Missing argument"),
@@ -606,7 +615,14 @@ def test_a_script_runs_the_package_beside_it_installed_or_not(tmp_path: Path, sc
         ("masks --json FOLDER", "', expected a file in a folder that is there"),
     ],
 )
-def test_a_benchmark_that_could_not_be_written_measures_nothing(tmp_path: Path, words: str, said: str) -> None:
-    done = shell(f"'{sys.executable}' '{ROOT}/scripts/benchmark.py' {words.replace('FOLDER', str(tmp_path))}")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert said in done.stderr.splitlines()[-1]
+def test_a_benchmark_that_could_not_be_written_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    script = ROOT / "scripts/benchmark.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *words.replace("FOLDER", str(tmp_path)).split()])
+    monkeypatch.syspath_prepend(script.parent)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert said in err.splitlines()[-1]

@@ -37,7 +37,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, failing: str | None = None) -> lis
     def build(artifact: Package | CpuLibrary) -> bytes:
         spec = artifact.describe()
         asked.append(spec)
-        if spec.mask == failing:
+        if spec.dtype == failing:
             raise BuildFailed(f"cannot build {spec.op}: no luck\nsecond line")
         return b"kernel of " + repr(spec).encode()
 
@@ -51,9 +51,10 @@ def compiler(monkeypatch: pytest.MonkeyPatch, failing: str | None = None) -> lis
 def test_every_kernel_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = compiler(monkeypatch)
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, jit="forbid", engine="flex"))
-    wanted = [request(), request(config=CONFIG.model_copy(update={"window": None})), request(num_heads=2)]
+    wanted = [request(), request(config=WIDE), request(num_heads=2), request(dtype="bfloat16")]
     first = runtime.prewarm(wanted, progress=False)
-    assert {(row.spec.op, row.spec.mask) for row in first} == {("flex_forward", "band"), ("flex_forward", "intervals")}
+    kernel = KernelSpec("flex_forward", "cpu", "float32", HEAD_DIM, True)
+    assert {row.spec for row in first} == {kernel, kernel._replace(dtype="bfloat16")}
     assert sorted(asked) == sorted(row.spec for row in first)
     assert all(row.outcome == "built" and row.bytes > 0 and row.error is None for row in first)
     assert {row.outcome for row in runtime.prewarm(wanted, progress=False)} == {"ready"}
@@ -84,13 +85,14 @@ def test_one_library_serves_every_request(tmp_path: Path, monkeypatch: pytest.Mo
 
 @NEEDS_FLEX
 def test_a_failure_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler(monkeypatch, failing="intervals")
+    compiler(monkeypatch, failing="bfloat16")
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex"))
-    rows = {row.spec.mask: row for row in runtime.prewarm([request(seq_lens=[64])], progress=True)}
-    assert rows["intervals"].outcome == "failed"
-    assert rows["intervals"].error == "cannot build flex_forward: no luck"
-    assert rows["band"].outcome == "built"
-    assert runtime.stats().misses == 0, "no length is bound while a kernel is missing"
+    wanted = [request(seq_lens=[64], dtype=dtype) for dtype in ("float32", "bfloat16")]
+    rows = {row.spec.dtype: row for row in runtime.prewarm(wanted, progress=True)}
+    assert rows["bfloat16"].outcome == "failed"
+    assert rows["bfloat16"].error == "cannot build flex_forward: no luck"
+    assert rows["float32"].outcome == "built"
+    assert runtime.stats().misses == 1, "no length is bound whose kernel is missing"
 
 
 def test_bad_requests_raise_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,13 +151,13 @@ def test_prewarmed_lengths_have_their_plans(warm_cache: Path, seed: int) -> None
 
 
 def test_names_tell_kernels_apart() -> None:
-    one = KernelSpec("flex_forward", "cpu", "float32", 64, True, "band")
+    one = KernelSpec("forward_kernel", "cuda", "float32", 64, True, "band")
     others = [one._replace(dtype="float16"), one._replace(head_dim=32), one._replace(capped=False)]
     assert len({kernel_name(spec) for spec in [one, one._replace(mask="intervals"), *others]}) == 5
 
 
 def test_the_bar_counts_kernels_that_were_made_or_failed(capsys: pytest.CaptureFixture[str]) -> None:
-    spec = KernelSpec("flex_forward", "cpu", "float32", 64, True, "band")
+    spec = KernelSpec("flex_forward", "cpu", "float32", 64, True)
 
     def work(ending: BaseException | None) -> tuple[Outcome, int]:
         if ending is not None:

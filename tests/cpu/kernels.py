@@ -101,41 +101,52 @@ class Call(NamedTuple):
         return *make_qkv(self.sizes, dtype, self.layout), make_qkv(self.sizes, dtype)[0]
 
 
-def check(library: Library, call: Call, dtype: torch.dtype, *, backward: bool = True) -> None:
-    """Results against the specification in float64, each within what rounding may do (see ``rounding``)."""
+class Exact(NamedTuple):
+    """What a call gives in float64, and what rounding may do to it; ``wanted``: of out and the gradients."""
+
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor]
+    lse: Tensor
+    wanted: list[tuple[str, Tensor, Tensor]]
+
+
+def exact(call: Call, dtype: torch.dtype) -> Exact:
+    """The specification's results (see ``rounding`` for the bounds)."""
     q, k, v, grad_out = call.inputs(dtype)
+    seen = dense(call.mask, CPU)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse = reference.attention(*leaves, seen, scale=call.scale, softcap=call.softcap)
+    config = AttentionConfig(softcap=call.softcap, scale=call.scale)
+    # A logit is a sum of head_dim products in parts of at most 128; what is left of the inputs' dtype is nothing.
+    eps = 4 * torch.finfo(torch.float32).eps
+    results = (out.detach(), *torch.autograd.grad(out, leaves, grad_out.double()))
+    bounds = [output_error(q, k, v, config, seen, eps, STORED[dtype])]
+    bounds += gradient_errors((q, k, v), grad_out, config, seen, eps, STORED_GRADIENT[dtype])
+    return Exact((q, k, v, grad_out), lse.detach(), list(zip(("out", "dq", "dk", "dv"), results, bounds, strict=True)))
+
+
+def check(library: Library, call: Call, dtype: torch.dtype, known: Exact | None = None) -> None:
+    """Results against the specification in float64, each within what rounding may do; ``known`` if it is computed."""
+    (q, k, v, grad_out), want_lse, wanted = known or exact(call, dtype)
     problem = problem_of(q, k, call.mask, call.scale, call.softcap)
     before = torch.get_num_threads()
     torch.set_num_threads(call.threads)
     try:
         out, lse = attend(library, problem, q, k, v)
-        grads = differentiate(library, problem, grad_out, q, k, v, out, lse) if backward else ()
+        grads = differentiate(library, problem, grad_out, q, k, v, out, lse)
     finally:
         torch.set_num_threads(before)
-    seen = dense(call.mask, CPU)
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
-    want, want_lse = reference.attention(*exact, seen, scale=call.scale, softcap=call.softcap)
-    config = AttentionConfig(softcap=call.softcap, scale=call.scale)
-    # A logit is a sum of head_dim products in parts of at most 128; what is left of the inputs' dtype is nothing.
-    eps = 4 * torch.finfo(torch.float32).eps
-    bound = output_error(q, k, v, config, seen, eps, STORED[dtype])
-    close("out", out, want, bound)
     assert torch.equal(lse.isneginf(), want_lse.isneginf())
     there = ~want_lse.isneginf()
     # Of what a cap bounds, and of sums of squares: some ulps of the cap, or of the logits' own size.
     size = 1 + want_lse[there].abs() + (call.softcap or 0) + (q.double().norm(dim=-1)[there] * call.scale)
     assert bool(((lse - want_lse)[there].abs() <= STORED[dtype] + 1e-6 * size).all())
-    if backward:
-        want_grads = torch.autograd.grad(want, exact, grad_out.double())
-        bounds = gradient_errors((q, k, v), grad_out, config, seen, eps, STORED_GRADIENT[dtype])
-        for name, got, exact_grad, bound in zip("qkv", grads, want_grads, bounds, strict=True):
-            close(f"d{name}", got, exact_grad, bound)
+    for (name, want, bound), got in zip(wanted, (out, *grads), strict=True):
+        close(name, got, want, bound)
 
 
 def close(name: str, got: Tensor, want: Tensor, bound: Tensor) -> None:
     """By the norms of the error and of its bound; what is exactly 0 must be 0 (rows that see nothing, hidden keys)."""
     assert (got.shape, bool(got.isfinite().all())) == (want.shape, True), name
-    want = want.detach()
     error, most = float((got.double() - want).norm()), float(bound.norm())
     assert error <= most, f"{name}: off by {error:.1e}, rounding allows {most:.1e} of {float(want.norm()):.1e}"
     assert not got[bound == 0].any(), name

@@ -114,7 +114,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_its_kernels_are_named_for_prewarming() -> None:
     mask = band(8, 8, causal=True, window=None)
     call = problem(mask, Sizes(1, 2, 1, 8, 8, 64), 50.0, CUDA)
-    forward = KernelSpec("flex_cuda_forward", "cuda", "float32", 64, True, "band")
+    forward = KernelSpec("flex_cuda_forward", "cuda", "float32", 64, True)
     kernels: Any = None  # it asks for nothing to tell what it needs
     both = flex_cuda.ENGINE.artifacts(call, kernels)
     assert [one.describe() for one in both] == [forward, forward._replace(op="flex_cuda_backward")]

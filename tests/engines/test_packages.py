@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import HEAD_DIM, NEEDS_FLEX, Sizes, expected, make_qkv, relative_error
+from support.helpers import HEAD_DIM, NEEDS_FLEX, UNCAPPED_HEAD_DIM, Sizes, expected, make_qkv, relative_error
 
 from softcap_runtime import AttentionConfig, BuildFailed, Runtime, RuntimeSettings, SoftcapRuntimeError
 from softcap_runtime.artifacts import build
@@ -26,16 +26,17 @@ from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.engines import flex_cpu as flex
 from softcap_runtime.engines import package
 from softcap_runtime.engines.engine import Call
+from softcap_runtime.engines.graphs import builder
 from softcap_runtime.engines.graphs.flex import flex_forward
 from softcap_runtime.engines.package import Package
-from softcap_runtime.engines.spec import MaskKind, dtype_of
+from softcap_runtime.engines.spec import dtype_of
 from softcap_runtime.masks.intervals import band
 from softcap_runtime.masks.memo import MaskMemo
 from softcap_runtime.store import fingerprint
 
-BAND = Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
-UNCAPPED = BAND._replace(capped=False)
-CONFIGS = {BAND: AttentionConfig(softcap=50.0, scale=0.5), UNCAPPED: AttentionConfig(scale=0.5)}
+CAPPED = Package("flex_forward", "cpu", "float32", HEAD_DIM, True)
+UNCAPPED = CAPPED._replace(capped=False, head_dim=UNCAPPED_HEAD_DIM)
+CONFIGS = {CAPPED: AttentionConfig(softcap=50.0, scale=0.5), UNCAPPED: AttentionConfig(scale=0.5)}
 
 
 @pytest.fixture
@@ -88,8 +89,8 @@ def digest(spec: Package) -> str:
 def serves(folder: Path, loads: list[bytes], packages: dict[Package, bytes]) -> Runtime:
     """Both calls succeed, and only right packages were loaded."""
     runtime = Runtime(RuntimeSettings(cache_dir=folder, engine="flex"))
-    inputs = make_qkv(Sizes(1, 4, 2, 30, 30))
-    for config in CONFIGS.values():
+    for spec, config in CONFIGS.items():
+        inputs = make_qkv(Sizes(1, 4, 2, 30, 30, spec.head_dim))
         assert relative_error(runtime.attention(*inputs, config), expected(*inputs, config)) <= 2e-6
     assert [runtime.supply.supplied[spec].bytes for spec in CONFIGS] == [len(packages[spec]) for spec in CONFIGS]
     assert loads == list(packages.values())
@@ -119,7 +120,7 @@ def test_the_packages_of_two_kernels_are_swapped(
             ).fetchone()
             for spec in CONFIGS
         }
-        for spec, other in ((BAND, UNCAPPED), (UNCAPPED, BAND)):
+        for spec, other in ((CAPPED, UNCAPPED), (UNCAPPED, CAPPED)):
             assignment = ", ".join(f"{column} = ?" for column in columns)
             connection.execute(f"UPDATE Cache SET {assignment} WHERE key = ?", (*rows[other], digest(spec)))
     runtime = serves(folder, loads, packages)
@@ -133,7 +134,7 @@ def test_the_packages_of_two_kernels_are_swapped(
 def test_a_damaged_package(
     folder: Path, loads: list[bytes], packages: dict[Package, bytes], fault: str, seed: int
 ) -> None:
-    data = bytearray(packages[BAND])
+    data = bytearray(packages[CAPPED])
     if fault == "truncated":
         data = data[: len(data) // 2]
     elif fault == "flipped":
@@ -142,9 +143,9 @@ def test_a_damaged_package(
         data.clear()
     with opened(folder) as connection:
         if fault == "missing":
-            connection.execute("DELETE FROM Cache WHERE key = ?", (digest(BAND),))
+            connection.execute("DELETE FROM Cache WHERE key = ?", (digest(CAPPED),))
         else:
-            connection.execute("UPDATE Cache SET value = ? WHERE key = ?", (bytes(data), digest(BAND)))
+            connection.execute("UPDATE Cache SET value = ? WHERE key = ?", (bytes(data), digest(CAPPED)))
     runtime = serves(folder, loads, packages)
     assert sources(runtime) == ["built", "disk"]
     counters = runtime.supply.store.status().counters
@@ -173,7 +174,7 @@ def test_bytes_that_are_verified_but_no_package(
     broken = Runtime(RuntimeSettings(cache_dir=tmp_path, engine="flex"))
     for _ in range(2):
         with pytest.raises(SoftcapRuntimeError, match="flex_forward does not load") as raised:
-            broken.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), CONFIGS[BAND])
+            broken.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), CONFIGS[CAPPED])
         assert "\n" not in str(raised.value)
 
 
@@ -183,7 +184,7 @@ from softcap_runtime import SoftcapRuntimeError
 from softcap_runtime.engines.package import Package
 data = open(sys.argv[1], "rb").read()
 limit, low = getattr(resource, sys.argv[2]), int(sys.argv[3])
-spec, before = Package("flex_forward", "cpu", "float32", 64, True, "band"), resource.getrlimit(limit)
+spec, before = Package("flex_forward", "cpu", "float32", 64, True), resource.getrlimit(limit)
 descriptors = os.listdir("/proc/self/fd")
 resource.setrlimit(limit, (low, before[1]))
 for _ in range(3):
@@ -205,7 +206,7 @@ spec.load(data)
 def test_a_process_that_lacks_what_loading_needs_is_not_told_to_clear_the_cache(
     packages: dict[Package, bytes], tmp_path: Path, limit: str, low: int, words: str
 ) -> None:
-    (tmp_path / "package").write_bytes(packages[BAND])
+    (tmp_path / "package").write_bytes(packages[CAPPED])
     command = [sys.executable, "-c", LOADED_WITH_LESS, tmp_path / "package", limit, str(low)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     told = rf"(kernel flex_forward cannot be loaded now: \[Errno \d+\] {words}; .* call again\n){{3}}"
@@ -214,12 +215,11 @@ def test_a_process_that_lacks_what_loading_needs_is_not_told_to_clear_the_cache(
 
 def test_kernels_loaded_at_once_are_not_mixed_up(packages: dict[Package, bytes], seed: int) -> None:
     """The loader takes a library whose path it has seen for the one it has: each load has a path of its own."""
-    q, k, v = make_qkv(Sizes(1, 4, 2, 30, 30))
     mask = band(30, 30, causal=True, window=None)
-
     for _ in range(3):
         kernels: Any = SimpleNamespace(get=lambda spec: spec.load(packages[spec]), masks=MaskMemo(2**20))
         for spec, config in CONFIGS.items():
+            q, k, v = make_qkv(Sizes(1, 4, 2, 30, 30, spec.head_dim))
             problem = Call(mask, config.scale, config.softcap, "flex", False).problem(q, k)
             assert flex.ENGINE.artifacts(problem, kernels) == [spec]
             out, _ = flex.ENGINE.forward(problem, kernels)(q, k, v)
@@ -233,7 +233,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.compiler_version() == "none"
     runtime = Runtime(RuntimeSettings(cache_dir=tmp_path / "cache"))
     with pytest.raises(BuildFailed, match=r"no C\+\+ compiler found.*g\+\+.*engine='eager'") as raised:
-        runtime.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), CONFIGS[BAND])
+        runtime.attention(*make_qkv(Sizes(1, 2, 1, 4, 4)), CONFIGS[CAPPED])
     assert "\n" not in str(raised.value)
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert build.find_compiler() is None
@@ -249,7 +249,7 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("setting", "artifact"), [("nowhere g++", library()), ("bin/clang++", BAND)], ids=str)
+@pytest.mark.parametrize(("setting", "artifact"), [("nowhere g++", library()), ("bin/clang++", CAPPED)], ids=str)
 def test_a_builder_runs_the_compiler_that_was_found_and_minds_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, artifact: CpuLibrary | Package
 ) -> None:
@@ -310,32 +310,27 @@ def test_a_builder_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     assert "\n" not in str(raised.value)
 
 
-@NEEDS_FLEX
-def test_a_builder_loads_what_it_built(tmp_path: Path, seed: int) -> None:
-    """Of a head_dim whose strides meet others, as 64 * 2 and 32 * 4: the kernel must not take one for another."""
-    spec = BAND._replace(head_dim=32)
-    code = (
-        "import sys; from softcap_runtime.engines.graphs import builder\n"
-        "from softcap_runtime.engines.package import Package\n"
-        "builder.load_package = lambda data: print('loaded', len(data))\n"
-        f"builder.compile_package({spec!r}, sys.argv[1])"
-    )
-    target = tmp_path / "kernel.pt2"
-    done = subprocess.run([sys.executable, "-c", code, target], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["loaded", str(target.stat().st_size)], done.stderr
-    runtime = Runtime(RuntimeSettings(cache_dir=tmp_path / "cache", engine="flex", jit="forbid"))
-    runtime.supply.store.load_or_build(spec.key(), target.read_bytes)
-    config = AttentionConfig(softcap=50.0, scale=32**-0.5, window=140)
-    for length in (5, 129, 300):
-        q, k, v = make_qkv(Sizes(2, 4, 2, length, length, 32), layout="transposed")
-        assert relative_error(runtime.attention(q, k, v, config), expected(q, k, v, config)) <= 2e-6
+def test_a_builder_loads_what_it_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All else that it does is needed by every kernel of the other tests, and takes half a minute."""
+
+    def compiled(program: str, package_path: str, inductor_configs: dict[str, Any]) -> None:
+        Path(package_path).write_text(program)
+
+    loaded: list[bytes] = []
+    dynamo, inductor = (importlib.import_module(f"torch.{name}") for name in ("_dynamo.config", "_inductor"))
+    monkeypatch.setattr(dynamo, "fake_tensor_cache_enabled", True)  # put back when the test is over
+    monkeypatch.setattr(builder, "count_threads_at_run_time", lambda: None)
+    monkeypatch.setattr(torch.export, "export", lambda *arguments, **options: "a package")
+    monkeypatch.setattr(inductor, "aoti_compile_and_package", compiled)
+    monkeypatch.setattr(builder, "load_package", loaded.append)
+    builder.compile_package(CAPPED.describe(), str(tmp_path / "kernel.pt2"))
+    assert loaded == [b"a package"]
 
 
-@pytest.mark.parametrize("mask", ["band", "intervals"])
-def test_no_head_dim_ties_strides_of_the_example_together(mask: MaskKind) -> None:
+def test_no_head_dim_ties_strides_of_the_example_together() -> None:
     """torch.export gives equal numbers one symbol: the kernel would read one tensor with another's stride."""
     for head_dim in range(1, 521):
-        example = flex_forward(Package("flex_forward", "cpu", "float32", head_dim, True, mask)).example
+        example = flex_forward(Package("flex_forward", "cpu", "float32", head_dim, True)).example
         strided = [x for x in example if x.dim() > 1]
         assert len(strided) == 7
         strides = [stride for x in strided for stride in sorted(x.stride())[1:]]
@@ -372,7 +367,7 @@ for _ in range(50):
 @NEEDS_FLEX
 def test_a_process_with_more_threads_than_the_builder(runtime: Runtime, seed: int) -> None:
     """Inductor writes the builder's threads into flex kernels, whose buffers the others then overrun."""
-    runtime.supply.get(BAND)
+    runtime.supply.get(CAPPED)
     threads = str(4 * (os.cpu_count() or 1))
     done = subprocess.run(
         [sys.executable, "-c", MORE_THREADS, str(runtime.settings.cache_dir), str(seed), threads],

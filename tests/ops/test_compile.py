@@ -79,35 +79,48 @@ def test_spans_inside_a_graph(runtime: Runtime, seed: int) -> None:
         assert relative_error(compiled(*inputs, spans), expected(*inputs, CONFIG, spans=spans)) <= 2e-6
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-@pytest.mark.parametrize(
-    ("name", "good", "bad"),
-    [
-        ("attention_mask", [[0, 1, 1, 1], [1, 1, 0, 1]], [[0, 1, 1, 1], [1, 2, 1, 1]]),
-        ("document_ids", [[0, 0, 4, 5], [0, 1, 1, 1]], [[0, 0, 4, 5], [0, 1, 0, 0]]),
-        ("cache_lengths", [4, 4], [4, 5]),
-        ("prefix_lengths", [0, 4], [-1, 4]),
-        ("spans", [[[0, 2], [2, 4]], [[0, 0], [3, 4]]], [[[0, 2], [1, 4]], [[0, 0], [3, 4]]]),
-        ("spans", [[[2, 4], [0, 1]]], [[[2, 5], [0, 1]]]),
-        ("spans", [[[2, 4], [7, 7]]], [[[4, 2], [0, 0]]]),
-        ("query_positions", [2, 0, 3, 1], [2, 0, 4, 1]),
-        ("query_positions", [[2, 0, 3, 1], [0, 0, 1, 1]], [[2, 0, 3, 1], [0, 0, -1, 1]]),
-    ],
-)
+# A mask's name, values that it can have, and some that it can't.
+VALUES: list[tuple[str, list[Any], list[Any]]] = [
+    ("attention_mask", [[0, 1, 1, 1], [1, 1, 0, 1]], [[0, 1, 1, 1], [1, 2, 1, 1]]),
+    ("document_ids", [[0, 0, 4, 5], [0, 1, 1, 1]], [[0, 0, 4, 5], [0, 1, 0, 0]]),
+    ("cache_lengths", [4, 4], [4, 5]),
+    ("prefix_lengths", [0, 4], [-1, 4]),
+    ("spans", [[[0, 2], [2, 4]], [[0, 0], [3, 4]]], [[[0, 2], [1, 4]], [[0, 0], [3, 4]]]),
+    ("spans", [[[2, 4], [0, 1]]], [[[2, 5], [0, 1]]]),
+    ("spans", [[[2, 4], [7, 7]]], [[[4, 2], [0, 0]]]),
+    ("query_positions", [2, 0, 3, 1], [2, 0, 4, 1]),
+    ("query_positions", [[2, 0, 3, 1], [0, 0, 1, 1]], [[2, 0, 3, 1], [0, 0, -1, 1]]),
+]
+
+
+@pytest.mark.parametrize(("name", "good", "bad"), VALUES)
 def test_data_that_no_mask_can_have_raises_inside_a_graph(
-    runtime: Runtime, backend: str, name: str, good: list[Any], bad: list[Any], seed: int
+    runtime: Runtime, name: str, good: list[Any], bad: list[Any], seed: int
 ) -> None:
     compiled = torch.compile(
         lambda q, k, v, m: runtime.attention(q, k, v, CONFIG, **{name: m}),
         fullgraph=True,
         dynamic=True,
-        backend=backend,
+        backend="eager",
     )
     inputs = make_qkv(Sizes(2, 4, 2, 4, 4))
     mask = torch.tensor(good)
     assert relative_error(compiled(*inputs, mask), expected(*inputs, CONFIG, **{name: mask})) <= 2e-6
     with pytest.raises(RuntimeError, match=f"{name}: .*, expected|attention_mask: other numbers"):
         compiled(*inputs, torch.tensor(bad))
+
+
+def test_the_checks_of_data_outlive_inductor(runtime: Runtime, seed: int) -> None:
+    """Those of all masks in one graph: each takes the compiler seconds."""
+    compiled = torch.compile(
+        lambda q, k, v, masks: runtime.attention(q, k, v, CONFIG, **masks), fullgraph=True, dynamic=True
+    )
+    values = {name: (torch.tensor(good), torch.tensor(bad)) for name, good, bad in reversed(VALUES)}
+    inputs, masks = make_qkv(Sizes(2, 4, 2, 4, 4)), {name: good for name, (good, _) in values.items()}
+    assert relative_error(compiled(*inputs, masks), expected(*inputs, CONFIG, **masks)) <= 2e-6
+    for name, (_, bad) in values.items():
+        with pytest.raises(RuntimeError, match=f"{name}: .*, expected|attention_mask: other numbers"):
+            compiled(*inputs, {**masks, name: bad})
 
 
 @pytest.mark.parametrize("bad", [[1, 20, 30], [0, 31, 30], [0, 20, 29]])

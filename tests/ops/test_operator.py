@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import itertools
 import subprocess
@@ -134,12 +135,13 @@ def test_the_formulas_are_there_when_somebody_counts(code: str) -> None:
     """Whichever comes first; our own import does not bring the counter, which brings Triton."""
     code = f"import sys, torch; COUNTER = 'torch.utils.flop_counter'; {code}; known = counter.flop_registry; "
     code += "print(sum('softcap_runtime' in str(op) for op in known), len(sys.meta_path))"
-    plain = "import sys, torch, pydantic; print(len(sys.meta_path))"
-    outputs = [
-        subprocess.run([sys.executable, "-c", one], capture_output=True, text=True, check=True, timeout=120)
-        for one in (code, plain)
-    ]
-    assert outputs[0].stdout.split() == ["2", outputs[1].stdout.strip()]
+    assert printed_by(code) == ["2", *printed_by("import sys, torch, pydantic; print(len(sys.meta_path))")]
+
+
+@functools.cache
+def printed_by(code: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout.split()
 
 
 @pytest.mark.parametrize("inputs", ["float32", "mixed", "bfloat16", "float64"])

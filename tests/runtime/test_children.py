@@ -18,7 +18,10 @@ from softcap_runtime.artifacts import build, children
 
 pytestmark = pytest.mark.slow
 
-PREWARM = "from softcap_runtime.cli.main import main; main(['prewarm', '--preset', 'gemma2-2b'])"
+PREWARM = """
+from softcap_runtime.cli.main import main
+main("prewarm --preset gemma2-2b --dtype float32 --dtype bfloat16".split())
+"""
 # A process that is no command line: Ctrl-C in it, its handlers its own.
 LIBRARY = """
 import signal

@@ -134,7 +134,7 @@ def test_two_cold_processes_build_once(runtime: Runtime, tmp_path: Path, seed: i
     """They start together and need the same kernel; the compiler is a stand-in that takes its time."""
     from softcap_runtime.engines.package import Package
 
-    spec = Package("flex_forward", "cpu", "float32", HEAD_DIM, True, "band")
+    spec = Package("flex_forward", "cpu", "float32", HEAD_DIM, True)
     runtime.supply.get(spec)
     data: Any = runtime.supply.store.load(spec.key())
     (tmp_path / "kernel.pt2").write_bytes(data)

@@ -19,7 +19,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import HEAD_DIM, NEEDS_FLEX, Sizes, expected, gradients, make_qkv, package_of, relative_error
+from support.helpers import (
+    HEAD_DIM,
+    NEEDS_FLEX,
+    UNCAPPED_HEAD_DIM,
+    Sizes,
+    expected,
+    gradients,
+    make_qkv,
+    package_of,
+    relative_error,
+)
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, BuildFailed, KernelNotPrewarmed, Runtime, RuntimeSettings
@@ -31,7 +41,11 @@ from softcap_runtime.masks.intervals import band, row_intervals
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
 KERNEL = library()
-FLEX = [Package("flex_forward", "cpu", "float32", HEAD_DIM, True, mask) for mask in ("band", "intervals")]
+FLEX = [
+    Package("flex_forward", "cpu", "float32", HEAD_DIM, True),
+    Package("flex_forward", "cpu", "float32", UNCAPPED_HEAD_DIM, False),
+]
+UNCAPPED = AttentionConfig(scale=0.125)
 
 
 class Builder:
@@ -281,10 +295,11 @@ def test_a_fork_in_the_middle(
     inputs = make_qkv(Sizes(1, 4, 2, 20, 20))
     want = runtime.attention(*inputs, CONFIG)
     ids = (torch.rand(1, 20) < 0.3).cumsum(1)
-    masked = expected(*inputs, CONFIG, document_ids=ids)
+    packed = make_qkv(Sizes(1, 4, 2, 20, 20, UNCAPPED_HEAD_DIM))
+    masked = expected(*packed, UNCAPPED, document_ids=ids)
     builder.may_go.clear()
     with ThreadPoolExecutor(1) as pool:
-        building = pool.submit(lambda: runtime.attention(*inputs, CONFIG, document_ids=ids))
+        building = pool.submit(lambda: runtime.attention(*packed, UNCAPPED, document_ids=ids))
         wait_until(lambda: len(builder.built) == 2)
 
         def child() -> None:
@@ -297,7 +312,7 @@ def test_a_fork_in_the_middle(
         assert relative_error(building.result(), masked) <= 2e-6
 
     def second_child() -> None:
-        out = runtime.attention(*inputs, CONFIG, document_ids=ids)
+        out = runtime.attention(*packed, UNCAPPED, document_ids=ids)
         assert relative_error(out, masked) <= 2e-6
         q, k, v = (x.clone().requires_grad_() for x in inputs)
         with pytest.raises(Exception, match="no backward"):
@@ -389,12 +404,12 @@ def test_plans_go_when_a_mask_is_evicted(runtimes: dict[str, Runtime]) -> None:
     """They hold the masks they are bound to: the memory's bound would be none."""
     runtime = Runtime(runtimes["flex"].settings)
     masks = runtime.supply.masks
-    for length in (300, 310):
+    for length in (310, 300):
         for _ in range(3):
             runtime.attention(*make_qkv(Sizes(1, 4, 2, length, length)), CONFIG)
         masks.limit_bytes = masks.bytes
     assert masks.evictions == 1
-    assert [key.q_shape[2] for key, _ in runtime.plans.items()] == [310]
+    assert [key.q_shape[2] for key, _ in runtime.plans.items()] == [300]
     assert (runtime.stats().misses, runtime.stats().hits) == (2, 4)
 
 

@@ -1,7 +1,4 @@
-"""The flex kernel as a graph to export: every size, stride, cap and scale is a run-time argument.
-
-Two variants, by how a row finds its keys: ``band``, two scalars, and ``intervals``, two flat int32 vectors.
-"""
+"""The flex kernel as a graph to export: every size, stride, mask, cap and scale is a run-time argument."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from softcap_runtime.engines.flex_cpu import MAX_ROWS, in_band, in_intervals
+from softcap_runtime.engines.flex_cpu import is_visible
 from softcap_runtime.engines.graphs.softcap import capped, tanh, tanh_half
 from softcap_runtime.engines.spec import KernelSpec
 from softcap_runtime.masks.blocks import BlockTables, assemble
@@ -25,7 +22,7 @@ class Graph(NamedTuple):
 
 
 class FlexForward(nn.Module):
-    """``(q, k, v, partial_num, partial_idx, full_num, full_idx, *row arguments, scale[, cap, inv_cap])``."""
+    """``(q, k, v, partial_num, partial_idx, full_num, full_idx, lo, hi, row_stride, scale[, cap, inv_cap])``."""
 
     def __init__(self, spec: KernelSpec) -> None:
         super().__init__()
@@ -35,21 +32,16 @@ class FlexForward(nn.Module):
         """Attention ``[B, Hq, Sq, D]``, laid out ``[B, Sq, Hq, D]`` in memory as the example q is."""
         from torch.nn.attention.flex_attention import flex_attention
 
-        partial_num, partial_idx, full_num, full_idx, *rest_ = rest
-        rows = rest_[:2] if self.spec.mask == "band" else rest_[:3]
-        scalars = rest_[len(rows) :]
+        tables, rows, scalars = BlockTables(*rest[:4]), rest[4:7], rest[7:]
         bend = tanh if self.spec.torch_dtype == torch.float32 else tanh_half
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             logit = score * scalars[0]
             return capped(logit, scalars[1], scalars[2], bend) if self.spec.capped else logit
 
-        visible = in_band if self.spec.mask == "band" else in_intervals
-
         def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return visible(b, h, i, j, *rows)
+            return is_visible(b, h, i, j, *rows)
 
-        tables = BlockTables(partial_num, partial_idx, full_num, full_idx)
         block_mask = assemble((q.shape[2], k.shape[2]), tables, None, mask_mod)
         return flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=1.0, enable_gqa=True)  # type: ignore[return-value]
 
@@ -71,14 +63,9 @@ def flex_forward(spec: KernelSpec) -> Graph:
     for _ in range(2):
         tables.append(_distinct((batch, 1, q_blocks), taken, torch.int32))
         tables.append(_distinct((batch, 1, q_blocks, kv_blocks), taken, torch.int32))
-    scalar = torch.zeros((), dtype=torch.int32)
-    if spec.mask == "band":
-        rows = [scalar, scalar.clone()]
-    else:
-        # A static size: with a symbolic one the generated C++ refers to a size that it does not declare (torch
-        # 2.13). The kernel reads what the rows of the call need and no more, so shorter vectors serve.
-        vector = torch.empty(MAX_ROWS, dtype=torch.int32)
-        rows = [vector, torch.empty_like(vector), scalar]
+    # A static size: with a symbolic one the generated C++ refers to a size that it does not declare (torch 2.13). The
+    # kernel reads what the rows of the call need and no more, so shorter vectors serve, and longer ones.
+    rows = [torch.empty(size, dtype=torch.int32) for size in ((2**24,), (2**24,), ())]
     scalars = [torch.ones(()) for _ in range(3 if spec.capped else 1)]
     sizes = {0: dim, 1: dim, 2: dim}
     table_shapes = [{0: dim, 2: dim}, {0: dim, 2: dim, 3: dim}] * 2
