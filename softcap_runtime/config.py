@@ -125,7 +125,8 @@ class AttentionConfig(BaseModel):
         ``attn_logit_softcapping`` gives the softcap, ``query_pre_attn_scalar ** -0.5`` the scale (without it
         ``head_dim ** -0.5``, as Hugging Face does), ``sliding_window`` the window. With ``layer_idx`` the
         window is kept only where ``layer_types[layer_idx]`` is ``"sliding_attention"``; without it the
-        config describes a global layer if ``layer_types`` mixes kinds.
+        config describes a global layer if ``layer_types`` mixes kinds. A config from before ``layer_types`` is read as
+        the models' own code did: by its ``sliding_window_pattern``, and Gemma-2's even layers slide.
 
         Raises ValueError or TypeError when a field is missing or holds what it cannot, when ``layer_idx`` is out
         of range, or when the layer is neither full nor sliding attention.
@@ -186,12 +187,12 @@ def _hf_window(config: Any, layer_idx: int | None) -> int | None:
 
 
 def _hf_kinds(config: Any, layer_idx: int | None) -> list[str]:
-    """The kind of the layer asked for, of all layers where none is, and nothing where the config doesn't say."""
+    """The kind of the layer asked for, all kinds where none is, and nothing where the config doesn't say."""
     kinds = getattr(config, "layer_types", None)
     if not (kinds is None or isinstance(kinds, (list, tuple))):
         raise TypeError(f"layer_types: {kinds!r}, expected a list of {FULL!r} and {SLIDING!r}")
     if layer_idx is None:
-        return list(kinds or ())
+        return _kinds_by_pattern(config) if kinds is None else list(kinds)
     if not _is_integer(layer_idx):
         raise TypeError(f"layer_idx: {layer_idx!r}, expected an integer, or None for a global layer")
     count = len(kinds) if kinds is not None else None
@@ -201,13 +202,29 @@ def _hf_kinds(config: Any, layer_idx: int | None) -> list[str]:
         most = "" if count is None else f" and less than the model's {count} layers"
         raise ValueError(f"layer_idx: {layer_idx}, expected at least 0{most}")
     if kinds is None:
-        return []
+        return _kinds_by_pattern(config, layer_idx)
     if kinds[layer_idx] not in (FULL, SLIDING):
         raise ValueError(
             f"layer_types[{layer_idx}]: {kinds[layer_idx]!r}, expected {FULL!r} or {SLIDING!r}; "
             "no AttentionConfig describes such a layer"
         )
     return [kinds[layer_idx]]
+
+
+def _kinds_by_pattern(config: Any, layer_idx: int | None = None) -> list[str]:
+    """The same of a config from before ``layer_types``, by the rules of the models' own code.
+
+    Every ``sliding_window_pattern``-th layer is global; Gemma-2, whose configs don't say so, has a pattern of 2.
+    """
+    if getattr(config, "sliding_window_pattern", None) is not None:
+        pattern = hf_count(config, "sliding_window_pattern")
+    elif getattr(config, "model_type", None) == "gemma2":
+        pattern = 2
+    else:
+        return []
+    if layer_idx is None:
+        return [FULL] if pattern == 1 else [SLIDING, FULL]
+    return [SLIDING if (layer_idx + 1) % pattern else FULL]
 
 
 class PrewarmRequest(BaseModel):

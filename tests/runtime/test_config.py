@@ -190,8 +190,26 @@ def test_from_any_object() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "windows", "whole"),
+    [
+        ({"model_type": "gemma2"}, [9, None, 9, None, 9, None], None),
+        ({"sliding_window_pattern": 3}, [9, 9, None, 9, 9, None], None),
+        ({"sliding_window_pattern": 1}, [None] * 6, None),
+        ({"model_type": "mistral"}, [9] * 6, 9),
+        ({"model_type": "gemma2", "layer_types": ["sliding_attention"] * 6}, [9] * 6, 9),
+    ],
+)
+def test_models_from_before_layer_types(fields: dict[str, Any], windows: list[int | None], whole: int | None) -> None:
+    """Gemma-2's config.json holds no kinds of layers, and transformers before 4.53 gives its config none."""
+    model = SimpleNamespace(head_dim=64, sliding_window=9, num_hidden_layers=6, **fields)
+    assert [AttentionConfig.from_hf(model, layer).window for layer in range(6)] == windows
+    assert AttentionConfig.from_hf(model).window == whole
+
+
+@pytest.mark.parametrize(
     ("fields", "layer", "words"),
     [
+        ({"sliding_window_pattern": "LLLG", "sliding_window": 9}, 0, "sliding_window_pattern: 'LLLG'"),
         ({"query_pre_attn_scalar": 0}, None, "query_pre_attn_scalar: 0"),
         ({"query_pre_attn_scalar": -256}, None, "query_pre_attn_scalar: -256"),
         ({"query_pre_attn_scalar": "abc"}, None, "query_pre_attn_scalar: 'abc'"),
