@@ -77,6 +77,8 @@ def _torch_name(value: Any) -> Any:
 def _not_empty(value: Any) -> Any:
     if value == "":  # as a Path it would be the current folder
         raise ValueError("expected a path, not an empty one")
+    if "\0" in str(value):
+        raise ValueError("expected a path, which holds no null byte")
     return value
 
 
@@ -287,7 +289,7 @@ class RuntimeSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SOFTCAP_", env_ignore_empty=True, frozen=True, extra="forbid")
 
     cache_dir: UserPath = Field(default_factory=default_cache_dir)
-    cache_size_limit: ByteSize = Field(default=ByteSize(2 * 1024**3), gt=0)
+    cache_size_limit: Annotated[ByteSize, BeforeValidator(_no_bool)] = Field(default=ByteSize(2 * 1024**3), gt=0)
     cache_key_file: UserPath | None = None
     jit: Literal["allow", "warn", "forbid"] = "allow"
     build: Literal["block", "background"] = "block"

@@ -49,6 +49,10 @@ class Runtime:
     _own_lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, settings: RuntimeSettings | None = None) -> None:
+        if not (settings is None or isinstance(settings, RuntimeSettings)):
+            raise TypeError(
+                f"settings: {type(settings).__name__}, expected RuntimeSettings; make them with RuntimeSettings(...)"
+            )
         self.settings = settings or RuntimeSettings()
         self.supply = Supply(self.settings)
         self.plans = Plans()
@@ -163,6 +167,8 @@ class Runtime:
         ``engine`` for that of the settings.
         """
         check_no_context_parallel()
+        if not isinstance(mask, RowIntervals):
+            raise TypeError(f"mask: {type(mask).__name__}, expected RowIntervals; make them with row_intervals(...)")
         if not torch.compiler.is_compiling():
             mask = contiguous(mask)
         call = Call(mask, config.scale, config.softcap, engine or self.settings.engine, _wants_grad(q, k, v))

@@ -41,6 +41,11 @@ class SequenceLayout:
         ``mask``: of the whole sequence, on the CPU (``softcap_runtime.masks.row_intervals``). The heaviest block goes
         first, each to the rank that has least so far.
         """
+        if not isinstance(mask, RowIntervals):
+            raise TypeError(
+                f"mask: {type(mask).__name__}, expected RowIntervals of the whole sequence; make them with "
+                "row_intervals(...)"
+            )
         if block < 1:
             raise ValueError(f"block: {block}, expected rows of a block, at least 1")
         seq_len = mask.q_len

@@ -113,6 +113,13 @@ def test_bad_settings(monkeypatch: pytest.MonkeyPatch, name: str, value: str) ->
     one_line_error(RuntimeSettings, name.lower(), value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("cache_size_limit", True), ("cache_dir", "a\0b"), ("cache_key_file", "\0")]
+)
+def test_settings_of_other_kinds(name: str, value: Any) -> None:
+    one_line_error(lambda: RuntimeSettings(**{name: value}), name, repr(value), "expected a")
+
+
 def test_bad_softcap_approx(monkeypatch: pytest.MonkeyPatch) -> None:
     one_line_error(lambda: RuntimeSettings(softcap_approx="maybe"), "softcap_approx", "maybe")
     monkeypatch.setenv("SOFTCAP_APPROX", "maybe")

@@ -494,6 +494,13 @@ def test_a_mask_of_other_lengths(runtime: Runtime, seed: int) -> None:
             runtime.attend(q, k, v, CONFIG, mask)
 
 
+def test_arguments_of_other_types(runtime: Runtime) -> None:
+    with pytest.raises(TypeError, match=r"^mask: Tensor, expected RowIntervals; make them with row_intervals"):
+        runtime.attend(*make_qkv(Sizes(1, 2, 1, 9, 9)), CONFIG, torch.ones(9, 9))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^settings: dict, expected RuntimeSettings; make them with"):
+        Runtime({"jit": "forbid"})  # type: ignore[arg-type]
+
+
 # Lengths, windows, caps and masks are arguments of few kernels
 
 
