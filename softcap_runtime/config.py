@@ -128,7 +128,8 @@ class AttentionConfig(BaseModel):
         ``head_dim ** -0.5``, as Hugging Face does), ``sliding_window`` the window. With ``layer_idx`` the
         window is kept only where ``layer_types[layer_idx]`` is ``"sliding_attention"``; without it the
         config describes a global layer if ``layer_types`` mixes kinds. A config from before ``layer_types`` is read as
-        the models' own code did: by its ``sliding_window_pattern``, and Gemma-2's even layers slide.
+        the models' own code did: by its ``sliding_window_pattern``, and Gemma-2's even layers slide. Not causal are
+        models whose ``is_causal`` is False, and EmbeddingGemma and its like by ``use_bidirectional_attention``.
 
         Raises ValueError or TypeError when a field is missing or holds what it cannot, when ``layer_idx`` is out
         of range, or when the layer is neither full nor sliding attention.
@@ -137,7 +138,14 @@ class AttentionConfig(BaseModel):
         config = get_text() if callable(get_text) else config
         softcap = getattr(config, "attn_logit_softcapping", None)
         check_positive("attn_logit_softcapping", softcap)
-        return cls(softcap=softcap, scale=_hf_scale(config), window=_hf_window(config, layer_idx))
+        window, causal = _hf_window(config, layer_idx), getattr(config, "is_causal", None) is not False
+        if window is not None and not causal:
+            window += 1  # transformers then shows keys up to the window's distance: abs(i - j) <= sliding_window
+        # True in configs of Gemma and Gemma-2 too, inside of PaliGemma's, which is causal but for its prefix.
+        both_ways = getattr(config, "use_bidirectional_attention", None)
+        causal = causal and both_ways != "all"
+        causal = causal and not (both_ways is True and getattr(config, "model_type", None) == "gemma3_text")
+        return cls(softcap=softcap, scale=_hf_scale(config), window=window, causal=causal)
 
 
 def hf_count(config: Any, name: str) -> int:

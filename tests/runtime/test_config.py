@@ -184,6 +184,26 @@ def test_from_other_models() -> None:
     assert hf_head_dim(mistral) == 64
 
 
+def test_from_models_that_look_both_ways() -> None:
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers.Gemma3TextConfig(), "use_bidirectional_attention"):
+        pytest.skip("this transformers has no such models")
+    model = transformers.Gemma3TextConfig(use_bidirectional_attention=True, sliding_window=512, num_hidden_layers=6)
+    found = [AttentionConfig.from_hf(model, layer) for layer in (0, 5)]
+    # abs(i - j) < sliding_window, which the config halves as it is made.
+    assert [(config.window, config.causal) for config in found] == [(model.sliding_window, False), (None, False)]
+    fields = {"head_dim": 64, "sliding_window": 9, "layer_types": ["sliding_attention"]}
+    for more, window, causal in (
+        ({"is_causal": False}, 10, False),  # abs(i - j) <= sliding_window
+        ({"is_causal": True, "use_bidirectional_attention": None}, 9, True),
+        ({"use_bidirectional_attention": "all"}, 9, False),
+        ({"use_bidirectional_attention": True, "model_type": "gemma2"}, 9, True),  # of PaliGemma 2: a prefix of a call
+        ({"use_bidirectional_attention": "vision"}, 9, True),  # images alone, which are spans of a call
+    ):
+        config = AttentionConfig.from_hf(SimpleNamespace(**fields, **more))
+        assert (config.window, config.causal) == (window, causal)
+
+
 def test_from_any_object() -> None:
     assert AttentionConfig.from_hf(SimpleNamespace(head_dim=64)) == AttentionConfig(scale=0.125)
     only_sliding = SimpleNamespace(head_dim=64, sliding_window=9, layer_types=["sliding_attention"] * 2)
