@@ -77,6 +77,8 @@ def _torch_name(value: Any) -> Any:
 def _not_empty(value: Any) -> Any:
     if value == "":  # as a Path it would be the current folder
         raise ValueError("expected a path, not an empty one")
+    if "\0" in str(value):
+        raise ValueError("expected a path, which holds no null byte")
     return value
 
 
@@ -125,7 +127,9 @@ class AttentionConfig(BaseModel):
         ``attn_logit_softcapping`` gives the softcap, ``query_pre_attn_scalar ** -0.5`` the scale (without it
         ``head_dim ** -0.5``, as Hugging Face does), ``sliding_window`` the window. With ``layer_idx`` the
         window is kept only where ``layer_types[layer_idx]`` is ``"sliding_attention"``; without it the
-        config describes a global layer if ``layer_types`` mixes kinds.
+        config describes a global layer if ``layer_types`` mixes kinds. A config from before ``layer_types`` is read as
+        the models' own code did: by its ``sliding_window_pattern``, and Gemma-2's even layers slide. Not causal are
+        models whose ``is_causal`` is False, and EmbeddingGemma and its like by ``use_bidirectional_attention``.
 
         Raises ValueError or TypeError if a field is missing or has an impossible value, if ``layer_idx`` is out of
         range, or if the layer is neither full nor sliding attention.
@@ -134,7 +138,14 @@ class AttentionConfig(BaseModel):
         config = get_text() if callable(get_text) else config
         softcap = getattr(config, "attn_logit_softcapping", None)
         check_positive("attn_logit_softcapping", softcap)
-        return cls(softcap=softcap, scale=_hf_scale(config), window=_hf_window(config, layer_idx))
+        window, causal = _hf_window(config, layer_idx), getattr(config, "is_causal", None) is not False
+        if window is not None and not causal:
+            window += 1  # transformers then shows keys up to the window's distance: abs(i - j) <= sliding_window
+        # True in configs of Gemma and Gemma-2 too, inside of PaliGemma's, which is causal but for its prefix.
+        both_ways = getattr(config, "use_bidirectional_attention", None)
+        causal = causal and both_ways != "all"
+        causal = causal and not (both_ways is True and getattr(config, "model_type", None) == "gemma3_text")
+        return cls(softcap=softcap, scale=_hf_scale(config), window=window, causal=causal)
 
 
 def hf_count(config: Any, name: str) -> int:
@@ -186,12 +197,12 @@ def _hf_window(config: Any, layer_idx: int | None) -> int | None:
 
 
 def _hf_kinds(config: Any, layer_idx: int | None) -> list[str]:
-    """The kind of layer ``layer_idx``, or of all layers if it is None; empty if the config names no kinds."""
+    """The kind of layer ``layer_idx``, or every kind of layer if it is None; empty if the config names no kinds."""
     kinds = getattr(config, "layer_types", None)
     if not (kinds is None or isinstance(kinds, (list, tuple))):
         raise TypeError(f"layer_types: {kinds!r}, expected a list of {FULL!r} and {SLIDING!r}")
     if layer_idx is None:
-        return list(kinds or ())
+        return _kinds_by_pattern(config) if kinds is None else list(kinds)
     if not _is_integer(layer_idx):
         raise TypeError(f"layer_idx: {layer_idx!r}, expected an integer, or None for a global layer")
     count = len(kinds) if kinds is not None else None
@@ -201,13 +212,29 @@ def _hf_kinds(config: Any, layer_idx: int | None) -> list[str]:
         most = "" if count is None else f" and less than the model's {count} layers"
         raise ValueError(f"layer_idx: {layer_idx}, expected at least 0{most}")
     if kinds is None:
-        return []
+        return _kinds_by_pattern(config, layer_idx)
     if kinds[layer_idx] not in (FULL, SLIDING):
         raise ValueError(
             f"layer_types[{layer_idx}]: {kinds[layer_idx]!r}, expected {FULL!r} or {SLIDING!r}; "
             "no AttentionConfig describes such a layer"
         )
     return [kinds[layer_idx]]
+
+
+def _kinds_by_pattern(config: Any, layer_idx: int | None = None) -> list[str]:
+    """The same of a config from before ``layer_types``, by the rules of the models' own code.
+
+    Every ``sliding_window_pattern``-th layer is global; Gemma-2, whose configs don't say so, has a pattern of 2.
+    """
+    if getattr(config, "sliding_window_pattern", None) is not None:
+        pattern = hf_count(config, "sliding_window_pattern")
+    elif getattr(config, "model_type", None) == "gemma2":
+        pattern = 2
+    else:
+        return []
+    if layer_idx is None:
+        return [FULL] if pattern == 1 else [SLIDING, FULL]
+    return [SLIDING if (layer_idx + 1) % pattern else FULL]
 
 
 class PrewarmRequest(BaseModel):
@@ -270,7 +297,7 @@ class RuntimeSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SOFTCAP_", env_ignore_empty=True, frozen=True, extra="forbid")
 
     cache_dir: UserPath = Field(default_factory=default_cache_dir)
-    cache_size_limit: ByteSize = Field(default=ByteSize(2 * 1024**3), gt=0)
+    cache_size_limit: Annotated[ByteSize, BeforeValidator(_no_bool)] = Field(default=ByteSize(2 * 1024**3), gt=0)
     cache_key_file: UserPath | None = None
     jit: Literal["allow", "warn", "forbid"] = "allow"
     build: Literal["block", "background"] = "block"

@@ -7,7 +7,7 @@ The names come from the page "Implementation: Flex_Attention" of Unsloth's wiki.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -71,17 +71,17 @@ def create_flex_attention_sliding_window_mask(
 
     On a torch without flex a dense bool mask ``[S, S]``. Raises ValueError for a length or window below 1.
     """
-    _check_count("sliding_window", sliding_window)
-    return _create(max_seq_length, sliding_window)
+    return _create(max_seq_length, _count("sliding_window", sliding_window))
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or value < 1:  # type: ignore[operator]
         raise ValueError(f"{name}: {value!r}, expected an int of at least 1")
+    return value if isinstance(value, int) else value.__index__()
 
 
 def _create(length: int, window: int | None) -> BlockMask | Tensor:
-    _check_count("max_seq_length", length)
+    length = _count("max_seq_length", length)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mask = band(length, length, causal=True, window=window)
     return block_mask(mask, device) if HAS_FLEX_ATTENTION else dense(mask, device)[0]
@@ -122,7 +122,7 @@ def attend(
     else:
         _check_foreign(q, k, v, runtime)
         out = attend_block_mask(q, k, v, found, scale=config.scale, softcap=config.softcap)
-    return out.transpose(1, 2).reshape(bsz, lengths[0], -1)
+    return out.transpose(1, 2).reshape(q.shape[0], lengths[0], -1)
 
 
 def _layer(layer: Any, head_dim: int) -> Cap:

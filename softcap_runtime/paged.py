@@ -28,6 +28,8 @@ PAGE_SIZES = (16, 32, 64, 128, 256)
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _READ = (torch.int32, torch.int64)
 _OFFSETS = "cu_seqlens_q: expected 0 and then offsets that never decrease, up to the rows of q"
+_LENGTHS = "cache_lengths: out of range, expected from a sequence's new rows to what its pages hold"
+_TABLE = "page_table: no page of k, expected 0 to the number of pages - 1 up to a sequence's last page"
 
 
 class Pages(NamedTuple):
@@ -56,8 +58,8 @@ def paged_attention(
     # The kernels look at the contents of table, lengths and offsets themselves, at each call.
     out = None if way is None else way(q, pages, cu_seqlens_q)
     if out is None:
-        cu_seqlens_q = check(q, pages, config, cu_seqlens_q)
-        if way is None:
+        pages, cu_seqlens_q = check(q, pages, config, cu_seqlens_q)
+        if way is None and not torch.compiler.is_compiling():  # a graph has no addresses to hand on
             bind = _on_gpu if _through_the_table(runtime, q, config) else _on_cpu
             way = bind(runtime, q, pages, config, cu_seqlens_q)
             if way is not None:
@@ -81,7 +83,7 @@ def _kind(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor
         return None
     device = q.device
     on_cpu = device.type == "cpu"
-    if (interpreters_active() or torch.compiler.is_compiling()) if on_cpu else in_forward_mode():
+    if torch.compiler.is_compiling() or (interpreters_active() if on_cpu else in_forward_mode()):
         return None
     for x in tensors:
         if x.device != device or x.layout is not torch.strided or x.is_nested or x.is_neg():
@@ -258,13 +260,14 @@ def _sequence_of(q: Tensor, cu_seqlens_q: Tensor) -> Tensor:
     return found.clamp(max=cu_seqlens_q.shape[0] - 2)
 
 
-def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> Tensor | None:
+def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> tuple[Pages, Tensor | None]:
     """Raise TypeError or ValueError for what does not fit, naming the argument, its value and what was expected.
 
-    Returns the checked offsets; use them in place of ``cu_seqlens_q``, so that a traced graph keeps their check.
+    Returns the checked pages and offsets; use them in place of the given ones, so that a traced graph keeps their
+    checks.
 
-    Contents are checked on the CPU. A GPU checks the offsets, and its kernels give NaN where a table or a length does
-    not fit.
+    Contents are checked on the CPU, those of a graph when it runs. A GPU checks the offsets, and its kernels give NaN
+    where a table or a length does not fit.
     """
     check_config(config)
     for name, x, words in (
@@ -295,11 +298,12 @@ def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> 
     _check_table(q, pages, cu_seqlens_q)
     if cu_seqlens_q is not None:
         _check_offsets(q, pages, cu_seqlens_q)
-        if q.is_cuda:
-            cu_seqlens_q = _checked_offsets(q, cu_seqlens_q)
-    if data_is_readable(pages.table) and data_is_readable(pages.lengths):
+    if all(x is None or data_is_readable(x) for x in (pages.table, pages.lengths, cu_seqlens_q)):
         _check_contents(q, pages, cu_seqlens_q)
-    return cu_seqlens_q
+        return pages, cu_seqlens_q
+    if cu_seqlens_q is not None and q.device.type in ("cpu", "cuda"):
+        cu_seqlens_q = _checked_offsets(q, cu_seqlens_q)
+    return _checked_contents(q, pages, cu_seqlens_q) if q.device.type == "cpu" else pages, cu_seqlens_q
 
 
 def _check_table(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> None:
@@ -318,7 +322,8 @@ def _check_table(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> None:
 
 def _check_offsets(q: Tensor, pages: Pages, cu_seqlens_q: Tensor) -> None:
     check_integers("cu_seqlens_q", cu_seqlens_q)
-    if cu_seqlens_q.shape != (pages.table.shape[0] + 1,):
+    # By size: dynamo takes a symbol for unequal to a number in a tuple.
+    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape[0] != pages.table.shape[0] + 1:
         raise ValueError(
             f"cu_seqlens_q: shape {tuple(cu_seqlens_q.shape)}, expected ({pages.table.shape[0] + 1},), one more than "
             "page_table's rows"
@@ -343,20 +348,34 @@ def _check_contents(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> Non
             raise ValueError(
                 f"cu_seqlens_q: {offsets}, expected 0 and then offsets that never decrease, up to q's {q.shape[2]} rows"
             )
-    size, most = pages.k.shape[1], pages.table.shape[1] * pages.k.shape[1]
+    most = pages.table.shape[1] * pages.k.shape[1]
     for row, (count, length) in enumerate(zip(rows, pages.lengths.tolist(), strict=True)):
         if not count <= length <= most:
             raise ValueError(
                 f"cache_lengths: {length} of sequence {row}, expected {count} to {most}, from its new rows to what "
                 "its pages hold"
             )
-    # Entries past a sequence's last page count for nothing.
-    last = (pages.lengths[:, None] + size - 1) // size
-    used = torch.arange(pages.table.shape[1])[None] < last
-    bad = used & ((pages.table < 0) | (pages.table >= pages.k.shape[0]))
+    bad = _bad_entries(pages)
     if bool(bad.any()):
         row, place = (int(index) for index in bad.nonzero()[0])
         raise ValueError(
             f"page_table: {int(pages.table[row, place])} at place {place} of sequence {row}, expected 0 to "
             f"{pages.k.shape[0] - 1}, a page of k"
         )
+
+
+def _checked_contents(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> Pages:
+    """``_check_contents`` of data on the CPU that nobody can look at now; the pages that it lets through."""
+    rows = q.shape[2] if cu_seqlens_q is None else cu_seqlens_q[1:] - cu_seqlens_q[:-1]
+    most = pages.table.shape[1] * pages.k.shape[1]
+    lengths, table = pages.lengths, pages.table
+    pages = pages._replace(lengths=checked(lengths, lambda: (lengths >= rows) & (lengths <= most), _LENGTHS))
+    return pages._replace(table=checked(table, lambda: ~_bad_entries(pages), _TABLE))
+
+
+def _bad_entries(pages: Pages) -> Tensor:
+    """Of a table: those that are no page of k. Entries past a sequence's last page count for nothing."""
+    size = pages.k.shape[1]
+    last = (pages.lengths[:, None] + size - 1) // size
+    used = torch.arange(pages.table.shape[1], device=pages.table.device)[None] < last
+    return used & ((pages.table < 0) | (pages.table >= pages.k.shape[0]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from softcap_runtime.config import FULL, SLIDING, AttentionConfig, DtypeName, PrewarmRequest, hf_count, hf_head_dim
+from softcap_runtime.config import AttentionConfig, DtypeName, PrewarmRequest, hf_count, hf_head_dim
 
 Kinds = tuple[AttentionConfig, ...]
 
@@ -117,23 +117,10 @@ def _read_shapes(path: Path) -> tuple[Shape, ...]:
 def _shape(model: Any) -> Shape:
     heads = hf_count(model, "num_attention_heads")
     layers = hf_count(model, "num_hidden_layers")
-    if getattr(model, "layer_types", None) is None:
-        model.layer_types = _layer_types(model, layers)
-    kinds = model.layer_types
+    kinds = getattr(model, "layer_types", None)
     # Layers of linear attention need none of our kernels.
     ours = [at for at in range(layers) if kinds is None or kinds[at : at + 1] != ["linear_attention"]]
     distinct = dict.fromkeys(AttentionConfig.from_hf(model, layer_idx=at) for at in ours or range(layers))
     grouped = getattr(model, "num_key_value_heads", None) is not None
     kv_heads = hf_count(model, "num_key_value_heads") if grouped else heads
     return Shape(tuple(distinct), heads, kv_heads, hf_head_dim(model))
-
-
-def _layer_types(model: Any, layers: int) -> list[str] | None:
-    """The kinds of layers of a config from before ``layer_types``, by the rules of the models' own code."""
-    if getattr(model, "sliding_window_pattern", None) is not None:
-        pattern = hf_count(model, "sliding_window_pattern")
-    elif getattr(model, "model_type", None) == "gemma2":
-        pattern = 2
-    else:
-        return None
-    return [SLIDING if (layer + 1) % pattern else FULL for layer in range(layers)]

@@ -18,7 +18,7 @@ from softcap_runtime.compat.torch_transforms import interpreters_active
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
 from softcap_runtime.engines.engine import Call
 from softcap_runtime.engines.kept_keys import bind
-from softcap_runtime.masks.intervals import RowIntervals, row_intervals
+from softcap_runtime.masks.intervals import RowIntervals, contiguous, row_intervals
 from softcap_runtime.masks.readable import data_is_readable
 from softcap_runtime.masks.tokens import FindIntervals
 from softcap_runtime.masks.validate import check_mask_arguments, check_row_intervals
@@ -48,6 +48,10 @@ class Runtime:
     _own_lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, settings: RuntimeSettings | None = None) -> None:
+        if not (settings is None or isinstance(settings, RuntimeSettings)):
+            raise TypeError(
+                f"settings: {type(settings).__name__}, expected RuntimeSettings; make them with RuntimeSettings(...)"
+            )
         self.settings = settings or RuntimeSettings()
         self.supply = Supply(self.settings)
         self.plans = Plans()
@@ -162,6 +166,10 @@ class Runtime:
         config, ``engine`` that of the settings.
         """
         check_no_context_parallel()
+        if not isinstance(mask, RowIntervals):
+            raise TypeError(f"mask: {type(mask).__name__}, expected RowIntervals; make them with row_intervals(...)")
+        if not torch.compiler.is_compiling():
+            mask = contiguous(mask)
         call = Call(mask, config.scale, config.softcap, engine or self.settings.engine, _wants_grad(q, k, v))
         direct = not (torch.compiler.is_compiling() or call.train or q.is_meta)
         if direct and not interpreters_active(q, k, v, *mask.vectors):

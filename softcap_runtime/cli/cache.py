@@ -140,6 +140,10 @@ def import_(
         done = store_of(context).import_bundle(file, expected)
     except ValueError as error:  # a bad bundle is not bad usage
         raise SoftcapRuntimeError(str(error)) from None
+    except OSError as error:
+        raise SoftcapRuntimeError(
+            f"bundle {file} cannot be read: {error.strerror}; expected a file that `softcap-runtime export` wrote"
+        ) from None
     print(f"imported {counted(done.imported, 'entry')}, {done.present} were present, {len(done.refused)} refused")
     for what, problems in itertools.groupby(done.refused, lambda problem: problem.what):
         where = [problem.where[:12] for problem in problems]

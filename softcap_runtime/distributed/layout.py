@@ -49,6 +49,11 @@ class SequenceLayout:
         the heaviest down, each to the rank with the fewest pairs so far. Raises ValueError for a ``block`` below 1 or
         fewer tokens than ranks.
         """
+        if not isinstance(mask, RowIntervals):
+            raise TypeError(
+                f"mask: {type(mask).__name__}, expected RowIntervals of the whole sequence; make them with "
+                "row_intervals(...)"
+            )
         if block < 1:
             raise ValueError(f"block: {block}, expected rows of a block, at least 1")
         seq_len = mask.q_len

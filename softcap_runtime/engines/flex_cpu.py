@@ -13,7 +13,7 @@ from softcap_runtime.compat import torch_features
 from softcap_runtime.engines.engine import Backward, Engine, Kernels, MaskedForward, Problem, per_mask, scalars
 from softcap_runtime.engines.package import Package
 from softcap_runtime.engines.spec import KernelSpec, dtype_name
-from softcap_runtime.masks.blocks import BlockTables, block_tables
+from softcap_runtime.masks.blocks import block_tables
 from softcap_runtime.masks.intervals import edges
 
 FORWARD = "flex_forward"
@@ -60,7 +60,7 @@ def _forward(problem: Problem, kernels: Kernels) -> MaskedForward:
 
 
 def mask_tensors(problem: Problem, kernels: Kernels) -> tuple[Tensor, ...]:
-    """The four block tables over the keys, and the three tensors that ``is_visible`` reads; those of a band are kept."""
+    """Four block tables over the keys, then what ``is_visible`` reads of the mask; those of a band are kept."""
     mask, device = problem.mask, problem.device
 
     def make() -> tuple[Tensor, ...]:

@@ -165,6 +165,17 @@ def with_kept(intervals: RowIntervals, kept: Tensor) -> RowIntervals:
     return RowIntervals(intervals.q_len, intervals.kv_len, None, None, lo, hi, runs)
 
 
+def contiguous(intervals: RowIntervals) -> RowIntervals:
+    """The same, each vector without gaps: kernels are told where one begins, not how it lies.
+
+    Rows that a caller cuts out of another mask, or one row expanded for a batch, have gaps.
+    """
+    if all(x.is_contiguous() for x in intervals.vectors):
+        return intervals
+    lo, hi, kept = (None if x is None else x.contiguous() for x in (intervals.lo, intervals.hi, intervals.kept))
+    return intervals._replace(lo=lo, hi=hi, kept=kept)
+
+
 def edges(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """``lo`` and ``hi`` of either form, regardless of ``kept``: int32 ``[B or 1, q_len]``."""
     q_len, kv_len, left, right, lo, hi, _ = intervals

@@ -113,6 +113,13 @@ def test_bad_settings(monkeypatch: pytest.MonkeyPatch, name: str, value: str) ->
     one_line_error(RuntimeSettings, name.lower(), value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("cache_size_limit", True), ("cache_dir", "a\0b"), ("cache_key_file", "\0")]
+)
+def test_settings_of_other_kinds(name: str, value: Any) -> None:
+    one_line_error(lambda: RuntimeSettings(**{name: value}), name, repr(value), "expected a")
+
+
 def test_bad_softcap_approx(monkeypatch: pytest.MonkeyPatch) -> None:
     one_line_error(lambda: RuntimeSettings(softcap_approx="maybe"), "softcap_approx", "maybe")
     monkeypatch.setenv("SOFTCAP_APPROX", "maybe")
@@ -177,6 +184,26 @@ def test_from_other_models() -> None:
     assert hf_head_dim(mistral) == 64
 
 
+def test_from_models_that_look_both_ways() -> None:
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers.Gemma3TextConfig(), "use_bidirectional_attention"):
+        pytest.skip("this transformers has no such models")
+    model = transformers.Gemma3TextConfig(use_bidirectional_attention=True, sliding_window=512, num_hidden_layers=6)
+    found = [AttentionConfig.from_hf(model, layer) for layer in (0, 5)]
+    # abs(i - j) < sliding_window, which the config halves as it is made.
+    assert [(config.window, config.causal) for config in found] == [(model.sliding_window, False), (None, False)]
+    fields = {"head_dim": 64, "sliding_window": 9, "layer_types": ["sliding_attention"]}
+    for more, window, causal in (
+        ({"is_causal": False}, 10, False),  # abs(i - j) <= sliding_window
+        ({"is_causal": True, "use_bidirectional_attention": None}, 9, True),
+        ({"use_bidirectional_attention": "all"}, 9, False),
+        ({"use_bidirectional_attention": True, "model_type": "gemma2"}, 9, True),  # of PaliGemma 2: a prefix of a call
+        ({"use_bidirectional_attention": "vision"}, 9, True),  # images alone, which are spans of a call
+    ):
+        config = AttentionConfig.from_hf(SimpleNamespace(**fields, **more))
+        assert (config.window, config.causal) == (window, causal)
+
+
 def test_from_any_object() -> None:
     assert AttentionConfig.from_hf(SimpleNamespace(head_dim=64)) == AttentionConfig(scale=0.125)
     only_sliding = SimpleNamespace(head_dim=64, sliding_window=9, layer_types=["sliding_attention"] * 2)
@@ -190,8 +217,26 @@ def test_from_any_object() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "windows", "whole"),
+    [
+        ({"model_type": "gemma2"}, [9, None, 9, None, 9, None], None),
+        ({"sliding_window_pattern": 3}, [9, 9, None, 9, 9, None], None),
+        ({"sliding_window_pattern": 1}, [None] * 6, None),
+        ({"model_type": "mistral"}, [9] * 6, 9),
+        ({"model_type": "gemma2", "layer_types": ["sliding_attention"] * 6}, [9] * 6, 9),
+    ],
+)
+def test_models_from_before_layer_types(fields: dict[str, Any], windows: list[int | None], whole: int | None) -> None:
+    """Gemma-2's config.json holds no kinds of layers, and transformers before 4.53 gives its config none."""
+    model = SimpleNamespace(head_dim=64, sliding_window=9, num_hidden_layers=6, **fields)
+    assert [AttentionConfig.from_hf(model, layer).window for layer in range(6)] == windows
+    assert AttentionConfig.from_hf(model).window == whole
+
+
+@pytest.mark.parametrize(
     ("fields", "layer", "words"),
     [
+        ({"sliding_window_pattern": "LLLG", "sliding_window": 9}, 0, "sliding_window_pattern: 'LLLG'"),
         ({"query_pre_attn_scalar": 0}, None, "query_pre_attn_scalar: 0"),
         ({"query_pre_attn_scalar": -256}, None, "query_pre_attn_scalar: -256"),
         ({"query_pre_attn_scalar": "abc"}, None, "query_pre_attn_scalar: 'abc'"),

@@ -318,6 +318,16 @@ def test_bad_lengths_of_masks(value: Any) -> None:
         create_flex_attention_sliding_window_mask(64, value)
 
 
+def test_lengths_of_any_integer_type(seed: int) -> None:
+    length, window = (torch.tensor(number) for number in (64, 9))  # as NumPy's integers, with __index__
+    mask = create_flex_attention_sliding_window_mask(length, window)  # type: ignore[arg-type]
+    assert mask.shape[-2:] == (64, 64)
+    q, k, v = make_qkv(Sizes(1, 4, 2, 40, 40))
+    for batch, rows in ((1, 40), (torch.tensor(1), torch.tensor(40)), (True, 40.0)):
+        out = slow_attention_softcapping(q, k, v, mask, LAYER, batch, rows)  # type: ignore[arg-type]
+        assert out.shape == (1, 40, 4 * HEAD_DIM)
+
+
 def test_a_torch_without_flex(runtimes: dict[str, Runtime], monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """The create functions give dense masks, the others take them, and no engine is flex."""
     monkeypatch.setattr(documented, "HAS_FLEX_ATTENTION", False)

@@ -216,6 +216,50 @@ def test_under_vmap(served: Runtime, device: str, seed: int) -> None:
         assert relative_error(out, torch.stack([attend(x) for x in q])) <= 2e-6
 
 
+def in_a_graph(runtime: Runtime, q: Tensor, cache: Cache, config: AttentionConfig, offsets: Tensor | None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, offsets: Tensor | None) -> Tensor:
+        return runtime.paged_attention(q, k, v, config, table, lengths, cu_seqlens_q=offsets)
+
+    graph = torch.compile(attend, fullgraph=True, dynamic=True, backend="eager")
+    return graph(q, cache.k, cache.v, cache.table, cache.lengths, offsets)
+
+
+def under_vmap(runtime: Runtime, q: Tensor, cache: Cache, config: AttentionConfig, offsets: Tensor | None) -> Tensor:
+    """Over two calls with the same table, lengths and offsets, all of them mapped."""
+
+    def attend(table: Tensor, lengths: Tensor, *offsets: Tensor) -> Tensor:
+        more = {"cu_seqlens_q": offsets[0]} if offsets else {}
+        return runtime.paged_attention(q, cache.k, cache.v, config, table, lengths, **more)
+
+    contents = [x for x in (cache.table, cache.lengths, offsets) if x is not None]
+    return torch.vmap(attend)(*[torch.stack([x, x]) for x in contents])[1]
+
+
+@pytest.mark.parametrize("run", [in_a_graph, under_vmap])
+@pytest.mark.parametrize("offsets", [None, [0, 2, 3]])
+def test_contents_that_nobody_can_look_at_yet(served: Runtime, run: Any, offsets: list[int] | None, seed: int) -> None:
+    """They give what they give outside, and are checked when the program runs."""
+    config, cache = AttentionConfig(softcap=30.0, scale=0.1, window=20), Cache([100, 33], 16)
+    q = torch.randn(2 if offsets is None else 1, HEADS, 3, HEAD_DIM)
+    packed = None if offsets is None else torch.tensor(offsets)
+    want = served.paged_attention(q, cache.k, cache.v, config, cache.table, cache.lengths, cu_seqlens_q=packed)
+    assert relative_error(run(served, q, cache, config, packed), want) <= 2e-6
+
+    table, lengths = cache.table, cache.lengths
+    cache.table = changed(table, (1, 2), 10**6)
+    with pytest.raises(RuntimeError, match="page_table: no page of k"):
+        run(served, q, cache, config, packed)
+    cache.table = table
+    for wrong in (0, 129):
+        cache.lengths = changed(lengths, 1, wrong)
+        with pytest.raises(RuntimeError, match="cache_lengths: out of range"):
+            run(served, q, cache, config, packed)
+    cache.lengths = lengths
+    if packed is not None:
+        with pytest.raises(RuntimeError, match="cu_seqlens_q: expected 0 and then offsets"):
+            run(served, q, cache, config, packed + 1)
+
+
 def test_tensors_that_wrap_others(served: Runtime, seed: int) -> None:
     """They have no memory of their own that a kernel could read."""
     config, cache = AttentionConfig(softcap=30.0, scale=0.1), Cache([100, 33], 16)

@@ -32,12 +32,12 @@ from support.helpers import (
 )
 from torch import Tensor
 
-from softcap_runtime import AttentionConfig, BuildFailed, KernelNotPrewarmed, Runtime, RuntimeSettings
+from softcap_runtime import AttentionConfig, BuildFailed, KernelNotPrewarmed, Runtime, RuntimeSettings, reference
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.engines.engine import Call
 from softcap_runtime.engines.package import Package
-from softcap_runtime.masks.intervals import band, row_intervals
+from softcap_runtime.masks.intervals import RowIntervals, band, dense, row_intervals
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
 KERNEL = library()
@@ -467,6 +467,38 @@ def test_a_plan_serves_every_mask_of_its_form(
         assert runtime.stats().misses == 1
 
 
+@pytest.mark.parametrize("engine", ["flex", "blocked", "dense", "eager"])
+@pytest.mark.parametrize("train", [False, True])
+def test_vectors_of_a_mask_that_lie_otherwise(
+    runtimes: dict[str, Runtime], engine: str, train: bool, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """The last rows of a longer mask, one row for all, every second one: read as they stand."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    runtime, train = Runtime(runtimes[engine].settings), train and engine != "flex"
+    q, k, v = (x.requires_grad_(train) for x in make_qkv(Sizes(2, 4, 2, 30, 70)))
+    kept = (torch.rand(2, 70) < 0.7).repeat_interleave(2, 1)
+    long = row_intervals(70, 70, causal=True, window=9, attention_mask=kept[:, ::2].contiguous())
+    assert long.lo is not None
+    assert long.hi is not None
+    assert long.kept is not None
+    wide = long.kept.repeat_interleave(2, 1)
+    for lo, hi, each in (
+        (long.lo[:, 40:], long.hi[:, 40:], wide[:, ::2]),
+        (long.lo[:1, 40:].expand(2, -1), long.hi[:1, 40:].expand(2, -1), long.kept[:1].expand(2, -1)),
+    ):
+        mask = RowIntervals(30, 70, None, None, lo, hi, each)
+        given = (x.double() for x in (q, k, v))
+        want = reference.attention(*given, dense(mask, "cpu"), scale=CONFIG.scale, softcap=CONFIG.softcap)[0]
+        for _ in range(2):  # the second by the plan of the first
+            out = runtime.attend(q, k, v, CONFIG, mask)
+            assert relative_error(out, want) <= 2e-6
+        if train:
+            grad_out = torch.randn_like(out)
+            mine = torch.autograd.grad(out, (q, k, v), grad_out)
+            exact = torch.autograd.grad(want, (q, k, v), grad_out.double())
+            assert all(relative_error(a, b) <= 3e-6 for a, b in zip(mine, exact, strict=True))
+
+
 def test_a_mask_of_other_lengths(runtime: Runtime, seed: int) -> None:
     q, k, v = make_qkv(Sizes(1, 2, 1, 9, 20))
     for mask in (
@@ -475,6 +507,13 @@ def test_a_mask_of_other_lengths(runtime: Runtime, seed: int) -> None:
     ):
         with pytest.raises(ValueError, match=r"^mask: made for .* queries over .* keys, expected 9 over 20$"):
             runtime.attend(q, k, v, CONFIG, mask)
+
+
+def test_arguments_of_other_types(runtime: Runtime) -> None:
+    with pytest.raises(TypeError, match=r"^mask: Tensor, expected RowIntervals; make them with row_intervals"):
+        runtime.attend(*make_qkv(Sizes(1, 2, 1, 9, 9)), CONFIG, torch.ones(9, 9))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^settings: dict, expected RuntimeSettings; make them with"):
+        Runtime({"jit": "forbid"})  # type: ignore[arg-type]
 
 
 # Lengths, windows, caps and masks are arguments of few kernels
