@@ -318,12 +318,12 @@ def test_a_builder_loads_what_it_built(tmp_path: Path, monkeypatch: pytest.Monke
 
     loaded: list[bytes] = []
     dynamo, inductor = (importlib.import_module(f"torch.{name}") for name in ("_dynamo.config", "_inductor"))
-    monkeypatch.setattr(dynamo, "fake_tensor_cache_enabled", True)  # put back when the test is over
     monkeypatch.setattr(builder, "count_threads_at_run_time", lambda: None)
     monkeypatch.setattr(torch.export, "export", lambda *arguments, **options: "a package")
     monkeypatch.setattr(inductor, "aoti_compile_and_package", compiled)
     monkeypatch.setattr(builder, "load_package", loaded.append)
-    builder.compile_package(CAPPED.describe(), str(tmp_path / "kernel.pt2"))
+    with dynamo.patch(fake_tensor_cache_enabled=True):  # the builder switches it off, here for the test alone
+        builder.compile_package(CAPPED.describe(), str(tmp_path / "kernel.pt2"))
     assert loaded == [b"a package"]
 
 
