@@ -261,6 +261,15 @@ def eager_errors(case: Case, wanted: tuple[Tensor, ...]) -> list[float]:
     return [relative(x, y) for x, y in zip(torch.autograd.grad(out, leaves, case.grad), wanted, strict=True)]
 
 
+@pytest.mark.parametrize("gluon", [False, pytest.param(True, marks=on_hopper)])
+@pytest.mark.parametrize("dim", [128, 256])
+def test_the_only_key_is_the_output_of_training(seed: int, dim: int, gluon: bool) -> None:
+    """It is divided by the sum of the weights as they are rounded; by their own sum it would be off by up to 2**-8."""
+    case = make(rows=257, keys=257, dim=dim, gluon=gluon)
+    out, _ = forward(*case[:3], **case.options | {"left": 0, "right": 1})
+    assert torch.equal(out, case.v.repeat_interleave(2, 1))
+
+
 def stored_output_errors(case: Case, out: Tensor, wanted: tuple[Tensor, ...]) -> list[float]:
     """The errors of gradients that know the float64 output ``out`` only as it is stored, in the dtype of q.
 
