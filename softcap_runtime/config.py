@@ -138,14 +138,10 @@ class AttentionConfig(BaseModel):
         config = get_text() if callable(get_text) else config
         softcap = getattr(config, "attn_logit_softcapping", None)
         check_positive("attn_logit_softcapping", softcap)
-        window, causal = _hf_window(config, layer_idx), getattr(config, "is_causal", None) is not False
-        if window is not None and not causal:
+        window = _hf_window(config, layer_idx)
+        if window is not None and getattr(config, "is_causal", None) is False:
             window += 1  # transformers then shows keys up to the window's distance: abs(i - j) <= sliding_window
-        # True in configs of Gemma and Gemma-2 too, inside of PaliGemma's, which is causal but for its prefix.
-        both_ways = getattr(config, "use_bidirectional_attention", None)
-        causal = causal and both_ways != "all"
-        causal = causal and not (both_ways is True and getattr(config, "model_type", None) == "gemma3_text")
-        return cls(softcap=softcap, scale=_hf_scale(config), window=window, causal=causal)
+        return cls(softcap=softcap, scale=_hf_scale(config), window=window, causal=_hf_causal(config))
 
 
 def hf_count(config: Any, name: str) -> int:
@@ -196,6 +192,14 @@ def _hf_window(config: Any, layer_idx: int | None) -> int | None:
     return window if all(kind == SLIDING for kind in kinds) else None
 
 
+def _hf_causal(config: Any) -> bool:
+    both_ways = getattr(config, "use_bidirectional_attention", None)
+    if getattr(config, "is_causal", None) is False or both_ways == "all":
+        return False
+    # True in configs of Gemma and Gemma-2 too, inside of PaliGemma's, which is causal but for its prefix.
+    return not (both_ways is True and getattr(config, "model_type", None) == "gemma3_text")
+
+
 def _hf_kinds(config: Any, layer_idx: int | None) -> list[str]:
     """The kind of layer ``layer_idx``, or every kind of layer if it is None; empty if the config names no kinds."""
     kinds = getattr(config, "layer_types", None)
@@ -222,7 +226,7 @@ def _hf_kinds(config: Any, layer_idx: int | None) -> list[str]:
 
 
 def _kinds_by_pattern(config: Any, layer_idx: int | None = None) -> list[str]:
-    """The same of a config from before ``layer_types``, by the rules of the models' own code.
+    """What ``_hf_kinds`` gives for a config from before ``layer_types``, by the rules of the models' own code.
 
     Every ``sliding_window_pattern``-th layer is global; Gemma-2, whose configs don't say so, has a pattern of 2.
     """

@@ -73,7 +73,7 @@ class _Cat(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dim: int, *pieces: Tensor) -> Tensor:
         ctx.dim, ctx.sizes = dim, [piece.shape[dim] for piece in pieces]
-        ctx.orders = [sorted(range(piece.dim()), key=piece.stride, reverse=True) for piece in pieces]
+        ctx.strides = [piece.stride() for piece in pieces]
         shape = list(pieces[0].shape)
         shape[dim] = sum(ctx.sizes)
         made = torch.empty(shape, dtype=pieces[0].dtype, device=pieces[0].device)
@@ -86,11 +86,12 @@ class _Cat(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative follows
             return None, *parts
         # In the memory order of the pieces, which are views as a rule: their own derivatives then copy nothing.
-        return None, *map(_in_order, parts, ctx.orders)
+        return None, *map(_laid_out, parts, ctx.strides)
 
 
-def _in_order(x: Tensor, order: list[int]) -> Tensor:
-    """x, its dimensions laid out in memory in an ``order``, the outermost first; a copy where they are not."""
+def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """x, its dimensions in the memory order of a tensor with ``strides``; a copy where they are not."""
+    order = sorted(range(x.dim()), key=strides.__getitem__, reverse=True)
     ordered = x.permute(order)
     if not ordered.is_contiguous():
         made = torch.empty_like(ordered, memory_format=torch.contiguous_format)

@@ -130,8 +130,7 @@ def _send_keys(layer: Layer, k: Tensor, v: Tensor) -> _Exchange:
     if keys is not None:
         for part, there in zip(plan.outer_keys, keys.split(_sizes(plan.outer_keys)), strict=True):
             if not part.arrived:
-                for x, column in ((k_rows, 0), (v_rows, 1)):
-                    fill(there[:, column], [x[part.start : part.end]])
+                _fill_both(there, k_rows, v_rows, [(part.start, part.end)])
     return _Exchange(arrived, packed, work, keys)
 
 
@@ -143,9 +142,14 @@ def _start(arrived: Tensor, packed: Tensor, received: list[int], sent: list[int]
 def _packed(k_rows: Tensor, v_rows: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     """Rows of keys and values, in this order and the layout in which they are sent."""
     packed = k_rows.new_empty(length(ranges), 2, *k_rows.shape[1:])
-    for x, column in ((k_rows, 0), (v_rows, 1)):
-        fill(packed[:, column], [x[start:end] for start, end in ranges])
+    _fill_both(packed, k_rows, v_rows, ranges)
     return packed
+
+
+def _fill_both(target: Tensor, k_rows: Tensor, v_rows: Tensor, ranges: Sequence[tuple[int, int]]) -> None:
+    """Write the rows of ``ranges`` to ``target``, ``[rows, 2, B, H, D]``."""
+    for x, column in ((k_rows, 0), (v_rows, 1)):
+        fill(target[:, column], [x[start:end] for start, end in ranges])
 
 
 def _compute(

@@ -121,6 +121,7 @@ def _value(name: str, text: str) -> FieldValue:
     if name == "head_dim" and text.isdecimal():
         return int(text)
     known, expected = _KNOWN[name]
-    if text.lower() not in known:
+    written = text.lower() if name == "capped" else text
+    if written not in known:
         raise ValueError(f"--explain: {name}={text!r}, expected {expected}")
-    return known[text.lower()]
+    return known[written]

@@ -543,6 +543,7 @@ def test_a_folder_whose_name_the_output_cannot_show(tmp_path: Path, monkeypatch:
         ("inspect --explain head_dim=x", "head_dim='x', expected an integer"),
         ("inspect --explain capped=2", "capped='2', expected true or false"),
         ("inspect --explain op=foo", "op='foo', expected attention, flex_forward"),
+        ("inspect --explain dtype=FLOAT32", "dtype='FLOAT32', expected float32, bfloat16 or float16"),
         ("inspect --explain mask=band", "'mask=band', expected field=value with op, device, dtype, head_dim, capped"),
         ("inspect --explain dtype=foo", "dtype='foo', expected float32, bfloat16 or float16"),
         ("inspect --explain device=cuda", "device='cuda', expected cpu; inspect lists the kernels of a GPU"),
