@@ -225,6 +225,17 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
       }
     }
   };
+  // Pages lie anywhere, and a processor needs several reads of memory to find where: the first and the last byte of
+  // those that begin in the step from key j on.
+  auto find_pages = [&](const void* base, const Strides& strides, int64_t head, int64_t j) {
+    const int64_t end = to - j < step_keys ? to : j + step_keys;
+    const int64_t keys = p.page_size < step_keys ? p.page_size : step_keys;
+    for (int64_t key = round_up(j, p.page_size); key < end; key += p.page_size) {
+      const char* first = key_at(base, p, t, strides, batch, head, key);
+      __builtin_prefetch(first, 0, 2);
+      __builtin_prefetch(first + keys * strides.row * int64_t(sizeof(T)) - 1, 0, 2);
+    }
+  };
   const int64_t k_step = p.k.head * int64_t(sizeof(T)), v_step = p.v.head * int64_t(sizeof(T));
   const Ahead none;
   Rows steps[2][2];  // this step's and the next one's keys and values
@@ -237,6 +248,10 @@ void decode_keys(const Problem& p, const Tensors& t, const Softcap& cap, int64_t
       Rows &next_k = steps[1 - now][0], &next_v = steps[1 - now][1];
       find_rows(next_k, t.k, p.k, head, j + k.count);
       find_rows(next_v, t.v, p.v, head, j + k.count);
+      if (t.table) {
+        find_pages(t.k, p.k, head, j + 2 * step_keys);
+        find_pages(t.v, p.v, head, j + 2 * step_keys);
+      }
       for (int64_t n = 0; n < heads; n++) {
         const int64_t place = head + n, share = n * next_k.count;
         const Ahead keys(next_k, heads, bytes, k_step, share, to_first);
