@@ -23,6 +23,7 @@ SOURCES = (
     "cuda/gluon/dkdv.py",
     "cuda/gluon/dq.py",
     "cuda/gluon/forward.py",
+    "cuda/gluon/series.py",
     "cuda/machine_code.py",
     "cuda/cubin.py",
     "cuda/triton/asm.py",

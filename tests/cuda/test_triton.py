@@ -157,9 +157,10 @@ REST = [
     (256, "intervals", False, {"dtype": "float16"}, ["gluon_forward", "row_intervals"]),
     (256, "band", False, {"softcap": None}, ["gluon_forward"]),
     (128, "holes", False, {}, ["gluon_forward", "row_intervals"]),
-    (64, "holes", False, {}, ["forward", "row_intervals"]),
-    (64, "holes", False, {"rows": 5000, "keys": 5000}, ["gluon_forward", "row_intervals"]),
-    (64, "band", False, {}, ["forward"]),
+    (64, "holes", False, {"rows": 600, "keys": 600}, ["forward", "row_intervals"]),
+    (64, "holes", False, {}, ["gluon_forward", "row_intervals"]),
+    (64, "band", False, {}, ["gluon_forward"]),
+    (64, "intervals", False, {}, ["forward", "row_intervals"]),
     (256, "band", False, {"softcap": 2000.0}, ["forward"]),
     (256, "band", False, {"card": "sm 8.9, 99 KB"}, ["forward"]),
 ]
@@ -193,7 +194,7 @@ def test_what_hopper_takes_compiles_without_loss(calls: list[Any]) -> None:
         assert made["serialised"] == [], call
         # What a thread keeps in memory of blocks that need a mask, and of a tile as a whole; an accumulator of a
         # product would be 512 bytes.
-        assert made["spilled"] <= 256, call
+        assert made["spilled"] <= 384, call
         assert made["shared"] <= 227 * 1024, call
         if made["spec"]["op"] == "forward_kernel" and call[0] == 128:
             # Two programs fit on a multiprocessor, of which each takes a kilobyte more.

@@ -212,6 +212,17 @@ def test_gluon_softcaps(seed: int, softcap: float | None, dtype: torch.dtype) ->
 
 
 @on_hopper
+@pytest.mark.parametrize("scale", [1e-4, 1e-3, 1e6, 1e8])
+def test_gluon_scales(seed: int, scale: float) -> None:
+    """Logits on both sides of where the series ends, from products of which float32 holds the powers or not."""
+    case = make(dim=128, rows=700, keys=700, spread=3.0, gluon=True)
+    q = (case.q.float() * (case.options["scale"] / scale)).to(BF16)
+    case = case._replace(q=q, options=case.options | {"scale": scale})
+    check(case)
+    check(case._replace(options=case.options | {"train": False}))
+
+
+@on_hopper
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
 def test_gluon_gqa(seed: int, heads: int, kv_heads: int) -> None:
     for dim in (128, 256):

@@ -21,7 +21,7 @@ def bind_gluon_forward(
     """As ``triton.attention.bind_forward``, for tensors that tensor maps can describe."""
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    options = forward_options(dim, call, total)
+    options = forward_options(dim)
     device = q.device
     tiles = batch * heads * -(-rows // options.block_m)
     kernel = launcher(

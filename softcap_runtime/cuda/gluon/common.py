@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from softcap_runtime.cuda.gluon import series
 from softcap_runtime.cuda.triton import asm
 
 # How a raw product <q, k> becomes a logit, as ``triton.common`` numbers them; its fourth form is not served here.
@@ -20,14 +21,16 @@ TANH_APPROX = gl.constexpr(2)
 FAR = gl.constexpr(1 << 29)
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-LOGISTIC_ASM = gl.constexpr(asm.logistic())
-WEIGHTS_ASM = gl.constexpr(asm.weights())
+LOGISTIC_ASM, LOGISTIC_OPERANDS = map(gl.constexpr, series.logistic())
+WEIGHTS_ASM, WEIGHTS_OPERANDS = map(gl.constexpr, series.weights())
+SERIES_LIMIT = gl.constexpr(series.LIMIT)
+SERIES_0, SERIES_1, SERIES_2, SERIES_3 = map(gl.constexpr, series.FACTORS)
+SERIES_ELEMENTS = gl.constexpr(series.ELEMENTS)
 TANH_WEIGHTS_ASM = gl.constexpr(asm.tanh_weights())
 NUMBERS_ASM_64 = gl.constexpr(asm.kept_numbers(2))
 NUMBERS_ASM_128 = gl.constexpr(asm.kept_numbers(4))
 BITS_ASM_64 = gl.constexpr(asm.kept_bits(2))
 BITS_ASM_128 = gl.constexpr(asm.kept_bits(4))
-FOUR = gl.constexpr("=f,=f,=f,=f,f,f,f,f")
 FOUR_OF_THREE = gl.constexpr("=f,=f,=f,=f,f,f,f,f,f,f,f,f,f,f,f,f")
 
 # A tile from global to shared memory and back, by tensor maps; the names of Triton 3.9, and those before.
@@ -113,12 +116,29 @@ def exp2(x):
 
 
 @gluon.jit
+def series_of(inner, outer):
+    """Minus ``series``' limit and its factors for ``outer * tanh(x * inner * ln(2) / 2)``, as polynomials of x**2.
+
+    Where float32 does not hold x's powers, a limit that leaves every x to the other way.
+    """
+    step = inner * (0.5 * LN2)
+    square = step * step
+    limit = gl.where((square > 1e-10) & (square < 1e10), -SERIES_LIMIT / square, 1.0)
+    f0 = outer * step
+    f1 = f0 * square
+    f2 = f1 * square
+    return limit, f0 * SERIES_0, f1 * SERIES_1, f2 * SERIES_2, f2 * square * SERIES_3
+
+
+@gluon.jit
 def fixed_weights(x, inner, coef, bias, FORM: gl.constexpr):
     """``2**z`` of ``capped``'s z, for a bias that holds a fixed reference."""
     if FORM == LOGISTIC:
+        limit, f0, f1, f2, f3 = series_of(inner, -0.5 * coef)
         return gl.inline_asm_elementwise(
-            WEIGHTS_ASM, FOUR_OF_THREE, [x * inner, coef, bias], dtype=gl.float32, is_pure=True, pack=4
-        )
+            WEIGHTS_ASM, WEIGHTS_OPERANDS, [x, limit, f0, f1, f2, f3, bias + 0.5 * coef, inner, coef, bias],
+            dtype=gl.float32, is_pure=True, pack=SERIES_ELEMENTS,
+        )  # fmt: skip
     elif FORM == TANH_APPROX:
         return gl.inline_asm_elementwise(
             TANH_WEIGHTS_ASM, FOUR_OF_THREE, [x * inner, coef, bias], dtype=gl.float32, is_pure=True, pack=4
@@ -133,7 +153,11 @@ def capped(x, inner, coef, bias, FORM: gl.constexpr):
     if FORM == PLAIN:
         return x * inner + bias, 1.0
     elif FORM == LOGISTIC:
-        r = gl.inline_asm_elementwise(LOGISTIC_ASM, FOUR, [x * inner], dtype=gl.float32, is_pure=True, pack=4)
+        limit, f0, f1, f2, f3 = series_of(inner, -0.5)
+        r = gl.inline_asm_elementwise(
+            LOGISTIC_ASM, LOGISTIC_OPERANDS, [x, limit, f0, f1, f2, f3, inner],
+            dtype=gl.float32, is_pure=True, pack=SERIES_ELEMENTS,
+        )  # fmt: skip
         return coef * r + bias, r - r * r
     else:
         t = gl.inline_asm_elementwise(

@@ -1,30 +1,29 @@
 """Which calls the Gluon kernels take, and with which blocks: nothing here imports Triton or touches a GPU.
 
-What decided (one H200, torch 2.11, Triton 3.6, causal, cap 50, bf16, 2026-11-29; milliseconds; a line's pairs are of
-one run each; B2 S8192, Hq16 Hkv8 at head_dim 256, Hq32 Hkv16 below; a training forward also sums its rounded weights):
+What decided (one H200, torch 2.11, Triton 3.6, causal, cap 50, bf16, 2026-11-29 and 2026-12-01; milliseconds; a line's
+pairs are of one run each; B2 S8192, Hq16 Hkv8 at head_dim 256, Hq32 Hkv16 below; a training forward also sums its
+rounded weights):
 
 =========================================  ===================  ===================
 forward                                    Triton               Gluon
 =========================================  ===================  ===================
-D256; window 4096; training                2.17; 1.92; 2.54     1.51; 1.25; 1.71
+D256; window 4096; training                2.37; 1.92; 2.54     1.55; 1.25; 1.71
 D256 without a cap; fp16; D192             2.41; 2.65; 2.27     1.56; 1.96; 1.44
-D128 exact in four runs                    2.57 2.51 2.28 2.23  2.34 2.34 2.44 2.42
-D128 window 4096; training                 1.88; 3.20           1.83; 2.41
-D128 approximate; without a cap; fp16      2.18; 2.51; 3.02     2.04; 1.99; 2.79
-D64 exact; training                        1.81; 2.48           1.88; 1.94
-32,768 packed: D256; D128; D128 training   1.19; 1.08; 1.34     0.82; 1.12; 1.17
-B8 Hq8 Hkv4 D256 S1024; one of 512         0.148; 0.042         0.096; 0.033
+D128; window 4096; training                2.40; 1.88; 3.20     2.02; 1.59; 2.15
+D128 approximate; without a cap; fp16      2.18; 2.51; 2.99     1.95; 1.99; 2.56
+D64; approximate; without a cap; fp16      1.79; 1.61 1.47 2.18 1.48; 1.64 1.54 2.10
+32,768 packed: D256; D128; D64             1.19; 1.37; 0.90     0.82; 1.45; 1.06
+B8 Hq8 Hkv4 D256 S1024; one of 512         0.127; 0.042         0.076; 0.033
+a tenth of the keys hidden, D128: 512      0.029                0.032
+2,048; D64: 512; 2,048; 8,192              0.24; 0.023 0.19 2.4 0.19; 0.028 0.16 1.7
 =========================================  ===================  ===================
 
 The card is power capped: a kernel's time moves by a tenth from run to run. Backward, Triton and Gluon: D256 10.1 and
-7.0 to 7.7, window 4096 7.7 and 5.5; D128 7.7 and 7.3, window 6.0 and 5.6; D64 5.1 and 4.9; packed D256 6.8 and 4.5 to
-4.9, D128 5.1 and 4.6 to 4.9. 128 keys a block for D128's dq took 3.2 in place of 3.0. Not measured: head_dim 64 without
-a cap, in float16 and by the tanh instruction, which is taken to be as its exact form.
-
-With keys that are not kept Triton's blocks took 2.3 to 3.2 times a causal call's time at D128, these 1.1 to 1.2 in
-training (2026-11-30). One kernel for all three gradients of D128, with 5 products a tile in place of 7, a third
-warpgroup for dq and its float32 sums added in a fixed order, took 6.5 to 6.9 in place of 6.7, and 52 in place of 54 at
-B1 S32768: 0.7 of it waits for the order, 0.7 adds to memory. Shorter calls were slower.
+7.0 to 7.7, window 4096 7.7 and 5.5; D128 7.7 and 7.1, window 6.0 and 5.6; D64 5.1 and 4.9; packed D256 6.8 and 4.5 to
+4.9, D128 5.1 and 4.6 to 4.9. Tried for D128's: 128 keys a block for dq took 3.2 in place of 3.0; q and grad_out from
+registers, as long. One kernel for all three gradients, with 5 products a tile in place of 7, a third warpgroup for dq
+and its float32 sums added in a fixed order, took 6.5 to 6.9 in place of 6.7, and 52 in place of 54 at B1 S32768: 0.7 of
+it waits for the order, 0.7 adds to memory. Shorter calls were slower.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ from softcap_runtime.cuda.triton.call import Factors, Mask
 # What compiles the kernels: warp specialisation as they use it. The forms of a softcap that they know.
 OLDEST_TRITON = (3, 6)
 FORMS = (0, 1, 2)
-# Keys from which it is the faster one in inference where some may not be kept, by tile width.
-KEPT_FROM = {64: 4096, 128: 2048}
+# Keys from which it is the faster one in inference where some may not be kept.
+KEPT_FROM = 1024
 # Rows that a warpgroup takes: those of one matrix instruction.
 WARPGROUP_ROWS = 64
 
@@ -70,7 +69,7 @@ class BackwardOptions(NamedTuple):
         return 2 * WARPGROUP_ROWS
 
 
-_FORWARD = {64: ForwardOptions(128, 3, 3), 128: ForwardOptions(64, 3, 4), 256: ForwardOptions(64, 2, 2)}
+_FORWARD = {64: ForwardOptions(64, 3, 4), 128: ForwardOptions(64, 3, 4), 256: ForwardOptions(64, 2, 2)}
 # Tiles of keys and values for dq; tiles of q and grad_out for the others. At head_dim 256 four tiles stay.
 _BACKWARD: dict[tuple[Direction, int], BackwardOptions] = {
     ("dq", 64): BackwardOptions(64, (4, 4)),
@@ -99,19 +98,13 @@ def faster_forward(head_dim: int, keys: int, mask: Mask, call: Factors, total: b
 
     ``total``: it sums the rounded weights, for training.
     """
-    width = tile_width(head_dim)
-    if width == 256 or total:
+    if tile_width(head_dim) == 256 or total:
         return True
-    if mask.kept:
-        return keys >= KEPT_FROM[width]
-    exact = call.form == 1 and not call.online
-    return width == 128 and (mask.band or not exact)
+    return keys >= KEPT_FROM if mask.kept else mask.band or call.online
 
 
-def forward_options(head_dim: int, call: Factors, total: bool) -> ForwardOptions:
+def forward_options(head_dim: int) -> ForwardOptions:
     """The blocks of the forward kernel."""
-    if tile_width(head_dim) == 128 and call.form == 1 and not call.online and not total:
-        return ForwardOptions(128, 2, 2)  # two blocks' exponentials at a time
     return _FORWARD[tile_width(head_dim)]
 
 

@@ -13,12 +13,14 @@ special-function unit, were then short.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 
-def _reciprocals(scaled_by: str | None) -> str:
-    """``s``, ``r`` such that 1 / (1 + 2**x) is s * b, s * (a + 1), r * d, r * (c + 1) for x in $4-$7."""
+
+def _reciprocals(x: Sequence[str], scaled_by: str | None) -> str:
+    """``s``, ``r`` such that 1 / (1 + 2**x) is s * b, s * (a + 1), r * d, r * (c + 1) for the four of x."""
     text = "".join(
-        f"min.NaN.ftz.f32 {name}, ${4 + i}, 0f41F00000; ex2.approx.ftz.f32 {name}, {name};"
-        for i, name in enumerate("abcd")
+        f"min.NaN.ftz.f32 {name}, {one}, 0f41F00000; ex2.approx.ftz.f32 {name}, {name};"
+        for name, one in zip("abcd", x, strict=True)
     )
     return (
         text
@@ -36,17 +38,39 @@ def _reciprocals(scaled_by: str | None) -> str:
     )
 
 
-def logistic() -> str:
-    """Four of ``1 / (1 + 2**x)``: outputs $0-$3, x in $4-$7."""
+def logistic_of(out: Sequence[str], x: Sequence[str]) -> str:
+    """``logistic`` with operands of these names."""
     return (
         "{.reg .f32 a, b, c, d, ab, cd, r, s;"
-        + _reciprocals(None)
-        + """
-        mul.ftz.f32 $0, s, b;
-        fma.rn.ftz.f32 $1, s, a, s;
-        mul.ftz.f32 $2, r, d;
-        fma.rn.ftz.f32 $3, r, c, r;}"""
+        + _reciprocals(x, None)
+        + f"""
+        mul.ftz.f32 {out[0]}, s, b;
+        fma.rn.ftz.f32 {out[1]}, s, a, s;
+        mul.ftz.f32 {out[2]}, r, d;
+        fma.rn.ftz.f32 {out[3]}, r, c, r;}}"""
     )
+
+
+def weights_of(out: Sequence[str], x: Sequence[str], coef: str, bias: str) -> str:
+    """``weights`` with operands of these names."""
+    ends = "".join(f"ex2.approx.ftz.f32 {one}, z{name};" for one, name in zip(out, "abcd", strict=True))
+    return (
+        "{.reg .f32 a, b, c, d, ab, cd, r, s, za, zb, zc, zd;"
+        + _reciprocals(x, coef)
+        + f"""
+        add.ftz.f32 a, a, 0f3F800000;
+        add.ftz.f32 c, c, 0f3F800000;
+        fma.rn.ftz.f32 za, s, b, {bias};
+        fma.rn.ftz.f32 zb, s, a, {bias};
+        fma.rn.ftz.f32 zc, r, d, {bias};
+        fma.rn.ftz.f32 zd, r, c, {bias};
+        {ends}}}"""
+    )
+
+
+def logistic() -> str:
+    """Four of ``1 / (1 + 2**x)``: outputs $0-$3, x in $4-$7."""
+    return logistic_of(["$0", "$1", "$2", "$3"], ["$4", "$5", "$6", "$7"])
 
 
 def weights() -> str:
@@ -54,19 +78,7 @@ def weights() -> str:
 
     coef in $8-$11 and bias in $12-$15 are one value each, repeated.
     """
-    ends = "".join(f"ex2.approx.ftz.f32 ${i}, {name};" for i, name in enumerate(("za", "zb", "zc", "zd")))
-    return (
-        "{.reg .f32 a, b, c, d, ab, cd, r, s, za, zb, zc, zd;"
-        + _reciprocals("$8")
-        + f"""
-        add.ftz.f32 a, a, 0f3F800000;
-        add.ftz.f32 c, c, 0f3F800000;
-        fma.rn.ftz.f32 za, s, b, $12;
-        fma.rn.ftz.f32 zb, s, a, $12;
-        fma.rn.ftz.f32 zc, r, d, $12;
-        fma.rn.ftz.f32 zd, r, c, $12;
-        {ends}}}"""
-    )
+    return weights_of(["$0", "$1", "$2", "$3"], ["$4", "$5", "$6", "$7"], "$8", "$12")
 
 
 def tanh_weights() -> str:

@@ -16,7 +16,7 @@ UNBOUNDED = 1 << 29
 FIXED_REFERENCE_CAP = 64.0
 # exp(50) * 2**20 keys * values of 1e9 is still finite in float32.
 REFERENCE_FROM = 50.0
-# The logistic form's logits are off by about cap * 2e-7: past this cap by more than half precision's own rounding.
+# The logistic form's logits are off by about cap * 3e-7: past this cap by more than half precision's own rounding.
 LOGISTIC_CAP = 1024.0
 LOG2E = 1.4426950408889634
 

@@ -15,7 +15,7 @@ from softcap_runtime.cuda.triton import asm
 
 # How a raw product <q, k> becomes a logit; the host picks one per call.
 PLAIN = tl.constexpr(0)  # no softcap
-LOGISTIC = tl.constexpr(1)  # the form above; the error of a logit is about cap * 2e-7: half precision, caps to 1,024
+LOGISTIC = tl.constexpr(1)  # the form above; the error of a logit is about cap * 3e-7: half precision, caps to 1,024
 TANH_APPROX = tl.constexpr(2)  # the tanh.approx.f32 instruction, relative error 2**-11 (PTX ISA)
 TANH_EXACT = tl.constexpr(3)  # the others: a polynomial near 0, where the logistic form would cancel
 
