@@ -22,6 +22,7 @@ from softcap_runtime.cuda.gluon.common import (
     FIRST,
     PRODUCER_REGISTERS,
     SECOND,
+    THIRD,
     advance,
     anew,
     block_at,
@@ -173,7 +174,7 @@ def _consume_dq(
             start = block + C * M
             rows = start + gl.arange(0, M, layout=ROW_L)
             lo, hi = row_intervals(rows, Lo, Hi, slo_b, b, left, right, Sq, Skv, BAND)
-            at = head.to(gl.int64) * SqPad + rows
+            at = head.to(gl.int64) * SqPad + gl.minimum(rows, SqPad - 1)
             shift = gl.load(Shift + at)
             delta = gl.load(Delta + at)
             acc = warpgroup_mma_init(gl.zeros([M, DPAD], gl.float32, O_L))
@@ -230,9 +231,8 @@ def gluon_dq_kernel(
 
     Kept and ``kept_len``: as ``triton.forward``'s.
     """
-    WARPGROUPS: gl.constexpr = 2
     M: gl.constexpr = 64
-    gl.static_assert(BLOCK_M == M * WARPGROUPS)
+    WARPGROUPS: gl.constexpr = BLOCK_M // M
     q_s = gl.allocate_shared_memory(Q.dtype, [WARPGROUPS, 1, 1, M, DPAD], Q.layout)
     do_s = gl.allocate_shared_memory(Q.dtype, [WARPGROUPS, 1, 1, M, DPAD], Q.layout)
     k_s = gl.allocate_shared_memory(Q.dtype, [K_STAGES, 1, 1, BLOCK_N, DPAD], K.layout)
@@ -247,15 +247,31 @@ def gluon_dq_kernel(
     bars = (own_full, own_empty, k_full, k_empty, v_full, v_empty)
     sizes = (slo_b, B, Hq, G, Sq, SqPad, Skv, left, right, kept_len)
     factors = (inner, coef, gain)
-    gl.warp_specialize(
-        [
-            (_consume_dq, (FIRST, DQ, Shift, Delta, Lo, Hi, Kept, q_s, do_s, k_s, v_s, bars, sizes, factors,
-                           BAND, FORM, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
-            (_consume_dq, (SECOND, DQ, Shift, Delta, Lo, Hi, Kept, q_s, do_s, k_s, v_s, bars, sizes, factors,
-                           BAND, FORM, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
-            (_produce_dq, (Q, K, V, DO, Lo, Hi, Kept, q_s, do_s, k_s, v_s, bars, sizes,
-                           BAND, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
-        ],
-        [4, 1],
-        [240, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume_dq, (FIRST, DQ, Shift, Delta, Lo, Hi, Kept, q_s, do_s, k_s, v_s, bars, sizes, factors,
+                               BAND, FORM, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
+                (_consume_dq, (SECOND, DQ, Shift, Delta, Lo, Hi, Kept, q_s, do_s, k_s, v_s, bars, sizes, factors,
+                               BAND, FORM, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
+                (_produce_dq, (Q, K, V, DO, Lo, Hi, Kept, q_s, do_s, k_s, v_s, bars, sizes,
+                               BAND, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
+            ],
+            [4, 1],
+            [240, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume_dq, (FIRST, DQ, Shift, Delta, Lo, Hi, Kept, q_s, do_s, k_s, v_s, bars, sizes, factors,
+                               BAND, FORM, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
+                (_consume_dq, (SECOND, DQ, Shift, Delta, Lo, Hi, Kept, q_s, do_s, k_s, v_s, bars, sizes, factors,
+                               BAND, FORM, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
+                (_consume_dq, (THIRD, DQ, Shift, Delta, Lo, Hi, Kept, q_s, do_s, k_s, v_s, bars, sizes, factors,
+                               BAND, FORM, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
+                (_produce_dq, (Q, K, V, DO, Lo, Hi, Kept, q_s, do_s, k_s, v_s, bars, sizes,
+                               BAND, M, BLOCK_N, DPAD, WARPGROUPS, K_STAGES, V_STAGES)),
+            ],
+            [4, 4, 1],
+            [160, 160, PRODUCER_REGISTERS],
+        )  # fmt: skip

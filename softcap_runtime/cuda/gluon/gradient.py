@@ -41,7 +41,7 @@ def bind_gluon_backward(
     run_dq = _bind_dq(q, k, v, grad, outputs[0], padded, mask, call, kernels, beside)
     directions = key_directions(dim)
     run_dkdv = [_bind_dkdv(q, k, v, grad, outputs, padded, mask, call, kernels, each) for each in directions]
-    hull = bind_hull(backward_options(directions[0], dim).own)
+    hull = bind_hull(backward_options(directions[0], dim, mask.band).own)
 
     def run(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *edges: Tensor,
@@ -83,7 +83,7 @@ def _bind_dq(
 ) -> Callable[..., None]:  # fmt: skip
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    options = backward_options("dq", dim)
+    options = backward_options("dq", dim, mask.band)
     single = Pointer(torch.float32)
     return launcher(
         kernels,
@@ -109,7 +109,7 @@ def _bind_dkdv(
 ) -> Callable[..., None]:  # fmt: skip
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
-    options = backward_options(direction, dim)
+    options = backward_options(direction, dim, mask.band)
     blocks = -(-keys // options.own)
     several = mask.batch_stride(rows) > 0  # batch rows have intervals of their own
     statistic = vector(torch.float32, batch * heads * padded, options.block, True)

@@ -19,8 +19,9 @@ a tenth of the keys hidden, D128: 512      0.029                0.032
 =========================================  ===================  ===================
 
 The card is power capped: a kernel's time moves by a tenth from run to run. Backward, Triton and Gluon: D256 10.1 and
-7.0 to 7.7, window 4096 7.7 and 5.5; D128 7.7 and 7.1, window 6.0 and 5.6; D64 5.1 and 4.9; packed D256 6.8 and 4.5 to
-4.9, D128 5.1 and 4.6 to 4.9. Tried for D128's: 128 keys a block for dq took 3.2 in place of 3.0; q and grad_out from
+7.0 to 7.7, window 4096 7.7 and 5.5; D128 7.7 and 7.0, window 6.0 and 5.4; D64 5.1 and 4.8; packed D256 6.8 and 4.5 to
+4.9, D128 5.1 and 4.6 to 4.9. A third warpgroup for dq is 0.25 of D128's, 0.12 of D64's; with intervals it spills 730
+bytes a thread and takes longer. Tried: 128 keys a block for D128's dq took 3.2 in place of 3.0; q and grad_out from
 registers, as long. One kernel for all three gradients, with 5 products a tile in place of 7, a third warpgroup for dq
 and its float32 sums added in a fixed order, took 6.5 to 6.9 in place of 6.7, and 52 in place of 54 at B1 S32768: 0.7 of
 it waits for the order, 0.7 adds to memory. Shorter calls were slower.
@@ -58,15 +59,16 @@ class ForwardOptions(NamedTuple):
 
 
 class BackwardOptions(NamedTuple):
-    """Rows or keys a block that streams by holds (those that stay are 128), and how many such blocks are in flight."""
+    """Rows or keys a block that streams by holds, how many such blocks are in flight, and warpgroups that compute."""
 
     block: int
     stages: tuple[int, int]
+    warpgroups: int = 2
 
     @property
     def own(self) -> int:
         """Query rows of a program of dq, keys of one of dk and dv."""
-        return 2 * WARPGROUP_ROWS
+        return WARPGROUP_ROWS * self.warpgroups
 
 
 _FORWARD = {64: ForwardOptions(64, 3, 4), 128: ForwardOptions(64, 3, 4), 256: ForwardOptions(64, 2, 2)}
@@ -80,6 +82,8 @@ _BACKWARD: dict[tuple[Direction, int], BackwardOptions] = {
     ("dk", 256): BackwardOptions(64, (2, 1)),
     ("dv", 256): BackwardOptions(64, (2, 2)),
 }
+# For dq of a band; with intervals a third warpgroup has too few registers.
+_BAND_DQ = {64: BackwardOptions(64, (4, 4), 3), 128: BackwardOptions(64, (3, 3), 3)}
 
 
 def serves(limits: DeviceLimits, dtype: torch.dtype, call: Factors, tma: bool) -> bool:
@@ -108,9 +112,12 @@ def forward_options(head_dim: int) -> ForwardOptions:
     return _FORWARD[tile_width(head_dim)]
 
 
-def backward_options(direction: Direction, head_dim: int) -> BackwardOptions:
+def backward_options(direction: Direction, head_dim: int, band: bool) -> BackwardOptions:
     """The blocks of a backward kernel."""
-    return _BACKWARD[direction, tile_width(head_dim)]
+    width = tile_width(head_dim)
+    if direction == "dq" and band and width in _BAND_DQ:
+        return _BAND_DQ[width]
+    return _BACKWARD[direction, width]
 
 
 def programs(limits: DeviceLimits, tiles: int, alike: bool, beside: bool) -> tuple[int, int, int]:
