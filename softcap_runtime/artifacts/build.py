@@ -28,7 +28,7 @@ BUILD_FOLDER = "softcap_build_"
 # The line that says what went wrong: a compiler's first error, as others follow from it, and Python's last.
 _COMPILER_ERROR = re.compile(r"\berror: ")
 _PYTHON_ERROR = re.compile(r"^[\w.]*(Error|Exception)\b")
-_NO_REASON = "no message; see if the C++ compiler works and the disk is full, set CXX to another, or use engine='eager'"
+_NO_REASON = "no message; check the C++ compiler and the space on disk, set CXX to another, or use engine='eager'"
 _NOT_INHERITED = ("PYTHONOPTIMIZE", "PYTHONWARNINGS")
 
 
