@@ -107,31 +107,21 @@ def prewarm(
         raise UsageError("pass one of --preset, --model, or --num-heads --num-kv-heads --head-dim")
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset: {preset!r}, expected {', '.join(PRESETS)}")
+    dtypes = dict.fromkeys(dtype or ["bfloat16"])
     common: dict[str, Any] = {"seq_lens": tuple(seq_len or ()), "device": device, "train": train, "paged": paged}
-    requests: list[PrewarmRequest] = []
-    for each in dict.fromkeys(dtype or ["bfloat16"]):
-        if given:
-            requests.append(_explicit(numbers, scale, softcap, window, {**common, "dtype": each}))
-        else:
-            requests += requests_for(preset or model or "", **common, dtype=each)  # type: ignore[arg-type]
+    if given:
+        missing = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is None]
+        if missing:
+            raise UsageError(f"missing {', '.join(missing)}")
+        if scale is None:
+            scale = max(head_dim or 1, 1) ** -0.5  # a head_dim below 1 is the request's to refuse
+        config = AttentionConfig(scale=scale, softcap=softcap, window=window)
+        requests = [PrewarmRequest(config=config, **numbers, **common, dtype=each) for each in dtypes]
+    else:
+        source = preset or model or ""
+        requests = [one for each in dtypes for one in requests_for(source, **common, dtype=each)]  # type: ignore[arg-type]
     settings = RuntimeSettings(**context.obj, **({} if engine is None else {"engine": engine}))
     _prewarm(Runtime(settings), requests, tune)
-
-
-def _explicit(
-    numbers: dict[str, int | None],
-    scale: float | None,
-    softcap: float | None,
-    window: int | None,
-    common: dict[str, Any],
-) -> PrewarmRequest:
-    missing = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is None]
-    if missing:
-        raise UsageError(f"missing {', '.join(missing)}")
-    if scale is None:
-        scale = max(numbers["head_dim"] or 1, 1) ** -0.5  # a head_dim below 1 is the request's to refuse
-    config = AttentionConfig(scale=scale, softcap=softcap, window=window)
-    return PrewarmRequest(config=config, **numbers, **common)
 
 
 def _prewarm(runtime: Runtime, requests: list[PrewarmRequest], tune: bool) -> None:

@@ -68,7 +68,7 @@ def explain(store: Store, words: Sequence[str]) -> Explanation:
     if wanted.get("op", "flex_forward" if packages else "attention") == "attention":
         return inspection.explain(store, library().key())
     packages = packages or [(_DEFAULTS._asdict(), True)]
-    closest = max(packages, key=lambda one: (_agreeing(one[0], wanted), one[1]))[0]
+    closest = max(packages, key=lambda one: (len(one[0].items() & wanted.items()), one[1]))[0]
     fields = {name: value for name, value in {**closest, **wanted}.items() if name != "sources"}
     return inspection.explain(store, Package(**fields).key())  # type: ignore[arg-type]
 
@@ -104,10 +104,6 @@ def not_kept(supply: Supply) -> str | None:
 def _is_good(store: Store, digest: str) -> bool:
     """Whether an entry is on disk and may be used."""
     return isinstance(store.examine(digest), Sealed)
-
-
-def _agreeing(fields: Fields, wanted: Fields) -> int:
-    return sum(fields.get(name) == value for name, value in wanted.items())
 
 
 def _parsed(words: Sequence[str]) -> dict[str, FieldValue]:
