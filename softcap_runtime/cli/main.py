@@ -6,13 +6,14 @@ Exit codes: 0 for success, 1 when something failed or is wrong with the cache, 2
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from softcap_runtime.cli import cache as cli_cache  # noqa: F401  # its commands
 from softcap_runtime.cli.app import ClickException, UsageError, app, fail
-from softcap_runtime.cli.interrupts import interrupted_by, leave
 from softcap_runtime.config import AttentionConfig, PrewarmRequest, RuntimeSettings
 from softcap_runtime.errors import EngineUnavailable, SoftcapRuntimeError
 from softcap_runtime.presets import PRESETS, requests_for
@@ -32,13 +32,43 @@ LONGEST_DRAWN = 2**18
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; expected errors are one line on standard error."""
-    caught = interrupted_by(signal.SIGINT, signal.SIGTERM)
+    caught = _interrupted_by(signal.SIGINT, signal.SIGTERM)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path that its encoding lacks must not be an error
         sys.stdout.reconfigure(errors="backslashreplace")
     code = run(arguments)
     if caught:
-        leave(caught[0])
+        _leave(caught[0])
     sys.exit(code)
+
+
+def _interrupted_by(*signals: signal.Signals) -> list[int]:
+    """Make the first of ``signals`` raise KeyboardInterrupt, and append it to the list that is returned.
+
+    Later ones are ignored, as the clean-up is under way. A signal that this process was started to ignore stays
+    ignored.
+    """
+    caught: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        if not caught:
+            caught.append(number)
+            raise KeyboardInterrupt
+
+    for one in signals:
+        if signal.getsignal(one) != signal.SIG_IGN:
+            signal.signal(one, interrupt)
+    return caught
+
+
+def _leave(number: int) -> NoReturn:
+    """End the process with the exit code that shells expect after signal ``number``.
+
+    Not with ``sys.exit``, which would wait for a thread that waits for another process's build.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(128 + number)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -486,7 +486,7 @@ def printed(monkeypatch: pytest.MonkeyPatch, encoding: str, *words: object) -> s
     stream = TextIOWrapper(BytesIO(), encoding)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
-        patch.setattr(cli, "interrupted_by", lambda *signals: [])
+        patch.setattr(cli, "_interrupted_by", lambda *signals: [])
         with pytest.raises(SystemExit) as ended:
             cli.main([str(word) for word in words])
     assert ended.value.code == 0
