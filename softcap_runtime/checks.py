@@ -66,7 +66,7 @@ def _in_context_parallel() -> bool:
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise TypeError for what is no float tensor, ValueError for shapes, dtypes or devices that do not fit.
 
-    ``q`` ``[B, Hq, Sq, D]``, ``k`` and ``v`` ``[B, Hkv, Skv, D]``, Hq a multiple of Hkv, nothing empty.
+    ``q`` ``[B, Hq, Sq, D]``, ``k`` and ``v`` ``[B, Hkv, Skv, D]``, Hq a multiple of Hkv. B, Sq and Skv may be 0.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
@@ -78,8 +78,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected 4 dimensions [B, H, S, D]")
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name}: {tensor.dtype}, expected float32, bfloat16, float16 or float64")
-        if 0 in tensor.shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)} is empty, expected at least one of each")
+        if tensor.shape[1] == 0 or tensor.shape[3] == 0:
+            raise ValueError(
+                f"{name}: shape {tuple(tensor.shape)}, expected at least one head and a head_dim of at least 1; "
+                "correct what reshapes it to [B, H, S, D]"
+            )
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name}.dtype: {tensor.dtype}, expected q's {q.dtype}; cast one of them")
         if tensor.device != q.device:

@@ -5,10 +5,11 @@ This module imports nothing else of the package.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Annotated, Any, Literal, SupportsIndex
 
 import platformdirs
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
@@ -53,20 +54,6 @@ def check_positive(name: str, value: Any) -> None:
         raise wrong(f"{name}: {value!r}, expected {RANGE}")
 
 
-@contextmanager
-def _one_line_errors(model: str) -> Iterator[None]:
-    """Turn pydantic's report into one line: the field, its value, what was expected."""
-    try:
-        yield
-    except ValidationError as error:
-        parts = []
-        for item in error.errors(include_url=False):
-            field = ".".join(map(str, item["loc"])) or model
-            given = "" if item["type"] == "missing" else f" (got {item['input']!r})"
-            parts.append(f"{field}: {item['msg'].removeprefix('Value error, ')}{given}")
-        raise ValueError(f"{model}: " + "; ".join(parts)) from None
-
-
 def _torch_name(value: Any) -> Any:
     """``torch.float32`` and ``torch.device("cpu")`` as strings, which is what a request keeps."""
     if f"{type(value).__module__}.{type(value).__name__}" in ("torch.dtype", "torch.device"):
@@ -95,7 +82,33 @@ Length = Annotated[int, BeforeValidator(_no_bool), Field(ge=1, le=LONGEST)]
 UserPath = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_expanded)]
 
 
-class AttentionConfig(BaseModel):
+@contextmanager
+def _one_line_errors(model: type[BaseModel], given: Mapping[str, Any]) -> Iterator[None]:
+    """Turn pydantic's report into one line: the field or environment variable, its value, what was expected."""
+    try:
+        yield
+    except ValidationError as error:
+        parts = []
+        for item in error.errors(include_url=False):
+            field = ".".join(map(str, item["loc"])) or model.__name__
+            if issubclass(model, BaseSettings) and field not in given:
+                field = f"environment variable {_variable(field)}"
+            value = "" if item["type"] == "missing" else f" (got {item['input']!r})"
+            parts.append(f"{field}: {item['msg'].removeprefix('Value error, ')}{value}")
+        raise ValueError(f"{model.__name__}: " + "; ".join(parts)) from None
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    if not TYPE_CHECKING:  # a type checker refuses it by itself
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            model = type(self).__name__
+            raise ValueError(f"{model}.{name}: {model} is frozen, cannot set {value!r}; build a new {model}(...)")
+
+
+class AttentionConfig(_Frozen):
     """One kind of attention layer; frozen and hashable.
 
     ``softcap``: bound of the logits, ``softcap * tanh(logits / softcap)``; None for no cap.
@@ -105,15 +118,13 @@ class AttentionConfig(BaseModel):
     ``causal``: whether a query sees only keys up to its own position.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     softcap: PositiveNumber | None = None
     scale: PositiveNumber
     window: PositiveInt | None = None
     causal: bool = True
 
     def __init__(self, **fields: Any) -> None:
-        with _one_line_errors(type(self).__name__):
+        with _one_line_errors(type(self), fields):
             super().__init__(**fields)
 
     def __hash__(self) -> int:
@@ -241,7 +252,7 @@ def _kinds_by_pattern(config: Any, layer_idx: int | None = None) -> list[str]:
     return [SLIDING if (layer_idx + 1) % pattern else FULL]
 
 
-class PrewarmRequest(BaseModel):
+class PrewarmRequest(_Frozen):
     """Kernels to prepare: a description of the calls to come.
 
     ``config``, ``num_heads``, ``num_kv_heads``, ``head_dim``: of the layer. ``seq_lens``: lengths, up to 2**24, whose
@@ -251,7 +262,7 @@ class PrewarmRequest(BaseModel):
     """
 
     # A serving process makes no requests, so the validator is built with the first one.
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(defer_build=True)
 
     config: AttentionConfig
     num_heads: PositiveInt
@@ -264,7 +275,7 @@ class PrewarmRequest(BaseModel):
     paged: bool = False
 
     def __init__(self, **fields: Any) -> None:
-        with _one_line_errors(type(self).__name__):
+        with _one_line_errors(type(self), fields):
             super().__init__(**fields)
 
 
@@ -285,7 +296,7 @@ def default_cache_dir() -> Path:
         ) from None
 
 
-class RuntimeSettings(BaseSettings):
+class RuntimeSettings(_Frozen, BaseSettings):
     """Settings of a runtime; each is read from ``SOFTCAP_<NAME>`` where it is not given (empty counts as unset).
 
     ``cache_dir``: folder of the kernel cache. ``cache_size_limit``: its size in bytes (``"4GB"`` works); the
@@ -298,7 +309,7 @@ class RuntimeSettings(BaseSettings):
     ``softcap * 5e-4``; nothing changes on the CPU.
     """
 
-    model_config = SettingsConfigDict(env_prefix="SOFTCAP_", env_ignore_empty=True, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="SOFTCAP_", env_ignore_empty=True)
 
     cache_dir: UserPath = Field(default_factory=default_cache_dir)
     cache_size_limit: Annotated[ByteSize, BeforeValidator(_no_bool)] = Field(default=ByteSize(2 * 1024**3), gt=0)
@@ -310,5 +321,29 @@ class RuntimeSettings(BaseSettings):
     softcap_approx: bool = Field(default=False, validation_alias="softcap_approx")
 
     def __init__(self, **fields: Any) -> None:
-        with _one_line_errors(type(self).__name__):
+        with _one_line_errors(type(self), fields):
             super().__init__(**fields)
+
+
+def _variable(field: str) -> str:
+    """The environment variable of a setting."""
+    return f"SOFTCAP_{field.removeprefix('softcap_').upper()}"
+
+
+def unknown_variables() -> list[str]:
+    """A line for each environment variable ``SOFTCAP_...`` that nothing reads, with the known one that it is most like.
+
+    Those of the tests, ``SOFTCAP_TEST_...``, are left out.
+    """
+    known = {*map(_variable, RuntimeSettings.model_fields), "SOFTCAP_PUBLIC_TORCH_ONLY"}
+    names = {name: name.upper() for name in sorted(os.environ) if name.upper().startswith("SOFTCAP_")}
+    unknown = [name for name, upper in names.items() if upper not in known and not upper.startswith("SOFTCAP_TEST_")]
+    if not unknown:
+        return []
+    from difflib import get_close_matches  # takes 2 ms
+
+    return [
+        f"environment variable {name}: unknown, ignored; the closest known one is "
+        f"{get_close_matches(names[name], sorted(known), 1, cutoff=0)[0]}"
+        for name in unknown
+    ]

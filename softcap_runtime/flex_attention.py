@@ -122,7 +122,7 @@ def attend(
     else:
         _check_foreign(q, k, v, runtime)
         out = attend_block_mask(q, k, v, found, scale=config.scale, softcap=config.softcap)
-    return out.transpose(1, 2).reshape(q.shape[0], lengths[0], -1)
+    return out.transpose(1, 2).flatten(2)
 
 
 def _layer(layer: Any, head_dim: int) -> Cap:

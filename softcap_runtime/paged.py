@@ -14,7 +14,7 @@ from softcap_runtime.compat.torch_transforms import in_forward_mode, interpreter
 from softcap_runtime.config import AttentionConfig
 from softcap_runtime.engines import blocked_cpu as blocked
 from softcap_runtime.engines import blocked_cuda
-from softcap_runtime.engines.engine import Call, Problem
+from softcap_runtime.engines.engine import Call, Problem, empty_output
 from softcap_runtime.errors import EngineUnavailable
 from softcap_runtime.masks.deferred_checks import checked
 from softcap_runtime.masks.documents import rise_from_zero
@@ -59,6 +59,8 @@ def paged_attention(
     out = None if way is None else way(q, pages, cu_seqlens_q)
     if out is None:
         pages, cu_seqlens_q = check(q, pages, config, cu_seqlens_q)
+        if q.shape[0] == 0 or q.shape[2] == 0:  # no sequence, or no new row
+            return empty_output(q)
         if way is None and not torch.compiler.is_compiling():  # a graph has no addresses to hand on
             bind = _on_gpu if _through_the_table(runtime, q, config) else _on_cpu
             way = bind(runtime, q, pages, config, cu_seqlens_q)
@@ -277,8 +279,9 @@ def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> 
     ):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: {type(x).__name__}, expected a tensor {words}")
-        if x.dim() != 4 or 0 in x.shape:
-            raise ValueError(f"{name}: shape {tuple(x.shape)}, expected {words}, at least one of each")
+        needed = x.shape[1::2] if name == "q" else x.shape  # q may have no sequence, or no new row
+        if x.dim() != 4 or 0 in needed:
+            raise ValueError(f"{name}: shape {tuple(x.shape)}, expected {words}, at least one of each; reshape it")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name}: {x.dtype}, expected float32, bfloat16, float16 or float64")
         if (x.dtype, x.device, x.shape[3]) != (q.dtype, q.device, q.shape[3]):
@@ -309,7 +312,7 @@ def check(q: Tensor, pages: Pages, config: Any, cu_seqlens_q: Tensor | None) -> 
 def _check_table(q: Tensor, pages: Pages, cu_seqlens_q: Tensor | None) -> None:
     for name, x, sizes in (("page_table", pages.table, 2), ("cache_lengths", pages.lengths, 1)):
         check_integers(name, x)
-        if x.dim() != sizes or 0 in x.shape:
+        if x.dim() != sizes or 0 in x.shape[1:] or (cu_seqlens_q is not None and x.shape[0] == 0):
             words = "[B, pages]" if sizes == 2 else "[B]"
             raise ValueError(f"{name}: shape {tuple(x.shape)}, expected {words}")
         if x.device != q.device:

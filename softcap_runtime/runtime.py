@@ -18,7 +18,7 @@ from softcap_runtime.compat.torch_transforms import interpreters_active
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
 from softcap_runtime.engines.engine import Call
 from softcap_runtime.engines.kept_keys import bind
-from softcap_runtime.masks.intervals import RowIntervals, contiguous, row_intervals
+from softcap_runtime.masks.intervals import RowIntervals, band, contiguous, row_intervals
 from softcap_runtime.masks.readable import data_is_readable
 from softcap_runtime.masks.tokens import FindIntervals
 from softcap_runtime.masks.validate import check_mask_arguments, check_row_intervals
@@ -97,7 +97,8 @@ class Runtime:
         """Softcapped attention: ``[B, Hq, Sq, D]`` in q's dtype, laid out ``[B, Sq, Hq, D]`` in memory.
 
         ``q`` ``[B, Hq, Sq, D]``, ``k`` and ``v`` ``[B, Hkv, Skv, D]``: float32, bfloat16, float16 (float64: the
-        eager engine), any strides; query row i stands at key position ``Skv - Sq + i``.
+        eager engine), any strides; query row i stands at key position ``Skv - Sq + i``. B, Sq and Skv may be 0: rows
+        without keys give 0.
         ``attention_mask`` ``[B, Skv]``, bool or 0/1: padding, left or right, or any other tokens to hide.
         ``document_ids`` ``[B, Skv]``, integers that never decrease: a token sees only its own document.
         ``prefix_lengths`` ``[B]``: the first tokens see each other both ways. ``spans`` ``[B, N, 2]``: half-open
@@ -135,7 +136,7 @@ class Runtime:
         if known is not None and form in known and (mask.lo is None or type(mask.lo) is Tensor):
             return self._run(known[form], q, k, v, *mask.vectors)
         out = self.attend(q, k, v, config, mask)
-        if key is not None:
+        if key is not None and q.numel() and k.numel():
             call = Call(mask, config.scale, config.softcap, self.settings.engine, _wants_grad(q, k, v))
             self.plans.learn(key, form, PlanKey.of(q, k, call))
         return out
@@ -312,6 +313,8 @@ def _intervals(q: Tensor, k: Tensor, config: AttentionConfig, masks: dict[str, T
     check_config(config)
     q_len, kv_len = q.shape[2], k.shape[2]
     given = check_mask_arguments(q_len, kv_len, q.shape[0], q.device, causal=config.causal, holes=True, **masks)
+    if q.shape[0] == 0 or q_len == 0 or kv_len == 0:  # no row sees a key
+        return band(q_len, kv_len, causal=False, window=None)
     attention_mask = masks["attention_mask"]
     if attention_mask is not None and data_is_readable(attention_mask) and bool(attention_mask.all()):
         given["attention_mask"] = None

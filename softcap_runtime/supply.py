@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shlex
@@ -14,7 +15,7 @@ import torch
 
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.artifacts.lifecycle import Artifacts
-from softcap_runtime.config import RuntimeSettings
+from softcap_runtime.config import RuntimeSettings, unknown_variables
 from softcap_runtime.cuda import options as gpu_options
 from softcap_runtime.cuda import tuned
 from softcap_runtime.cuda.options import BlockOptions, Direction
@@ -43,6 +44,7 @@ class Supply(Artifacts):
     """The artifacts of one runtime, under the policy of its settings, and the masks and options its engines share."""
 
     def __init__(self, settings: RuntimeSettings) -> None:
+        warn_of_unknown_variables()
         store = Store(settings.cache_dir, settings.cache_size_limit, auth_key=_auth_key(settings))
         super().__init__(store, settings.jit, settings.build == "background")
         self.settings = settings
@@ -104,6 +106,13 @@ class Supply(Artifacts):
         words += [f"--{name} {value}" for name, value in options.items() if value is not None]
         flags = {"--train": problem.train, "--paged": paged}
         return " ".join([*words, *(flag for flag, given in flags.items() if given)])
+
+
+@functools.cache  # once per process
+def warn_of_unknown_variables() -> None:
+    """Log the environment variables that look like settings and are none."""
+    for line in unknown_variables():
+        log.warning("%s", line)
 
 
 def _settings_given(settings: RuntimeSettings) -> list[str]:

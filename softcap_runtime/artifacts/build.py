@@ -28,6 +28,7 @@ BUILD_FOLDER = "softcap_build_"
 # The line that says what went wrong: a compiler's first error, as others follow from it, and Python's last.
 _COMPILER_ERROR = re.compile(r"\berror: ")
 _PYTHON_ERROR = re.compile(r"^[\w.]*(Error|Exception)\b")
+_NO_REASON = "no message; check the C++ compiler and the space on disk, set CXX to another, or use engine='eager'"
 _NOT_INHERITED = ("PYTHONOPTIMIZE", "PYTHONWARNINGS")
 
 
@@ -157,4 +158,4 @@ def _reason(stderr: str) -> str:
     python = [line for line in lines if _PYTHON_ERROR.search(line)]
     compiler = [line for line in lines if _COMPILER_ERROR.search(line)]
     found = compiler[:1] or python[-1:] or [x for x in lines if "error" in x.lower()][-1:] or lines[-1:]
-    return (found or ["no output"])[0][:500]
+    return found[0][:500] if found else _NO_REASON

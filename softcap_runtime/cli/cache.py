@@ -73,13 +73,14 @@ def verify(
     Exit code 1 if anything was wrong, repaired or not.
     """
     from softcap_runtime.cli import tables
+    from softcap_runtime.store import inspection
 
     store = _existing_store(context)
-    problems = store.verify(repair=repair)
+    problems = inspection.verify(store, repair)
     if problems:
         tables.console().print(tables.problems_table(problems))
         raise typer.Exit(1)
-    good = len(store.entries())
+    good = len(inspection.entries(store))
     print(f"{counted(good, 'entry')} {'is' if good == 1 else 'are'} good in {store.folder}")
 
 
@@ -108,13 +109,13 @@ def export_(
 
     If one kernel is damaged, no file is written and the exit code is 1.
     """
-    from softcap_runtime.store.bundle import Incomplete
+    from softcap_runtime.store import bundle
 
     environment = fingerprint(device_of(device).type)
     store = _existing_store(context)
     try:
-        count = store.export_bundle(file, environment)
-    except Incomplete as incomplete:
+        count = bundle.export(store, file, environment)
+    except bundle.Incomplete as incomplete:
         for where, why in incomplete.bad:
             fail(f"entry {where[:12]}: {why}", 1)
         raise
@@ -135,9 +136,11 @@ def import_(
 
     Exit code 1 if any does not fit.
     """
+    from softcap_runtime.store import bundle
+
     expected = fingerprint(device_of(device).type)
     try:
-        done = store_of(context).import_bundle(file, expected)
+        done = bundle.import_(store_of(context), file, expected)
     except ValueError as error:  # a bad bundle is not bad usage
         raise SoftcapRuntimeError(str(error)) from None
     except OSError as error:

@@ -6,13 +6,14 @@ Exit codes: 0 for success, 1 when something failed or is wrong with the cache, 2
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from softcap_runtime.cli import cache as cli_cache  # noqa: F401  # its commands
 from softcap_runtime.cli.app import ClickException, UsageError, app, fail
-from softcap_runtime.cli.interrupts import interrupted_by, leave
 from softcap_runtime.config import AttentionConfig, PrewarmRequest, RuntimeSettings
 from softcap_runtime.errors import EngineUnavailable, SoftcapRuntimeError
 from softcap_runtime.presets import PRESETS, requests_for
@@ -32,13 +32,43 @@ LONGEST_DRAWN = 2**18
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; expected errors are one line on standard error."""
-    caught = interrupted_by(signal.SIGINT, signal.SIGTERM)
+    caught = _interrupted_by(signal.SIGINT, signal.SIGTERM)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path that its encoding lacks must not be an error
         sys.stdout.reconfigure(errors="backslashreplace")
     code = run(arguments)
     if caught:
-        leave(caught[0])
+        _leave(caught[0])
     sys.exit(code)
+
+
+def _interrupted_by(*signals: signal.Signals) -> list[int]:
+    """Make the first of ``signals`` raise KeyboardInterrupt, and append it to the list that is returned.
+
+    Later ones are ignored, as the clean-up is under way. A signal that this process was started to ignore stays
+    ignored.
+    """
+    caught: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        if not caught:
+            caught.append(number)
+            raise KeyboardInterrupt
+
+    for one in signals:
+        if signal.getsignal(one) != signal.SIG_IGN:
+            signal.signal(one, interrupt)
+    return caught
+
+
+def _leave(number: int) -> NoReturn:
+    """End the process with the exit code that shells expect after signal ``number``.
+
+    Not with ``sys.exit``, which would wait for a thread that waits for another process's build.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(128 + number)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -107,31 +137,21 @@ def prewarm(
         raise UsageError("pass one of --preset, --model, or --num-heads --num-kv-heads --head-dim")
     if preset is not None and preset not in PRESETS:
         raise UsageError(f"--preset: {preset!r}, expected {', '.join(PRESETS)}")
+    dtypes = dict.fromkeys(dtype or ["bfloat16"])
     common: dict[str, Any] = {"seq_lens": tuple(seq_len or ()), "device": device, "train": train, "paged": paged}
-    requests: list[PrewarmRequest] = []
-    for each in dict.fromkeys(dtype or ["bfloat16"]):
-        if given:
-            requests.append(_explicit(numbers, scale, softcap, window, {**common, "dtype": each}))
-        else:
-            requests += requests_for(preset or model or "", **common, dtype=each)  # type: ignore[arg-type]
+    if given:
+        missing = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is None]
+        if missing:
+            raise UsageError(f"missing {', '.join(missing)}")
+        if scale is None:
+            scale = max(head_dim or 1, 1) ** -0.5  # a head_dim below 1 is the request's to refuse
+        config = AttentionConfig(scale=scale, softcap=softcap, window=window)
+        requests = [PrewarmRequest(config=config, **numbers, **common, dtype=each) for each in dtypes]
+    else:
+        source = preset or model or ""
+        requests = [one for each in dtypes for one in requests_for(source, **common, dtype=each)]  # type: ignore[arg-type]
     settings = RuntimeSettings(**context.obj, **({} if engine is None else {"engine": engine}))
     _prewarm(Runtime(settings), requests, tune)
-
-
-def _explicit(
-    numbers: dict[str, int | None],
-    scale: float | None,
-    softcap: float | None,
-    window: int | None,
-    common: dict[str, Any],
-) -> PrewarmRequest:
-    missing = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is None]
-    if missing:
-        raise UsageError(f"missing {', '.join(missing)}")
-    if scale is None:
-        scale = max(numbers["head_dim"] or 1, 1) ** -0.5  # a head_dim below 1 is the request's to refuse
-    config = AttentionConfig(scale=scale, softcap=softcap, window=window)
-    return PrewarmRequest(config=config, **numbers, **common)
 
 
 def _prewarm(runtime: Runtime, requests: list[PrewarmRequest], tune: bool) -> None:

@@ -43,6 +43,8 @@ def _checked_method(layer: Layer, q: Tensor, k: Tensor) -> str:
             f"config: window={config.window}, causal={config.causal}, expected the context's window="
             f"{context.config.window}, causal={context.config.causal}; make a context_mask for each kind of layer"
         )
+    if q.shape[0] == 0:
+        raise ValueError("q: batch 0, expected at least 1; skip the call on every rank")
     rows = context.layout.count(context.rank)
     for name, x in (("q", q), ("k", k)):
         if x.shape[2] != rows:

@@ -34,6 +34,8 @@ def choose(problem: Problem, asked: str) -> Choice:
 
     Raises EngineUnavailable if the engine asked for cannot serve the problem.
     """
+    if 0 in (problem.batch, problem.mask.q_len, problem.mask.kv_len):
+        return Choice(dense.EAGER, "nothing to compute")
     if asked == "auto":
         return _automatic(problem)
     engine = engine_named(asked, problem.device)

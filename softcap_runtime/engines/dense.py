@@ -46,9 +46,11 @@ def attend_backward(
     wide = torch.promote_types(q.dtype, torch.float32)
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
+    groups = heads // kv_heads
 
+    # Every size by name: torch infers none (-1) of an empty tensor.
     def grouped(x: Tensor) -> Tensor:
-        return x.to(wide).reshape(batch, kv_heads, -1, head_dim)
+        return x.to(wide).reshape(batch, kv_heads, groups * q_len, head_dim)
 
     rows_q, rows_grad, keys, values = grouped(q), grouped(grad_out), k.to(wide), v.to(wide)
     logit = (rows_q @ keys.mT) * scale
@@ -58,9 +60,9 @@ def attend_backward(
         logit, slope = cap * bounded, scale * (1 - bounded * bounded)
     hidden = ~reference.visible(lo, hi, kv_len)[:, None, None]
     empty = hidden.all(-1, keepdim=True)
-    logit = logit.view(batch, kv_heads, -1, q_len, kv_len).masked_fill(hidden, -torch.inf)
+    logit = logit.view(batch, kv_heads, groups, q_len, kv_len).masked_fill(hidden, -torch.inf)
     p = torch.softmax(logit.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
-    p = p.view(batch, kv_heads, -1, kv_len)
+    p = p.view(batch, kv_heads, groups * q_len, kv_len)
     grad_p = rows_grad @ values.mT
     ds = p * (grad_p - (p * grad_p).sum(-1, keepdim=True)) * slope
     grad_q = (ds @ keys).view(batch, heads, q_len, head_dim)

@@ -52,11 +52,12 @@ def _runner(source: Compiled) -> Runner:
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
         plain = [None if x is None else _plain(x) for x in inputs]
-        kind: tuple[object, ...] = tuple(flag for x in plain if x is not None for flag in _ones(x))
+        there = [x for x in plain if x is not None]
+        kind: tuple[object, ...] = tuple((x.storage_offset() == 0, *(size == 1 for size in x.shape)) for x in there)
         if source.heads is not None:
             q, k = inputs[source.heads : source.heads + 2]
             kind += (q.shape[1], k.shape[1], q.shape[3], q.shape[2] == k.shape[2])
-            for x in plain:
+            for x in there:
                 _make_heads_static(x)
         compiled = variants.get(kind)
         if compiled is None:
@@ -72,14 +73,10 @@ def _plain(x: Tensor) -> Tensor:
     return x.contiguous().view(-1).view(x.shape).detach()
 
 
-def _make_heads_static(x: Tensor | None) -> None:
+def _make_heads_static(x: Tensor) -> None:
     """Make H and D of floats ``[B, H, S, D]`` and ``[B, H, S]`` constants of the compiled code."""
-    if x is not None and x.is_floating_point() and x.dim() >= 3:
+    if x.is_floating_point() and x.dim() >= 3:
         take_for_numbers(x, [1, 3][: x.dim() - 2])
-
-
-def _ones(x: Tensor) -> tuple[bool, ...]:
-    return (x.storage_offset() == 0, *(size == 1 for size in x.shape))
 
 
 def _compiled(source: Compiled) -> Any:

@@ -9,7 +9,7 @@ in the installed version of transformers.
 from __future__ import annotations
 
 import dis
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -71,10 +71,9 @@ def read(function: MaskFunction, place: Place) -> RowIntervals:
             return _remapped(read(parts["mask_function"], place), name)
         case "blockwise_overlay":
             return _spans(parts["block_sequence_ids"], place)
-        case "and_masks":
-            return reduce(partial(combined, device=place.device), _read_all(parts["mask_functions"], place))
-        case "or_masks":
-            return reduce(partial(combined, device=place.device, union=True), _read_all(parts["mask_functions"], place))
+        case "and_masks" | "or_masks" as both:
+            masks = [read(part, place) for part in parts["mask_functions"]]
+            return reduce(partial(combined, device=place.device, union=both == "or_masks"), masks)
         case _:
             raise ValueError(f"mask function {name}: no known row interval; {_INSTEAD}")
 
@@ -109,10 +108,6 @@ def _constant(function: MaskFunction, place: Place) -> RowIntervals:
     """Every key or none: EmbeddingGemma's bidirectional mask is a lambda that is always true."""
     shown = UNBOUNDED if function(0, 0, 0, 0) else 0
     return _reach(place, -shown, shown)
-
-
-def _read_all(functions: Iterable[MaskFunction], place: Place) -> list[RowIntervals]:
-    return [read(function, place) for function in functions]
 
 
 def _reach(place: Place, left: int, right: int) -> RowIntervals:

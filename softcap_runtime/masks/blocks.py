@@ -57,11 +57,15 @@ def query_tables(intervals: RowIntervals, device: torch.device | str) -> BlockTa
         first = -UNBOUNDED if right >= UNBOUNDED else 1 - right
         past = UNBOUNDED if left <= -UNBOUNDED else 1 - left
         return _band_tables(kv_len, q_len, first, past, device)
+    computed, full = computed_blocks(intervals, device)
+    return BlockTables(*_ordered((computed & ~full).mT), *_ordered(full.mT))
+
+
+def computed_blocks(intervals: RowIntervals, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Which blocks are computed, and which of them are full: bool ``[B or 1, rows, cols]`` both."""
     start, full_start, full_num, any_num = _interval_edges(intervals, device)
-    columns = torch.arange(_blocks(kv_len), dtype=torch.int32, device=device)
-    full = _inside(columns, full_start, full_num)
-    partial = _inside(columns, start, any_num) & ~full
-    return BlockTables(*_ordered(partial.mT), *_ordered(full.mT))
+    columns = torch.arange(_blocks(intervals.kv_len), dtype=torch.int32, device=device)
+    return _inside(columns, start, any_num), _inside(columns, full_start, full_num)
 
 
 def assemble(lengths: tuple[int, int], keys: BlockTables, queries: BlockTables | None, mask_mod: Any) -> BlockMask:

@@ -15,7 +15,7 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-from softcap_runtime.masks.blocks import BLOCK, block_tables, by_block, count_blocks
+from softcap_runtime.masks.blocks import BLOCK, block_tables, by_block, computed_blocks, count_blocks
 from softcap_runtime.masks.intervals import RowIntervals, edges
 
 if TYPE_CHECKING:
@@ -105,20 +105,11 @@ def _cells(intervals: RowIntervals, side: int) -> tuple[Tensor, int]:
     keys = torch.arange(cols) * scale
     seen = (keys < hi.amax(-1)[:, None]) & (keys + scale > lo.amin(-1)[:, None])
 
-    tables = block_tables(intervals, "cpu")
-    partial = _listed(tables.partial_num, tables.partial_idx)
-    full = _listed(tables.full_num, tables.full_idx)
-    some, every = _at_scale(partial | full, scale, any_of=True), _at_scale(full, scale, any_of=False)
+    computed, full = (blocks[0] for blocks in computed_blocks(intervals, "cpu"))
+    some, every = _at_scale(computed, scale, any_of=True), _at_scale(full, scale, any_of=False)
     some, every = some[:rows, :cols], every[:rows, :cols]
     cells = torch.full((rows, cols), SKIPPED)
     return cells.masked_fill(some, HIDDEN).masked_fill(some & seen, PARTIAL).masked_fill(every, FULL), scale
-
-
-def _listed(num: Tensor, idx: Tensor) -> Tensor:
-    """Which blocks a table of one batch row lists: bool ``[rows, cols]``."""
-    entries = torch.arange(idx.shape[-1]) < num[0, 0, :, None]
-    counts = torch.zeros(idx.shape[-2:], dtype=torch.int32)
-    return counts.scatter_add_(1, idx[0, 0].to(torch.int64), entries.to(torch.int32)) > 0
 
 
 def _at_scale(blocks: Tensor, scale: int, any_of: bool) -> Tensor:

@@ -116,7 +116,7 @@ def check_row_intervals(mask: RowIntervals, q: Tensor, k: Tensor) -> None:
         raise ValueError(
             f"mask: made for {mask.q_len} queries over {mask.kv_len} keys, expected {lengths[0]} over {lengths[1]}"
         )
-    batches = [1, q.shape[0]] if q.shape[0] > 1 else [1]
+    batches = [1] if q.shape[0] == 1 else [1, q.shape[0]]
     if mask.lo is not None and mask.lo.shape[:1] in [(batch,) for batch in batches]:
         batches = [mask.lo.shape[0]]  # hi and kept have as many rows as lo
     sizes = mask.q_len, mask.q_len, mask.kv_len

@@ -9,9 +9,8 @@ from softcap_runtime.cpu.library import library
 from softcap_runtime.engines.package import Package
 from softcap_runtime.engines.spec import KernelSpec
 from softcap_runtime.report.gpus import Gpu, gpus
-from softcap_runtime.store import Store, fingerprint
+from softcap_runtime.store import Store, fingerprint, inspection
 from softcap_runtime.store.entry import Sealed
-from softcap_runtime.store.inspection import rows
 from softcap_runtime.store.key import FieldValue
 from softcap_runtime.store.report import EntryInfo, Explanation, Frozen, StoreStatus
 from softcap_runtime.supply import Supply
@@ -45,9 +44,11 @@ class CacheReport(Frozen):
 
 def report(store: Store, softcap_approx: bool = False) -> CacheReport:
     """The state of ``store`` now. Never raises for what is on disk."""
-    entries = store.entries()
     return CacheReport(
-        status=store.status(), fingerprint=fingerprint("cpu"), entries=entries, gpus=gpus(store, softcap_approx)
+        entries=inspection.entries(store),  # first: what it rejects is counted in the status
+        status=inspection.status(store),
+        fingerprint=fingerprint("cpu"),
+        gpus=gpus(store, softcap_approx),
     )
 
 
@@ -60,14 +61,16 @@ def explain(store: Store, words: Sequence[str]) -> Explanation:
     """
     wanted = _parsed(words)
     packages: list[tuple[Fields, bool]] = [
-        (info.fields, info.fits) for info in rows(store)[0] if set(info.fields) - {"sources"} == set(KernelSpec._fields)
+        (info.fields, info.fits)
+        for info in inspection.rows(store)[0]
+        if set(info.fields) - {"sources"} == set(KernelSpec._fields)
     ]
     if wanted.get("op", "flex_forward" if packages else "attention") == "attention":
-        return store.explain(library().key())
+        return inspection.explain(store, library().key())
     packages = packages or [(_DEFAULTS._asdict(), True)]
-    closest = max(packages, key=lambda one: (_agreeing(one[0], wanted), one[1]))[0]
+    closest = max(packages, key=lambda one: (len(one[0].items() & wanted.items()), one[1]))[0]
     fields = {name: value for name, value in {**closest, **wanted}.items() if name != "sources"}
-    return store.explain(Package(**fields).key())  # type: ignore[arg-type]
+    return inspection.explain(store, Package(**fields).key())  # type: ignore[arg-type]
 
 
 def missing(store: Store, artifacts: Iterable[Artifact]) -> list[Artifact]:
@@ -101,10 +104,6 @@ def not_kept(supply: Supply) -> str | None:
 def _is_good(store: Store, digest: str) -> bool:
     """Whether an entry is on disk and may be used."""
     return isinstance(store.examine(digest), Sealed)
-
-
-def _agreeing(fields: Fields, wanted: Fields) -> int:
-    return sum(fields.get(name) == value for name, value in wanted.items())
 
 
 def _parsed(words: Sequence[str]) -> dict[str, FieldValue]:

@@ -17,9 +17,9 @@ from pathlib import Path
 from softcap_runtime.errors import SoftcapRuntimeError
 from softcap_runtime.store import entry as entries_
 from softcap_runtime.store.entry import MAX_DOCUMENT, BadEntry, NotAuthenticated, Sealed, printable
-from softcap_runtime.store.entry_store import EntryStore
 from softcap_runtime.store.inspection import differing, document_of, rows
 from softcap_runtime.store.report import ImportReport, Problem
+from softcap_runtime.store.store import Store
 
 MAGIC = b"softcap-runtime bundle 1\n"
 LENGTHS = struct.Struct(">QQ")
@@ -40,8 +40,12 @@ class Incomplete(SoftcapRuntimeError):
         super().__init__(f"nothing was exported: {' and '.join(why)}; {remedy}")
 
 
-def export(store: EntryStore, path: Path, fingerprint: Mapping[str, str] | None) -> int:
-    """See ``Store.export_bundle``."""
+def export(store: Store, path: Path, fingerprint: Mapping[str, str] | None = None) -> int:
+    """Write the entries of ``fingerprint`` (None: all) into one file; returns how many.
+
+    Raises Incomplete, and writes nothing, if one of them is bad or not authenticated: else only the machines that lack
+    it would notice. Raises OSError if the file cannot be written or the cache cannot be read.
+    """
     # Bad entries stay: an export that failed must fail again until the missing kernels have been built.
     known, odd = rows(store)
     bad = [(printable(str(row.key)[:100]), why) for row, why in odd]
@@ -86,8 +90,12 @@ def _write(path: Path, *parts: bytes) -> None:
         raise
 
 
-def import_(store: EntryStore, path: Path, expected: Mapping[str, str]) -> ImportReport:
-    """See ``Store.import_bundle``."""
+def import_(store: Store, path: Path, expected: Mapping[str, str]) -> ImportReport:
+    """Import the entries of a bundle that fit the fingerprint ``expected``; the report names the rest.
+
+    Raises OSError if the file cannot be read; ValueError if it is not a bundle, was changed, or its fitting entries
+    exceed the size limit. Nothing is imported then.
+    """
     fitting: dict[str, Sealed] = {}
     refused: list[Problem] = []
     try:

@@ -25,7 +25,8 @@ def fingerprint(device_type: str, device_index: int | None = None) -> dict[str, 
     if device_type == "cpu":
         return dict(_host())
     # Code for a GPU is the same whatever the machine around it.
-    return {**_around_gpus(), "gpu": _gpu(device_type, device_index)}
+    versions = {"package": version_of("softcap-runtime"), "torch": _torch(), "triton": version_of("triton")}
+    return {**versions, "gpu": _gpu(device_type, device_index)}
 
 
 def fingerprints(device_type: str) -> list[dict[str, str]]:
@@ -48,11 +49,6 @@ def _host() -> dict[str, str]:
         "libc": _libc(),
         "cpu": f"{torch.backends.cpu.get_cpu_capability()} {_cpu_flags_digest()}",
     }
-
-
-@functools.cache
-def _around_gpus() -> dict[str, str]:
-    return {"package": version_of("softcap-runtime"), "torch": _torch(), "triton": version_of("triton")}
 
 
 def _torch() -> str:

@@ -90,6 +90,8 @@ class Index(diskcache.Cache):
     (damaged), sqlite3.OperationalError or OSError (cannot be opened or read now).
     """
 
+    _con: Any = None  # in place of diskcache's, which opens one for each thread
+
     def __init__(self, folder: Path, *, writable: bool, busy_seconds: float, max_bytes: int) -> None:
         # Not super().__init__: see the module's docstring.
         self._directory = str(folder)
@@ -102,7 +104,7 @@ class Index(diskcache.Cache):
         schema.check_journal(folder)
         schema.check_header(folder)
         self._inode = schema.inode(folder)
-        self._connection = sqlite3.connect(
+        self._con = sqlite3.connect(
             f"{self._path.resolve().as_uri()}?mode={'rw' if writable else 'ro'}",
             uri=True,
             timeout=busy_seconds,
@@ -110,32 +112,28 @@ class Index(diskcache.Cache):
             check_same_thread=False,
         )
         try:
-            self._connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
-            self._connection.execute("PRAGMA trusted_schema = OFF")
-            self._connection.execute("PRAGMA cell_size_check = ON")
+            self._con.text_factory = lambda raw: raw.decode("utf-8", "replace")
+            self._con.execute("PRAGMA trusted_schema = OFF")
+            self._con.execute("PRAGMA cell_size_check = ON")
             for name in ("mmap_size", "cache_size", "synchronous"):
-                self._connection.execute(f"PRAGMA {name} = {schema.SETTINGS[f'sqlite_{name}']}")
+                self._con.execute(f"PRAGMA {name} = {schema.SETTINGS[f'sqlite_{name}']}")
             if writable:
                 # Another tool may have left it in WAL mode; SQLite writes nothing if the mode is right already.
-                self._connection.execute("PRAGMA journal_mode = delete").fetchall()
-            schema.check_schema(self._connection)
+                self._con.execute("PRAGMA journal_mode = delete").fetchall()
+            schema.check_schema(self._con)
             self.check_place()
         except BaseException:
-            self._connection.close()
+            self._con.close()
             raise
-
-    @property
-    def _con(self) -> sqlite3.Connection:
-        return self._connection
 
     def close(self) -> None:
         """Close the connection; the index cannot be used afterwards."""
-        self._connection.close()
+        self._con.close()
 
     @contextlib.contextmanager
     def _transact(self, retry: bool = False, filename: Any = None) -> Iterator[tuple[Any, Callable[[Any], None]]]:
         """diskcache's transaction, but with SQLite's own error, and rolled back if COMMIT fails (disk full)."""
-        execute = self._connection.execute
+        execute = self._con.execute
         if self._txn_id == threading.get_ident():
             yield execute, self._disk.remove
             return
@@ -147,7 +145,7 @@ class Index(diskcache.Cache):
             yield execute, self._disk.remove
             execute("COMMIT")
         except BaseException:
-            if self._connection.in_transaction:
+            if self._con.in_transaction:
                 with contextlib.suppress(sqlite3.Error):
                     execute("ROLLBACK")
             raise
@@ -163,7 +161,7 @@ class Index(diskcache.Cache):
         """The entry stored under ``digest``, its seals not yet verified. Raises BadEntry for an odd row."""
         self.check_place()
         sizes = "SELECT length(value), length(tag) FROM Cache WHERE key = ? AND raw = 1"
-        for value_bytes, text_length in self._connection.execute(sizes, (digest,)).fetchall():
+        for value_bytes, text_length in self._con.execute(sizes, (digest,)).fetchall():
             if (value_bytes or 0) > self._max_bytes:
                 raise BadEntry("rejected", f"its value has {value_bytes} bytes, expected at most {self._max_bytes}")
             if (text_length or 0) > MAX_DOCUMENT:
@@ -210,11 +208,11 @@ class Index(diskcache.Cache):
             " typeof(value), length(value), access_time, access_count"
             " FROM Cache WHERE key IS NOT ? OR raw IS NOT 1 ORDER BY rowid"
         )
-        return [Row._make(row) for row in self._connection.execute(select, (COUNTERS_KEY,)).fetchall()]
+        return [Row._make(row) for row in self._con.execute(select, (COUNTERS_KEY,)).fetchall()]
 
     def raw_row(self, rowid: int) -> tuple[Any, Any]:
         """Text and value of a row, unchecked, for the quarantine; (None, None) if there is no such row."""
-        found = self._connection.execute("SELECT tag, value FROM Cache WHERE rowid = ?", (rowid,)).fetchall()
+        found = self._con.execute("SELECT tag, value FROM Cache WHERE rowid = ?", (rowid,)).fetchall()
         return found[0] if found else (None, None)
 
     def remove_rows(self, rowids: Iterable[int]) -> None:
@@ -231,10 +229,10 @@ class Index(diskcache.Cache):
     def totals(self) -> tuple[int, int]:
         """The number of entries, and their bytes."""
         select = "SELECT count(*), total(length(value)) FROM Cache WHERE key IS NOT ?"
-        ((entries, size),) = self._connection.execute(select, (COUNTERS_KEY,)).fetchall()
+        ((entries, size),) = self._con.execute(select, (COUNTERS_KEY,)).fetchall()
         return int(entries), int(size)
 
     def damage(self) -> list[str]:
         """What SQLite's own integrity check finds; reads the whole file."""
-        lines = self._connection.execute("PRAGMA integrity_check(20)")
+        lines = self._con.execute("PRAGMA integrity_check(20)")
         return [str(line) for (line,) in lines if line != "ok"]

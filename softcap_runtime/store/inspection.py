@@ -16,11 +16,11 @@ from pydantic import ValidationError
 from softcap_runtime.store import entry as entries_
 from softcap_runtime.store import quarantine, schema, trust
 from softcap_runtime.store.entry import BadEntry, NotAuthenticated
-from softcap_runtime.store.entry_store import EntryStore
 from softcap_runtime.store.fingerprint import fingerprints
 from softcap_runtime.store.index import Index, Row
 from softcap_runtime.store.key import Key
 from softcap_runtime.store.report import Difference, Document, EntryInfo, Explanation, Problem, StoreStatus
+from softcap_runtime.store.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ NETWORK_FILESYSTEM = re.compile(r"nfs4?|cifs|smb3|smbfs|lustre|ceph|glusterfs|be
 BadRows = list[tuple[Row, BadEntry]]
 
 
-def entries(store: EntryStore) -> list[EntryInfo]:
-    """See ``Store.entries``."""
+def entries(store: Store) -> list[EntryInfo]:
+    """Every usable entry, least recently used first. All other rows are counted as rejected and removed."""
     good, bad = rows(store)
     for row, why in bad:
         store.counters.add(why.kind)
@@ -41,7 +41,7 @@ def entries(store: EntryStore) -> list[EntryInfo]:
     return good
 
 
-def rows(store: EntryStore) -> tuple[list[EntryInfo], BadRows]:
+def rows(store: Store) -> tuple[list[EntryInfo], BadRows]:
     """Every usable entry, least recently used first, and every other row with the reason. Removes nothing."""
     store.flush()
     good, bad, nothing = [], [], list[Row]()
@@ -96,8 +96,8 @@ def differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
     return sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
 
 
-def status(store: EntryStore) -> StoreStatus:
-    """See ``Store.status``."""
+def status(store: Store) -> StoreStatus:
+    """The state of the folder and the counters of every process."""
     entry_count, size = store.database.use("read", lambda index: index.totals(), (0, 0))
     stored = store.database.use("read", lambda index: index.counters(), None)
     exists = os.path.lexists(store.folder)
@@ -152,8 +152,8 @@ def filesystem_type(folder: Path) -> str:
     return kind
 
 
-def explain(store: EntryStore, key: Key) -> Explanation:
-    """See ``Store.explain``."""
+def explain(store: Store, key: Key) -> Explanation:
+    """Whether ``key`` would hit and, if not, the nearest entry and the fields that differ."""
     known, _ = rows(store)
     nearest = next((info for info in known if info.digest == key.digest), None)
     found = store.examine(key.digest)
@@ -199,8 +199,8 @@ def _differences(key: Key, info: EntryInfo) -> list[Difference]:
     ]
 
 
-def verify(store: EntryStore, *, repair: bool) -> list[Problem]:
-    """See ``Store.verify``."""
+def verify(store: Store, repair: bool = False) -> list[Problem]:
+    """Read and check everything; ``repair`` moves what is bad into the folder's quarantine."""
     store.flush()
     known, nothing = len(store.database.moved), list[Problem]()
     problems = store.database.use("verify", lambda index: list(_problems(store, index, repair)), nothing)
@@ -211,7 +211,7 @@ def verify(store: EntryStore, *, repair: bool) -> list[Problem]:
     return problems
 
 
-def _problems(store: EntryStore, index: Index, repair: bool) -> Iterator[Problem]:
+def _problems(store: Store, index: Index, repair: bool) -> Iterator[Problem]:
     repair = repair and store.database.can_write()
     damage = index.damage()
     if damage and repair:

@@ -19,7 +19,7 @@ def canonical(document: Any) -> str:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Key:
     """``fields`` say what the entry is, ``fingerprint`` which environment can use it (see ``fingerprint()``).
 
@@ -27,8 +27,8 @@ class Key:
     is not a str, int or bool.
     """
 
-    fields: Mapping[str, FieldValue]
-    fingerprint: Mapping[str, str]
+    fields: Mapping[str, FieldValue] = field(compare=False)
+    fingerprint: Mapping[str, str] = field(compare=False)
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -41,12 +41,6 @@ class Key:
         object.__setattr__(self, "fields", dict(self.fields))
         object.__setattr__(self, "fingerprint", dict(self.fingerprint))
         object.__setattr__(self, "digest", digest_of(self.fields, self.fingerprint))
-
-    def __eq__(self, other: object) -> bool:
-        return self.digest == other.digest if isinstance(other, Key) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
 
 
 def digest_of(fields: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> str:

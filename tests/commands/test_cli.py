@@ -30,6 +30,7 @@ from softcap_runtime.engines import flex_cpu
 from softcap_runtime.engines.package import Package
 from softcap_runtime.report import cache as cache_report
 from softcap_runtime.store import Key, Store, fingerprint
+from softcap_runtime.store import bundle as bundles
 from softcap_runtime.store.schema import DBNAME
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -407,7 +408,7 @@ def test_bundles_travel_and_tampered_ones_do_not(command: Command, tmp_path: Pat
     told = f"could not be written: cache folder {tmp_path / 'file'} is a file, expected a folder; remove it or set"
     assert (code, err) == (1, f"softcap-runtime: 2 entries: {told} another SOFTCAP_CACHE_DIR\n")
 
-    Store(tmp_path / "one", 2**30).export_bundle(bundle)  # with the entry of another machine
+    bundles.export(Store(tmp_path / "one", 2**30), bundle)  # with the entry of another machine
     code, out, err = command("--cache-dir", tmp_path / "four", "import", bundle)
     assert (code, out) == (1, "imported 2 entries, 0 were present, 1 refused\n")
     assert "torch: bundle has '1.0'" in err
@@ -485,7 +486,7 @@ def printed(monkeypatch: pytest.MonkeyPatch, encoding: str, *words: object) -> s
     stream = TextIOWrapper(BytesIO(), encoding)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
-        patch.setattr(cli, "interrupted_by", lambda *signals: [])
+        patch.setattr(cli, "_interrupted_by", lambda *signals: [])
         with pytest.raises(SystemExit) as ended:
             cli.main([str(word) for word in words])
     assert ended.value.code == 0
@@ -589,7 +590,7 @@ def test_bad_settings_are_bad_usage(command: Command, monkeypatch: pytest.Monkey
     monkeypatch.setenv("SOFTCAP_CACHE_SIZE_LIMIT", "-3")
     code, out, err = command("inspect")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "cache_size_limit" in err
+    assert "environment variable SOFTCAP_CACHE_SIZE_LIMIT" in err
 
 
 def test_a_reader_that_has_seen_enough(tmp_path: Path) -> None:

@@ -45,9 +45,10 @@ def test_a_header_that_the_compiler_lacks(tmp_path: Path, monkeypatch: pytest.Mo
         library().build()
 
 
-def test_a_compiler_that_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", script(tmp_path, "c++", "exit 0"))
-    with pytest.raises(BuildFailed, match=r"^cannot build attention [^\n]*$"):
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_compiler_that_makes_and_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setenv("CXX", script(tmp_path, "c++", f"exit {code}"))
+    with pytest.raises(BuildFailed, match=rf"^cannot build attention \(exit {code}\): no message; [^\n]*set CXX to"):
         library().build()
 
 

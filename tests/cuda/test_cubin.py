@@ -21,6 +21,7 @@ from softcap_runtime.cuda.triton import build as triton_build
 from softcap_runtime.engines.engine import Problem
 from softcap_runtime.errors import BuildFailed, KernelNotPrewarmed
 from softcap_runtime.masks.intervals import band
+from softcap_runtime.store import inspection
 from softcap_runtime.supply import Supply
 
 CUBIN = Cubin("a_kernel", 50_000, 128, (Box((1, 1, 64, 64), 3),), 2, b"code\n\0of a kernel")
@@ -225,7 +226,7 @@ def test_it_is_built_once_and_kept(tmp_path: Path, built: list[CubinSpec]) -> No
     second.kernels(PROBLEM).get(GpuKernel(spec(), 0))
     assert built == [spec()]
     assert second.supplied[GpuKernel(spec(), 0)].source == "disk"
-    (entry,) = second.store.entries()
+    (entry,) = inspection.entries(second.store)
     assert entry.fields == {**spec().fields(), "sources": digest(*SOURCES)}
     assert entry.provenance["compiler"] == "triton of the test"
 

@@ -21,6 +21,7 @@ from softcap_runtime.cuda.options import BlockOptions, DeviceLimits, choose, var
 from softcap_runtime.cuda.tune import Shape, Trial
 from softcap_runtime.prewarm import prewarm as prewarming
 from softcap_runtime.prewarm import tune as prewarm_tune
+from softcap_runtime.store import inspection
 from softcap_runtime.supply import Supply
 
 LIMITS = DeviceLimits(227 * 1024, (9, 0), 132)
@@ -49,7 +50,7 @@ def test_the_best_is_kept_once_and_used(own: Supply) -> None:
     assert own.options(*WHAT) == VARIANTS[2]
     other: Any = (0, torch.bfloat16, 128, "dq")
     assert own.options(*other) == choose(LIMITS, *other[1:])
-    (entry,) = own.store.entries()
+    (entry,) = inspection.entries(own.store)
     assert entry.fields["op"] == "tuned_options"
     words = "{} x {}, {} warps, {} stages"
     assert entry.provenance == {words.format(*one): "1 ms" if one == VARIANTS[2] else "2.5 ms" for one in VARIANTS}

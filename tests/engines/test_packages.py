@@ -32,7 +32,7 @@ from softcap_runtime.engines.package import Package
 from softcap_runtime.engines.spec import dtype_of
 from softcap_runtime.masks.intervals import band
 from softcap_runtime.masks.memo import MaskMemo
-from softcap_runtime.store import fingerprint
+from softcap_runtime.store import fingerprint, inspection
 
 CAPPED = Package("flex_forward", "cpu", "float32", HEAD_DIM, True)
 UNCAPPED = CAPPED._replace(capped=False, head_dim=UNCAPPED_HEAD_DIM)
@@ -125,7 +125,7 @@ def test_the_packages_of_two_kernels_are_swapped(
             connection.execute(f"UPDATE Cache SET {assignment} WHERE key = ?", (*rows[other], digest(spec)))
     runtime = serves(folder, loads, packages)
     assert sources(runtime) == ["built", "built"]
-    assert runtime.supply.store.status().counters[kind] == 2
+    assert inspection.status(runtime.supply.store).counters[kind] == 2
     loads.clear()
     assert sources(serves(folder, loads, packages)) == ["disk", "disk"]  # and is whole again
 
@@ -148,7 +148,7 @@ def test_a_damaged_package(
             connection.execute("UPDATE Cache SET value = ? WHERE key = ?", (bytes(data), digest(CAPPED)))
     runtime = serves(folder, loads, packages)
     assert sources(runtime) == ["built", "disk"]
-    counters = runtime.supply.store.status().counters
+    counters = inspection.status(runtime.supply.store).counters
     assert counters["corrupt"] + counters["rejected"] == (0 if fault == "missing" else 1)
     loads.clear()
     assert sources(serves(folder, loads, packages)) == ["disk", "disk"]

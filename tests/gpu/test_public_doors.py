@@ -34,6 +34,7 @@ from softcap_runtime import (
     slow_inference_attention_softcapping,
 )
 from softcap_runtime.cuda.options import device_limits, variants
+from softcap_runtime.store import inspection
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125, window=100)
@@ -212,6 +213,6 @@ def test_tuning_measures_once_and_stays_right(tmp_path: Path, seed: int) -> None
             assert chosen in variants(limits, torch.bfloat16, 64, kind)  # type: ignore[arg-type]
         for q_len, kv_len in ((300, 300), (2, 700)):
             check(runtime, Case(Sizes(2, 4, 2, q_len, kv_len), CONFIG, {}, "transposed", seed), torch.bfloat16)
-    tried = [entry for entry in runtime.supply.store.entries() if entry.fields["op"] == "tuned_options"]
+    tried = [entry for entry in inspection.entries(runtime.supply.store) if entry.fields["op"] == "tuned_options"]
     assert len(tried) == len(kinds)
     assert all(len(entry.provenance) > 1 for entry in tried)

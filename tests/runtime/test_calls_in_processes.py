@@ -17,6 +17,7 @@ from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings
 from softcap_runtime.artifacts.artifact import Artifact
 from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.engines.package import Package
+from softcap_runtime.store import inspection
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
 SPECS = [Package("flex_forward", "cpu", "float32", HEAD_DIM, True), library()]
@@ -57,7 +58,7 @@ def test_processes_that_start_at_once_build_each_kernel_once(runtime: Runtime, t
     errors = results_of(workers, results)
     assert max(errors) <= 2e-6
     assert sorted(record.read_text().split()) == ["0", "1"]
-    counters = Runtime(RuntimeSettings(cache_dir=tmp_path / "cache")).supply.store.status().counters
+    counters = inspection.status(Runtime(RuntimeSettings(cache_dir=tmp_path / "cache")).supply.store).counters
     assert counters["builds"] == 2
     assert counters["longest_lock_wait_ms"] <= 1000 * (BUILD_S + 2)
 

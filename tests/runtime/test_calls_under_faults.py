@@ -20,7 +20,7 @@ from support.helpers import Sizes, expected, make_qkv, package_of, relative_erro
 from softcap_runtime import AttentionConfig, Runtime, RuntimeSettings, SoftcapRuntimeError
 from softcap_runtime.cpu.library import CpuLibrary, library
 from softcap_runtime.report.cache import report
-from softcap_runtime.store import database
+from softcap_runtime.store import database, inspection
 
 CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
 DB = "cache.db"
@@ -111,7 +111,7 @@ def test_a_call_is_right_and_the_fault_is_seen(filled: Path, fault: str, seed: i
     healed = fault in ("truncated", "zeroed", "random bytes", "flipped in the library")
     assert (status.fault is None) == (fresh.stats().cache_fault is None) == healed
     if healed:
-        assert make(filled).supply.store.verify() == []
+        assert inspection.verify(make(filled).supply.store) == []
     del held
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import pickle
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from softcap_runtime import AttentionConfig, PrewarmRequest, RuntimeSettings
 from softcap_runtime.config import default_cache_dir, hf_head_dim
+from softcap_runtime.supply import Supply, warn_of_unknown_variables
 
 positive = st.floats(1e-6, 1e6)
 
@@ -32,12 +34,12 @@ def test_equal_configs_are_one_key(softcap: float | None, scale: float, window: 
 
 
 def test_frozen() -> None:
-    config = AttentionConfig(scale=0.1)
+    config, settings = AttentionConfig(scale=0.1), RuntimeSettings()
     assert (config.softcap, config.window, config.causal) == (None, None, True)
-    with pytest.raises(ValueError, match="frozen"):
-        config.scale = 0.2  # type: ignore[misc]
-    with pytest.raises(ValueError, match="frozen"):
-        RuntimeSettings().jit = "warn"  # type: ignore[misc]
+    for frozen, name in ((config, "scale"), (settings, "jit"), (config, "no_field")):
+        kind = type(frozen).__name__
+        words = (f"{kind}.{name}: ", "frozen", "'other'", f"build a new {kind}(...)")
+        one_line_error(lambda frozen=frozen, name=name: setattr(frozen, name, "other"), *words)
 
 
 @pytest.mark.parametrize("name", ["softcap", "scale"])
@@ -110,7 +112,9 @@ def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_bad_settings(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     one_line_error(lambda: RuntimeSettings(**{name.lower(): value}), name.lower(), value)
     monkeypatch.setenv(f"SOFTCAP_{name}", value)
-    one_line_error(RuntimeSettings, name.lower(), value)
+    one_line_error(RuntimeSettings, f"environment variable SOFTCAP_{name}: ", repr(value))
+    # What is given is told by its own name, also while a variable is wrong.
+    one_line_error(lambda: RuntimeSettings(jit="no", build="no", engine="no"), " jit: ", " build: ", " engine: ")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +127,22 @@ def test_settings_of_other_kinds(name: str, value: Any) -> None:
 def test_bad_softcap_approx(monkeypatch: pytest.MonkeyPatch) -> None:
     one_line_error(lambda: RuntimeSettings(softcap_approx="maybe"), "softcap_approx", "maybe")
     monkeypatch.setenv("SOFTCAP_APPROX", "maybe")
-    one_line_error(RuntimeSettings, "softcap_approx", "maybe")
+    one_line_error(RuntimeSettings, "environment variable SOFTCAP_APPROX: ", "'maybe'")
+
+
+def test_unknown_variables_are_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "softcap_runtime")  # a command run in this process may have set another
+    for name in ("SOFTCAP_CACHEDIR", "Softcap_Jitt", "SOFTCAP_CACHE_DIR", "softcap_engine", "SOFTCAP_APPROX"):
+        monkeypatch.setenv(name, "")
+    for name in ("SOFTCAP_PUBLIC_TORCH_ONLY", "SOFTCAP_TEST_SEED", "_SOFTCAP_RUNTIME_COMPLETE"):
+        monkeypatch.setenv(name, "")
+    warn_of_unknown_variables.cache_clear()
+    for _ in range(2):
+        Supply(RuntimeSettings())
+    assert caplog.messages == [
+        "environment variable SOFTCAP_CACHEDIR: unknown, ignored; the closest known one is SOFTCAP_CACHE_DIR",
+        "environment variable Softcap_Jitt: unknown, ignored; the closest known one is SOFTCAP_JIT",
+    ]
 
 
 @pytest.mark.parametrize("name", ["CACHE_DIR", "CACHE_KEY_FILE", "CACHE_SIZE_LIMIT", "JIT", "APPROX"])

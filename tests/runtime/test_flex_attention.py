@@ -468,3 +468,13 @@ def test_a_mask_of_a_transform_or_a_trace(function: Any, additive: bool, seed: i
     assert relative_error(got, want) <= 2e-6
     traced = torch.jit.trace(attend, (*inputs, masks[0]), check_trace=False)
     assert relative_error(traced(*inputs, masks[1]), want[1]) <= 2e-6
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(("batch", "rows"), [(0, 8), (2, 0)])
+def test_empty_tensors(function: Any, batch: int, rows: int) -> None:
+    for mask in (None, create_flex_attention_sliding_window_mask(16, 4), torch.ones(8, 8, dtype=torch.bool).tril()):
+        q, k, v = torch.randn(batch, 4, rows, 16), torch.randn(batch, 2, 8, 16), torch.randn(batch, 2, 8, 16)
+        if isinstance(mask, torch.Tensor):
+            mask = mask[:rows]
+        assert function(q, k, v, mask, LAYER, batch, rows).shape == (batch, rows, 64)

@@ -126,7 +126,11 @@ except ERROR as error:
 def test_one_bad_setting_is_one_line(tmp_path: Path) -> None:
     done = run("import softcap_runtime as s; s.Runtime.get()", tmp_path, SOFTCAP_ENGINE="fast")
     assert done.returncode != 0
-    assert done.stderr.strip().splitlines()[-1].startswith("ValueError: RuntimeSettings: engine: ")
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("ValueError: RuntimeSettings: environment variable SOFTCAP_ENGINE: ")
+    )
 
 
 @NEEDS_FLEX

@@ -15,7 +15,7 @@ import pytest
 from softcap_runtime import BuildFailed, KernelNotPrewarmed, SoftcapRuntimeError
 from softcap_runtime.artifacts.lifecycle import Artifacts
 from softcap_runtime.engines.spec import KernelSpec
-from softcap_runtime.store import Key, Store
+from softcap_runtime.store import Key, Store, inspection
 
 BUILDS: list[str] = []
 LOADS: list[bytes] = []
@@ -72,12 +72,12 @@ def test_built_once_then_in_the_process_then_on_disk(tmp_path: Path) -> None:
     one = first.get(Made("a"), command)
     assert first.get(Made("a")) is one
     assert (one, first.supplied[Made("a")].source, BUILDS) == ([b"the a"], "built", ["a"])
-    assert first.store.status().counters["misses"] == 1
+    assert inspection.status(first.store).counters["misses"] == 1
     second = artifacts(tmp_path, jit="forbid")
     assert second.get(Made("a"), command) == one
     assert (second.supplied[Made("a")].source, second.supplied[Made("a")].bytes) == ("disk", 5)
     assert BUILDS == ["a"]
-    (entry,) = second.store.entries()
+    (entry,) = inspection.entries(second.store)
     assert entry.provenance == {"compiler": "none, a test"}
 
 
@@ -122,7 +122,7 @@ def test_what_fails_is_tried_anew(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(BuildFailed, match="no luck"):
             mine.get(Made("a"), command)
-    assert mine.store.entries() == []
+    assert inspection.entries(mine.store) == []
     BUILD["a"] = lambda: b"bad"
     for _ in range(2):
         with pytest.raises(SoftcapRuntimeError, match="does not load"):

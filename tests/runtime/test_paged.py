@@ -366,3 +366,15 @@ def test_bad_offsets(runtime: Runtime, offsets: list[int]) -> None:
         runtime.paged_attention(
             q, cache.k, cache.v, config, cache.table, cache.lengths, cu_seqlens_q=torch.tensor(offsets)
         )
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(0, 1), (2, 0)])
+def test_no_sequence_or_no_new_row(served: Runtime, batch: int, rows: int) -> None:
+    config, cache = AttentionConfig(softcap=30.0, scale=0.1), Cache([5, 40], 16)
+    q = torch.randn(batch, HEADS, rows, HEAD_DIM)
+    out = served.paged_attention(q, cache.k, cache.v, config, cache.table[:batch], cache.lengths[:batch])
+    assert out.shape == q.shape
+    if batch:  # side by side
+        offsets = torch.zeros(3, dtype=torch.int32)
+        given = (cache.k, cache.v, config, cache.table, cache.lengths)
+        assert served.paged_attention(q[:1], *given, cu_seqlens_q=offsets).shape == q[:1].shape

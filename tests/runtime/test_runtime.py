@@ -562,3 +562,29 @@ def test_1000_lengths_bind_no_new_kernel(runtime: Runtime, seed: int) -> None:
             known = dict(fresh.supply.supplied)
     assert fresh.supply.supplied == known
     assert len(fresh.supply.supplied) <= 2
+
+
+@pytest.mark.parametrize("engine", ["auto", "blocked"])
+@pytest.mark.parametrize(("batch", "rows", "keys"), [(0, 8, 8), (2, 0, 8), (2, 0, 0), (2, 8, 0)])
+@pytest.mark.parametrize("mask", [None, "attention_mask", "document_ids", "spans"])
+def test_empty_tensors(
+    runtimes: dict[str, Runtime], engine: str, batch: int, rows: int, keys: int, mask: str | None
+) -> None:
+    runtime = runtimes[engine]
+    config = AttentionConfig(scale=0.1, softcap=30.0, window=4, causal=rows <= keys)
+    contents = {"attention_mask": torch.ones(batch, keys, dtype=torch.bool), "spans": torch.zeros(batch, 1, 2).long()}
+    contents["document_ids"] = torch.zeros(batch, max(rows, keys)).long()
+    if mask == "document_ids" and rows > keys:
+        return  # one id for each row is asked for
+    masks = {} if mask is None else {mask: contents[mask]}
+    for _ in range(2):  # the second call finds its plan
+        q = torch.randn(batch, 4, rows, 16, requires_grad=True)
+        k, v = (torch.randn(batch, 2, keys, 16, requires_grad=True) for _ in range(2))
+        out = runtime.attention(q, k, v, config, **masks)
+        assert out.shape == q.shape
+        assert not out.any()
+        for x, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+            assert grad.shape == x.shape
+            assert not grad.any()
+        with torch.no_grad():
+            assert runtime.attention(q, k, v, config, **masks).shape == q.shape

@@ -12,7 +12,7 @@ import torch
 
 from softcap_runtime import AttentionConfig, KernelNotPrewarmed, Runtime, RuntimeSettings
 from softcap_runtime.cpu.library import library
-from softcap_runtime.store import Key, Store, database, trust
+from softcap_runtime.store import Key, Store, bundle, database, inspection, trust
 from softcap_runtime.store.schema import DBNAME
 from softcap_runtime.supply import Supply
 
@@ -30,17 +30,17 @@ def test_a_secret_refuses_entries_and_bundles_without_it(tmp_path: Path, monkeyp
     monkeypatch.setenv("SOFTCAP_CACHE_KEY_FILE", str(mine))
     store = Supply(RuntimeSettings(cache_dir=tmp_path / "cache")).store
     assert store.load_or_build(KEY, lambda: b"signed").source == "built"
-    assert store.status().authenticated
-    store.export_bundle(tmp_path / "bundle")
+    assert inspection.status(store).authenticated
+    bundle.export(store, tmp_path / "bundle")
     store.close()
     assert store_with(tmp_path / "cache", mine).load(KEY) == b"signed"
-    taken = store_with(tmp_path / "second", mine).import_bundle(tmp_path / "bundle", KEY.fingerprint)
+    taken = bundle.import_(store_with(tmp_path / "second", mine), tmp_path / "bundle", KEY.fingerprint)
     assert taken.imported == 1
     with pytest.raises(ValueError, match="its HMAC is missing or made with another key"):
-        store_with(tmp_path / "third", other).import_bundle(tmp_path / "bundle", KEY.fingerprint)
+        bundle.import_(store_with(tmp_path / "third", other), tmp_path / "bundle", KEY.fingerprint)
     refusing = store_with(tmp_path / "cache", other)
     assert refusing.load(KEY) is None
-    assert refusing.status().counters["rejected"] == 1
+    assert inspection.status(refusing).counters["rejected"] == 1
 
 
 def test_a_runtime_with_another_secret_leaves_the_kernels_that_it_refuses(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_secret_that_others_can_read_is_told(
     path.write_bytes(b"a secret\n")
     path.chmod(mode)
     caplog.set_level(logging.WARNING, "softcap_runtime")  # a command run in this process may have set another
-    assert store_with(tmp_path / "cache", path).status().authenticated
+    assert inspection.status(store_with(tmp_path / "cache", path)).authenticated
     assert [record.message for record in caplog.records if "chmod 600" in record.message] == warnings * [
         f"cache_key_file: {path} is open to others (mode {mode:04o}); run: chmod 600 {path}"
     ]
@@ -102,7 +102,7 @@ def test_garbage_collected_in_a_transaction_waits_for_nothing_and_loses_no_count
         assert other.database.use("count", lambda index: index.merge({}, collect) is None, False, create=True)
     # Who waits for the transaction that it runs in gives up in the end, and says that the database is locked.
     assert not caplog.records
-    assert Store(tmp_path, 2**20).status().counters["misses"] == 1
+    assert inspection.status(Store(tmp_path, 2**20)).counters["misses"] == 1
 
 
 def test_a_store_outlives_its_supply(tmp_path: Path) -> None:

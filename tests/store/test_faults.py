@@ -46,10 +46,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def assert_works_from_memory(store: Store, name: str, *words: str) -> None:
-    before = store.status().counters["write_failures"]
+    before = inspection.status(store).counters["write_failures"]
     assert store.load_or_build(key(name), lambda: payload(name)).data == payload(name)
     assert store.load_or_build(key(name), lambda: b"built twice").data == payload(name)
-    status = store.status()
+    status = inspection.status(store)
     assert status.fault is not None
     assert "\n" not in status.fault
     assert any(word in status.fault for word in words), status.fault
@@ -59,12 +59,12 @@ def assert_works_from_memory(store: Store, name: str, *words: str) -> None:
 
 def assert_healed(store: Store, folder: Path, names: str) -> None:
     store.flush()
-    status = store.status()
+    status = inspection.status(store)
     assert (status.fault, status.held_in_memory) == (None, 0)
     store.close()
     fresh = Store(folder, 100 * MB)
     assert {name: fresh.load(key(name)) for name in names} == {name: payload(name) for name in names}
-    assert fresh.verify() == []
+    assert inspection.verify(fresh) == []
 
 
 def test_disk_full(tmpfs: Callable[[str], Path]) -> None:
@@ -115,7 +115,7 @@ def test_read_only_filesystem(tmpfs: Callable[[str], Path]) -> None:
     assert store.load(key("a")) == payload("a")
     assert store.load_or_build(key("b"), lambda: b"b").source == "built"
     assert store.load_or_build(key("b"), lambda: b"no").source == "memory"
-    status = store.status()
+    status = inspection.status(store)
     assert (status.writable, status.held_in_memory, status.counters["write_failures"]) == (False, 1, 1)
 
 
@@ -243,10 +243,10 @@ def test_damaged_database(folder: Path, damage: str, running: bool) -> None:
     assert all(data in (None, payload(name)) for name, data in found.items())
     for name in "abcdef":
         assert store.load_or_build(key(name), lambda name=name: payload(name)).data == payload(name)
-    assert store.verify(repair=True) is not None
-    counters = store.status().counters
+    assert inspection.verify(store, repair=True) is not None
+    counters = inspection.status(store).counters
     assert counters["corrupt"] + counters["rejected"] >= 1
-    assert len(store.status().quarantine) >= 1 or damage == "odd size"
+    assert len(inspection.status(store).quarantine) >= 1 or damage == "odd size"
     assert_healed(store, folder, "abcdef")
 
 
@@ -278,7 +278,7 @@ def test_a_damaged_name_in_the_schema(folder: Path) -> None:
     store = Store(folder, 100 * MB)
     for name in "ab":
         assert store.load_or_build(key(name), lambda name=name: payload(name)).data == payload(name)
-    assert len(store.status().quarantine) == 1
+    assert len(inspection.status(store).quarantine) == 1
     assert_healed(store, folder, "ab")
 
 
@@ -305,8 +305,8 @@ def test_flipped_bits(folder: Path, tmp_path: Path, seed: int) -> None:
         for name in "abcd":
             data = store.load_or_build(key(name), lambda name=name: payload(name)).data
             assert data == payload(name), (place, bit)
-        store.verify(repair=True)
-        assert store.verify() == [], (place, bit)
+        inspection.verify(store, repair=True)
+        assert inspection.verify(store) == [], (place, bit)
         store.close()
         shutil.rmtree(copy)
     # 294 by 400 flips: three in four hit an entry, one in 70 has the database moved aside.
@@ -322,9 +322,9 @@ def test_clock_that_jumps(folder: Path, monkeypatch: pytest.MonkeyPatch, step: f
     assert store.load(key("a")) == payload("a")
     assert store.load_or_build(key("c"), lambda: payload("c")).source == "built"
     store.counters.use(key("a").digest)
-    store.sweep()
+    quarantine.sweep(store.folder)
     assert_healed(store, folder, "abc")
-    assert [info.hits for info in store.entries() if info.fields == {"name": "a"}] == [3]
+    assert [info.hits for info in inspection.entries(store) if info.fields == {"name": "a"}] == [3]
 
 
 def test_a_clock_that_ran_ahead_and_was_set_right(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +339,7 @@ def test_a_clock_that_ran_ahead_and_was_set_right(folder: Path, monkeypatch: pyt
     assert store.load(key("a")) == payload("a")
     for name in "xyz":
         store.load_or_build(key(name), lambda name=name: payload(name))
-    assert sorted(str(info.fields["name"]) for info in store.entries()) == ["a", "e", "x", "y", "z"]
+    assert sorted(str(info.fields["name"]) for info in inspection.entries(store)) == ["a", "e", "x", "y", "z"]
 
 
 NO_DESCRIPTORS = """
@@ -403,7 +403,7 @@ def test_a_database_replaced_while_it_is_opened(folder: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(schema, "check_schema", check)
     store = Store(folder, MB)
-    assert [info.fields for info in store.entries()] == [{"name": "b"}]
+    assert [info.fields for info in inspection.entries(store)] == [{"name": "b"}]
 
 
 def test_who_has_a_database_open_that_is_moved_aside_cannot_write_it(folder: Path) -> None:
@@ -457,7 +457,7 @@ def test_a_bad_database_that_another_process_moves_first(folder: Path, monkeypat
 )
 def test_a_network_filesystem_is_told(folder: Path, kind: str, network: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspection, "filesystem_type", lambda _: kind)
-    status = Store(folder, MB).status()
+    status = inspection.status(Store(folder, MB))
     assert (status.filesystem, status.network_filesystem) == (kind, network)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from softcap_runtime.store import Key, Store, fingerprint
+from softcap_runtime.store import Key, Store, fingerprint, inspection
 from softcap_runtime.store import entry as entries_
 
 ENTRIES = 10_000
@@ -51,7 +51,7 @@ def test_looking_up(large: Path) -> None:
         assert store.load(one) is not None
         seconds.append(time.process_time() - started)
     assert statistics.median(seconds) < 1e-3
-    assert len(store.entries()) == ENTRIES
+    assert len(inspection.entries(store)) == ENTRIES
 
 
 OPEN = """

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from softcap_runtime.cli import tables as cli_tables
 from softcap_runtime.report import cache as cache_report
-from softcap_runtime.store import Key, Store
+from softcap_runtime.store import Key, Store, inspection
 from softcap_runtime.store import bundle as bundles
 from softcap_runtime.store import entry as entries_
 from softcap_runtime.store.entry import BadEntry, Sealed
@@ -51,7 +51,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for key in KEYS:
         store.load_or_build(key, lambda key=key: PAYLOAD[key])
     store.close()
-    store.export_bundle(folder / "bundle")
+    bundles.export(store, folder / "bundle")
     store.close()
     return folder
 
@@ -123,14 +123,14 @@ def check_cache(folder: Path) -> None:
     store = Store(folder, 2**20)
     for key in KEYS:
         assert store.load(key) in (None, PAYLOAD[key])
-    store.entries()
-    store.status()
-    store.explain(KEYS[0])
-    store.verify()
+    inspection.entries(store)
+    inspection.status(store)
+    inspection.explain(store, KEYS[0])
+    inspection.verify(store)
     for key in KEYS:
         assert store.load_or_build(key, lambda key=key: PAYLOAD[key]).data == PAYLOAD[key]
-    store.verify(repair=True)
-    assert store.verify() == [] or store.fault is not None
+    inspection.verify(store, repair=True)
+    assert inspection.verify(store) == [] or store.fault is not None
     store.close()
 
 
@@ -232,7 +232,7 @@ def test_sealed_documents(guard: Any, entries: list[Sealed]) -> None:
         try:
             store = Store(folder, 2**20)
             with contextlib.suppress(ValueError):
-                store.import_bundle(path, FINGERPRINT)
+                bundles.import_(store, path, FINGERPRINT)
             for entry in entries:
                 document = entries_.json.loads(entry.text.split("\n")[0])
                 store.put(entries_.document_digest(document) or KEYS[0].digest, entry)
@@ -246,10 +246,10 @@ def test_sealed_documents(guard: Any, entries: list[Sealed]) -> None:
 def check_shown(folder: Path) -> None:
     """What people see of it raises nothing and holds no command to their terminal."""
     store = Store(folder, 2**20)
-    problems = store.verify()
+    problems = inspection.verify(store)
     shown = Console(file=io.StringIO(), width=cli_tables.PIPE_WIDTH, force_terminal=False)
     cli_tables.show_report(shown, cache_report.report(store))
-    cli_tables.show_explanation(shown, store.explain(KEYS[1]))
+    cli_tables.show_explanation(shown, inspection.explain(store, KEYS[1]))
     shown.print(cli_tables.problems_table(problems))
     cache_report.report(store).model_dump_json()
     text = shown.file.getvalue()
@@ -269,11 +269,11 @@ def test_bundles(good: Path, guard: Any, damage: list[tuple[str, int, bytes]], m
         guard.folder = str(store.folder)
         try:
             if data == original:
-                assert store.import_bundle(path, FINGERPRINT).imported == 2
+                assert bundles.import_(store, path, FINGERPRINT).imported == 2
             else:
                 with pytest.raises(ValueError, match=r"^bundle [^\n]+$"):
-                    store.import_bundle(path, FINGERPRINT)
-                assert store.entries() == []
+                    bundles.import_(store, path, FINGERPRINT)
+                assert inspection.entries(store) == []
         finally:
             guard.folder = None
         store.close()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from softcap_runtime.store import Key, Store, fingerprint
+from softcap_runtime.store import Key, Store, fingerprint, inspection
 
 FINGERPRINT = fingerprint("cpu")
 GOOD = Key({"name": "good"}, FINGERPRINT)
@@ -94,11 +94,11 @@ def test_a_bad_row_is_refused_alone(folder: Path, outside: Path, guard: Any, tmp
     store = Store(folder, ROUND)
     assert store.load(VICTIM) is None
     assert store.load(GOOD) == b"good"
-    counters = store.status().counters
+    counters = inspection.status(store).counters
     assert counters["rejected"] + counters["corrupt"] == 1 or attack == "no value"
     assert store.load_or_build(VICTIM, lambda: b"rebuilt").source == "built"
     assert Store(folder, ROUND).load(VICTIM) == b"rebuilt"
-    assert store.verify() == []
+    assert inspection.verify(store) == []
     assert outside.read_text() == "precious"
     assert not (tmp_path / "bomb").exists()
 
@@ -108,12 +108,12 @@ def test_listing_and_repair_refuse_it_too(folder: Path, outside: Path, guard: An
     ROWS[attack](folder, outside, tmp_path / "bomb")
     guard.folder = str(folder)
     store = Store(folder, ROUND)
-    problems = store.verify()
+    problems = inspection.verify(store)
     assert [problem.where for problem in problems] == [VICTIM.digest]
-    assert [problem.repaired for problem in store.verify(repair=True)] == [True]
-    assert store.verify() == []
-    assert [info.fields for info in store.entries()] == [GOOD.fields]
-    assert len(store.status().quarantine) == 1
+    assert [problem.repaired for problem in inspection.verify(store, repair=True)] == [True]
+    assert inspection.verify(store) == []
+    assert [info.fields for info in inspection.entries(store)] == [GOOD.fields]
+    assert len(inspection.status(store).quarantine) == 1
     assert outside.read_text() == "precious"
     assert not (tmp_path / "bomb").exists()
 
@@ -121,7 +121,7 @@ def test_listing_and_repair_refuse_it_too(folder: Path, outside: Path, guard: An
 @pytest.mark.parametrize("attack", ["file beside a value", "odd mode", "text value", "pickle value"])
 def test_a_row_of_another_form_is_not_listed(folder: Path, outside: Path, tmp_path: Path, attack: str) -> None:
     ROWS[attack](folder, outside, tmp_path / "bomb")
-    assert [info.fields for info in Store(folder, ROUND).entries()] == [GOOD.fields]
+    assert [info.fields for info in inspection.entries(Store(folder, ROUND))] == [GOOD.fields]
 
 
 INSERT = "INSERT INTO Cache(key, raw, mode, size, filename, value, tag) VALUES (?, ?, ?, 0, ?, ?, 'tag')"
@@ -147,9 +147,9 @@ def test_odd_rows_are_listed_as_rejected_and_removed(folder: Path, guard: Any, r
         connection.execute(INSERT, row)
     guard.folder = str(folder)
     store = Store(folder, ROUND)
-    assert len(store.entries()) == 2
-    assert store.status().counters["rejected"] == 1
-    assert store.verify() == []
+    assert len(inspection.entries(store)) == 2
+    assert inspection.status(store).counters["rejected"] == 1
+    assert inspection.verify(store) == []
     assert store.load(GOOD) == b"good"
     assert not (folder / "bomb").exists()
 
@@ -202,12 +202,12 @@ def test_a_bad_database_is_moved_aside_and_nothing_of_it_is_used(folder: Path, g
     store = Store(folder, ROUND)
     assert store.load(GOOD) is None
     assert store.load_or_build(VICTIM, lambda: b"victim").data == b"victim"
-    status = store.status()
+    status = inspection.status(store)
     assert status.fault is None
     assert status.counters["rejected"] == 1
     assert len(status.quarantine) == 1
     assert (status.counters["builds"], status.entries) == (1, 1)
-    assert store.verify() == []
+    assert inspection.verify(store) == []
 
 
 def test_a_database_of_a_newer_version_is_left_alone(folder: Path) -> None:
@@ -235,8 +235,8 @@ def test_a_journal_that_names_another_file_removes_nothing(folder: Path, outside
     store = Store(folder, ROUND)
     assert store.load(GOOD) is None
     assert outside.read_text() == "precious"
-    assert store.status().counters["rejected"] == 1
-    assert any(name.endswith("-journal") for name in store.status().quarantine)
+    assert inspection.status(store).counters["rejected"] == 1
+    assert any(name.endswith("-journal") for name in inspection.status(store).quarantine)
     assert store.load_or_build(GOOD, lambda: b"good").source == "built"
 
 
@@ -252,7 +252,7 @@ def test_odd_counters_start_anew(folder: Path) -> None:
         store = Store(folder, ROUND)
         assert store.load(GOOD) == b"good"
         store.close()
-        assert store.status().counters["hits"] == 1
+        assert inspection.status(store).counters["hits"] == 1
 
 
 def test_authentication(folder: Path) -> None:
@@ -264,7 +264,7 @@ def test_authentication(folder: Path) -> None:
     assert Store(folder, ROUND).load(GOOD) == b"signed"
     other = Store(folder, ROUND, auth_key=b"another")
     assert other.load(GOOD) is None, "an entry signed with another key was accepted"
-    assert other.status().counters["rejected"] == 2
+    assert inspection.status(other).counters["rejected"] == 2
 
 
 @pytest.mark.parametrize("secret", [None, b"their secret"], ids=["without", "another"])
@@ -278,9 +278,9 @@ def test_a_reader_with_another_secret_leaves_entries_to_their_owner(tmp_path: Pa
     for key in keys:
         assert other.load(key) is None
         assert other.load(key) is None
-    assert other.status().counters["rejected"] == 3
-    assert len(other.entries()) == 3
-    assert len(other.verify()) == 3
+    assert inspection.status(other).counters["rejected"] == 3
+    assert len(inspection.entries(other)) == 3
+    assert len(inspection.verify(other)) == 3
     other.close()
     assert [Store(tmp_path / "cache", ROUND, secret).load(key) for key in keys] == [b"theirs"] * 3
     # Who builds replaces, and a damaged entry belongs to nobody.
@@ -289,4 +289,4 @@ def test_a_reader_with_another_secret_leaves_entries_to_their_owner(tmp_path: Pa
     with opened(tmp_path / "cache") as connection:
         connection.execute("UPDATE Cache SET value = x'00' WHERE key = ?", (keys[1].digest,))
     assert other.load(keys[1]) is None
-    assert len(other.entries()) == 2
+    assert len(inspection.entries(other)) == 2

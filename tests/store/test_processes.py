@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from support.workers import results_of
 
-from softcap_runtime.store import Key, Store, database, schema
+from softcap_runtime.store import Key, Store, database, inspection, quarantine, schema
 
 FINGERPRINT = {"cpu": "AVX512", "torch": "2"}
 MB = 2**20
@@ -69,7 +69,7 @@ def test_processes_build_three_kernels_once(folder: Path, tmp_path: Path, method
     assert all(right for right, _ in outcomes)
     assert max(waited for _, waited in outcomes) <= 0.3 + 2
     assert sorted(record.read_text().split()) == ["a", "b", "c"]
-    counters = Store(folder, MB).status().counters
+    counters = inspection.status(Store(folder, MB)).counters
     assert counters["builds"] == 3
     assert counters["hits"] + counters["misses"] == 3 * processes
     assert counters["lock_waits"] > 0
@@ -104,7 +104,7 @@ def test_killed_builders_leave_no_lock_and_no_partial_entry(folder: Path, seed: 
         loaded = store.load_or_build(key("a"), lambda: whole)
         assert loaded.data == whole
         assert loaded.waited < 2
-        assert store.verify() == []
+        assert inspection.verify(store) == []
         store.clear()
         store.close()
     assert {path.name.split(".")[0] for path in folder.iterdir()} <= {"cache", "locks"}
@@ -121,7 +121,7 @@ def test_a_database_killed_while_it_is_created_is_not_seen(folder: Path) -> None
     os.utime(leftover, (1, 1))
     (folder / "locks" / f"{key('a').digest}.lock").touch()
     os.utime(folder / "locks" / f"{key('a').digest}.lock", (1, 1))
-    assert store.sweep() == 2
+    assert quarantine.sweep(store.folder) == 2
     assert store.load_or_build(key("b"), lambda: b"x").source == "built"
 
 
@@ -131,7 +131,7 @@ def test_sweep_leaves_held_locks(folder: Path) -> None:
 
     def build() -> bytes:
         os.utime(lock, (1, 1))
-        assert Store(folder, MB).sweep() == 0
+        assert quarantine.sweep(Store(folder, MB).folder) == 0
         assert lock.exists()
         return b"x"
 
@@ -173,13 +173,13 @@ def test_fork_shares_no_connection_and_loses_no_count(folder: Path, held: bool) 
         for thread in threads:
             thread.join(60)
     assert all(built for _, built in outcomes)
-    assert store.verify() == []
+    assert inspection.verify(store) == []
     store.close()
     if not held:
         assert all(right for right, _ in outcomes)
-        status = Store(folder, MB).status()
+        status = inspection.status(Store(folder, MB))
         assert status.counters["builds"] == 5
-        (info,) = [info for info in Store(folder, MB).entries() if info.fields == {"name": "a"}]
+        (info,) = [info for info in inspection.entries(Store(folder, MB)) if info.fields == {"name": "a"}]
         assert info.hits == 9
 
 
@@ -206,7 +206,7 @@ def test_a_child_writes_its_counts_at_its_end(folder: Path, tmp_path: Path, meth
     script = tmp_path / "loads.py"
     script.write_text(LOADS.format(folder=str(folder), fields=a.fields, fingerprint=a.fingerprint))
     subprocess.run([sys.executable, "-c", STARTS, method, str(script)], check=True, timeout=120)
-    assert [info.hits for info in Store(folder, MB).entries()] == [1]
+    assert [info.hits for info in inspection.entries(Store(folder, MB))] == [1]
 
 
 def test_raw_fork_counts_once(folder: Path) -> None:
@@ -220,7 +220,7 @@ def test_raw_fork_counts_once(folder: Path) -> None:
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     store.close()
-    assert Store(folder, MB).status().counters["hits"] == 2
+    assert inspection.status(Store(folder, MB)).counters["hits"] == 2
 
 
 def hammer(folder: str, number: int, rounds: int, results: Any) -> None:
@@ -243,8 +243,8 @@ def test_eviction_and_clear_while_others_run(folder: Path, seed: int) -> None:
     workers = [context.Process(target=hammer, args=(str(folder), seed + n, 25, results)) for n in range(4)]
     assert results_of(workers, results) == [0, 0, 0, 0]
     store = Store(folder, 300_000)
-    assert store.verify() == []
-    status = store.status()
+    assert inspection.verify(store) == []
+    status = inspection.status(store)
     assert status.bytes <= 300_000
     assert status.quarantine == []
     assert status.counters["corrupt"] == 0
@@ -269,4 +269,4 @@ def test_a_database_moved_aside_by_another_process_is_noticed(folder: Path) -> N
     first.close()
     assert first.load_or_build(key("b"), lambda: b"b").source == "built"
     assert second.load(key("b")) == b"b"
-    assert len(first.status().quarantine) == 1
+    assert len(inspection.status(first).quarantine) == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from softcap_runtime.store import Key, Store, fingerprint, locks
+from softcap_runtime.store import Key, Store, fingerprint, inspection, locks
 
 FINGERPRINT = fingerprint("cpu")
 MB = 1024 * 1024
@@ -88,7 +88,7 @@ def test_uses_are_counted_without_a_write_and_survive_the_process(store: Store, 
         store.counters.use(key("a").digest)
     assert database.stat().st_mtime_ns == before
     store.close()
-    (info,) = Store(tmp_path / "cache", MB).entries()
+    (info,) = inspection.entries(Store(tmp_path / "cache", MB))
     assert info.hits == 100
 
 
@@ -97,7 +97,7 @@ def test_counters_of_several_stores_add_up(tmp_path: Path) -> None:
         store = Store(tmp_path / "cache", MB)
         store.load(key("nothing"))
         store.close()
-    assert Store(tmp_path / "cache", MB).status().counters["misses"] == 3
+    assert inspection.status(Store(tmp_path / "cache", MB)).counters["misses"] == 3
 
 
 def test_least_recently_used_leave_first(tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_least_recently_used_leave_first(tmp_path: Path) -> None:
     store.flush()
     store.load_or_build(key("d"), lambda: bytes(MB))
     assert [store.load(key(name)) is not None for name in "abcd"] == [True, False, True, True]
-    assert store.status().counters["evictions"] == 1
-    assert store.status().bytes <= 3 * MB
+    assert inspection.status(store).counters["evictions"] == 1
+    assert inspection.status(store).bytes <= 3 * MB
 
 
 def test_what_this_process_loaded_was_used_when_it_builds_more(tmp_path: Path) -> None:
@@ -129,40 +129,40 @@ def test_an_entry_above_the_limit_works_from_memory(tmp_path: Path) -> None:
     assert store.load_or_build(key("a"), never).source == "memory"
     assert store.fault is not None
     assert "above the size limit of 10" in store.fault
-    assert store.status().counters["write_failures"] == 1
+    assert inspection.status(store).counters["write_failures"] == 1
 
 
 def test_clear(store: Store) -> None:
     for name in "abc":
         store.load_or_build(key(name), lambda: b"x")
     assert store.clear() == 3
-    assert store.entries() == []
+    assert inspection.entries(store) == []
     assert store.load(key("a")) is None
 
 
 def test_entries_tell_what_does_not_fit(store: Store) -> None:
     other = Key({"name": "other"}, {**FINGERPRINT, "torch": "1.0", "libc": "musl"})
     store.load_or_build(other, lambda: b"xyz", lambda: {"compiler": "g++ 1"})
-    (info,) = store.entries()
+    (info,) = inspection.entries(store)
     assert (info.fits, info.differs, info.bytes) == (False, ["libc", "torch"], 3)
     assert info.provenance == {"compiler": "g++ 1"}
     store.load_or_build(key("a"), lambda: b"x")
-    assert [info.fits for info in store.entries()] == [False, True]
+    assert [info.fits for info in inspection.entries(store)] == [False, True]
 
 
 def test_explain_names_the_fields_of_the_nearest(store: Store) -> None:
-    assert store.explain(key("a")).reason == f"cache folder {store.folder} does not exist"
+    assert inspection.explain(store, key("a")).reason == f"cache folder {store.folder} does not exist"
     assert store.database.can_write()
-    assert store.explain(key("a")).reason == "the cache is empty"
+    assert inspection.explain(store, key("a")).reason == "the cache is empty"
     store.load_or_build(key("a", n=1), lambda: b"x")
     store.load_or_build(key("b", n=7), lambda: b"x")
-    explained = store.explain(key("a", n=2))
+    explained = inspection.explain(store, key("a", n=2))
     assert not explained.present
     assert explained.nearest is not None
     assert explained.nearest.fields == {"name": "a", "n": 1}
     assert [(d.field, d.wanted, d.stored) for d in explained.differences] == [("n", 2, 1)]
     assert "n: wanted 2, stored 1" in explained.reason
-    assert store.explain(key("a", n=1)).present
+    assert inspection.explain(store, key("a", n=1)).present
 
 
 @pytest.mark.parametrize("size_limit", [0, -1])
@@ -177,7 +177,7 @@ def test_odd_folder_names(tmp_path: Path, name: str) -> None:
     store.load_or_build(key("a"), lambda: b"x")
     store.close()
     assert store.fault is None
-    store.status().model_dump_json()
+    inspection.status(store).model_dump_json()
     assert Store(tmp_path / name, MB).load(key("a")) == b"x"
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -185,13 +185,13 @@ def test_odd_folder_names(tmp_path: Path, name: str) -> None:
 def test_a_load_is_a_use(store: Store) -> None:
     for name in "ab":
         store.load_or_build(key(name), lambda: b"x")
-    first = {info.fields["name"]: info.last_used for info in store.entries()}
+    first = {info.fields["name"]: info.last_used for info in inspection.entries(store)}
     store.load(key("a"))
     store.load_or_build(key("a"), never)
-    infos = {info.fields["name"]: info for info in store.entries()}
+    infos = {info.fields["name"]: info for info in inspection.entries(store)}
     assert (infos["a"].hits, infos["b"].hits) == (2, 0)
     assert infos["a"].last_used > first["a"]
-    assert [info.fields["name"] for info in store.entries()] == ["b", "a"]
+    assert [info.fields["name"] for info in inspection.entries(store)] == ["b", "a"]
 
 
 def test_what_another_thread_built_meanwhile_is_a_hit_and_a_load(store: Store) -> None:
@@ -212,14 +212,14 @@ def test_what_another_thread_built_meanwhile_is_a_hit_and_a_load(store: Store) -
     both.set()
     first.join(10)
     second.join(10)
-    counters = store.status().counters
+    counters = inspection.status(store).counters
     assert (waiting, counters["hits"], counters["misses"]) == (["disk"], 1, 1)
-    assert [info.hits for info in store.entries()] == [1]
+    assert [info.hits for info in inspection.entries(store)] == [1]
 
 
 def test_no_wait_is_counted_where_nobody_else_builds(store: Store) -> None:
     store.load_or_build(key("a"), lambda: b"x")
-    assert store.status().counters["lock_waits"] == 0
+    assert inspection.status(store).counters["lock_waits"] == 0
 
 
 def test_without_flock_each_builds_for_itself_and_says_so(
@@ -262,8 +262,8 @@ def test_a_dropped_store_loses_no_count(tmp_path: Path) -> None:
     store.load(key("a"))
     del store
     again = Store(tmp_path / "cache", MB)  # writes what was dropped
-    assert again.status().counters["hits"] == 1
-    assert [info.hits for info in again.entries()] == [1]
+    assert inspection.status(again).counters["hits"] == 1
+    assert [info.hits for info in inspection.entries(again)] == [1]
 
 
 def test_what_could_not_be_written_replaces_no_good_entry(store: Store, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from softcap_runtime.store import Key, Store, trust
+from softcap_runtime.store import Key, Store, inspection, trust
 
 KEY = Key({"name": "a"}, {"cpu": "x"})
 NOBODY = 65534
@@ -37,9 +37,9 @@ def assert_refused(folder: Path, *words: str) -> None:
     assert "\n" not in store.fault
     for word in words:
         assert word in store.fault
-    assert store.status().fault == store.fault
-    assert not store.status().trusted
-    assert store.status().held_in_memory == 1
+    assert inspection.status(store).fault == store.fault
+    assert not inspection.status(store).trusted
+    assert inspection.status(store).held_in_memory == 1
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077, 0o777])
@@ -161,7 +161,7 @@ AS_NOBODY = """
 import os, sys
 import filelock, softcap_runtime.store.bundle, softcap_runtime.store.index  # while they can be read
 os.setgroups([]); os.setgid({nobody}); os.setuid({nobody})
-from softcap_runtime.store import Key, Store
+from softcap_runtime.store import Key, Store, inspection
 store = Store({folder!r}, 2**20)
 key = Key({{"name": "a"}}, {{"cpu": "x"}})
 other = Key({{"name": "b"}}, {{"cpu": "x"}})
@@ -196,10 +196,10 @@ def test_a_cache_of_root_is_read_by_others(folder: Path, as_nobody: Callable[[st
         "assert store.load_or_build(other, lambda: b'no').source == 'memory'\n"
         "store.counters.use(key.digest)\n"
         "store.close()\n"
-        "status = store.status()\n"
+        "status = inspection.status(store)\n"
         "assert status.trusted and not status.writable and status.counters['write_failures'] == 1\n"
-        "assert [info.fields for info in store.entries()] == [{'name': 'a'}]\n"
-        "assert store.verify(repair=True) == [] and store.clear() == 1\n"
+        "assert [info.fields for info in inspection.entries(store)] == [{'name': 'a'}]\n"
+        "assert inspection.verify(store, repair=True) == [] and store.clear() == 1\n"
         "print('done')"
     )
     assert out == "done\n"
@@ -213,7 +213,7 @@ def test_a_bad_cache_of_root_is_not_used_and_not_touched(folder: Path, as_nobody
         "assert store.load(key) is None\n"
         "assert store.load_or_build(key, lambda: b'new').data == b'new'\n"
         "assert 'read-only' in store.fault, store.fault\n"
-        "assert store.status().counters['corrupt'] >= 1"
+        "assert inspection.status(store).counters['corrupt'] >= 1"
     )
     assert sorted(path.name for path in folder.iterdir()) == ["cache.db", "locks"]
 

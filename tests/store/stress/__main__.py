@@ -33,7 +33,7 @@ from events import Event, Reader
 from worker import SIZE_LIMIT, Worker
 
 from softcap_runtime.artifacts.artifact import Artifact
-from softcap_runtime.store import Store
+from softcap_runtime.store import Store, inspection
 
 LONGEST_CALL_S = 30.0
 LONGEST_COMPILE_S = 180.0  # with all processes busy beside it
@@ -174,7 +174,7 @@ def report(run: Run, left: list[str]) -> bool:
         if what not in wrong and what not in errors:
             table.add_row(what, f"{count:,}")
     table.add_section()
-    for name, value in Store(run.folder, SIZE_LIMIT).status().counters.items():
+    for name, value in inspection.status(Store(run.folder, SIZE_LIMIT)).counters.items():
         table.add_row(f"counter: {name}", f"{value:,}")
     seconds, what = run.longest_call
     table.add_row("longest call (nothing compiling), s", f"{seconds:.2f} ({what})")
@@ -209,8 +209,8 @@ def main() -> int:
         run = Run(folder, known, options.processes, options.seed, time.time() + options.seconds)
         run.go()
         store = Store(folder, SIZE_LIMIT)
-        run.made["bad entries found by the last repair"] = len(store.verify(repair=True))
-        left = [f"bad after the run: {problem.where}: {problem.what}" for problem in store.verify()]
+        run.made["bad entries found by the last repair"] = len(inspection.verify(store, repair=True))
+        left = [f"bad after the run: {problem.where}: {problem.what}" for problem in inspection.verify(store)]
         store.close()
         return 0 if report(run, left) else 1
 

@@ -11,7 +11,7 @@ import events
 from calls import Calls
 
 from softcap_runtime.artifacts.artifact import Artifact
-from softcap_runtime.store import Key, Store
+from softcap_runtime.store import Key, Store, inspection
 
 NAMES = 40
 SIZES = (1_000, 400_000)
@@ -88,14 +88,14 @@ class Worker:
 
     def inspect(self) -> str:
         """List everything."""
-        self.store.entries()
-        self.store.status()
+        inspection.entries(self.store)
+        inspection.status(self.store)
         return "inspected"
 
     def verify(self) -> str:
         """Check everything, repairing half of the time."""
         repair = self.draw.random() < 0.5
-        return "verified: bad found" if self.store.verify(repair=repair) else "verified: all good"
+        return "verified: bad found" if inspection.verify(self.store, repair=repair) else "verified: all good"
 
     def reopen(self) -> str:
         """Close and come back, as a new process would."""
