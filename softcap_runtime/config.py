@@ -127,6 +127,10 @@ class AttentionConfig(_Frozen):
         with _one_line_errors(type(self), fields):
             super().__init__(**fields)
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> AttentionConfig:
+        """Another config with some fields changed; checked, as pydantic's own copy is not."""
+        return AttentionConfig(**{**dict(self), **(update or {})})
+
     def __hash__(self) -> int:
         # Computed on every attention call; takes half the time of pydantic's own.
         return hash(tuple(self.__dict__.values()))

@@ -33,6 +33,12 @@ def test_equal_configs_are_one_key(softcap: float | None, scale: float, window: 
         assert AttentionConfig(**{**fields, name: other}) != one
 
 
+def test_copies_are_checked() -> None:
+    config = AttentionConfig(softcap=50.0, scale=0.1, window=7)
+    assert config.model_copy(update={"window": None}) == AttentionConfig(softcap=50.0, scale=0.1)
+    one_line_error(lambda: config.model_copy(update={"softcap": -1}), "softcap", "-1")
+
+
 def test_frozen() -> None:
     config, settings = AttentionConfig(scale=0.1), RuntimeSettings()
     assert (config.softcap, config.window, config.causal) == (None, None, True)
