@@ -23,4 +23,7 @@ export TRITON_CACHE_DIR="$scratch/triton"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check softcap_runtime tests scripts  # the snippets of the README are laid out by hand
 .venv/bin/mypy
-.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations=10 "$@"
+# xdist would begin with the files of the most tests: long ones of few tests would come last, where one worker is left
+# alone with them.
+how=(--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=10)
+.venv/bin/python -m pytest "${how[@]}" "$@"

@@ -54,7 +54,7 @@ def paged_attention(
 ) -> Tensor:
     """See ``Runtime.paged_attention``."""
     kind = _kind(q, pages, config, cu_seqlens_q)
-    way = runtime.plans.paged.get(kind)
+    way = None if kind is None else runtime.plans.paged.get(kind)  # a look at plans would be a guard of a graph
     # The kernels look at the contents of table, lengths and offsets themselves, at each call.
     out = None if way is None else way(q, pages, cu_seqlens_q)
     if out is None:

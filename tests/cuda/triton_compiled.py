@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -76,57 +77,43 @@ def wanted(case: dict[str, Any], limits: gpu_options.DeviceLimits) -> list[Cubin
     return list(kernels.specs)
 
 
-def built_with_ptx(spec: CubinSpec) -> tuple[str, Cubin]:
-    """What ``build`` gives, and the assembly that it came from."""
-    kept = {}
-    compile_one = triton_build._compile
+def built(spec: CubinSpec) -> tuple[dict[str, Any], Cubin]:
+    """What ``build`` gives, and what its ptxas says: of serialised products, and of the bytes that a thread spills."""
+    logs = []
+    run = subprocess.run
 
-    def keeping(spec: CubinSpec) -> Any:
-        kept["of"] = compile_one(spec)
-        return kept["of"]
+    def keeping(command: Any, *rest: Any, **how: Any) -> Any:
+        done = run(command, *rest, **how)
+        if "-v" in command:
+            logs.append(Path(how["stderr"].name).read_text())
+        return done
 
-    triton_build._compile = keeping
-    try:
-        made = Cubin.unpack(triton_build.build(spec))
-        return kept["of"].asm["ptx"], made
-    finally:
-        triton_build._compile = compile_one
-
-
-def assembled(ptx: str) -> dict[str, Any]:
-    """What ptxas says of serialised products, and the bytes that a thread spills."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    target = re.findall(r"\.target (\w+)", ptx)[0]
+    # Triton asks for its kernels in the cache otherwise, where no ptxas runs.
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "kernel.ptx").write_text(ptx)
-        arguments = ["-v", f"--gpu-name={target}", "kernel.ptx", "-o", "kernel.cubin"]
-        for name in ("ptxas", "ptxas-blackwell"):  # Triton 3.9 takes the newer one, whose PTX the older can't read
-            command = [tools / name, *arguments]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-            if "Unsupported .version" not in done.stderr:
-                break
-        done.check_returncode()
-    text = done.stdout + done.stderr
+        os.environ["TRITON_CACHE_DIR"], subprocess.run = folder, keeping  # type: ignore[assignment]
+        try:
+            made = Cubin.unpack(triton_build.build(spec))
+        finally:
+            subprocess.run = run
+    (text,) = logs
     spilled = re.findall(r"(\d+) bytes spill stores", text)
-    return {"serialised": re.findall(r"C75\d\d", text), "spilled": max(map(int, spilled))}
+    return {"serialised": re.findall(r"C75\d\d", text), "spilled": max(map(int, spilled))}, made
 
 
 if __name__ == "__main__":
-    built = functools.cache(built_with_ptx)  # calls share kernels
+    once = functools.cache(built)  # calls share kernels
     for number, case in enumerate(json.loads(sys.argv[1])):
         shared, capability, multiprocessors = case["card"]
         limits = gpu_options.DeviceLimits(shared, tuple(capability), multiprocessors)
         stand_in.tell_of(limits)
         for spec in wanted(case, limits):
-            ptx, made = built(spec)
-            told = {
+            told, made = once(spec)
+            line = {
                 "case": number,
-                **assembled(ptx),
+                **told,
                 "shared": made.shared,
                 "boxes": len(made.boxes),
                 "threads": made.threads,
                 "elf": made.code[:4].hex(),
             }
-            print(json.dumps({**told, "spec": spec.fields()}), flush=True)
+            print(json.dumps({**line, "spec": spec.fields()}), flush=True)

@@ -76,7 +76,9 @@ def test_any_mask_on_any_layout(runtimes: dict[str, Runtime], case: Case) -> Non
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), cap=st.floats(0.1, 1000.0))
 def test_any_mask_in_half_precision(runtimes: dict[str, Runtime], case: Case, cap: float) -> None:
-    case = case._replace(config=case.config.model_copy(update={"softcap": cap}))
+    # One head_dim: flex has a kernel for each, which takes half a minute to build.
+    config, sizes = case.config.model_copy(update={"softcap": cap}), case.sizes._replace(head_dim=HEAD_DIM)
+    case = case._replace(config=config, sizes=sizes)
     flex_, blocked, eager = (runtimes[engine] for engine in PACKAGED)
     check_each({flex_: 3e-3, blocked: 4e-3, eager: 3e-3}, case, torch.bfloat16)
     tolerance = FORWARD_TOLERANCE[torch.float16]

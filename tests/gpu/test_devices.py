@@ -98,5 +98,5 @@ def test_gradients_are_those_of_one_process(tmp_path: Path, kind: str, seed: int
         config=CONFIG, num_heads=4, num_kv_heads=2, head_dim=64, dtype="float32", device="cuda", train=True
     )
     runtime.prewarm([request], progress=False)
-    arguments = (kind, "cuda", str(tmp_path / "store"), str(tmp_path / "cache"), seed)
+    arguments = ((kind,), "cuda", str(tmp_path / "store"), str(tmp_path / "cache"), seed)
     mp.spawn(train, arguments, nprocs=WORLD)

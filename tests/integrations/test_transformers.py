@@ -22,7 +22,7 @@ from softcap_runtime.integrations import transformers as integration
 from softcap_runtime.masks.documents import document_ids_from_position_ids
 from softcap_runtime.reference import attention as reference
 
-from .conftest import NAME, NEEDS_TRANSFORMERS_5, WINDOW, both, gemma, registered, tokens
+from .conftest import NAME, NEEDS_TRANSFORMERS_5, WINDOW, both, gemma, padded_run, registered, tokens
 
 pytestmark = pytest.mark.usefixtures("runtime")
 
@@ -376,25 +376,20 @@ def test_cache_position_of_older_versions(seed: int) -> None:
 def test_a_fresh_process_builds_nothing(runtime: Runtime, cache_dir: Path, seed: int) -> None:
     """Prefill, decoding with both caches and a training step of a warm machine: every kernel is from disk."""
     program = textwrap.dedent(f"""
-        import json, sys, torch
+        import json
         from tests.integrations.conftest import gemma, padded_run
         from softcap_runtime import Runtime, RuntimeSettings
         from softcap_runtime.integrations.transformers import register
 
-        runtime = Runtime(RuntimeSettings(cache_dir={str(cache_dir)!r}, jit=sys.argv[1]))
+        runtime = Runtime(RuntimeSettings(cache_dir={str(cache_dir)!r}, jit="forbid"))
         register(runtime)
         padded_run(gemma({seed}, attn_implementation="softcap"))
         print(json.dumps([kernel.source for kernel in runtime.supply.supplied.values()]))
     """)
-    root = Path(__file__).parents[2]
-
-    def sources(jit: str) -> list[str]:
-        command = [sys.executable, "-c", program, jit]
-        run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
-        return json.loads(run.stdout.splitlines()[-1])
-
-    sources("allow")
-    warm = sources("forbid")
+    padded_run(gemma(seed, attn_implementation=NAME))
+    command, root = [sys.executable, "-c", program], Path(__file__).parents[2]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    warm = json.loads(run.stdout.splitlines()[-1])
     assert warm
     assert set(warm) == {"disk"}

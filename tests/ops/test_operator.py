@@ -14,7 +14,9 @@ from functools import partial
 import pytest
 import torch
 from support.helpers import (
+    HEAD_DIM,
     NEEDS_FLEX,
+    UNCAPPED_HEAD_DIM,
     Block,
     Sizes,
     Wrapped,
@@ -37,7 +39,8 @@ CONFIG = AttentionConfig(softcap=50.0, scale=0.125)
 
 def arguments(runtime: Runtime, engine: str, masked: bool, train: bool, softcap: float | None = 50.0) -> tuple:
     """Of the operator: q, k, v, lo, hi, left, right, scale, softcap, engine, train, runtime."""
-    q, k, v = (x.requires_grad_(train) for x in make_qkv(Sizes(2, 4, 2, 19, 23)))
+    head_dim = UNCAPPED_HEAD_DIM if softcap is None else HEAD_DIM
+    q, k, v = (x.requires_grad_(train) for x in make_qkv(Sizes(2, 4, 2, 19, 23, head_dim)))
     mask = band(19, 23, causal=True, window=7)
     if masked:
         padding = torch.ones(2, 23, dtype=torch.int64)

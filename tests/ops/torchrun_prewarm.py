@@ -1,9 +1,9 @@
 """What each rank of ``test_ranks_prewarm_each_kernel_once`` runs: prewarm, meet in a barrier, train a step.
 
-    torchrun ... torchrun_prewarm.py FOLDER HOSTS
+    torchrun ... torchrun_prewarm.py FOLDER
 
-``FOLDER`` holds the packages that builds give, and takes in what each rank saw. Ranks of one of the ``HOSTS`` share a
-cache folder.
+``FOLDER`` holds the packages that builds give, and takes in what each rank saw. All ranks but the last share a cache
+folder, as ranks of one host do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from softcap_runtime.store import locks
 
 FOLDER = Path(sys.argv[1])
 RANK = os.environ["RANK"]
-HOST = int(RANK) % int(sys.argv[2])
+HOST = int(int(RANK) == int(os.environ["WORLD_SIZE"]) - 1)
 BUILD_S = 1.5
 builds: list[str] = []
 waits: list[tuple[float, float]] = []

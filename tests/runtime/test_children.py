@@ -175,13 +175,13 @@ def test_builders_end_though_a_child_of_fork_outlives_their_process(tmp_path: Pa
 def test_a_child_of_fork_leaves_its_parents_builders_alone(tmp_path: Path) -> None:
     """And work that was stopped starts no other child."""
     code = (
-        "import os, pathlib, subprocess, sys, threading\n"
+        "import os, pathlib, subprocess, sys, threading, time\n"
         "from softcap_runtime.artifacts import children\n"
         "own = children.Children()\n"
         "run = lambda: print(own.run(['sleep', '1'], os.environ, pathlib.Path(sys.argv[1]), 60))\n"
         "thread = threading.Thread(target=run)\n"
         "thread.start()\n"
-        "while not own._live: pass\n"
+        "while not own._live: time.sleep(0.01)\n"
         "if os.fork() == 0: sys.exit()\n"
         "os.wait()\n"
         "thread.join()\n"

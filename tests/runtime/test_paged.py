@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.helpers import HEAD_DIM, Wrapped, expected, relative_error
+from support.helpers import HEAD_DIM, Backend, Wrapped, expected, relative_error
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig, Runtime, paged
@@ -258,6 +258,18 @@ def test_contents_that_nobody_can_look_at_yet(served: Runtime, run: Any, offsets
     if packed is not None:
         with pytest.raises(RuntimeError, match="cu_seqlens_q: expected 0 and then offsets"):
             run(served, q, cache, config, packed + 1)
+
+
+def test_a_graph_outlives_new_plans(served: Runtime, seed: int) -> None:
+    """Calls outside of graphs that leave a plan each are nothing to it."""
+    config, cache, backend = AttentionConfig(softcap=30.0, scale=0.1), Cache([100, 33], 16), Backend()
+    arguments = cache.k, cache.v, config, cache.table, cache.lengths
+    compiled = torch.compile(lambda q: served.paged_attention(q, *arguments), fullgraph=True, backend=backend)
+    q = torch.randn(2, HEADS, 3, HEAD_DIM)
+    for rows in (3, 2, 1):
+        served.paged_attention(q[:, :, :rows], *arguments)
+        compiled(q)
+    assert len(backend.graphs) == 1
 
 
 def test_tensors_that_wrap_others(served: Runtime, seed: int) -> None:
