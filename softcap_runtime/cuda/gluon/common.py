@@ -117,9 +117,9 @@ def exp2(x):
 
 @gluon.jit
 def series_of(inner, outer):
-    """Minus ``series``' limit and its factors for ``outer * tanh(x * inner * ln(2) / 2)``, as polynomials of x**2.
+    """Operands of the PTX of ``series`` for ``outer * tanh(x * inner * ln(2) / 2)``: minus its limit of ``x**2``, factors.
 
-    Where float32 does not hold x's powers, a limit that leaves every x to the other way.
+    Where float32 cannot hold the factors, the limit sends every x to the full formula.
     """
     step = inner * (0.5 * LN2)
     square = step * step

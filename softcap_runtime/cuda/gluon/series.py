@@ -1,17 +1,19 @@
-"""The softcap without its exponential and reciprocal, where the logit is small against the cap: as PTX.
+"""The softcap by a polynomial where logits are small against the cap, as PTX text for Gluon.
 
-``tanh(t) = t * sum_i FACTORS[i] * (t**2 - LIMIT)**i`` for ``t**2 < LIMIT``. Of all sums of four terms it is the one
-whose largest error is smallest, 2.9e-7 (a linear program over 3,000 points). It is a sum around LIMIT and not around 0,
-so that the sign of ``t**2 - LIMIT`` also says whether it holds. Where it does not hold for some of the elements that
-the threads of a warp compute together, all of them are computed as in ``triton.asm``; so is NaN, whose sign is never
-set here.
+``tanh(t) = t * sum_i FACTORS[i] * (t**2 - LIMIT)**i`` for ``t**2 < LIMIT``, with an error of at most 2.9e-7. The
+factors are the best for four terms: they minimise the largest error (a linear program over 3,000 points). The sum is
+around LIMIT, not around 0, so that the sign of ``t**2 - LIMIT``, which it needs anyway, also says whether it holds. A
+warp computes ELEMENTS of each thread together. If one of all these is past the limit, or NaN, whose sign is never set
+here, the warp computes all of them by the formulas of ``triton.asm``.
 
-Four multiply-adds an element take the place of 1.25 special functions, of which a Hopper multiprocessor has an eighth
-as many a cycle. And ptxas moves no wait for a product across the branch; without it, it waited before the weights were
-computed. One H200, bf16, B2 Hq32 Hkv16 S8192 causal, forward: head_dim 128 2.02 ms in place of 2.33, head_dim 64 1.47
-in place of 1.87; where no warp can take it 2.53 in place of 2.33 (2026-12-01). With 8 elements together 2.19; with 32
-no faster than with 16, and registers are spilled; with a fifth term, for logits up to 0.7 of the cap, 2.34. Triton's
-kernels lose by it: 2.56 in place of 2.47.
+Why it is faster: four multiply-adds replace 1.25 special functions, and a Hopper multiprocessor retires eight
+multiply-adds in the time of one of those. The branch helps too: ptxas moves waits for a product up, to before the
+weights are computed, but not across a branch.
+
+Measured on one H200, bf16, B2 Hq32 Hkv16 S8192, causal, forward, 2026-12-01: 2.02 ms (2.33 without it) at head_dim 128,
+1.47 (1.87) at 64, and 2.53 (2.33) where every warp has logits past the limit. Tried at head_dim 128: 8 elements took
+2.19 ms; 32 were as fast as 16 but spilled registers; a fifth term, for logits up to 0.7 of the cap, took 2.34. Triton's
+own kernels lose by it: 2.56 ms (2.47).
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ ELEMENTS = 16
 
 
 def logistic() -> tuple[str, str]:
-    """ELEMENTS of ``1 / (1 + 2**(inner * x))``, and the constraints.
+    """PTX of ``1 / (1 + 2**(inner * x))`` for ELEMENTS elements, and its constraints.
 
-    Operands, a vector of ELEMENTS each: outputs; x; minus the limit of ``x**2``; the factors by which the sum gives a
-    half less the output; inner. All but outputs and x are one value, repeated.
+    Operands, ELEMENTS of each: outputs; x; minus the limit of ``x**2``; factors, by which the sum times x is the output
+    minus 0.5; inner. All but outputs and x are one value, repeated.
     """
     out, x, limit, *factors, inner = _vectors(8)
 
@@ -44,9 +46,10 @@ def logistic() -> tuple[str, str]:
 
 
 def weights() -> tuple[str, str]:
-    """ELEMENTS of ``2**(coef / (1 + 2**(inner * x)) + bias)``, and the constraints.
+    """PTX of ``2**(coef / (1 + 2**(inner * x)) + bias)`` for ELEMENTS elements, and its constraints.
 
-    Operands as those of ``logistic``, with ``bias + coef / 2`` before inner, coef and bias after it.
+    Operands, ELEMENTS of each: outputs; x; minus the limit of ``x**2``; factors, by which the sum times x is the
+    exponent minus ``bias + coef / 2``; that; inner; coef; bias. All but outputs and x are one value, repeated.
     """
     out, x, limit, *factors, middle, inner, coef, bias = _vectors(11)
 
@@ -67,8 +70,8 @@ def _either(
     inner: str,
     far: Callable[[int, Sequence[str]], str],
 ) -> str:
-    """``near`` of each x, with ``sum_i factors[i] * (x**2 + limit)**i``, if ``x**2 + limit`` is below 0 for all of them
-    in all threads of the warp; else ``far`` of each four ``inner * x``."""
+    """``near(i, sum)`` for each x[i], if ``x**2 + limit < 0`` for all x in all threads of the warp; else ``far(i, y)``
+    for each four from x[i] on. ``sum`` is ``sum_j factors[j] * (x[i]**2 + limit)**j``, y the four ``inner * x``."""
     text = f"{{.reg .pred beyond; .reg .b32 signs; .reg .f32 d<{ELEMENTS}>; .reg .f32 t<{ELEMENTS}>;"
     for i, one in enumerate(x):
         text += f"fma.rn.ftz.f32 d{i}, {one}, {one}, {limit};"
