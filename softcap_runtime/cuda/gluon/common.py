@@ -117,7 +117,8 @@ def exp2(x):
 
 @gluon.jit
 def series_of(inner, outer):
-    """Operands of the PTX of ``series`` for ``outer * tanh(x * inner * ln(2) / 2)``: minus its limit of ``x**2``, factors.
+    """Operands of the PTX of ``series``, for ``outer * tanh(x * inner * ln(2) / 2)``: minus the limit of ``x**2``,
+    and the factors.
 
     Where float32 cannot hold the factors, the limit sends every x to the full formula.
     """
