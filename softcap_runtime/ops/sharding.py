@@ -5,7 +5,6 @@ The rules are registered with the first DTensor; until then nothing here imports
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any
 
@@ -69,8 +68,7 @@ def check_placements(q: Any, k: Any, v: Any) -> None:
         if x.device_mesh != q.device_mesh:
             raise ValueError(f"{name}: on {x.device_mesh}, expected q's {q.device_mesh}; redistribute it")
     mesh = q.device_mesh
-    split = {"the batch": 1, "heads": 1}
-    said: dict[str, str] = {}
+    ranks, said = 1, ""  # that heads are split over
     for index, placements in enumerate(zip(q.placements, k.placements, v.placements, strict=True)):
         dims: dict[int, str] = {}
         for name, placement in zip("qkv", placements, strict=True):
@@ -81,20 +79,13 @@ def check_placements(q: Any, k: Any, v: Any) -> None:
                 f"{dims[3]} splits head_dim, expected Shard(0) (the batch), Shard(1) (heads), Shard(2) (the sequence) "
                 "or Replicate(); redistribute it"
             )
-        if dims:
-            kind = "heads" if {1, 2} & dims.keys() else "the batch"
-            split[kind] *= mesh.size(index)
-            said.setdefault(kind, next(iter(dims.values())))
-    ranks = split["heads"]
+        if {1, 2} & dims.keys():
+            ranks *= mesh.size(index)
+            said = said or next(iter(dims.values()))
     if q.shape[1] % ranks or k.shape[1] % ranks:
         raise ValueError(
-            f"{said['heads']} asks for heads over {ranks} ranks, but there are {q.shape[1]} query and {k.shape[1]} key "
+            f"{said} asks for heads over {ranks} ranks, but there are {q.shape[1]} query and {k.shape[1]} key "
             "heads, expected multiples of it; redistribute to Replicate(), or use Runtime.context_attention"
-        )
-    ranks, batch = split["the batch"], q.shape[0]
-    if ranks > 1 and math.ceil(batch / math.ceil(batch / ranks)) < ranks:
-        raise ValueError(
-            f"{said['the batch']} leaves some of {ranks} ranks none of {batch} batch rows; use fewer ranks"
         )
 
 
