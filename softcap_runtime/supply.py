@@ -110,7 +110,7 @@ class Supply(Artifacts):
 
 @functools.cache  # once per process
 def warn_of_unknown_variables() -> None:
-    """Log the environment variables that look like settings and are none."""
+    """Log a warning for each environment variable ``SOFTCAP_...`` that is not a setting."""
     for line in unknown_variables():
         log.warning("%s", line)
 
