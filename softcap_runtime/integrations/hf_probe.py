@@ -36,9 +36,10 @@ def probe(function: MaskFunction, batch: int, place: Place) -> RowIntervals:
 
     # How many keys beyond its own each row sees without a gap, down and up: [B, q_len, 2, 1].
     ways = torch.arange(-1, 2, 2, device=device)[:, None]
+    steps = torch.arange(1, FAN, device=device)
     reach = torch.zeros_like(own)
     for stride in STRIDES:
-        probes = reach + stride * torch.arange(1, FAN, device=device)
+        probes = reach + stride * steps
         reach = reach + stride * sees(own + ways * probes).sum(-1, keepdim=True)
     seen = sees(own)[..., 0, 0]
     lo = torch.where(seen, (own - reach)[..., 0, 0], kv_len)

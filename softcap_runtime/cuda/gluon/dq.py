@@ -247,6 +247,7 @@ def gluon_dq_kernel(
     bars = (own_full, own_empty, k_full, k_empty, v_full, v_empty)
     sizes = (slo_b, B, Hq, G, Sq, SqPad, Skv, left, right, kept_len)
     factors = (inner, coef, gain)
+    # Written out, as compile-time arguments in a tuple that has a name become run-time ones (Triton 3.6).
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [

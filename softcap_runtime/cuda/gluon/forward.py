@@ -363,6 +363,7 @@ def gluon_forward_kernel(
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     sizes = (slo_b, B, Hq, G, Sq, Skv, left, right, kept_len)
     factors = (inner, coef, bias, reference)
+    # Written out, as compile-time arguments in a tuple that has a name become run-time ones (Triton 3.6).
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
