@@ -22,14 +22,19 @@ Timed = Callable[[], Any]
 ENOUGH_SECONDS = 20.0
 
 
-def side_by_side(functions: Mapping[str, Timed], rounds: int) -> dict[str, float]:
-    """Median seconds of each function, called in turn so that a noisy machine is noisy for all of them."""
+def side_by_side(functions: Mapping[str, Timed], rounds: int, before: Timed | None = None) -> dict[str, float]:
+    """Median seconds of each function, called in turn so that a noisy machine is noisy for all of them.
+
+    ``before`` runs ahead of each call and is not timed.
+    """
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             if sum(times[name]) < ENOUGH_SECONDS:
+                if before is not None:
+                    before()
                 started = time.perf_counter()
                 function()
                 times[name].append(time.perf_counter() - started)
