@@ -27,10 +27,8 @@ SERIES_LIMIT = gl.constexpr(series.LIMIT)
 SERIES_0, SERIES_1, SERIES_2, SERIES_3 = map(gl.constexpr, series.FACTORS)
 SERIES_ELEMENTS = gl.constexpr(series.ELEMENTS)
 TANH_WEIGHTS_ASM = gl.constexpr(asm.tanh_weights())
-NUMBERS_ASM_64 = gl.constexpr(asm.kept_numbers(2))
-NUMBERS_ASM_128 = gl.constexpr(asm.kept_numbers(4))
-BITS_ASM_64 = gl.constexpr(asm.kept_bits(2))
-BITS_ASM_128 = gl.constexpr(asm.kept_bits(4))
+NUMBERS_ASM = gl.constexpr(asm.kept_numbers())
+BITS_ASM = gl.constexpr(asm.kept_bits())
 FOUR_OF_THREE = gl.constexpr("=f,=f,=f,=f,f,f,f,f,f,f,f,f,f,f,f,f")
 
 # A tile from global to shared memory and back, by tensor maps; the names of Triton 3.9, and those before.
@@ -215,65 +213,55 @@ def some_hidden(first, Kept, kept_at, kept_len, N: gl.constexpr):
 
 
 @gluon.jit
-def _places(N: gl.constexpr, S_L: gl.constexpr):
-    """Of the columns ``[N // 8, 8]`` of a product: which eight it is ``[N // 8]``, the place in it ``[8]``."""
-    columns = gl.reshape(gl.arange(0, N, layout=gl.SliceLayout(0, S_L)), [N // 8, 8])
+def _places(S_L: gl.constexpr):
+    """Of the columns ``[8, 8]`` of a product of 64 keys: which eight it is ``[8]``, the place in it ``[8]``."""
+    columns = gl.reshape(gl.arange(0, 64, layout=gl.SliceLayout(0, S_L)), [8, 8])
     L: gl.constexpr = columns.type.layout
-    return gl.arange(0, N // 8, layout=gl.SliceLayout(1, L)), gl.arange(0, 8, layout=gl.SliceLayout(0, L))
+    return gl.arange(0, 8, layout=gl.SliceLayout(1, L)), gl.arange(0, 8, layout=gl.SliceLayout(0, L))
 
 
 @gluon.jit
-def kept_numbers(first, count, N: gl.constexpr, S_L: gl.constexpr):
-    """Those of N keys, for ``kept_bits``: ``first`` is where they begin, ``count`` how many there are."""
-    _, place = _places(N, S_L)
+def kept_numbers(first, count, S_L: gl.constexpr):
+    """Those of 64 keys, for ``kept_bits``: ``first`` is where they begin, ``count`` how many there are."""
+    _, place = _places(S_L)
     first = first.to(gl.uint64, bitcast=True)
-    if N == 64:
-        return gl.inline_asm_elementwise(
-            NUMBERS_ASM_64, "=&r,=&r,r,r,l,l,r,r", [place, first, count], dtype=gl.int32, is_pure=False, pack=2
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            NUMBERS_ASM_128, "=&l,=&l,r,r,l,l,r,r", [place, first, count], dtype=gl.int64, is_pure=False, pack=2
-        )
+    return gl.inline_asm_elementwise(
+        NUMBERS_ASM, "=&r,=&r,r,r,l,l,r,r", [place, first, count], dtype=gl.int32, is_pure=False, pack=2
+    )
 
 
 @gluon.jit
-def kept_bits(numbers, N: gl.constexpr, S_L: gl.constexpr):
-    """Which of N keys are kept, in two registers of a thread: for ``kept_columns``."""
-    _, place = _places(N, S_L)
-    if N == 64:
-        return gl.inline_asm_elementwise(
-            BITS_ASM_64, "=&r,=&r,r,r,r,r", [numbers, place], dtype=gl.int32, is_pure=False, pack=2
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            BITS_ASM_128, "=&r,=&r,l,l,r,r", [numbers, place], dtype=gl.int32, is_pure=False, pack=2
-        )
+def kept_bits(numbers, S_L: gl.constexpr):
+    """Which of 64 keys are kept, in two registers of a thread: for ``kept_columns``."""
+    _, place = _places(S_L)
+    return gl.inline_asm_elementwise(
+        BITS_ASM, "=&r,=&r,r,r,r,r", [numbers, place], dtype=gl.int32, is_pure=False, pack=2
+    )
 
 
 @gluon.jit
-def no_bits(N: gl.constexpr, S_L: gl.constexpr):
+def no_bits(S_L: gl.constexpr):
     """As ``kept_bits``, of no key."""
-    _, place = _places(N, S_L)
+    _, place = _places(S_L)
     return place * 0
 
 
 @gluon.jit
-def kept_columns(bits, N: gl.constexpr, S_L: gl.constexpr):
-    """Whether each of N keys is kept: ``[1, N]``."""
-    eight, _ = _places(N, S_L)
+def kept_columns(bits, S_L: gl.constexpr):
+    """Whether each of 64 keys is kept: ``[1, 64]``."""
+    eight, _ = _places(S_L)
     kept = (gl.expand_dims(bits, 0) >> gl.expand_dims(eight % 4 * 8 + eight // 4, 1)) & 1
-    columns = gl.convert_layout(gl.reshape(kept != 0, [N]), gl.SliceLayout(0, S_L), assert_trivial=True)
+    columns = gl.convert_layout(gl.reshape(kept != 0, [64]), gl.SliceLayout(0, S_L), assert_trivial=True)
     return gl.expand_dims(columns, 0)
 
 
 @gluon.jit
-def without_holes(x, instead, key, Kept, kept_at, kept_len, N: gl.constexpr, S_L: gl.constexpr):
-    """``x`` ``[M, N]``, and ``instead`` for keys from ``key`` on that are not kept."""
+def without_holes(x, instead, key, Kept, kept_at, kept_len, S_L: gl.constexpr):
+    """``x`` ``[M, 64]``, and ``instead`` for keys from ``key`` on that are not kept."""
     # A branch: calls that keep all keys don't pay.
-    if some_hidden(key, Kept, kept_at, kept_len, N):
-        bits = kept_bits(kept_numbers(Kept + kept_at + key, kept_len - key, N, S_L), N, S_L)
-        x = gl.where(kept_columns(bits, N, S_L), x, instead)
+    if some_hidden(key, Kept, kept_at, kept_len, 64):
+        bits = kept_bits(kept_numbers(Kept + kept_at + key, kept_len - key, S_L), S_L)
+        x = gl.where(kept_columns(bits, S_L), x, instead)
     return x
 
 

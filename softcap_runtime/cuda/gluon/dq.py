@@ -108,7 +108,7 @@ def _step_dq(
     s = warpgroup_mma_wait(0, deps=(s,))
     dp = warpgroup_mma(do, v.permute((1, 0)), none, use_acc=False, is_async=True)
     if HOLES:  # of the next keys
-        numbers = kept_numbers(Kept, N, N, S_L)
+        numbers = kept_numbers(Kept, N, S_L)
     z, slope = capped(s, inner, coef, gl.expand_dims(shift, 1), FORM)
     if EDGES:
         keys = key + gl.arange(0, N, layout=gl.SliceLayout(0, S_L))
@@ -116,13 +116,13 @@ def _step_dq(
     steep = exp2(z) * slope
     # Here and not in the logits, for which registers would be spilled.
     if EDGES and not BAND:
-        steep = without_holes(steep, 0.0, key, Kept, kept_at, kept_len, N, S_L)
+        steep = without_holes(steep, 0.0, key, Kept, kept_at, kept_len, S_L)
     if HOLES:
-        steep = gl.where(kept_columns(bits, N, S_L), steep, 0.0)
+        steep = gl.where(kept_columns(bits, S_L), steep, 0.0)
     dp = warpgroup_mma_wait(0, deps=(dp,))
     mbarrier.arrive(v_empty.index(v_slot), count=1)
     if HOLES:
-        bits = kept_bits(numbers, N, S_L)
+        bits = kept_bits(numbers, S_L)
     ds = steep * (dp - gl.expand_dims(delta, 1))
     ds = gl.convert_layout(ds.to(do.dtype), P_L, assert_trivial=True)
     acc = warpgroup_mma(ds, k_s.index(k_slot).reshape([N, DPAD]), acc, is_async=True)
@@ -194,9 +194,9 @@ def _consume_dq(
             if not BAND:
                 done = partial + clean - full_first
                 kept = Kept + kept_at + (full_first - partial) * N
-                bits = no_bits(N, S_L)
+                bits = no_bits(S_L)
                 if partial < done:
-                    bits = kept_bits(kept_numbers(kept + partial * N, N, N, S_L), N, S_L)
+                    bits = kept_bits(kept_numbers(kept + partial * N, N, S_L), S_L)
                 for index in range(partial, done):
                     following = kept + gl.minimum(index + 1, done - 1) * N
                     s, acc, slots, bits = _step_dq(

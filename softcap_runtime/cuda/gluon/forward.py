@@ -116,14 +116,14 @@ def _softmax(
     else:
         p = fixed_weights(s, inner, coef, bias, FORM)
     if HOLES:
-        p = gl.where(kept_columns(bits, N, S_L), p, float("-inf") if ONLINE else 0.0)
+        p = gl.where(kept_columns(bits, S_L), p, float("-inf") if ONLINE else 0.0)
     if EDGES:
         keys = key + gl.arange(0, N, layout=gl.SliceLayout(0, S_L))
         at = gl.expand_dims(keys, 0)
         visible = (at >= gl.expand_dims(lo, 1)) & (at < gl.expand_dims(hi, 1))
         p = gl.where(visible, p, float("-inf") if ONLINE else 0.0)
         if not BAND:
-            p = without_holes(p, float("-inf") if ONLINE else 0.0, key, Kept, kept_at, kept_len, N, S_L)
+            p = without_holes(p, float("-inf") if ONLINE else 0.0, key, Kept, kept_at, kept_len, S_L)
     if ONLINE:
         most = gl.max(p, 1)
         if not START:
@@ -220,9 +220,9 @@ def _consume(
             if not BAND:
                 holes = partial + clean - full_first
                 kept = Kept + kept_at + (full_first - partial) * N
-                bits = no_bits(N, S_L)
+                bits = no_bits(S_L)
                 if done < holes:
-                    bits = kept_bits(kept_numbers(kept + done * N, N, N, S_L), N, S_L)
+                    bits = kept_bits(kept_numbers(kept + done * N, N, S_L), S_L)
                 for index in range(done, holes):
                     more = kept + gl.minimum(index + 1, holes - 1) * N
                     acc, p, m, l, total, bits = _step(
@@ -293,7 +293,7 @@ def _step(
     mbarrier.wait(v_full.index(last_slot), last_phase)
     acc = warpgroup_mma(p, v_s.index(last_slot).reshape([N, DPAD]), acc, is_async=True)
     if HOLES:  # of the next keys
-        numbers = kept_numbers(Kept, N, N, S_L)
+        numbers = kept_numbers(Kept, N, S_L)
     if TOTAL:
         total = _add_weights(total, p, ones, T_L)
         s = warpgroup_mma_wait(2, deps=(s,))
@@ -306,16 +306,15 @@ def _step(
     )  # fmt: skip
     weights = gl.convert_layout(weights.to(q.dtype), P_L, assert_trivial=True)
     # The last weights pass through the wait: their registers are read until then. With holes the next ones do too, or
-    # ptxas would wait before it computes them; 128 keys' leave no registers for it.
-    EARLY: gl.constexpr = HOLES and N == 64
+    # ptxas would wait before it computes them.
     if TOTAL:
-        if EARLY:
+        if HOLES:
             acc, total, p, weights = warpgroup_mma_wait(0, deps=(acc, total, p, weights))
         else:
             acc, total, p = warpgroup_mma_wait(0, deps=(acc, total, p))
         total = warpgroup_mma_init(total)
     else:
-        if EARLY:
+        if HOLES:
             acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))
         else:
             acc, p = warpgroup_mma_wait(0, deps=(acc, p))
@@ -325,7 +324,7 @@ def _step(
     acc = warpgroup_mma_init(acc)
     mbarrier.arrive(v_empty.index(last_slot), count=1)
     if HOLES:  # here, where no product is under way, for ptxas would wait for it
-        bits = kept_bits(numbers, N, S_L)
+        bits = kept_bits(numbers, S_L)
     return acc, weights, m, l, total, bits
 
 

@@ -90,33 +90,29 @@ def tanh_weights() -> str:
     return text + "}"
 
 
-def kept_numbers(words: int) -> str:
-    """The numbers of ``32 * words`` keys: a thread of a warp gets its one of each 32, half of them in $0, half in $1.
+def kept_numbers() -> str:
+    """The numbers of 64 keys: a thread of a warp gets its one of the first 32 in $0, its one of the others in $1.
 
     $4 and $5 are the address of the first, int32; $6 and $7 how many there are, past which the last one counts: one
     value each, repeated. $2 and $3 are not read.
     """
     text = "{.reg .b32 lane, last, at; .reg .b64 a; mov.u32 lane, %laneid; sub.s32 last, $6, 1;"
-    text += f".reg .b32 x<{words}>;"
-    for w in range(words):
-        text += f"add.s32 at, lane, {32 * w}; min.s32 at, at, last; mad.wide.s32 a, at, 4, $4; ld.global.b32 x{w}, [a];"
-    if words == 2:
-        return text + "mov.b32 $0, x0; mov.b32 $1, x1;}"
-    return text + "mov.b64 $0, {x0, x1}; mov.b64 $1, {x2, x3};}"
+    for word in range(2):
+        text += f"add.s32 at, lane, {32 * word}; min.s32 at, at, last; mad.wide.s32 a, at, 4, $4;"
+        text += f"ld.global.b32 ${word}, [a];"
+    return text + "}"
 
 
-def kept_bits(words: int) -> str:
+def kept_bits() -> str:
     """Which of ``kept_numbers``' keys are kept, as the two columns of each eight that a thread of a product has.
 
     Outputs $0 and $1, of the columns whose places among the eight are $4 and $5: bit 8 i + w is of key 32 w + 8 i plus
     that place. All threads of a warp take part, with their numbers in $2 and $3.
     """
-    text = f"{{.reg .pred p; .reg .b32 word, t; .reg .b32 x<{words}>;"
-    pair = "mov.b32 x0, $2; mov.b32 x1, $3;"
-    text += pair if words == 2 else "mov.b64 {x0, x1}, $2; mov.b64 {x2, x3}, $3;"
-    for w in range(words):
-        text += f"setp.ne.s32 p, x{w}, 0; vote.sync.ballot.b32 word, p, 0xffffffff;"
+    text = "{.reg .pred p; .reg .b32 word, t;"
+    for w in range(2):
+        text += f"setp.ne.s32 p, ${2 + w}, 0; vote.sync.ballot.b32 word, p, 0xffffffff;"
         for output, place in ((0, 4), (1, 5)):
             text += f"shr.b32 t, word, ${place}; and.b32 t, t, 0x01010101;"
-            text += f"shl.b32 t, t, {w}; or.b32 ${output}, ${output}, t;" if w else f"mov.b32 ${output}, t;"
+            text += f"shl.b32 t, t, 1; or.b32 ${output}, ${output}, t;" if w else f"mov.b32 ${output}, t;"
     return text + "}"
