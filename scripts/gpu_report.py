@@ -282,6 +282,39 @@ def packed(report: Report) -> None:
     report.table(f"packed, documents of {mean} on average, S={length}, mask included", rows)
 
 
+def masked(report: Report) -> None:
+    """What an ``attention_mask`` costs, the making of its intervals included: times of the same calls without one."""
+    rows = []
+    for heads, head_dim in ((2, 64),) if report.smoke else ((16, 256), (32, 128), (32, 64)):
+        config = AttentionConfig(softcap=SOFTCAP, scale=head_dim**-0.5)
+        for batch, length in ((2, 64),) if report.smoke else ((16, 512), (4, 2048), (2, 8192)):
+            tensors = report.inputs(batch, heads, heads // 2, length, head_dim)
+            grad = torch.randn_like(tensors[0])
+            calls = {
+                name: partial(report.runtime.attention, config=config, attention_mask=mask)
+                for name, mask in {"none": None, **masks_of(batch, length, report.device)}.items()
+            }
+            with torch.no_grad():
+                forward = report.in_turns({name: partial(call, *tensors) for name, call in calls.items()})
+            both = report.in_turns({name: step(call, tensors, grad) for name, call in calls.items()})
+            shape = f"B{batch} Hq{heads} Hkv{heads // 2} D{head_dim} S{length}"
+            for name in list(calls)[1:]:
+                times = {"forward": forward[name] / forward["none"], "forward + backward": both[name] / both["none"]}
+                rows.append({"shape": shape, "mask": name, **times})
+    report.table("attention_mask, times of the same call without one", rows)
+
+
+def masks_of(batch: int, length: int, device: str) -> dict[str, Tensor]:
+    """Masks of tokens ``[batch, length]``: 1 is shown, 0 hidden."""
+    ones = torch.ones(batch, length, dtype=torch.int64, device=device)
+    one_hole = ones.clone()
+    one_hole[:, length // 3] = 0
+    holes = (torch.rand(batch, length, device=device) >= 0.1).long()
+    starts = torch.randint(0, length // 2, (batch, 1), device=device)
+    padded = (torch.arange(length, device=device) >= starts).long()
+    return {"of ones": ones, "one hole": one_hole, "a tenth hidden": holes, "left padding, up to half": padded}
+
+
 def decoding(report: Report) -> None:
     """One new token against a long cache, as a share of the copy bandwidth."""
     batch, length, head_dim = (2, 64, 64) if report.smoke else (32, 8192, 256)
@@ -452,7 +485,7 @@ def fresh_process(report: Report) -> None:
     report.table("a fresh process, caches warm", rows)
 
 
-PARTS = (training_shapes, saturated, packed, decoding, paged, memory, overhead, fresh_process)
+PARTS = (training_shapes, saturated, packed, masked, decoding, paged, memory, overhead, fresh_process)
 
 if __name__ == "__main__":
     main()
