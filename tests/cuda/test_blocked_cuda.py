@@ -18,7 +18,7 @@ from torch import Tensor
 
 from softcap_runtime import AttentionConfig, reference
 from softcap_runtime.cuda.cubin import CubinSpec
-from softcap_runtime.cuda.gluon.options import KEPT_FROM
+from softcap_runtime.cuda.gluon.options import LONG
 from softcap_runtime.cuda.kernel import GpuKernel
 from softcap_runtime.cuda.options import BlockOptions, DeviceLimits, Direction, choose, device_limits, triton_version
 from softcap_runtime.cuda.paged import bind_paged
@@ -219,7 +219,7 @@ def test_what_is_listed_is_what_calls_ask_for(
         # At the lengths from which a kernel of so many products takes its tiles another way, and below.
         near = [math.isqrt(TMA_FROM // (products * heads * head_dim)) for products in range(1, 9)]
         shapes += [(1, length + more, length + more) for length in near for more in (0, 1)]
-        shapes += [(256, KEPT_FROM - 1, KEPT_FROM - 1)]  # as many products as long inputs, over few keys
+        shapes += [(256, LONG - 1, LONG - 1)]  # as many products as long inputs, over few keys
         shapes += [(random.randint(1, 64), *sorted(random.choices(range(1, 9000), k=2))) for _ in range(20)]
         met = set()
         for shape in shapes:

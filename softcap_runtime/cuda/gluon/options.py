@@ -14,9 +14,17 @@ D128 approximate; without a cap; fp16      2.18; 2.51; 2.99     1.95; 1.99; 2.56
 D64; approximate; without a cap; fp16      1.79; 1.61 1.47 2.18 1.48; 1.64 1.54 2.10
 32,768 packed: D256; D128; D64             1.19; 1.37; 0.90     0.82; 1.45; 1.06
 B8 Hq8 Hkv4 D256 S1024; one of 512         0.127; 0.042         0.076; 0.033
+B16 S512: D128; D64                        0.143; 0.099         0.145; 0.121
 a tenth of the keys hidden, D128: 512      0.029                0.032
 2,048; D64: 512; 2,048; 8,192              0.24; 0.023 0.19 2.4 0.19; 0.028 0.16 1.7
+left padding of up to half, D128: 2,048    0.24                 0.31
+8,192; D64: 2,048; 8,192                   1.6; 0.19 1.2        1.5; 0.27 1.1
 =========================================  ===================  ===================
+
+Padding gains less than it hides at head_dim 64 and 128, as three warpgroups hold the forward's code three times, with
+intervals 190 KB. Programs share a cache of instructions: beside others at work on short tiles those of a long one take
+twice as many cycles (head_dim 64, 1,920 keys: 112,519 in place of 54,920). With two warpgroups, and less code, they do
+not, but are slower on long rows.
 
 The card is power capped: a kernel's time moves by a tenth from run to run. Backward, Triton and Gluon: D256 10.1 and
 7.0 to 7.7, window 4096 7.7 and 5.5; D128 7.7 and 7.0, window 6.0 and 5.4; D64 5.1 and 4.8; packed D256 6.8 and 4.5 to
@@ -39,8 +47,8 @@ from softcap_runtime.cuda.triton.call import Factors, Mask
 # What compiles the kernels: warp specialisation as they use it. The forms of a softcap that they know.
 OLDEST_TRITON = (3, 6)
 FORMS = (0, 1, 2)
-# Keys from which it is the faster one in inference where some may not be kept.
-KEPT_FROM = 1024
+# Keys from which it is the faster one in inference at head_dim 64, and at 128 where some may not be kept.
+LONG = 1024
 # Rows that a warpgroup takes: those of one matrix instruction.
 WARPGROUP_ROWS = 64
 
@@ -102,9 +110,12 @@ def faster_forward(head_dim: int, keys: int, mask: Mask, call: Factors, total: b
 
     ``total``: it sums the rounded weights, for training.
     """
-    if tile_width(head_dim) == 256 or total:
+    width = tile_width(head_dim)
+    if width == 256 or total:
         return True
-    return keys >= KEPT_FROM if mask.kept else mask.band or call.online
+    if keys < LONG and (width == 64 or mask.kept):
+        return False
+    return mask.band or mask.kept or call.online
 
 
 def forward_options(head_dim: int) -> ForwardOptions:
