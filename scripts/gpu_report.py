@@ -317,9 +317,9 @@ def masks_of(batch: int, length: int, device: str) -> dict[str, Tensor]:
     one_hole = ones.clone()
     one_hole[:, length // 3] = 0
     holes = (torch.rand(batch, length, device=device) >= 0.1).long()
-    starts = torch.randint(0, length // 2, (batch, 1), device=device)
+    starts = torch.linspace(0, length // 2, batch, device=device).long()[:, None]
     padded = (torch.arange(length, device=device) >= starts).long()
-    return {"of ones": ones, "one hole": one_hole, "a tenth hidden": holes, "left padding, up to half": padded}
+    return {"of ones": ones, "one hole": one_hole, "a tenth hidden": holes, "left padding of 0 to half": padded}
 
 
 def decoding(report: Report) -> None:
