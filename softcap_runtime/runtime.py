@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import Capped, check_config, check_no_context_parallel
+from softcap_runtime.checks import Capped, check_config, check_no_context_parallel, check_qkv
 from softcap_runtime.compat.torch_private import constant_in_graphs
 from softcap_runtime.compat.torch_transforms import interpreters_active
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
@@ -163,10 +163,11 @@ class Runtime:
     ) -> Tensor:
         """Attention under a ready-made mask: for integrations that make one mask for many layers.
 
-        Like ``attention``, but without its checks of q, k and v. ``mask`` replaces the window and causal of the
-        config, ``engine`` that of the settings.
+        ``mask`` replaces the window and causal of the config, ``engine`` that of the settings. The contents of the mask
+        are not checked, all else is, as in ``attention``.
         """
         check_no_context_parallel()
+        check_qkv(q, k, v)
         if not isinstance(mask, RowIntervals):
             raise TypeError(f"mask: {type(mask).__name__}, expected RowIntervals; make them with row_intervals(...)")
         if not torch.compiler.is_compiling():

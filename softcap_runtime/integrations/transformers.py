@@ -177,8 +177,8 @@ def attention_forward(
     cap = cap_of(softcap, scaling, query.shape[-1])
     # Under autocast rotary embeddings leave query and key in float32 where value has autocast's dtype.
     query, key, value = autocast_inputs(query, key, value)
-    check_qkv(query, key, value)
     if paged:
+        check_qkv(query, key, value)
         check_positive("sliding_window", sliding_window)
         attend = outside_of_graphs() if torch.compiler.is_compiling() else attend_paged
         return attend(runtime, module, query, key, value, cap, sliding_window, kwargs), None
@@ -204,6 +204,7 @@ def attention_forward(
     if isinstance(mask, RowIntervals):
         out = runtime.attend(query, key, value, cap, mask)
     else:
+        check_qkv(query, key, value)
         out = _by_elements(query, key, value, cap, mask, dropout)
     return out.transpose(1, 2), None
 
@@ -261,6 +262,6 @@ def context_forward(
 
 def _by_elements(query: Tensor, key: Tensor, value: Tensor, cap: Cap, mask: Tensor, dropout: float) -> Tensor:
     if not torch.compiler.is_compiling():
-        what = "dropout: weights are dropped" if dropout else "attention_mask: no run of keys in each row"
-        warn_once(f"{what}; plain torch serves this, rows x keys at a time")
+        why = "dropout: no kernel drops weights" if dropout else "attention_mask: rows see more than one range of keys"
+        warn_once(f"{why}; plain torch computes this, with rows x keys elements at a time, which is slower")
     return attend_elements(query, key, value, mask, scale=cap.scale, softcap=cap.softcap, dropout=float(dropout))

@@ -588,3 +588,22 @@ def test_empty_tensors(
             assert not grad.any()
         with torch.no_grad():
             assert runtime.attention(q, k, v, config, **masks).shape == q.shape
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("engine", ["blocked", "eager"])
+def test_attend_checks_what_it_is_given(runtimes: dict[str, Runtime], engine: str, train: bool, seed: int) -> None:
+    """A kernel would read past the end of a tensor that does not fit the others."""
+    mask, config = row_intervals(64, 64, causal=True, window=None), AttentionConfig(softcap=50.0, scale=0.1)
+    q, k, v = (torch.randn(1, heads, 64, 32, requires_grad=train) for heads in (4, 2, 2))
+    for wrong, told in (
+        ((q, k, v[..., :8]), "v: head_dim 8, expected q's 32"),
+        ((q, k, v[:, :, :8]), "v: shape"),
+        ((q, k[:, :1], v), "v: shape"),
+        ((q, k.bfloat16(), v.bfloat16()), "k.dtype: torch.bfloat16, expected q's"),
+        ((q.expand(3, -1, -1, -1), k, v), "k: batch 1, expected q's 3"),
+        ((q[:, :3], k, v), "q: 3 heads, expected a multiple of the 2 key heads"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            runtimes[engine].attend(*wrong, config, mask)
+    assert runtimes[engine].attend(q, k, v, config, mask).shape == q.shape
