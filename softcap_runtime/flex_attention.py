@@ -114,7 +114,7 @@ def attend(
     if documents is not None:
         found = _within_documents(found, documents, *lengths)
     if isinstance(found, RowIntervals):
-        out = runtime.attend(q, k, v, config, found, engine)
+        out = runtime.attend_checked(q, k, v, config, found, engine)
     elif isinstance(found, Tensor):
         out = attend_elements(q, k, v, found, scale=config.scale, softcap=config.softcap)
     elif engine == "eager":

@@ -72,7 +72,7 @@ def paged_attention(
         runtime.plans.paged_calls += 1
         return out
     k, v, mask = gathered(q, pages, config, cu_seqlens_q)
-    return runtime.attend(q, k, v, config, mask)
+    return runtime.attend_checked(q, k, v, config, mask)
 
 
 def _kind(q: Tensor, pages: Pages, config: AttentionConfig, cu_seqlens_q: Tensor | None) -> Hashable:

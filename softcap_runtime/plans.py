@@ -186,10 +186,10 @@ class Server(Protocol):
     plans: Plans
     number: int
 
-    def attend(
+    def attend_checked(
         self, q: Tensor, k: Tensor, v: Tensor, config: Capped, mask: RowIntervals, engine: EngineName | None = None
     ) -> Tensor:
-        """See ``Runtime.attend``."""
+        """See ``Runtime.attend_checked``."""
 
     def plan(self, q: Tensor, k: Tensor, call: Call) -> Plan:
         """See ``Runtime.plan``."""

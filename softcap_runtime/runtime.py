@@ -135,7 +135,7 @@ class Runtime:
         form = _form_of(mask.vectors)
         if known is not None and form in known and (mask.lo is None or type(mask.lo) is Tensor):
             return self._run(known[form], q, k, v, *mask.vectors)
-        out = self.attend(q, k, v, config, mask)
+        out = self.attend_checked(q, k, v, config, mask)
         if key is not None and q.numel() and k.numel():
             call = Call(mask, config.scale, config.softcap, self.settings.engine, _wants_grad(q, k, v))
             self.plans.learn(key, form, PlanKey.of(q, k, call))
@@ -166,8 +166,14 @@ class Runtime:
         ``mask`` replaces the window and causal of the config, ``engine`` that of the settings. The contents of the mask
         are not checked, all else is, as in ``attention``.
         """
-        check_no_context_parallel()
         check_qkv(q, k, v)
+        return self.attend_checked(q, k, v, config, mask, engine)
+
+    def attend_checked(
+        self, q: Tensor, k: Tensor, v: Tensor, config: Capped, mask: RowIntervals, engine: EngineName | None = None
+    ) -> Tensor:
+        """``attend`` for callers that have checked q, k and v: once a call, not for each of its parts."""
+        check_no_context_parallel()
         if not isinstance(mask, RowIntervals):
             raise TypeError(f"mask: {type(mask).__name__}, expected RowIntervals; make them with row_intervals(...)")
         if not torch.compiler.is_compiling():

@@ -18,7 +18,7 @@ def attend_by_heads(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     def compute(q: Tensor, k: Tensor, v: Tensor, coming: Tensor) -> Tensor:
         heads = [x.shape[1] for x in (q, k, v)]
         whole = _rows_together(waited(coming), sum(heads), like, plan).split(heads, 1)
-        out = runtime.attend(whole[0], whole[1], whole[2], config, context.whole)
+        out = runtime.attend_checked(whole[0], whole[1], whole[2], config, context.whole)
         return _back_to_rows(out, plan, context.rank, mesh)
 
     groups = _head_groups(q, k, v, context.layout.ranks, stages)

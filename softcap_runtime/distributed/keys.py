@@ -313,13 +313,13 @@ def _in_graph(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     def compute(q: Tensor, k: Tensor, v: Tensor, coming: Tensor | None) -> Tensor:
         if plan.outer is None:
             assert plan.inner is not None
-            return runtime.attend(q, *_tied(k, v, coming, plan.keys), config, plan.inner)
+            return runtime.attend_checked(q, *_tied(k, v, coming, plan.keys), config, plan.inner)
         if plan.inner is None:
-            return runtime.attend(q, *_tied(k, v, coming, plan.outer_keys), config, plan.outer)
+            return runtime.attend_checked(q, *_tied(k, v, coming, plan.outer_keys), config, plan.outer)
         first, middle, last = q.split([ahead, inner, behind], 2)
-        out = runtime.attend(middle, k, v, config, plan.inner)
+        out = runtime.attend_checked(middle, k, v, config, plan.inner)
         keys, values = _tied(k, v, coming, plan.outer_keys)
-        outer = runtime.attend(joined([first, last], 2), keys, values, config, plan.outer)
+        outer = runtime.attend_checked(joined([first, last], 2), keys, values, config, plan.outer)
         first, last = outer.split([ahead, behind], 2)
         return joined([first, out, last], 2)
 

@@ -162,10 +162,10 @@ def _attend(runtime: Runtime, query: Tensor, key: Tensor, value: Tensor, cap: Ca
         q = query if len(runs) == 1 else query[:, :, first:past]
         if mask.q_len < past - first:  # each row is a batch row of one
             k, v = key.expand(past - first, -1, -1, -1), value.expand(past - first, -1, -1, -1)
-            out = runtime.attend(q.transpose(0, 2), k, v, cap, mask)
+            out = runtime.attend_checked(q.transpose(0, 2), k, v, cap, mask)
             out = out.view(1, past - first, *out.shape[1::2])
         else:
-            out = runtime.attend(q, key, value, cap, mask).transpose(1, 2)
+            out = runtime.attend_checked(q, key, value, cap, mask).transpose(1, 2)
         outs.append(out)
     return outs[0] if len(runs) == 1 else torch.cat(outs, 1)
 

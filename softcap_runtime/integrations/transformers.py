@@ -177,8 +177,8 @@ def attention_forward(
     cap = cap_of(softcap, scaling, query.shape[-1])
     # Under autocast rotary embeddings leave query and key in float32 where value has autocast's dtype.
     query, key, value = autocast_inputs(query, key, value)
+    check_qkv(query, key, value)
     if paged:
-        check_qkv(query, key, value)
         check_positive("sliding_window", sliding_window)
         attend = outside_of_graphs() if torch.compiler.is_compiling() else attend_paged
         return attend(runtime, module, query, key, value, cap, sliding_window, kwargs), None
@@ -202,9 +202,8 @@ def attention_forward(
     if dropout and isinstance(mask, RowIntervals):
         mask = dense(mask, query.device)[:, None]
     if isinstance(mask, RowIntervals):
-        out = runtime.attend(query, key, value, cap, mask)
+        out = runtime.attend_checked(query, key, value, cap, mask)
     else:
-        check_qkv(query, key, value)
         out = _by_elements(query, key, value, cap, mask, dropout)
     return out.transpose(1, 2), None
 

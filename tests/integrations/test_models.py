@@ -109,6 +109,6 @@ def test_mask_used_as_a_tensor_raises_by_name(use: str) -> None:
 @pytest.mark.parametrize("name", ["indices", "block_indices", "sinks"])
 def test_chosen_keys_and_sinks_raise_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What models with sparse attention and sinks of their own hand to their attention function."""
-    monkeypatch.setattr(Runtime, "attend", lambda *_: pytest.fail("a kernel ran"))
+    monkeypatch.setattr(Runtime, "attend_checked", lambda *_: pytest.fail("a kernel ran"))
     with pytest.raises(ValueError, match=rf"{name}: .*attn_implementation='eager'"):
         gemma(0, attn_implementation=NAME)(tokens(1, 6), **{name: torch.zeros(1)})

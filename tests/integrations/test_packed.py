@@ -56,8 +56,8 @@ def test_documents_over_a_cache(seed: int) -> None:
 
 def test_positions_of_one_document_cost_no_tensor(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = Runtime.attend
-    monkeypatch.setattr(Runtime, "attend", lambda self, *x, **y: seen.append(x[4]) or real(self, *x, **y))
+    real = Runtime.attend_checked
+    monkeypatch.setattr(Runtime, "attend_checked", lambda self, *x, **y: seen.append(x[4]) or real(self, *x, **y))
     error_of(position_ids=torch.arange(SEQ_LEN)[None])
     error_of(torch.tensor([29]), position_ids=torch.tensor([[29]]))
     assert [mask.lo for mask in seen] == [None, None]

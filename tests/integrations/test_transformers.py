@@ -275,7 +275,7 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused_by_name(what: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fields, inputs, words = REFUSED[what]
-    monkeypatch.setattr(Runtime, "attend", lambda *_: pytest.fail("a kernel ran"))
+    monkeypatch.setattr(Runtime, "attend_checked", lambda *_: pytest.fail("a kernel ran"))
     with pytest.raises(ValueError, match=words) as raised:
         gemma(seed, attn_implementation=NAME, **fields).train()(tokens(1, 6), **inputs)
     assert "\n" not in str(raised.value)
