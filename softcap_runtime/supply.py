@@ -140,5 +140,6 @@ def _auth_key(settings: RuntimeSettings) -> bytes | None:
     if not key:
         raise ValueError(f"cache_key_file: {path} is empty, expected a secret of some 32 random bytes")
     if mode & 0o077:
-        log.warning("cache_key_file: %s is open to others (mode %04o); run: chmod 600 %s", path, mode, path)
+        told = "cache_key_file: %s is open to others (mode %04o); run: chmod 600 %s"
+        log.warning(told, path, mode, shlex.quote(str(path)))
     return key

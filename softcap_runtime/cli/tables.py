@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from softcap_runtime.report.cache import CacheReport
 from softcap_runtime.report.gpus import Gpu
 from softcap_runtime.store.entry import printable
 from softcap_runtime.store.key import FieldValue
+from softcap_runtime.store.quarantine import FOLDER
 from softcap_runtime.store.report import EntryInfo, Explanation, Problem, StoreStatus
 
 # A pipe has no width, and 80 columns would cut off what a reader or grep looks for.
@@ -53,18 +55,19 @@ def show_report(out: Console, report: CacheReport, counters: bool = False) -> No
     """
     status = report.status
     kernels = [info.fits for info in report.entries if info.fields.get("op") != "tuned_options"]
-    wrong = _wrong(status)
-    state = f"{counted(len(wrong), 'problem')}:" if wrong else "nothing is wrong"
+    problems = wrong(status)
+    state = f"{counted(len(problems), 'problem')}:" if problems else "nothing is wrong"
     _say(out, f"{counted(len(kernels), 'kernel')}, {sum(kernels)} fit this environment; {state}")
-    for line in wrong:
-        _say(out, line, "- ")
+    for line in problems:  # in one piece: it may end in a command to paste
+        out.print(plain(f"- {line}"), soft_wrap=True)
     access = "writable" if status.writable else "read-only" if status.exists else "none yet"
+    verdict = status.verdict if status.trusted else "not trusted"
     network = ", a network filesystem" if status.network_filesystem else ""
     facts = {
         "folder": status.folder if status.exists else f"{status.folder} (does not exist)",
         "size": f"{counted(status.entries, 'entry')}, {decimal(status.bytes)} of {decimal(status.size_limit)}",
         "access": f"{access}, {status.filesystem}{network}",
-        "verdict": f"{status.verdict} (owner {status.owner or '-'}, mode {status.mode or '-'})",
+        "verdict": f"{verdict} (owner {status.owner or '-'}, mode {status.mode or '-'})",
         "authenticated": "yes" if status.authenticated else "no (SOFTCAP_CACHE_KEY_FILE is not set)",
         "environment": ", ".join(f"{name} {value}" for name, value in report.fingerprint.items()),
         "counters": ", ".join(f"{name} {value}" for name, value in status.counters.items() if value or counters),
@@ -83,12 +86,14 @@ def show_report(out: Console, report: CacheReport, counters: bool = False) -> No
         _show_gpu(out, gpu)
 
 
-def _wrong(status: StoreStatus) -> list[str]:
+def wrong(status: StoreStatus) -> list[str]:
+    """What is wrong with the cache now, a line each."""
     found = [status.fault or ("" if status.trusted else status.verdict)]
     if status.held_in_memory:
         found.append(f"{counted(status.held_in_memory, 'entry')} could not be written")
     if status.quarantine:
-        found.append(f"in quarantine, as they were damaged or not ours: {', '.join(status.quarantine)}")
+        names, seen = ", ".join(status.quarantine), f"rm -r {shlex.quote(f'{status.folder}/{FOLDER}')}"
+        found.append(f"in quarantine, as they were damaged or not ours: {names}; once you have seen them, run: {seen}")
     return [line for line in found if line]
 
 

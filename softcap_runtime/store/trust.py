@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -122,10 +123,9 @@ def _content_problem(folder: Path, user: int, lstat: LStat) -> str | None:
                 status = lstat(str(path))
             except FileNotFoundError:
                 continue  # another process removed it
-            if stat.S_ISLNK(status.st_mode):
-                return f"cache folder not used: {path} is a symbolic link; remove it: rm {path}"
             if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
-                return f"cache folder not used: {path} is neither file nor folder; remove it: rm {path}"
+                kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "neither file nor folder"
+                return f"cache folder not used: {path} is {kind}; remove it: rm {shlex.quote(str(path))}"
             problem = _problem(path, status, user, above=False)
             if problem:
                 return problem
@@ -136,7 +136,7 @@ def _problem(path: Path, status: os.stat_result, user: int, *, above: bool) -> s
     mode = stat.S_IMODE(status.st_mode)
     shown = f"cache folder not used: {path} (owner {owner_name(status.st_uid)}, mode {mode:04o})"
     if status.st_uid not in (user, 0) and not (above and _is_host_root(status.st_uid)):
-        chown = f"chown {owner_name(user)} {path}"
+        chown = f"chown {owner_name(user)} {shlex.quote(str(path))}"
         return f"{shown} belongs to another user; set another SOFTCAP_CACHE_DIR or run: {chown}"
     if stat.S_ISLNK(status.st_mode) or not mode & 0o022:
         return None
@@ -144,7 +144,7 @@ def _problem(path: Path, status: os.stat_result, user: int, *, above: bool) -> s
         return None
     if not mode & 0o002 and _private_group(status, user):
         return None
-    return f"{shown} is writable by others; run: chmod go-w {path}"
+    return f"{shown} is writable by others; run: chmod go-w {shlex.quote(str(path))}"
 
 
 def _private_group(status: os.stat_result, user: int) -> bool:
