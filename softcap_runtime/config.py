@@ -6,7 +6,7 @@ This module imports nothing else of the package.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, SupportsIndex
@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, SupportsIndex
 import platformdirs
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+if TYPE_CHECKING:
+    from pydantic import ValidationInfo
+    from typing_extensions import Self
 
 EngineName = Literal["auto", "flex", "blocked", "dense", "eager"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -52,6 +56,13 @@ def check_positive(name: str, value: Any) -> None:
     if not (is_number and fits):
         wrong = ValueError if is_number else TypeError
         raise wrong(f"{name}: {value!r}, expected {RANGE}")
+
+
+def _divides_heads(value: int, info: ValidationInfo) -> int:
+    heads = info.data.get("num_heads", value)  # absent if it is wrong itself
+    if heads % value:
+        raise ValueError(f"expected a divisor of num_heads, which is {heads}")
+    return value
 
 
 def _torch_name(value: Any) -> Any:
@@ -94,12 +105,25 @@ def _one_line_errors(model: type[BaseModel], given: Mapping[str, Any]) -> Iterat
             if issubclass(model, BaseSettings) and field not in given:
                 field = f"environment variable {_variable(field)}"
             value = "" if item["type"] == "missing" else f" (got {item['input']!r})"
-            parts.append(f"{field}: {item['msg'].removeprefix('Value error, ')}{value}")
+            said = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "extra_forbidden":
+                said = f"unknown; the closest known field is {_closest(field, model.model_fields)}"
+            parts.append(f"{field}: {said}{value}")
         raise ValueError(f"{model.__name__}: " + "; ".join(parts)) from None
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    from difflib import get_close_matches  # takes 2 ms
+
+    return get_close_matches(name, sorted(known), 1, cutoff=0)[0]
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Another one with some fields changed; checked, as pydantic's own copy is not."""
+        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **(update or {})})
 
     if not TYPE_CHECKING:  # a type checker refuses it by itself
 
@@ -126,10 +150,6 @@ class AttentionConfig(_Frozen):
     def __init__(self, **fields: Any) -> None:
         with _one_line_errors(type(self), fields):
             super().__init__(**fields)
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> AttentionConfig:
-        """Another config with some fields changed; checked, as pydantic's own copy is not."""
-        return AttentionConfig(**{**dict(self), **(update or {})})
 
     def __hash__(self) -> int:
         # Computed on every attention call; takes half the time of pydantic's own.
@@ -259,10 +279,10 @@ def _kinds_by_pattern(config: Any, layer_idx: int | None = None) -> list[str]:
 class PrewarmRequest(_Frozen):
     """Kernels to prepare: a description of the calls to come.
 
-    ``config``, ``num_heads``, ``num_kv_heads``, ``head_dim``: of the layer. ``seq_lens``: lengths, up to 2**24, whose
-    masks to prepare as well; kernels take any length. ``dtype``, ``device``: of q, k and v, torch's own or their
-    names. ``train``: whether gradients will be needed. ``paged``: whether ``Runtime.paged_attention`` will be called,
-    which has its own kernels on CUDA.
+    ``config``, ``num_heads``, ``num_kv_heads`` (a divisor of it), ``head_dim``: of the layer. ``seq_lens``: lengths, up
+    to 2**24, whose masks to prepare as well; kernels take any length. ``dtype``, ``device``: of q, k and v, torch's own
+    or their names. ``train``: whether gradients will be needed. ``paged``: whether ``Runtime.paged_attention`` will be
+    called, which has its own kernels on CUDA.
     """
 
     # A serving process makes no requests, so the validator is built with the first one.
@@ -270,7 +290,7 @@ class PrewarmRequest(_Frozen):
 
     config: AttentionConfig
     num_heads: PositiveInt
-    num_kv_heads: PositiveInt
+    num_kv_heads: Annotated[PositiveInt, AfterValidator(_divides_heads)]
     head_dim: PositiveInt
     seq_lens: tuple[Length, ...] = ()
     dtype: Annotated[DtypeName, BeforeValidator(_torch_name)] = "bfloat16"
@@ -342,12 +362,7 @@ def unknown_variables() -> list[str]:
     known = {*map(_variable, RuntimeSettings.model_fields), "SOFTCAP_PUBLIC_TORCH_ONLY"}
     names = {name: name.upper() for name in sorted(os.environ) if name.upper().startswith("SOFTCAP_")}
     unknown = [name for name, upper in names.items() if upper not in known and not upper.startswith("SOFTCAP_TEST_")]
-    if not unknown:
-        return []
-    from difflib import get_close_matches  # takes 2 ms
-
     return [
-        f"environment variable {name}: unknown, ignored; the closest known one is "
-        f"{get_close_matches(names[name], sorted(known), 1, cutoff=0)[0]}"
+        f"environment variable {name}: unknown, ignored; the closest known one is {_closest(names[name], known)}"
         for name in unknown
     ]

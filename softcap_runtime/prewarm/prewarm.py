@@ -44,9 +44,9 @@ def prewarm(
     the same one wait for its file lock and then load it. A rank returns once all its kernels are published, so none
     enters a collective while another still waits for a build.
 
-    Raises, before anything is built, TypeError for anything but PrewarmRequests, ValueError for heads that do not
-    divide, a missing device, or ``tune`` without a request that GPU kernels serve, and EngineUnavailable if the engine
-    of the settings cannot serve a request.
+    Raises, before anything is built, TypeError for anything but PrewarmRequests, ValueError for a missing device, or
+    ``tune`` without a request that GPU kernels serve, and EngineUnavailable if the engine of the settings cannot serve
+    a request.
     """
     requests = _checked(requests)
     needed = {request: artifacts_of(supply, request) for request in requests}
@@ -120,8 +120,6 @@ def _distinct(needed: Mapping[PrewarmRequest, Sequence[Artifact]]) -> list[Artif
 
 def _problems(request: PrewarmRequest, softcap_approx: bool) -> list[Problem]:
     """A problem for each kind of mask, for inference and, if requested, training; lengths do not matter."""
-    if request.num_heads % request.num_kv_heads:
-        raise ValueError(f"num_heads: {request.num_heads}, expected a multiple of num_kv_heads {request.num_kv_heads}")
     device = device_of(request.device)
     row = torch.zeros(1, 1, dtype=torch.int32, device=device)
     masks = [band(1, 1, causal=True, window=None), RowIntervals(1, 1, None, None, row, row + 1)]

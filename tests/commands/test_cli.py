@@ -541,7 +541,7 @@ def test_a_folder_whose_name_the_output_cannot_show(tmp_path: Path, monkeypatch:
         ("prewarm --num-heads 4 --num-kv-heads 2 --head-dim 0", "head_dim"),
         ("prewarm --num-heads 4 --num-kv-heads 2 --head-dim 8 --window 0", "window"),
         ("prewarm --num-heads four", "--num-heads"),
-        ("prewarm --num-heads 4 --num-kv-heads 3 --head-dim 8 --scale 1", "num_heads: 4, expected a multiple"),
+        ("prewarm --num-heads 4 --num-kv-heads 3 --head-dim 8 --scale 1", "num_kv_heads: expected a divisor of"),
         ("prewarm --num-heads 4 --num-kv-heads 2 --head-dim 8 --scale nan", "scale"),
         ("prewarm --preset gemma2-2b --softcap 0", "pass one of"),
         ("prewarm --preset gemma2-2b --dtype int8", "dtype"),

@@ -65,7 +65,8 @@ def test_other_bad_fields() -> None:
     one_line_error(lambda: AttentionConfig(softcap=50.0), "scale")
     one_line_error(lambda: AttentionConfig(scale=None), "scale", "None")
     one_line_error(lambda: AttentionConfig(scale=1.0, causal="perhaps"), "causal", "'perhaps'")
-    one_line_error(lambda: AttentionConfig(scale=1.0, cap=50.0), "cap", "50.0")
+    one_line_error(lambda: AttentionConfig(scale=1.0, cap=50.0), "cap: unknown", "is softcap (got 50.0)")
+    one_line_error(lambda: RuntimeSettings(approx=True), "approx: unknown; the closest known field is softcap_approx (")
     one_line_error(lambda: AttentionConfig(scale=-1.0, window=0), "scale", "-1.0", "window", "0")
 
 
@@ -74,6 +75,8 @@ def test_other_bad_fields() -> None:
     [
         ("num_heads", 0),
         ("num_kv_heads", True),
+        ("num_kv_heads", 3),
+        ("num_head", 8),
         ("head_dim", -64),
         ("seq_lens", (128, 0)),
         ("dtype", "float64"),
@@ -84,6 +87,7 @@ def test_bad_requests(name: str, value: Any) -> None:
     fields = {"config": AttentionConfig(scale=0.1), "num_heads": 8, "num_kv_heads": 4, "head_dim": 64}
     assert PrewarmRequest(**fields).dtype == "bfloat16"
     one_line_error(lambda: PrewarmRequest(**{**fields, name: value}), name)
+    one_line_error(lambda: PrewarmRequest(**fields).model_copy(update={name: value}), name)
 
 
 def one_line_error(make: Any, *words: str) -> None:
