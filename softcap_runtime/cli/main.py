@@ -210,6 +210,7 @@ def mask(
     out.print(draw.mask_text(intervals, ascii_only=out.options.ascii_only))
     if png is not None:
         draw.save_png(png, {"Mask": intervals})
+        print(f"picture in {png}")
 
 
 def _document_ids(lengths: str, seq_len: int) -> Tensor:

@@ -490,6 +490,7 @@ def test_masks_are_drawn(command: Command, tmp_path: Path) -> None:
     code, out, _ = command("mask", "--seq-len", 512, "--window", 128, "--documents", "100,250,162", "--png", picture)
     assert (code, "512 queries x 512 keys" in out, "56% of 16 blocks skipped" in out) == (0, True, True)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert out.endswith(f"\npicture in {picture}\n")
     plain, prefix = (command("mask", "--seq-len", 300)[1], command("mask", "--seq-len", 300, "--prefix", 299)[1])
     assert "skipped" in plain
     assert plain != prefix
