@@ -65,6 +65,14 @@ def _divides_heads(value: int, info: ValidationInfo) -> int:
     return value
 
 
+def checked_count(name: str, value: Any, remedy: str = "") -> int:
+    """``value`` as an int. Raises TypeError or ValueError unless it is an integer of at least 1."""
+    if not _is_integer(value) or value < 1:
+        wrong = ValueError if _is_integer(value) else TypeError
+        raise wrong(f"{name}: {value!r}, expected an integer of at least 1{remedy}")
+    return int(value)
+
+
 def _torch_name(value: Any) -> Any:
     """``torch.float32`` and ``torch.device("cpu")`` as strings, which is what a request keeps."""
     if f"{type(value).__module__}.{type(value).__name__}" in ("torch.dtype", "torch.device"):
@@ -180,18 +188,13 @@ class AttentionConfig(_Frozen):
 
 
 def hf_count(config: Any, name: str) -> int:
-    """The field ``name`` of a Hugging Face config. Raises TypeError or ValueError unless it is an int above 0."""
-    value: Any = getattr(config, name, None)
-    wanted = f"{name}: {value!r}, expected an integer of at least 1; correct the model's config"
-    if not _is_integer(value):
-        raise TypeError(wanted)
-    if int(value) < 1:
-        raise ValueError(wanted)
-    return int(value)
+    """The field ``name`` of a Hugging Face config. Raises as ``checked_count`` does."""
+    return checked_count(name, getattr(config, name, None), "; correct the model's config")
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
+    # An int at once: asking a protocol takes 5 us.
+    return type(value) is int or (isinstance(value, SupportsIndex) and not isinstance(value, bool))
 
 
 def _hf_scale(config: Any) -> float:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softcap_runtime.config import checked_count
 from softcap_runtime.masks.padding import may_have_holes, padding_edges
 from softcap_runtime.reference import visible
 
@@ -76,7 +77,7 @@ def row_intervals(
     kv_len: int,
     *,
     causal: bool,
-    window: int | None,
+    window: int | None = None,
     attention_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
     prefix_lengths: Tensor | None = None,
@@ -98,8 +99,11 @@ def row_intervals(
     ``kv_len - q_len + i`` (or ``cache_lengths - q_len + i``) if not given.
 
     O(B * kv_len), no host-device synchronisation, traceable by torch.compile. B may be 1 in any tensor.
-    Nothing is checked here: see ``validate.check_mask_arguments``.
+    Raises TypeError or ValueError for a window that is no integer of at least 1. Nothing else is checked here: see
+    ``validate.check_mask_arguments``.
     """
+    if window is not None:
+        window = checked_count("window", window)
     kept = attention_mask if attention_mask is not None and may_have_holes(attention_mask) else None
     given = (attention_mask, document_ids, prefix_lengths, spans, cache_lengths, query_positions)
     devices = [tensor.device for tensor in given if tensor is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,14 @@ def test_no_tensor_gives_the_band() -> None:
     made = row_intervals(5, 9, causal=True, window=3)
     assert made == band(5, 9, causal=True, window=3)
     assert made == RowIntervals(5, 9, 2, 5, None, None)
+
+
+@pytest.mark.parametrize(("window", "error"), [(0, ValueError), (-3, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_windows_that_can_not_be_are_refused(window: Any, error: type[Exception]) -> None:
+    for mask in (None, torch.ones(1, 4, dtype=torch.bool)):
+        with pytest.raises(error, match=f"^window: {window}, expected an integer of at least 1$"):
+            row_intervals(4, 4, causal=True, window=window, attention_mask=mask)
+    assert row_intervals(4, 4, causal=True) == row_intervals(4, 4, causal=True, window=None)
 
 
 def test_empty_rows_have_one_form(seed: int) -> None:
