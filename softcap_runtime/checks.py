@@ -11,7 +11,8 @@ from softcap_runtime.compat.torch_private import constant_in_graphs
 from softcap_runtime.config import AttentionConfig
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
+# Of errors that are evidence of it.
+OTHER_LAYOUT = "if q, k and v are laid out [B, S, H, D], pass the transpose(1, 2) of each"
 
 T = TypeVar("T")
 
@@ -94,7 +95,9 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if v.shape != k.shape:
         raise ValueError(f"v: shape {tuple(v.shape)}, expected k's {tuple(k.shape)}")
     if q.shape[1] % k.shape[1]:
-        raise ValueError(f"q: {q.shape[1]} heads, expected a multiple of the {k.shape[1]} key heads")
+        fits = 0 < k.shape[2] <= q.shape[2] and q.shape[2] % k.shape[2] == 0 and q.shape[1] <= k.shape[1]
+        hint = f"; {OTHER_LAYOUT}" if fits else ""
+        raise ValueError(f"q: {q.shape[1]} heads, expected a multiple of the {k.shape[1]} key heads{hint}")
 
 
 def device_of(name: str) -> torch.device:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softcap_runtime.checks import OTHER_LAYOUT
 from softcap_runtime.masks.deferred_checks import checked, next_to
 from softcap_runtime.masks.intervals import RowIntervals
 from softcap_runtime.masks.padding import runs_of
@@ -53,9 +54,10 @@ def check_mask_arguments(
     """
     placed = query_positions is not None
     if causal and q_len > kv_len and not placed:
+        hint = f"; {OTHER_LAYOUT}" if kv_len and q_len % kv_len == 0 else ""  # like query heads and key heads
         raise ValueError(
             f"q: {q_len} rows over {kv_len} keys with causal=True, expected at most as many rows as keys; "
-            "pass the keys of the earlier tokens too, query_positions, or causal=False"
+            f"pass the keys of the earlier tokens too, query_positions, or causal=False{hint}"
         )
     if attention_mask is not None:
         _check_tensor("attention_mask", attention_mask, batch, (kv_len,), device, (torch.bool, *_INTEGERS))
@@ -121,6 +123,11 @@ def check_row_intervals(mask: RowIntervals, q: Tensor, k: Tensor) -> None:
         batches = [mask.lo.shape[0]]  # hi and kept have as many rows as lo
     sizes = mask.q_len, mask.q_len, mask.kv_len
     for name, vector, size in zip(("lo", "hi", "kept"), mask.vectors, sizes, strict=False):
+        if vector.dim() == 2 and vector.shape[0] not in (1, q.shape[0]):
+            raise ValueError(
+                f"mask.{name}: made for {vector.shape[0]} batch rows, expected q's {q.shape[0]}, or 1 for all; make it "
+                "from masks of this batch"
+            )
         wanted = [(batch, size) for batch in batches]
         if vector.shape not in wanted or (vector.dtype, vector.device) != (torch.int32, q.device):
             raise ValueError(
@@ -149,8 +156,9 @@ def _check_tensor(
     # Size by size: to dynamo a symbol in a tuple never equals a number.
     fits = tensor.dim() == 1 + len(shape) and all(tensor.shape[1 + at] == size for at, size in enumerate(shape))
     if not fits or (tensor.shape[0] != 1 and tensor.shape[0] != batch):
-        wanted = ", ".join("slots" if size < 0 else str(size) for size in (batch, *shape))
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected ({wanted}); give each batch row its own")
+        rest = "".join(", slots" if size < 0 else f", {size}" for size in shape)
+        wanted = f"({batch}{rest})" if batch == 1 else f"({batch}{rest}), or (1{rest}) for all batch rows"
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {wanted}; q and k are [B, H, S, D]")
     if tensor.device != device:
         raise ValueError(f"{name}: on {tensor.device}, expected {device} as q; move it with .to({str(device)!r})")
 

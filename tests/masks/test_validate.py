@@ -37,6 +37,7 @@ def test_every_good_mask_passes(case: MaskCase) -> None:
     ("arguments", "words"),
     [
         ({"q_len": 10}, "q: 10 rows over 9 keys with causal=True"),
+        ({"attention_mask": torch.ones(0, 9).int()}, "attention_mask: shape (0, 9), expected (2, 9), or (1, 9) for"),
         ({"attention_mask": torch.ones(2, 8, dtype=torch.bool)}, "attention_mask: shape (2, 8), expected (2, 9)"),
         ({"attention_mask": torch.ones(3, 9, dtype=torch.bool)}, "attention_mask: shape (3, 9), expected (2, 9)"),
         ({"attention_mask": torch.ones(9, dtype=torch.bool)}, "attention_mask: shape (9,), expected (2, 9)"),
@@ -52,7 +53,7 @@ def test_every_good_mask_passes(case: MaskCase) -> None:
         ),
         ({"prefix_lengths": torch.tensor([3, 10])}, "prefix_lengths: 10 in batch row 1, expected 0 to 9"),
         ({"prefix_lengths": torch.tensor([-1, 3])}, "prefix_lengths: -1 in batch row 0, expected 0 to 9"),
-        ({"prefix_lengths": torch.tensor(3)}, "prefix_lengths: shape (), expected (2)"),
+        ({"prefix_lengths": torch.tensor(3)}, "prefix_lengths: shape (), expected (2), or (1) for all batch rows"),
         ({"spans": torch.tensor([[0, 3]])}, "spans: shape (1, 2), expected (2, slots, 2)"),
         ({"spans": torch.tensor([[[0, 3], [2, 5]]])}, "spans: [2, 5) in batch row 0 overlaps one that ends at 3"),
         ({"spans": torch.tensor([[[4, 10]]])}, "spans: [4, 10) in batch row 0, expected 0 <= start < end <= 9"),

@@ -70,6 +70,8 @@ def refused(runtime: Runtime, error: type[Exception], words: list[str], *args: A
         (*[zeros(1, 2, 8, 0)] * 3, ValueError, ["q: shape (1, 2, 8, 0)", "head_dim of at least 1"]),
         (zeros(1, 4, 8, 64), *[zeros(1, 0, 8, 64)] * 2, ValueError, ["k: shape (1, 0, 8, 64)", "at least one head"]),
         (zeros(1, 4, 8, 64), *[zeros(1, 2, 0, 64)] * 2, ValueError, ["q: 8 rows over 0 keys"]),
+        (zeros(1, 1, 4, 64), *[zeros(1, 8, 2, 64)] * 2, ValueError, ["q: 1 heads", "laid out [B, S, H, D], pass"]),
+        (zeros(1, 8, 4, 64), *[zeros(1, 8, 2, 64)] * 2, ValueError, ["q: 4 rows", "laid out [B, S, H, D], pass"]),
         (zeros(0, 4, 8, 64), *[zeros(1, 2, 8, 64)] * 2, ValueError, ["k: batch 1, expected q's 0"]),
         (zeros(1, 4, 9, 64), *[zeros(1, 2, 8, 64)] * 2, ValueError, ["q: 9 rows over 8 keys"]),
         ([[1.0]], zeros(1, 2, 8, 64), zeros(1, 2, 8, 64), TypeError, ["q: list"]),

@@ -607,3 +607,6 @@ def test_attend_checks_what_it_is_given(runtimes: dict[str, Runtime], engine: st
         with pytest.raises(ValueError, match=told):
             runtimes[engine].attend(*wrong, config, mask)
     assert runtimes[engine].attend(q, k, v, config, mask).shape == q.shape
+    mask = row_intervals(64, 64, causal=True, attention_mask=torch.ones(3, 64, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask\.lo: made for 3 batch rows, expected q's 1, or 1 for all; make it"):
+        runtimes[engine].attend(q, k, v, config, mask)
