@@ -37,13 +37,16 @@ def constant_in_graph(number: T) -> T:
     return next(iter({number})) if torch.compiler.is_dynamo_compiling() else number
 
 
+def check_type(name: str, value: Any, kind: type, expected: str) -> None:
+    """Raise TypeError unless ``value`` is a ``kind``; ``expected`` describes one, and how to make it."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: {type(value).__name__}, expected {expected}")
+
+
 def check_config(config: Any) -> None:
     """Raise TypeError for what is no AttentionConfig."""
-    if not isinstance(config, AttentionConfig):
-        raise TypeError(
-            f"config: {type(config).__name__}, expected an AttentionConfig; make one with AttentionConfig(scale=...) "
-            "or AttentionConfig.from_hf(model.config)"
-        )
+    how = "make one with AttentionConfig(scale=...) or AttentionConfig.from_hf(model.config)"
+    check_type("config", config, AttentionConfig, f"an AttentionConfig; {how}")
 
 
 def check_no_context_parallel() -> None:

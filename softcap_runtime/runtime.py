@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import Capped, check_config, check_no_context_parallel, check_qkv
+from softcap_runtime.checks import Capped, check_config, check_no_context_parallel, check_qkv, check_type
 from softcap_runtime.compat.torch_private import constant_in_graphs
 from softcap_runtime.compat.torch_transforms import interpreters_active
 from softcap_runtime.config import AttentionConfig, EngineName, PrewarmRequest, RuntimeSettings
@@ -48,11 +48,8 @@ class Runtime:
     _own_lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, settings: RuntimeSettings | None = None) -> None:
-        if not (settings is None or isinstance(settings, RuntimeSettings)):
-            raise TypeError(
-                f"settings: {type(settings).__name__}, expected RuntimeSettings; make them with RuntimeSettings(...)"
-            )
-        self.settings = settings or RuntimeSettings()
+        self.settings = RuntimeSettings() if settings is None else settings
+        check_type("settings", self.settings, RuntimeSettings, "RuntimeSettings; make them with RuntimeSettings(...)")
         self.supply = Supply(self.settings)
         self.plans = Plans()
         self._find_intervals: dict[torch.device, FindIntervals] = {}
@@ -174,8 +171,7 @@ class Runtime:
     ) -> Tensor:
         """``attend`` for callers that have checked q, k and v: once a call, not for each of its parts."""
         check_no_context_parallel()
-        if not isinstance(mask, RowIntervals):
-            raise TypeError(f"mask: {type(mask).__name__}, expected RowIntervals; make them with row_intervals(...)")
+        check_type("mask", mask, RowIntervals, "RowIntervals; make them with row_intervals(...)")
         if not torch.compiler.is_compiling():
             mask = contiguous(mask)
         call = Call(mask, config.scale, config.softcap, engine or self.settings.engine, _wants_grad(q, k, v))

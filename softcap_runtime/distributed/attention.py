@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import check_config
+from softcap_runtime.checks import check_config, check_type
 from softcap_runtime.distributed.agree import agree, digest
 from softcap_runtime.distributed.context import ContextMask, Layer
 from softcap_runtime.distributed.heads import attend_by_heads
@@ -22,10 +22,7 @@ _agreed: set[Any] = set()
 def context_attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """See ``Runtime.context_attention``."""
     check_config(layer.config)
-    if not isinstance(layer.context, ContextMask):
-        raise TypeError(
-            f"context: {type(layer.context).__name__}, expected a ContextMask; make one with context_mask(...)"
-        )
+    check_type("context", layer.context, ContextMask, "a ContextMask; make one with context_mask(...)")
     if is_dtensor(q) or is_dtensor(k) or is_dtensor(v):
         return _of_dtensors(layer, q, k, v)
     if not torch.compiler.is_compiling():
@@ -76,7 +73,7 @@ def _agree_once(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> None:
     mesh, settings, where = context.mesh, runtime.settings, context.mesh.device_type
     cast = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
     kind = (config, context.config, context.method, context.layout.ranks, stages, train, cast, shapes)
-    key = (runtime.number, mesh, q.device, dtypes, kind)
+    key = (runtime.number, mesh, getattr(q, "device", None), dtypes, kind)
     if key in _agreed:
         return
     error = None

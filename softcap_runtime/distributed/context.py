@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from softcap_runtime.checks import check_config
-from softcap_runtime.config import AttentionConfig
+from softcap_runtime.checks import check_config, check_type
+from softcap_runtime.config import AttentionConfig, checked_count
 from softcap_runtime.distributed.agree import agree, digest, digest_of
 from softcap_runtime.distributed.layout import SequenceLayout, check_mesh
 from softcap_runtime.distributed.ranges import (
@@ -113,10 +113,12 @@ class ContextMask:
     ) -> tuple[int, ...]:
         """The bytes that each rank receives from others in one forward pass of one layer.
 
-        The backward of the keys method sends as many back, as gradients of k and v. Raises ValueError if the method
-        cannot serve these numbers of heads.
+        The backward of the keys method sends as many back, as gradients of k and v. Raises TypeError or ValueError for
+        what is no number above 0 or no dtype, and if the method cannot serve these numbers of heads.
         """
-        row_bytes = batch * head_dim * dtype.itemsize
+        check_type("dtype", dtype, torch.dtype, "a torch.dtype such as torch.bfloat16")
+        heads, kv_heads = checked_count("heads", heads), checked_count("kv_heads", kv_heads)
+        row_bytes = checked_count("batch", batch) * checked_count("head_dim", head_dim) * dtype.itemsize
         if self.resolved(heads, kv_heads) == "keys":
             return tuple(2 * kv_heads * rows * row_bytes for rows in self.key_rows)
         ranks, total = self.layout.ranks, self.layout.seq_len

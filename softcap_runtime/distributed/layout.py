@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import DeviceMesh
 
+from softcap_runtime.checks import check_type
+from softcap_runtime.config import checked_count
 from softcap_runtime.distributed.exchange import picked
 from softcap_runtime.distributed.ranges import Range, length, merged, pairs_of
 from softcap_runtime.masks.intervals import RowIntervals
@@ -49,16 +51,11 @@ class SequenceLayout:
         the heaviest down, each to the rank with the fewest pairs so far. Raises ValueError for a ``block`` below 1 or
         fewer tokens than ranks.
         """
-        if not isinstance(mask, RowIntervals):
-            raise TypeError(
-                f"mask: {type(mask).__name__}, expected RowIntervals of the whole sequence; make them with "
-                "row_intervals(...)"
-            )
-        if block < 1:
-            raise ValueError(f"block: {block}, expected rows of a block, at least 1")
+        how = "RowIntervals of the whole sequence; make them with row_intervals(...)"
+        check_type("mask", mask, RowIntervals, how)
         seq_len = mask.q_len
-        _checked(seq_len, ranks, 1)
-        block = min(block, seq_len // ranks)
+        ranks = _checked(seq_len, ranks, 1)
+        block = min(checked_count("block", block), seq_len // ranks)
         blocks = [(at, min(at + block, seq_len)) for at in range(0, seq_len, block)]
         weights = pairs_of(mask, blocks)
         most = -(-len(blocks) // ranks)
@@ -82,24 +79,26 @@ class SequenceLayout:
         """How many ranks there are."""
         return len(self.ranges)
 
+    def _own(self, rank: int) -> tuple[Range, ...]:
+        if rank not in range(self.ranks):
+            raise ValueError(f"rank: {rank!r}, expected 0 to {self.ranks - 1}; pass mesh.get_local_rank()")
+        return self.ranges[rank]
+
     def count(self, rank: int) -> int:
         """How many rows ``rank`` holds."""
-        return length(self.ranges[rank])
+        return length(self._own(rank))
 
     def rows(self, rank: int) -> Tensor:
         """The rows of ``rank``, ascending: int64 ``[rows]``; also its ``position_ids`` for rotary embeddings."""
-        return torch.cat([torch.arange(*own) for own in self.ranges[rank]])
+        return torch.cat([torch.arange(*own) for own in self._own(rank)])
 
     def shard(self, x: Tensor, dim: int, rank: int) -> Tensor:
         """The rows of ``rank`` from a whole tensor; a view if they are one range.
 
         Raises ValueError unless dimension ``dim`` of ``x`` has ``seq_len`` rows.
         """
-        if x.shape[dim] != self.seq_len:
-            raise ValueError(
-                f"x: {x.shape[dim]} rows in dimension {dim}, expected the layout's {self.seq_len}; pass it whole"
-            )
-        parts = [x.narrow(dim, start, end - start) for start, end in self.ranges[rank]]
+        _check_rows(x, dim, self.seq_len, f"the layout's {self.seq_len}; pass it whole")
+        parts = [x.narrow(dim, start, end - start) for start, end in self._own(rank)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def unshard(self, x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
@@ -108,10 +107,7 @@ class SequenceLayout:
         Every rank of ``mesh`` calls it. Raises ValueError if ``mesh`` or the number of rows does not fit the layout.
         """
         rank = check_mesh(self, mesh)
-        if x.shape[dim] != self.count(rank):
-            raise ValueError(
-                f"x: {x.shape[dim]} rows in dimension {dim}, expected the {self.count(rank)} of rank {rank}"
-            )
+        _check_rows(x, dim, self.count(rank), f"the {self.count(rank)} of rank {rank}")
         most = max(self.count(rank) for rank in range(self.ranks))
         rows = x.movedim(dim, 0).contiguous()
         missing = most - rows.shape[0]
@@ -131,6 +127,8 @@ class SequenceLayout:
 
 def check_mesh(layout: SequenceLayout, mesh: DeviceMesh) -> int:
     """This process's rank in ``mesh``. Raises ValueError unless the mesh is one dimension of the layout's ranks."""
+    check_type("layout", layout, SequenceLayout, "a SequenceLayout; make one with SequenceLayout.contiguous(...)")
+    check_type("mesh", mesh, DeviceMesh, "a DeviceMesh; make one with torch.distributed.init_device_mesh(...)")
     if mesh.ndim != 1 or mesh.size() != layout.ranks:
         raise ValueError(
             f"mesh: {mesh}, expected one dimension of the layout's {layout.ranks} ranks; pass mesh['name'] of a mesh "
@@ -140,8 +138,16 @@ def check_mesh(layout: SequenceLayout, mesh: DeviceMesh) -> int:
 
 
 def _checked(seq_len: int, ranks: int, chunks: int) -> int:
-    if ranks < 1 or seq_len < ranks * chunks:
+    if checked_count("seq_len", seq_len) < checked_count("ranks", ranks) * chunks:
         raise ValueError(
             f"ranks: {ranks} for {seq_len} tokens, expected 1 to {max(1, seq_len // chunks)} of {chunks} rows or more"
         )
     return ranks
+
+
+def _check_rows(x: Tensor, dim: int, rows: int, expected: str) -> None:
+    check_type("x", x, Tensor, "a tensor")
+    if dim not in range(-x.dim(), x.dim()):
+        raise ValueError(f"dim: {dim!r}, expected one of the {x.dim()} dimensions of x")
+    if x.shape[dim] != rows:
+        raise ValueError(f"x: {x.shape[dim]} rows in dimension {dim}, expected {expected}")

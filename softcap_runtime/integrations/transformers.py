@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softcap_runtime.checks import Cap, check_qkv
-from softcap_runtime.config import check_positive
+from softcap_runtime.checks import Cap, check_qkv, check_type
+from softcap_runtime.config import FULL, SLIDING, check_positive
 from softcap_runtime.engines.general import attend_elements
 from softcap_runtime.integrations.hf_checks import cap_of, refuse, warn_once
 from softcap_runtime.integrations.hf_mask import HfMask
@@ -54,9 +54,14 @@ def register(
     It maps each kind of layer, "full_attention" and "sliding_attention", to a ContextMask; replace these before each
     batch, and pass ``position_ids=layout.rows(rank)`` (or the rank's rows of the batch's own), no cache and no mask.
 
-    Raises ImportError if transformers is missing or older than 4.56, RuntimeError if its mask functions have another
-    meaning than this module knows.
+    Raises TypeError or ValueError for an argument of another kind, ImportError if transformers is missing or older than
+    4.56, RuntimeError if its mask functions have another meaning than this module knows.
     """
+    if runtime is not None:
+        check_type("runtime", runtime, Runtime, "a Runtime; make one with Runtime(settings)")
+    check_type("name", name, str, "a name for attn_implementation")
+    if context is not None:
+        _check_contexts(context)
     try:
         import transformers
         from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
@@ -208,6 +213,17 @@ def attention_forward(
     return out.transpose(1, 2), None
 
 
+def _check_contexts(contexts: Mapping[str, ContextMask]) -> None:
+    from softcap_runtime.distributed import ContextMask
+
+    how = f"a mapping of {FULL!r} and {SLIDING!r} to ContextMasks"
+    check_type("context", contexts, Mapping, how)
+    for kind, mask in contexts.items():
+        if kind not in (FULL, SLIDING):
+            raise ValueError(f"context: {kind!r} among its keys, expected {how}")
+        check_type(f"context[{kind!r}]", mask, ContextMask, "a ContextMask; make one with context_mask(...)")
+
+
 def no_mask(*_: Any, attention_mask: Tensor | None = None, **ignored: Any) -> None:
     """The mask function of a model over many devices, whose masks are its ContextMasks: None.
 
@@ -243,7 +259,7 @@ def context_forward(
     for name in ("attention_mask", "cu_seq_lens_q"):
         if (attention_mask if name == "attention_mask" else kwargs.get(name)) is not None:
             raise ValueError(f"{name}: expected none, a model over many devices has its masks from context_mask")
-    kind = "full_attention" if sliding_window is None else "sliding_attention"
+    kind = FULL if sliding_window is None else SLIDING
     context = contexts.get(kind)
     if context is None:
         raise ValueError(f"context: {sorted(contexts)}, expected a ContextMask for {kind!r} layers too")

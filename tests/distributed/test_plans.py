@@ -15,7 +15,7 @@ from masks.oracle import MaskCase, mask_cases
 from torch import Tensor
 
 from softcap_runtime import AttentionConfig
-from softcap_runtime.distributed import SequenceLayout
+from softcap_runtime.distributed import SequenceLayout, context_mask
 from softcap_runtime.distributed import context as making
 from softcap_runtime.distributed import keys as moving
 from softcap_runtime.distributed.agree import digest_of
@@ -25,6 +25,7 @@ from softcap_runtime.masks import RowIntervals, band, dense, row_intervals
 CPU_MESH: Any = SimpleNamespace(device_type="cpu")
 NO_RUNTIME: Any = None
 LONG, RANKS = 131_072, 8
+CONFIG, HALVES = AttentionConfig(scale=1.0), SequenceLayout.contiguous(8, 2)
 
 
 @st.composite
@@ -246,17 +247,38 @@ def test_digests_tell_masks_apart(seed: int) -> None:
         (lambda: SequenceLayout.zigzag(7, 4), "ranks: 4 for 7 tokens, expected 1 to 3"),
         (lambda: SequenceLayout.contiguous(3, 0), "ranks: 0"),
         (lambda: SequenceLayout.balanced(band(9, 9, causal=True, window=None), 2, block=0), "block: 0"),
-        (lambda: SequenceLayout.contiguous(8, 2).shard(torch.ones(7), 0, 0), "x: 7 rows in dimension 0"),
+        (lambda: SequenceLayout.contiguous(-3, 1), "seq_len: -3, expected an integer of at least 1"),
+        (lambda: HALVES.shard(torch.ones(7), 0, 0), "x: 7 rows in dimension 0"),
+        (lambda: HALVES.shard(torch.ones(8), 1, 0), "dim: 1, expected one of the 1 dimensions of x"),
+        (lambda: HALVES.shard(torch.ones(8), 0, 2), r"rank: 2, expected 0 to 1; pass mesh.get_local_rank\(\)"),
+        (lambda: HALVES.rows(-1), "rank: -1, expected 0 to 1"),
+        (lambda: computed(CONFIG, HALVES, "auto").received_bytes(2, 0, 8, torch.float32), "kv_heads: 0, expected"),
     ],
 )
-def test_layouts_that_can_not_be_are_refused(call: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_what_can_not_be_is_refused(call: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{words}"):
         call()
 
 
-def test_a_layout_is_balanced_by_a_mask() -> None:
-    with pytest.raises(TypeError, match="mask: int, expected RowIntervals"):
-        SequenceLayout.balanced(30, 2)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: SequenceLayout.balanced(30, 2), "mask: int, expected RowIntervals"),
+        (lambda: SequenceLayout.contiguous("8", 2), "seq_len: '8', expected an integer"),
+        (lambda: SequenceLayout.zigzag(8, 2.0), "ranks: 2.0, expected an integer"),
+        (lambda: HALVES.shard([1], 0, 0), "x: list, expected a tensor"),
+        (lambda: HALVES.unshard(torch.ones(4), 0, None), "mesh: NoneType, expected a DeviceMesh; make one with"),
+        (lambda: context_mask(CONFIG, None, HALVES), "layout: NoneType, expected a SequenceLayout; make one with"),
+        (lambda: context_mask(CONFIG, HALVES, 2), "mesh: int, expected a DeviceMesh; make one with"),
+        (
+            lambda: computed(CONFIG, HALVES, "auto").received_bytes(2, 2, 8, "bf16"),
+            "dtype: str, expected a torch.dtype",
+        ),
+    ],
+)
+def test_arguments_of_other_kinds_are_refused(call: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=f"^{words}"):
+        call()
 
 
 @pytest.mark.parametrize(

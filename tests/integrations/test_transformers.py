@@ -363,6 +363,27 @@ def test_missing_transformers_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         integration.register()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"runtime": "softcap"}, "runtime: str, expected a Runtime; make one with"),
+        ({"name": 3}, "name: int, expected a name for attn_implementation"),
+        (
+            {"context": 3},
+            "context: int, expected a mapping of 'full_attention' and 'sliding_attention' to ContextMasks",
+        ),
+        ({"context": {"full": None}}, "context: 'full' among its keys, expected a mapping of 'full_attention' and"),
+        (
+            {"context": {"full_attention": 3}},
+            r"context\['full_attention'\]: int, expected a ContextMask; make one with",
+        ),
+    ],
+)
+def test_what_can_not_be_registered(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{words}"):
+        integration.register(**arguments)
+
+
 def test_cache_position_of_older_versions(seed: int) -> None:
     """Transformers before 5 says where the rows are with a tensor of their positions."""
     arguments = {"batch_size": 2, "kv_length": 12, "mask_function": transformers.masking_utils.causal_mask_function}
