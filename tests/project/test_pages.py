@@ -248,6 +248,17 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+def test_what_the_build_includes_is_a_link_elsewhere() -> None:
+    """GitHub shows the line of an include as it stands; it drops ``hidden``, which a browser obeys in the pages."""
+    included = 0
+    for page in PAGES:
+        for name in re.findall(r'^--8<-- "([\w.]+)', page.read_text(), re.M):
+            links = re.findall(rf'<p hidden>.*<a href="(.*)">{name}</a>', page.read_text())
+            assert [(page.parent / link).resolve() for link in links] == [ROOT / name]
+            included += 1
+    assert included == 3
+
+
 def test_every_setting_and_engine_and_preset_is_in_its_table() -> None:
     reference = ROOT / "docs/reference"
     settings, engines = (reference / "settings.md").read_text(), (reference / "engines.md").read_text()
