@@ -41,10 +41,7 @@ def inspect(
     ] = False,
     counters: Annotated[bool, typer.Option("--counters", help="Show counters that are zero too.")] = False,
 ) -> None:
-    """Show the cache's kernels, which of them fit this environment, and what is wrong.
-
-    Exit code 1 if anything is wrong.
-    """
+    """Show the cache's kernels, which of them fit this environment, and what is wrong."""
     from softcap_runtime.cli import tables
     from softcap_runtime.report import cache as cache_report
 
@@ -64,8 +61,6 @@ def inspect(
         print_json(report)
     else:
         tables.show_report(tables.console(), report, counters)
-    if tables.wrong(report.status):
-        raise typer.Exit(1)
 
 
 @app.command()

@@ -55,7 +55,7 @@ def show_report(out: Console, report: CacheReport, counters: bool = False) -> No
     """
     status = report.status
     kernels = [info.fits for info in report.entries if info.fields.get("op") != "tuned_options"]
-    problems = wrong(status)
+    problems = _wrong(status)
     state = f"{counted(len(problems), 'problem')}:" if problems else "nothing is wrong"
     _say(out, f"{counted(len(kernels), 'kernel')}, {sum(kernels)} fit this environment; {state}")
     for line in problems:  # in one piece: it may end in a command to paste
@@ -86,8 +86,7 @@ def show_report(out: Console, report: CacheReport, counters: bool = False) -> No
         _show_gpu(out, gpu)
 
 
-def wrong(status: StoreStatus) -> list[str]:
-    """What is wrong with the cache now, a line each."""
+def _wrong(status: StoreStatus) -> list[str]:
     found = [status.fault or ("" if status.trusted else status.verdict)]
     if status.held_in_memory:
         found.append(f"{counted(status.held_in_memory, 'entry')} could not be written")
