@@ -103,13 +103,12 @@ def _sums(p, M: gl.constexpr, N: gl.constexpr):
 @gluon.jit
 def _softmax(
     s, key, lo, hi, Kept, kept_at, kept_len, bits, m, l, inner, coef, bias,
-    EDGES: gl.constexpr, HOLES: gl.constexpr, BAND: gl.constexpr, START: gl.constexpr, ONLINE: gl.constexpr,
-    FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr, S_L: gl.constexpr,
+    EDGES: gl.constexpr, HOLES: gl.constexpr, BAND: gl.constexpr, ONLINE: gl.constexpr, FORM: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, S_L: gl.constexpr,
 ):  # fmt: skip
     """Weights of a block of raw products and the statistics after it: ``(p, alpha, m, l)``.
 
-    ``l`` is the sums within a thread. ``START``: there were none before. ``EDGES``: rows see some of the keys;
-    ``HOLES``: those of ``bits``.
+    ``l`` is the sums within a thread. ``EDGES``: rows see some of the keys; ``HOLES``: those of ``bits``.
     """
     if ONLINE:
         p, _ = capped(s, inner, coef, bias, FORM)
@@ -125,23 +124,16 @@ def _softmax(
         if not BAND:
             p = without_holes(p, float("-inf") if ONLINE else 0.0, key, Kept, kept_at, kept_len, S_L)
     if ONLINE:
-        most = gl.max(p, 1)
-        if not START:
-            most = gl.maximum(m, most)
+        most = gl.maximum(m, gl.max(p, 1))
         # A row that has seen nothing yet has -inf; 0 in its place keeps -inf - most from being NaN.
         shift = gl.where(most == float("-inf"), 0.0, most)
         p = exp2(p - gl.expand_dims(shift, 1))
         alpha = exp2(m - shift)
         part = _sums(p, M, N)
-        if not START:
-            scale = gl.convert_layout(alpha, gl.SliceLayout(1, part.type.layout), assert_trivial=True)
-            part = l * gl.expand_dims(scale, 1) + part
-        return p, alpha, most, part
+        scale = gl.convert_layout(alpha, gl.SliceLayout(1, part.type.layout), assert_trivial=True)
+        return p, alpha, most, l * gl.expand_dims(scale, 1) + part
     else:
-        part = _sums(p, M, N)
-        if not START:
-            part = l + part
-        return p, m, m, part
+        return p, m, m, l + _sums(p, M, N)
 
 
 @gluon.jit
@@ -189,34 +181,27 @@ def _consume(
                 mbarrier.arrive(v_empty.index(slot), count=1)
                 slot, phase = advance(slot, phase, STAGES)
             mbarrier.wait(q_full.index(C), turn_phase)
-            mbarrier.wait(k_full.index(slot), phase)
-            s = warpgroup_mma(q, k_s.index(slot).reshape([N, DPAD]).permute((1, 0)), none, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=(s,))
-            mbarrier.arrive(k_empty.index(slot), count=1)
             m = gl.full([M], float("-inf"), gl.float32, ROW_L)
-            key = block_at(skip, first, full_end, end) * N
-            p, alpha, m, l = _softmax(
-                s, key, lo, hi, Kept, kept_at, kept_len, 0, m, 0.0, inner, coef, bias,
-                True, False, BAND, True, ONLINE, FORM, M, N, S_L,
-            )  # fmt: skip
-            p = gl.convert_layout(p.to(dtype), P_L, assert_trivial=True)
+            l = _sums(none, M, N)
+            p = gl.convert_layout(none.to(dtype), P_L, assert_trivial=True)
             total = 0.0
             if TOTAL:
                 total = warpgroup_mma_init(gl.zeros([M, 8], gl.float32, T_L))
             acc = warpgroup_mma_init(gl.zeros([M, DPAD], gl.float32, O_L))
             partial = end - full_end + full_first - first
-            last_slot, last_phase = slot, phase
-            slot, phase = advance(slot, phase, STAGES)
-            for index in range(skip + 1, partial):
+            # Of no step. (With ``slot, phase`` here, Triton 3.6 takes both for what the loop does not change, since the
+            # first of its steps gives them what they are already.)
+            last_slot, last_phase = 0, 0
+            done = gl.maximum(skip + 1, partial)
+            for index in range(skip, done):
                 key = block_at(index, first, full_end, end) * N
                 acc, p, m, l, total, unused = _step(
                     q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m,
-                    l, total, none, key, lo, hi, Kept, kept_at, kept_len, 0, inner, coef, bias,
+                    l, total, none, index - skip, key, lo, hi, Kept, kept_at, kept_len, 0, inner, coef, bias,
                     True, False, BAND, ONLINE, TOTAL, FORM, M, N, DPAD, S_L, O_L, P_L, T_L,
                 )  # fmt: skip
                 last_slot, last_phase = slot, phase
                 slot, phase = advance(slot, phase, STAGES)
-            done = gl.maximum(skip + 1, partial)
             if not BAND:
                 holes = partial + clean - full_first
                 kept = Kept + kept_at + (full_first - partial) * N
@@ -227,24 +212,25 @@ def _consume(
                     more = kept + gl.minimum(index + 1, holes - 1) * N
                     acc, p, m, l, total, bits = _step(
                         q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p,
-                        m, l, total, none, 0, lo, hi, more, kept_at, kept_len, bits, inner, coef, bias,
+                        m, l, total, none, index - skip, 0, lo, hi, more, kept_at, kept_len, bits, inner, coef, bias,
                         False, True, BAND, ONLINE, TOTAL, FORM, M, N, DPAD, S_L, O_L, P_L, T_L,
                     )  # fmt: skip
                     last_slot, last_phase = slot, phase
                     slot, phase = advance(slot, phase, STAGES)
                 done = gl.maximum(done, holes)
-            for _ in range(done, end - first):
+            for index in range(done, end - first):
                 acc, p, m, l, total, unused = _step(
                     q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m,
-                    l, total, none, 0, lo, hi, Kept, kept_at, kept_len, 0, inner, coef, bias,
+                    l, total, none, index - skip, 0, lo, hi, Kept, kept_at, kept_len, 0, inner, coef, bias,
                     False, False, BAND, ONLINE, TOTAL, FORM, M, N, DPAD, S_L, O_L, P_L, T_L,
                 )  # fmt: skip
                 last_slot, last_phase = slot, phase
                 slot, phase = advance(slot, phase, STAGES)
             mbarrier.wait(v_full.index(last_slot), last_phase)
-            acc = warpgroup_mma(p, v_s.index(last_slot).reshape([N, DPAD]), acc, is_async=True)
+            more = end - first - skip > 1
+            acc = warpgroup_mma(p, v_s.index(last_slot).reshape([N, DPAD]), acc, use_acc=more, is_async=True)
             if TOTAL:
-                total = _add_weights(total, p, ones, T_L)
+                total = _add_weights(total, p, ones, more, T_L)
                 acc, total, p = warpgroup_mma_wait(0, deps=(acc, total, p))
             else:
                 acc, p = warpgroup_mma_wait(0, deps=(acc, p))
@@ -272,37 +258,43 @@ def _consume(
 
 
 @gluon.jit
-def _add_weights(total, p, ones, T_L: gl.constexpr):
-    """Each of the 8 columns of ``total``, plus the sums of the rounded weights ``p``: by the matrix units, which have
-    the time; the others have not."""
+def _add_weights(total, p, ones, more, T_L: gl.constexpr):
+    """Each of the 8 columns of ``total``, or of 0 without ``more``, plus the sums of the rounded weights ``p``: by the
+    matrix units, which have the time; the others have not."""
     p = gl.convert_layout(p, gl.DotOperandLayout(operand_index=0, parent=T_L, k_width=2), assert_trivial=True)
-    return warpgroup_mma(p, ones.permute((1, 0)), total, is_async=True)
+    return warpgroup_mma(p, ones.permute((1, 0)), total, use_acc=more, is_async=True)
 
 
 @gluon.jit
 def _step(
     q, ones, k_s, v_s, k_full, k_empty, v_full, v_empty, slot, phase, last_slot, last_phase, acc, p, m, l, total,
-    none, key, lo, hi, Kept, kept_at, kept_len, bits, inner, coef, bias,
+    none, before, key, lo, hi, Kept, kept_at, kept_len, bits, inner, coef, bias,
     EDGES: gl.constexpr, HOLES: gl.constexpr, BAND: gl.constexpr, ONLINE: gl.constexpr, TOTAL: gl.constexpr,
     FORM: gl.constexpr, M: gl.constexpr, N: gl.constexpr, DPAD: gl.constexpr, S_L: gl.constexpr, O_L: gl.constexpr,
     P_L: gl.constexpr, T_L: gl.constexpr,
 ):  # fmt: skip
-    """The product of the next keys, that of the last weights with their values, then the next weights."""
+    """The product of the next keys, that of the last weights with their values, then the next weights.
+
+    ``before``: how many steps came before. The first has no last weights: its second product is of whatever lies there,
+    and the second step begins its sums anew. (A step of its own took as much room for instructions as a loop.)
+    """
     mbarrier.wait(k_full.index(slot), phase)
     s = warpgroup_mma(q, k_s.index(slot).reshape([N, DPAD]).permute((1, 0)), none, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(last_slot), last_phase)
-    acc = warpgroup_mma(p, v_s.index(last_slot).reshape([N, DPAD]), acc, is_async=True)
+    # The first step is of a block that may need a mask.
+    begun = before > 0 if EDGES else True
+    mbarrier.wait(v_full.index(last_slot), last_phase, pred=begun)
+    acc = warpgroup_mma(p, v_s.index(last_slot).reshape([N, DPAD]), acc, use_acc=before > 1, is_async=True)
     if HOLES:  # of the next keys
         numbers = kept_numbers(Kept, N, S_L)
     if TOTAL:
-        total = _add_weights(total, p, ones, T_L)
+        total = _add_weights(total, p, ones, before > 1, T_L)
         s = warpgroup_mma_wait(2, deps=(s,))
     else:
         s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(slot), count=1)
     weights, alpha, m, l = _softmax(
         s, key, lo, hi, Kept, kept_at, kept_len, bits, m, l, inner, coef, bias,
-        EDGES, HOLES, BAND, False, ONLINE, FORM, M, N, S_L,
+        EDGES, HOLES, BAND, ONLINE, FORM, M, N, S_L,
     )  # fmt: skip
     weights = gl.convert_layout(weights.to(q.dtype), P_L, assert_trivial=True)
     # The last weights pass through the wait: their registers are read until then. With holes the next ones do too, or
@@ -322,7 +314,7 @@ def _step(
         share = gl.convert_layout(alpha, gl.SliceLayout(1, O_L), assert_trivial=True)
         acc = acc * gl.expand_dims(share, 1)
     acc = warpgroup_mma_init(acc)
-    mbarrier.arrive(v_empty.index(last_slot), count=1)
+    mbarrier.arrive(v_empty.index(last_slot), count=1, pred=begun)
     if HOLES:  # here, where no product is under way, for ptxas would wait for it
         bits = kept_bits(numbers, S_L)
     return acc, weights, m, l, total, bits
