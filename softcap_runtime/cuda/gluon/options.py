@@ -21,10 +21,14 @@ left padding of up to half, D128: 2,048    0.24                 0.31
 8,192; D64: 2,048; 8,192                   1.6; 0.19 1.2        1.5; 0.27 1.1
 =========================================  ===================  ===================
 
-Padding gains less than it hides at head_dim 64 and 128, as three warpgroups hold the forward's code three times, with
-intervals 190 KB. Programs share a cache of instructions: beside others at work on short tiles those of a long one take
-twice as many cycles (head_dim 64, 1,920 keys: 112,519 in place of 54,920). With two warpgroups, and less code, they do
-not, but are slower on long rows.
+Since then the first step of a tile is one of a loop's: D64 1.44 -> 1.35, D128 1.89 -> 1.83, D256 1.53 -> 1.50, but
+1.03 of the time up to 1,024 tokens, where its product of nothing counts.
+
+Padding gains less than it hides at head_dim 64 and 128: beside programs at work on short tiles those of a long one take
+twice as many cycles (head_dim 64, 1,920 keys: 112,519 in place of 54,920). With two warpgroups they do not, but are
+slower on long rows. Three hold the forward's code three times, then 190 KB with intervals, and programs share a cache of
+instructions; but 119 KB, with one loop for edges and holes and the blocks of a tile told by the producer, changed
+nothing for padding, and took 1.1 to 1.5 of the time where keys are hidden.
 
 The card is power capped: a kernel's time moves by a tenth from run to run. Backward, Triton and Gluon: D256 10.1 and
 7.0 to 7.7, window 4096 7.7 and 5.5; D128 7.7 and 7.0, window 6.0 and 5.4; D64 5.1 and 4.8; packed D256 6.8 and 4.5 to
