@@ -123,16 +123,11 @@ def check_row_intervals(mask: RowIntervals, q: Tensor, k: Tensor) -> None:
         batches = [mask.lo.shape[0]]  # hi and kept have as many rows as lo
     sizes = mask.q_len, mask.q_len, mask.kv_len
     for name, vector, size in zip(("lo", "hi", "kept"), mask.vectors, sizes, strict=False):
-        if vector.dim() == 2 and vector.shape[0] not in (1, q.shape[0]):
-            raise ValueError(
-                f"mask.{name}: made for {vector.shape[0]} batch rows, expected q's {q.shape[0]}, or 1 for all; make it "
-                "from masks of this batch"
-            )
         wanted = [(batch, size) for batch in batches]
         if vector.shape not in wanted or (vector.dtype, vector.device) != (torch.int32, q.device):
             raise ValueError(
                 f"mask.{name}: {vector.dtype} {tuple(vector.shape)} on {vector.device}, expected int32 "
-                f"{' or '.join(map(str, wanted))} on {q.device}"
+                f"{' or '.join(map(str, wanted))} on {q.device}; make it for this batch and these lengths"
             )
 
 

@@ -26,8 +26,8 @@ Since then the first step of a tile is one of a loop's: D64 1.44 -> 1.35, D128 1
 
 Padding gains less than it hides at head_dim 64 and 128: beside programs at work on short tiles those of a long one take
 twice as many cycles (head_dim 64, 1,920 keys: 112,519 in place of 54,920). With two warpgroups they do not, but are
-slower on long rows. Three hold the forward's code three times, then 190 KB with intervals, and programs share a cache of
-instructions; but 119 KB, with one loop for edges and holes and the blocks of a tile told by the producer, changed
+slower on long rows. Three hold the forward's code three times, then 190 KB with intervals, and programs share a cache
+of instructions; but 119 KB, with one loop for edges and holes and the blocks of a tile told by the producer, changed
 nothing for padding, and took 1.1 to 1.5 of the time where keys are hidden.
 
 The card is power capped: a kernel's time moves by a tenth from run to run. Backward, Triton and Gluon: D256 10.1 and
