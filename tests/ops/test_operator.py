@@ -230,7 +230,8 @@ def test_a_runtime_that_is_gone_is_replaced_by_the_process_own(
 
 def test_it_follows_none_of_torchs_defaults(runtimes: dict[str, Runtime], seed: int) -> None:
     """Kernels read memory as the dtype they were built for, whatever dtype and device are the process's own."""
-    inputs, grad_out = make_qkv(Sizes(2, 4, 2, 70, 140)), torch.randn(2, 4, 70, 64)
+    inputs = {size: make_qkv(Sizes(2, 4, 2, 70, 140, size)) for size in (HEAD_DIM, UNCAPPED_HEAD_DIM)}
+    grads_out = {size: torch.randn(2, 4, 70, size) for size in inputs}
     padding = torch.ones(2, 140, dtype=torch.int64)
     padding[0, :90] = 0
 
@@ -239,9 +240,11 @@ def test_it_follows_none_of_torchs_defaults(runtimes: dict[str, Runtime], seed: 
         found = []
         for softcap, masks in ((50.0, {}), (50.0, {"attention_mask": padding}), (None, {})):
             config = AttentionConfig(softcap=softcap, scale=0.125, window=99)
-            found.append(runtime.attention(*inputs, config, **masks))
+            size = UNCAPPED_HEAD_DIM if softcap is None else HEAD_DIM
+            qkv, grad_out = inputs[size], grads_out[size]
+            found.append(runtime.attention(*qkv, config, **masks))
             if engine != "flex":
-                out, grads = gradients(lambda *x, c=config, m=masks: runtime.attention(*x, c, **m), inputs, grad_out)
+                out, grads = gradients(lambda *x, c=config, m=masks: runtime.attention(*x, c, **m), qkv, grad_out)
                 found += [out, *grads]
         return found
 
