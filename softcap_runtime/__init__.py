@@ -28,6 +28,9 @@ try:
     from softcap_runtime.runtime import Runtime
 finally:
     if _collects:
+        if not _gc.get_freeze_count():  # it goes to the oldest objects at once, and nothing is walked
+            _gc.freeze()
+            _gc.unfreeze()
         _gc.enable()
 
 __all__ = [

@@ -502,6 +502,7 @@ def printed(monkeypatch: pytest.MonkeyPatch, encoding: str, *words: object) -> s
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
         patch.setattr(cli, "_interrupted_by", lambda *signals: [])
+        patch.setattr("gc.disable", lambda: None)  # this process goes on
         with pytest.raises(SystemExit) as ended:
             cli.main([str(word) for word in words])
     assert ended.value.code == 0
