@@ -19,7 +19,8 @@ scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
 export TMPDIR="$scratch" XDG_CACHE_HOME="$scratch/cache" XDG_CONFIG_HOME="$scratch/config" HF_HUB_OFFLINE=1
 export TRITON_CACHE_DIR="$scratch/triton"
-# Byte code is kept, whatever the environment says: tests start some 200 processes, which would compile this package.
+# Byte code is kept, whatever the environment says: tests start over a hundred processes, and each
+# would compile this package.
 export PYTHONDONTWRITEBYTECODE=
 
 .venv/bin/ruff check .

@@ -11,7 +11,7 @@ from softcap_runtime.compat.torch_private import constant_in_graphs
 from softcap_runtime.config import AttentionConfig
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Of errors that are evidence of it.
+# Ends errors about shapes that would fit in this layout.
 OTHER_LAYOUT = "if q, k and v are laid out [B, S, H, D], pass the transpose(1, 2) of each"
 
 T = TypeVar("T")

@@ -40,6 +40,7 @@ from types import SimpleNamespace
 import gc
 import softcap_runtime as s
 assert gc.isenabled()  # an import pauses it
+assert gc.get_freeze_count() == 0  # and freezes nothing for good
 assert not {LOADED}, "import"
 runtime = s.Runtime.get()
 layer = SimpleNamespace(config=SimpleNamespace(attn_logit_softcapping=50.0, query_pre_attn_scalar=64))

@@ -227,10 +227,10 @@ def _consume(
                 last_slot, last_phase = slot, phase
                 slot, phase = advance(slot, phase, STAGES)
             mbarrier.wait(v_full.index(last_slot), last_phase)
-            more = end - first - skip > 1
-            acc = warpgroup_mma(p, v_s.index(last_slot).reshape([N, DPAD]), acc, use_acc=more, is_async=True)
+            summed = end - first - skip > 1  # by the steps from the second on
+            acc = warpgroup_mma(p, v_s.index(last_slot).reshape([N, DPAD]), acc, use_acc=summed, is_async=True)
             if TOTAL:
-                total = _add_weights(total, p, ones, more, T_L)
+                total = _add_weights(total, p, ones, summed, T_L)
                 acc, total, p = warpgroup_mma_wait(0, deps=(acc, total, p))
             else:
                 acc, p = warpgroup_mma_wait(0, deps=(acc, p))
@@ -258,11 +258,11 @@ def _consume(
 
 
 @gluon.jit
-def _add_weights(total, p, ones, more, T_L: gl.constexpr):
-    """Each of the 8 columns of ``total``, or of 0 without ``more``, plus the sums of the rounded weights ``p``: by the
+def _add_weights(total, p, ones, summed, T_L: gl.constexpr):
+    """Each of the 8 columns of ``total``, or of 0 if not ``summed``, plus the sums of the rounded weights ``p``: by the
     matrix units, which have the time; the others have not."""
     p = gl.convert_layout(p, gl.DotOperandLayout(operand_index=0, parent=T_L, k_width=2), assert_trivial=True)
-    return warpgroup_mma(p, ones.permute((1, 0)), total, use_acc=more, is_async=True)
+    return warpgroup_mma(p, ones.permute((1, 0)), total, use_acc=summed, is_async=True)
 
 
 @gluon.jit
